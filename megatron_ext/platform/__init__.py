@@ -1,0 +1,191 @@
+"""The only place that knows a CPU from a GPU, and what is installed.
+
+``import megatron_ext`` makes Megatron-Core importable on a CPU: its modules then see a CPU where
+they say CUDA (``loader.py``, ``seams.py``). Where a GPU is used nothing is changed at all.
+``activate("cpu")`` or ``activate("cuda")``, called before the first import of Megatron-Core,
+overrides what is found on the machine.
+"""
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import os
+import random
+import sys
+from datetime import timedelta
+from functools import cache
+
+from megatron_ext.platform import loader
+from megatron_ext.platform.seams import SUPPORTED_MEGATRON_CORE
+
+_device_type: str | None = None
+
+
+class PlatformError(RuntimeError):
+    """The machine or its installed packages cannot run what was asked for."""
+
+
+class _FirstImport(loader.importlib.abc.MetaPathFinder):
+    """Settles the device when Megatron-Core is imported before anyone called ``activate``."""
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname == loader.PACKAGE and _device_type is None:
+            activate()
+            return importlib.util.find_spec(fullname)
+        return None
+
+
+def install() -> None:
+    """Prepare the import of Megatron-Core; costs nothing until it is imported."""
+    if not any(isinstance(finder, _FirstImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _FirstImport())
+
+
+def activate(device: str = "auto") -> str:
+    """Choose the device of this process, ``"cpu"`` or ``"cuda"``, and return it.
+
+    ``"auto"`` takes a GPU if torch sees one. The first call decides; a later call that asks for
+    the other device, or a Megatron-Core that was imported before, is a :class:`PlatformError`,
+    as is a version of Megatron-Core whose seams were not checked.
+    """
+    global _device_type
+    if device not in ("auto", "cpu", "cuda"):
+        raise PlatformError(f"--device must be auto, cpu or cuda, not {device!r}")
+    if _device_type is not None:
+        if device not in ("auto", _device_type):
+            raise PlatformError(f"this process already runs on {_device_type}, cannot change to {device}")
+        return _device_type
+    check_megatron_core_version()
+    import torch
+
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise PlatformError("--device cuda: torch sees no GPU; use --device cpu, or see tools/doctor.py")
+    chosen = "cuda" if available and device != "cpu" else "cpu"
+    if chosen == "cpu":
+        _see_cpu()
+    _device_type = chosen
+    return chosen
+
+
+def _see_cpu() -> None:
+    early = loader.imported_too_early()
+    if early:
+        raise PlatformError(f"{early[0]} was imported before megatron_ext; import megatron_ext first")
+    from megatron_ext.platform.cpu_device import TorchView
+
+    sys.meta_path.insert(0, loader.CpuFinder(TorchView()))
+
+
+def check_megatron_core_version() -> None:
+    """Refuse a Megatron-Core that this platform layer was not tested with."""
+    try:
+        version = importlib.metadata.version("megatron-core")
+    except importlib.metadata.PackageNotFoundError:
+        raise PlatformError("megatron-core is not installed; pip install -c constraints.txt .") from None
+    if version not in SUPPORTED_MEGATRON_CORE:
+        raise PlatformError(
+            f"megatron-core {version} is installed, but this version was tested with "
+            f"{', '.join(SUPPORTED_MEGATRON_CORE)}; pip install megatron-core=={SUPPORTED_MEGATRON_CORE[-1]}"
+        )
+
+
+def on_gpu() -> bool:
+    """Whether this process computes on a GPU."""
+    return activate() == "cuda"
+
+
+def current_device():
+    """The ``torch.device`` of this process."""
+    import torch
+
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu() else torch.device("cpu")
+
+
+def default_backend() -> str:
+    """The backend of torch.distributed that belongs to the device: nccl or gloo."""
+    return "nccl" if on_gpu() else "gloo"
+
+
+def init_process_group(backend: str | None, rank: int, world_size: int, local_rank: int, timeout: timedelta):
+    """Join the job's processes; alone, without a launcher, the process is a world of one.
+
+    gloo on one host is bound to the loopback interface, because resolving the host's own name
+    fails on many laptops (pytorch/pytorch#26049).
+    """
+    import torch
+
+    if on_gpu():
+        torch.cuda.set_device(local_rank)
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    backend = backend or default_backend()
+    if "gloo" in backend and os.environ["MASTER_ADDR"] in ("127.0.0.1", "localhost"):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    store = None if "MASTER_PORT" in os.environ else torch.distributed.HashStore()
+    torch.distributed.init_process_group(
+        backend, store=store, rank=rank, world_size=world_size, timeout=timeout
+    )
+
+
+@cache
+def has_transformer_engine() -> bool:
+    """Whether Transformer Engine can be used: on a GPU, and imports without error."""
+    if not on_gpu() or importlib.util.find_spec("transformer_engine") is None:
+        return False
+    with contextlib.suppress(Exception):
+        import transformer_engine.pytorch  # noqa: F401
+
+        return True
+    return False
+
+
+def synchronize() -> None:
+    """Wait for the device; a CPU has nothing to wait for."""
+    if on_gpu():
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def seed_all(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's generators."""
+    import numpy
+    import torch
+
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def rng_state() -> dict:
+    """The device's generator state, under the key that a checkpoint keeps it by."""
+    import torch
+
+    return {"device": torch.cuda.get_rng_state() if on_gpu() else torch.get_rng_state()}
+
+
+def set_rng_state(state: dict) -> None:
+    """Restore what :func:`rng_state` returned."""
+    import torch
+
+    (torch.cuda.set_rng_state if on_gpu() else torch.set_rng_state)(state["device"])
+
+
+def max_memory_bytes() -> int:
+    """The most memory this process has used so far: device memory on a GPU, else resident memory."""
+    if on_gpu():
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def empty_cache() -> None:
+    """Give cached device memory back."""
+    if on_gpu():
+        import torch
+
+        torch.cuda.empty_cache()

@@ -1,0 +1,125 @@
+"""``torch.cuda`` as Megatron-Core sees it on a CPU: the same calls, answered for the CPU.
+
+A CPU has one queue of work and one random generator, so streams and events are empty and the
+"CUDA generator" is torch's default generator. Whatever is not named here comes from the real
+``torch.cuda`` (which reports that no device is available).
+"""
+
+import contextlib
+import types
+
+import torch
+
+
+class Stream:
+    """A queue of work; on a CPU there is one, always finished."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def wait_stream(self, stream):
+        pass
+
+    def wait_event(self, event):
+        pass
+
+    def record_event(self, event=None):
+        return event or Event()
+
+    def synchronize(self):
+        pass
+
+
+class Event:
+    """A point in a queue of work; on a CPU it has always been reached."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def record(self, stream=None):
+        pass
+
+    def wait(self, stream=None):
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self):
+        pass
+
+
+class _OneGenerator:
+    """``torch.cuda.default_generators``: whatever the index, the CPU's generator."""
+
+    def __getitem__(self, index) -> torch.Generator:
+        return torch.default_generator
+
+
+def _nothing(*args, **kwargs) -> None:
+    pass
+
+
+def _context(*args, **kwargs):
+    return contextlib.nullcontext()
+
+
+def _get_rng_state(device="cpu") -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_rng_state(state: torch.Tensor, device="cpu") -> None:
+    torch.set_rng_state(state)
+
+
+class CpuAsCuda(types.ModuleType):
+    """The view of ``torch.cuda``; attributes not set here are those of the real module."""
+
+    def __init__(self):
+        super().__init__("torch.cuda", "torch.cuda answered for a CPU")
+        rng = types.ModuleType("torch.cuda.random")
+        for place in (self, rng):
+            place.get_rng_state = _get_rng_state
+            place.set_rng_state = _set_rng_state
+            place.manual_seed = place.manual_seed_all = torch.manual_seed
+        self.random = rng
+        self.default_generators = _OneGenerator()
+        self._lazy_init = _nothing
+        self._lazy_call = lambda call, **kwargs: call()
+
+        self.current_device = lambda: torch.device("cpu")
+        self.device_count = lambda: 1
+        self.set_device = self.synchronize = self.empty_cache = _nothing
+        self.device = self.stream = _context
+        self.Stream, self.Event = Stream, Event
+        self.current_stream = self.default_stream = lambda device=None: Stream()
+        self.nvtx = types.SimpleNamespace(range_push=_nothing, range_pop=_nothing, range=_context)
+
+        self.FloatTensor = torch.FloatTensor
+        self.HalfTensor = torch.HalfTensor
+        self.BFloat16Tensor = torch.BFloat16Tensor
+
+    def __getattr__(self, name):
+        return getattr(torch.cuda, name)
+
+
+def _compiled_as_it_is(model=None, **kwargs):
+    """``torch.compile`` without a compiler at run time: the function itself."""
+    return model if model is not None else _compiled_as_it_is
+
+
+class TorchView(types.ModuleType):
+    """``torch`` as the modules of Megatron-Core see it: torch, with ``cuda`` answered for a CPU.
+
+    The rest of the process keeps the real torch. The attributes are copied once, so that a
+    look-up costs what it costs in torch itself.
+    """
+
+    def __init__(self):
+        super().__init__("torch", torch.__doc__)
+        self.__dict__.update(vars(torch))
+        self.cuda = CpuAsCuda()
+        self.compile = _compiled_as_it_is
+
+    def __getattr__(self, name):
+        return getattr(torch, name)

@@ -1,0 +1,72 @@
+"""Every place where Megatron-Core 0.16.1 says CUDA and a CPU run has to answer.
+
+Each seam names the upstream module (below ``megatron.core``), what is replaced there, and the
+upstream lines it serves. ``loader.py`` applies them while the module is imported; nothing is
+copied and nothing changes outside ``megatron.core``. A test imports every module named here and
+fails when a seam no longer finds its place, so an upstream change cannot pass unnoticed.
+"""
+
+from dataclasses import dataclass
+
+#: Versions whose seams were checked line by line; any other is refused.
+SUPPORTED_MEGATRON_CORE = ("0.16.1",)
+
+DEVICE = {"cuda": "cpu"}
+TENSOR_TYPES = {
+    "torch.cuda.FloatTensor": "torch.FloatTensor",
+    "torch.cuda.HalfTensor": "torch.HalfTensor",
+    "torch.cuda.BFloat16Tensor": "torch.BFloat16Tensor",
+}
+
+
+@dataclass(frozen=True)
+class Seam:
+    """What is replaced in one module: string constants, attribute names, or whole functions.
+
+    ``functions`` maps a function's name to ``"module:function"`` of ours.
+    """
+
+    module: str
+    serves: str
+    constants: dict[str, str] | None = None
+    names: dict[str, str] | None = None
+    functions: dict[str, str] | None = None
+
+
+SEAMS = (
+    Seam("pipeline_parallel.schedules", "418, 596, 983, 2138: token counts, autocast", DEVICE),
+    Seam("pipeline_parallel.utils", "334: the communication stream", DEVICE),
+    Seam("optimizer.grad_scaler", "15, 88-94: loss scale", DEVICE),
+    Seam(
+        "optimizer.optimizer",
+        "473-485, 907: scale and found-inf; 671-699: type() of a parameter",
+        DEVICE | TENSOR_TYPES,
+    ),
+    Seam("optimizer.distrib_optimizer", "361, 420, 582: type() of a parameter", TENSOR_TYPES),
+    Seam(
+        "optimizer.clip_grads",
+        "90-115, 174, 207: norm and count buffers; 167: type() of a gradient",
+        DEVICE | TENSOR_TYPES,
+    ),
+    Seam("distributed.param_and_grad_buffer", "768: warm-up of the reduction", DEVICE),
+    Seam("tensor_parallel.layers", "68-69: device type of custom_fwd and custom_bwd", DEVICE),
+    Seam("tensor_parallel.data", "37: broadcast of the sizes of a batch", DEVICE),
+    Seam("tensor_parallel.random", "42, 61, 93-97: device of the generator", DEVICE),
+    Seam("transformer.utils", "35, 40: default attention masks", DEVICE),
+    Seam(
+        "utils",
+        "1207: norm without Apex, and its precision",
+        DEVICE,
+        functions={"local_multi_tensor_l2_norm": "megatron_ext.platform.numerics:l2_norm"},
+    ),
+    Seam("rerun_state_machine", "261, 265: agreement between ranks", DEVICE),
+    Seam("dist_checkpointing.exchange_utils", "98-110, 326: exchange of shards between ranks", DEVICE),
+    Seam("dist_checkpointing.strategies.state_dict_saver", "204: agreement on cached plans", DEVICE),
+    Seam(
+        "models.common.language_module.language_module",
+        "244: .cuda() on the tied output weight of the last stage",
+        names={"cuda": "cpu"},
+    ),
+)
+
+SEAM_OF = {f"megatron.core.{seam.module}": seam for seam in SEAMS}
