@@ -1,0 +1,101 @@
+"""Attention of the local spec: torch's fused kernel, and PanGu-pi's augmented shortcut."""
+
+import math
+
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from megatron_ext.models.augmented_shortcut import AugmentedShortcut
+from megatron_ext.models.config import PanguProConfig
+
+
+class ScaledDotProductAttention(MegatronModule):
+    """softmax(q k^T / sqrt(d)) v by ``torch.nn.functional.scaled_dot_product_attention``.
+
+    Never holds the [s, s] scores, on a CPU or a GPU, and shares keys and values among the query
+    heads of a group without repeating them.
+
+    Shapes: s queries, t keys, b batch, np query heads and ng key/value heads of the tensor
+    parallel rank, hn channels a head.
+    """
+
+    def __init__(
+        self,
+        config: PanguProConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection=None,
+    ):
+        super().__init__(config=config)
+        self.attn_mask_type = attn_mask_type
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        if config.apply_query_key_layer_scaling:
+            self.scale /= layer_number
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params=None,
+    ) -> Tensor:
+        """[s, b, np, hn], [t, b, ng, hn], [t, b, ng, hn] -> [s, b, np * hn].
+
+        ``attention_mask`` (bool, True where attention is forbidden, [b or 1, 1, s, t]) overrides
+        the causal mask.
+        """
+        assert packed_seq_params is None and attention_bias is None
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, n, s, hn]
+        causal = (attn_mask_type or self.attn_mask_type) == AttnMaskType.causal
+        context = self._attend(
+            query,
+            key,
+            value,
+            attn_mask=None if attention_mask is None else ~attention_mask,
+            is_causal=attention_mask is None and causal and query.size(2) > 1,
+        )  # [b, np, s, hn]
+        return context.permute(2, 0, 1, 3).flatten(2)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, **mask) -> Tensor:
+        options = dict(scale=self.scale, enable_gqa=query.size(1) != key.size(1), **mask)
+        if not (self.training and self.dropout):
+            return F.scaled_dot_product_attention(query, key, value, **options)
+        if self.config.sequence_parallel:
+            return F.scaled_dot_product_attention(query, key, value, dropout_p=self.dropout, **options)
+        # Heads of different tensor parallel ranks drop different probabilities.
+        with tensor_parallel.get_cuda_rng_tracker().fork():
+            return F.scaled_dot_product_attention(query, key, value, dropout_p=self.dropout, **options)
+
+
+class AugmentedSelfAttention(SelfAttention):
+    """MSA(z) + sum_i T_i(z): self attention with PanGu-pi's augmented shortcuts on its normed input.
+
+    With the layer's residual this is AugMSA(Z) = MSA(Z) + Z + sum_i T_i(Z). With dropout, the
+    layer's dropout falls on the sum. With no shortcut it is Megatron-Core's SelfAttention itself.
+    """
+
+    def __init__(self, config: PanguProConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        if config.augmented_shortcuts:
+            self.augmented_shortcut = AugmentedShortcut(config)
+
+    def forward(self, hidden_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
+        """[s, b, h] -> ([s, b, h], bias to be added or None)."""
+        output, bias = super().forward(hidden_states, *args, **kwargs)
+        if self.config.augmented_shortcuts:
+            output = output + self.augmented_shortcut(hidden_states)
+        return output, bias
+
+

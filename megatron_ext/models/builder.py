@@ -1,0 +1,84 @@
+"""From arguments to the model chunks of one pipeline rank."""
+
+from argparse import Namespace
+
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.module import Float16Module
+from torch import nn
+
+from megatron_ext import platform
+from megatron_ext.models.config import PanguProConfig
+from megatron_ext.models.initialization import initialize
+from megatron_ext.models.layer_specs import block_spec
+
+
+def build_model(config: PanguProConfig, args: Namespace, parallel_output: bool = True) -> list[GPTModel]:
+    """The model chunks of this rank: one, or one a virtual pipeline stage, initialised and in place.
+
+    ``args`` gives what TransformerConfig does not hold: the padded vocabulary, positions, tying.
+    """
+    stages = parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1
+    return [
+        _build_chunk(config, args, vp_stage=stage if stages > 1 else None, parallel_output=parallel_output)
+        for stage in range(stages)
+    ]
+
+
+def _build_chunk(config: PanguProConfig, args: Namespace, vp_stage: int | None, parallel_output: bool):
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=block_spec(config, vp_stage),
+        vocab_size=args.padded_vocab_size,
+        max_sequence_length=args.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        parallel_output=parallel_output,
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        position_embedding_type=args.position_embedding_type,
+        rotary_percent=args.rotary_percent,
+        rotary_base=args.rotary_base,
+        seq_len_interpolation_factor=args.rotary_seq_len_interpolation_factor,
+        vp_stage=vp_stage,
+    )
+    mark_tensor_parallel_defaults(model)
+    initialize(model, config, args.seed)
+    return model.to(platform.current_device())
+
+
+def mark_tensor_parallel_defaults(model: nn.Module) -> None:
+    """Parameters that no layer marked as split are replicated, and say so."""
+    for parameter in model.parameters():
+        for name, value in (
+            ("tensor_model_parallel", False),
+            ("partition_dim", -1),
+            ("partition_stride", 1),
+        ):
+            if not hasattr(parameter, name):
+                setattr(parameter, name, value)
+
+
+def wrap_for_training(
+    chunks: list[GPTModel], config: PanguProConfig, ddp_config: DistributedDataParallelConfig
+) -> list[DistributedDataParallel]:
+    """Half precision casts where asked for, and Megatron-Core's data parallelism around each chunk."""
+    if config.fp16 or config.bf16:
+        chunks = [Float16Module(config, chunk) for chunk in chunks]
+    return [
+        DistributedDataParallel(
+            config=config,
+            ddp_config=ddp_config,
+            module=chunk,
+            # Only the first chunk's buckets can be reduced while later ones still compute.
+            disable_bucketing=index > 0,
+        )
+        for index, chunk in enumerate(chunks)
+    ]
+
+
+def unwrap(module: nn.Module) -> GPTModel:
+    """The GPTModel inside data parallel and half precision wrappers."""
+    while hasattr(module, "module"):
+        module = module.module
+    return module

@@ -1,0 +1,37 @@
+"""The feed-forward block: SwiGLU with PanGu-pi's series activation."""
+
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from torch import Tensor
+
+from megatron_ext.models.config import PanguProConfig
+from megatron_ext.models.series_activation import SeriesActivation
+
+
+class PanguMLP(MLP):
+    """W_2 (SIAF(W_gate x) * W_up x); with the series off it is Megatron-Core's MLP itself.
+
+    The activation's parameters live in a child module, because ``MLP.sharded_state_dict`` walks
+    child modules only: a bare parameter would be left out of checkpoints without a word.
+
+    The layer spec names this class rather than a ModuleSpec of it: Megatron-Core warns once a
+    layer about a ModuleSpec of any MLP but its own.
+
+    Shapes: s sequence, b batch, h hidden, f = ffn_hidden_size / tp.
+    """
+
+    linear_layers = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+
+    def __init__(self, config: PanguProConfig):
+        super().__init__(config, self.linear_layers, ffn_hidden_size=config.ffn_hidden_size)
+        if config.series_activation_order:
+            self.series_activation = SeriesActivation(config, self.tp_group)
+
+    def forward(self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **kwargs):
+        """[s, b, h] -> ([s, b, h], bias to be added or None)."""
+        if not self.config.series_activation_order:
+            return super().forward(hidden_states, per_token_scale, **kwargs)
+        gate_up, bias = self.linear_fc1(hidden_states)  # [s, b, 2 * f]
+        if bias is not None:
+            gate_up = gate_up + bias
+        return self.linear_fc2(self.series_activation(gate_up))

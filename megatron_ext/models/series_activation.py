@@ -1,0 +1,71 @@
+"""Series informed activation, the nonlinearity of PanGu-pi's FFN (arXiv 2312.17276, section 4.1)."""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor, nn
+
+from megatron_ext.models.config import PanguProConfig
+
+
+def series_swiglu(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """sum_i SiLU(scale_i * gate + bias_i) * up, the formula as it stands.
+
+    Args:
+        x: [..., 2 * f], the gate in the first half and the up projection in the second.
+        scale, bias: [n, f].
+    Returns:
+        [..., f] in the dtype of ``x``.
+    """
+    gate, up = x.chunk(2, dim=-1)
+    activated = sum(F.silu(a * gate + b) for a, b in zip(scale, bias, strict=True))
+    return activated * up
+
+
+class SeriesActivation(MegatronModule):
+    """SIAF(gate) * up with SIAF(x) = sum_{i=1..n} SiLU(a_i * x + b_i), a_i and b_i per channel.
+
+    The paper gives each term its own projection in one equation, which does not fit its own count
+    of parameters; as in its measurements there is one projection here, and a scale and a bias per
+    term and channel (our reading). With SwiGLU the series takes the place of the gate's SiLU.
+
+    With ``pangu_init`` identity a_1 = 1 and all else is 0: the first term is plain SwiGLU, and the
+    others start at zero with a gradient (SiLU'(0) = 1/2).
+
+    Shapes: s sequence, b batch, f = ffn_hidden_size / tp, n terms. The parameters are split over
+    tensor parallel ranks along f, as the rows of ``linear_fc1``.
+    """
+
+    def __init__(self, config: PanguProConfig, tp_group: torch.distributed.ProcessGroup):
+        super().__init__(config=config)
+        self.tp_group = tp_group
+        shape = (config.series_activation_order, config.ffn_hidden_size // tp_group.size())
+        self.scale = self._parameter(torch.zeros(shape, dtype=config.params_dtype))
+        self.bias = self._parameter(torch.zeros(shape, dtype=config.params_dtype))
+        self.scale.data[0].fill_(1.0)
+
+    @staticmethod
+    def _parameter(value: Tensor) -> nn.Parameter:
+        parameter = nn.Parameter(value)
+        # Megatron-Core counts a parameter in the norm of the gradients on every tensor parallel
+        # rank only if it is marked as split; decay would pull the scales away from identity.
+        parameter.tensor_model_parallel = True
+        parameter.partition_dim, parameter.partition_stride = 1, 1
+        parameter.no_weight_decay = True
+        return parameter
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[s, b, 2 * f] -> [s, b, f]."""
+        return series_swiglu(x, self.scale, self.bias)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None):
+        """Both parameters split along f over the tensor parallel group."""
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {"scale": 1, "bias": 1},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
