@@ -1,0 +1,141 @@
+"""Megatron-Core's configuration objects from parsed arguments.
+
+Mirrors megatron/training/arguments.py:core_transformer_config_from_args and training.py:get_model of
+Megatron-LM 0.16.1. Call ``megatron_ext.platform.activate()`` first; this module imports Megatron-Core.
+"""
+
+import dataclasses
+import math
+from argparse import Namespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.activations import squared_relu
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.fusions.fused_bias_geglu import quick_gelu
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer.enums import AttnBackend
+
+from megatron_ext.models.config import PanguProConfig
+
+#: Kernels of Apex, Transformer Engine or CUDA extensions: never there on a CPU.
+CUDA_FUSIONS = (
+    "apply_rope_fusion",
+    "bias_activation_fusion",
+    "bias_dropout_fusion",
+    "gradient_accumulation_fusion",
+    "masked_softmax_fusion",
+    "persist_layer_norm",
+)
+
+
+def transformer_config(args: Namespace) -> PanguProConfig:
+    """The model's configuration. Weights are not drawn while it is built: ours are drawn afterwards,
+    at full shape, so that they do not depend on the layout."""
+    values = _shared(args, PanguProConfig)
+    values |= _renamed(args) | _activation(args)
+    if args.device == "cpu":
+        values |= dict.fromkeys(CUDA_FUSIONS, False)
+    return PanguProConfig(**values)
+
+
+def _shared(args: Namespace, config: type) -> dict[str, Any]:
+    """The arguments that a configuration class has under the same name."""
+    names = {field.name for field in dataclasses.fields(config)}
+    return {name: value for name, value in vars(args).items() if name in names}
+
+
+def _renamed(args: Namespace) -> dict[str, Any]:
+    """Fields whose name or form differs from the argument's."""
+    local = args.transformer_impl == "local"
+    return {
+        "attention_backend": AttnBackend[args.attention_backend],
+        "num_query_groups": args.num_query_groups if args.group_query_attention else None,
+        "num_layers_in_first_pipeline_stage": args.decoder_first_pipeline_num_layers,
+        "num_layers_in_last_pipeline_stage": args.decoder_last_pipeline_num_layers,
+        "cp_comm_type": args.cp_comm_type[0] if len(args.cp_comm_type) == 1 else args.cp_comm_type,
+        "params_dtype": args.params_dtype,
+        "pipeline_dtype": args.params_dtype,
+        "batch_p2p_comm": not args.overlap_p2p_comm,
+        "deallocate_pipeline_outputs": True,
+        "persist_layer_norm": not args.no_persist_layer_norm,
+        "fp8_param": args.fp8_param_gather,
+        "perform_initialization": False,
+        "use_cpu_initialization": bool(args.use_cpu_initialization),
+        # The local attention never makes a masked softmax that could be fused.
+        "masked_softmax_fusion": args.masked_softmax_fusion and not local,
+    }
+
+
+def _activation(args: Namespace) -> dict[str, Any]:
+    """The FFN's nonlinearity; Megatron-Core's fused forms would pass the series activation by."""
+    series = args.series_activation_order > 0
+    if args.swiglu:
+        return {
+            "activation_func": F.silu,
+            "gated_linear_unit": True,
+            "bias_activation_fusion": args.bias_swiglu_fusion and not series,
+        }
+    if args.squared_relu:
+        return {"activation_func": squared_relu, "bias_activation_fusion": False}
+    if args.quick_geglu:
+        return {"activation_func": quick_gelu, "gated_linear_unit": True, "bias_activation_fusion": False}
+    return {"activation_func": F.gelu, "bias_activation_fusion": args.bias_gelu_fusion}
+
+
+def optimizer_config(args: Namespace) -> OptimizerConfig:
+    """The optimizer's configuration; loss scaling is for fp16 alone."""
+    return OptimizerConfig(**(_shared(args, OptimizerConfig) | {"fp8_recipe": args.fp8_recipe if args.fp8 else None}))
+
+
+def ddp_config(args: Namespace) -> DistributedDataParallelConfig:
+    """How gradients are kept and reduced over the data parallel ranks."""
+    values = _shared(args, DistributedDataParallelConfig)
+    return DistributedDataParallelConfig(
+        **values
+        | {
+            "grad_reduce_in_fp32": args.accumulate_allreduce_grads_in_fp32,
+            "check_for_nan_in_grad": args.check_for_nan_in_loss_and_grad,
+            "bucket_size": args.ddp_bucket_size,
+            "pad_buckets_for_high_nccl_busbw": args.ddp_pad_buckets_for_high_nccl_busbw,
+            "average_in_collective": args.ddp_average_in_collective,
+            "align_param_gather": args.overlap_param_gather
+            and args.virtual_pipeline_model_parallel_size is not None,
+        }
+    )
+
+
+def bucket_size(args: Namespace, parameters: int) -> int | None:
+    """Parameters in a gradient bucket of a rank that holds ``parameters``, for --ddp-num-buckets."""
+    return args.ddp_bucket_size if args.ddp_num_buckets is None else parameters // args.ddp_num_buckets
+
+
+def padded_vocab_size(true_size: int, args: Namespace) -> int:
+    """Rows of the embedding for a tokenizer of ``true_size`` pieces.
+
+    A multiple of --make-vocab-size-divisible-by, the same at every tensor parallel size: Megatron-LM
+    pads to that number times the tensor parallel size, so its checkpoints change shape with the
+    layout. Only a tensor parallel size that does not divide the result pads further, to the least
+    multiple that it divides. --padded-vocab-size wins.
+
+    Raises:
+        ValueError: --padded-vocab-size is smaller than the tokenizer or not divisible.
+    """
+    parallel = args.tensor_model_parallel_size
+    if args.padded_vocab_size is not None:
+        if args.padded_vocab_size < true_size or args.padded_vocab_size % parallel:
+            raise ValueError(
+                f"--padded-vocab-size {args.padded_vocab_size} must be at least the tokenizer's {true_size} "
+                f"and divisible by --tensor-model-parallel-size {parallel}"
+            )
+        return args.padded_vocab_size
+    unit = args.make_vocab_size_divisible_by
+    if -(-true_size // unit) * unit % parallel:
+        unit = math.lcm(unit, parallel)
+    return -(-true_size // unit) * unit
+
+
+def dtype_of_gradients(args: Namespace) -> torch.dtype:
+    """The number format that gradients are summed in."""
+    return torch.float32 if args.accumulate_allreduce_grads_in_fp32 else args.params_dtype

@@ -1,0 +1,117 @@
+"""From a command line to a complete, checked namespace."""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from types import MappingProxyType
+
+from megatron_ext.arguments import derive, refused, validate
+from megatron_ext.arguments.factory import add_group, default_of
+from megatron_ext.arguments.groups import options, sections
+from megatron_ext.models.presets import preset
+
+DESCRIPTION = """Pretrain PanGu-pi Pro, or any Llama-like model, with Megatron-Core.
+
+Flags, defaults and meanings are Megatron-LM's where Megatron-LM has the idea. One process:
+    python pretrain_pangu_pro.py --model-preset tiny --mock-data ...
+Two processes that share the model by tensor parallelism, on a CPU or on two GPUs:
+    torchrun --nproc-per-node 2 pretrain_pangu_pro.py --tensor-model-parallel-size 2 ..."""
+
+
+class CommandLineError(ValueError):
+    """A command line that cannot run; ``problems`` are its reasons, one sentence each."""
+
+    def __init__(self, problems: Sequence[str]):
+        super().__init__("\n".join(f"  - {problem}" for problem in problems))
+        self.problems = list(problems)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that raises instead of leaving, so that every caller reports in one place."""
+
+    def error(self, message: str):
+        raise CommandLineError([message])
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser with a section for each group of flags; abbreviated flags are not understood."""
+    parser = _Parser(
+        prog="pretrain_pangu_pro.py",
+        usage="%(prog)s [flags]   (torchrun --nproc-per-node N %(prog)s [flags])",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    for title, group in sections().items():
+        add_group(parser, title, group)
+    return parser
+
+
+def parse_args(
+    argv: Sequence[str] | None = None, *, world_size: int | None = None, device: str | None = None
+) -> argparse.Namespace:
+    """Parse, fill in, check; on any problem print all of them and leave with exit code 2.
+
+    Args:
+        argv: the command line without the program; by default this process's.
+        world_size: processes of the job; by default what the launcher put in the environment.
+        device: ``"cpu"`` or ``"cuda"`` to check a command line for another machine; by default this
+            process's device, which is thereby settled.
+    """
+    try:
+        return read_args(argv, world_size=world_size, device=device)
+    except CommandLineError as error:
+        return _leave(error)
+
+
+def read_args(
+    argv: Sequence[str] | None = None, *, world_size: int | None = None, device: str | None = None
+) -> argparse.Namespace:
+    """:func:`parse_args` for callers that want the problems as an exception.
+
+    Raises:
+        CommandLineError: with every problem of the command line.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    typed, unknown = make_parser().parse_known_args(argv)
+    problems = refused.problems(unknown)
+    args = with_defaults(typed, problems)
+    derive.from_environment(args, world_size)
+    problems += derive.device(args, device)
+    warnings = derive.before_rules(args)
+    problems += validate.problems(args, MappingProxyType(vars(typed)))
+    if problems:
+        raise CommandLineError(problems)
+    derive.after_rules(args)
+    if args.rank == 0:
+        for warning in warnings:
+            print(f"WARNING: {warning}", file=sys.stderr)
+    return args
+
+
+def with_defaults(typed: argparse.Namespace, problems: list[str]) -> argparse.Namespace:
+    """Defaults, over them the preset's values, over them what was typed."""
+    values = {name: default_of(option) for name, option in options().items()}
+    values = {name: value.copy() if isinstance(value, list) else value for name, value in values.items()}
+    if getattr(typed, "model_preset", None) is not None:
+        try:
+            values |= preset(typed.model_preset).flags()
+        except LookupError as error:
+            problems.append(str(error.args[0]))
+    return argparse.Namespace(**(values | vars(typed)))
+
+
+def _leave(error: CommandLineError):
+    rank = int(os.environ.get("RANK", 0))
+    if rank:
+        # Rank 0 reports. torchrun ends the whole job as soon as one process fails, so the others wait.
+        time.sleep(2)
+        raise SystemExit(2)
+    count = len(error.problems)
+    sys.stderr.write(
+        f"pretrain_pangu_pro.py: {'a problem' if count == 1 else f'{count} problems'} with the command line:\n"
+        f"{error}\nSee --help for every flag.\n"
+    )
+    raise SystemExit(2)

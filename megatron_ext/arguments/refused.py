@@ -1,0 +1,55 @@
+"""Flags that are not understood: why, and what may have been meant."""
+
+import difflib
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+from megatron_ext.arguments.factory import argparse_form
+from megatron_ext.arguments.groups import options
+
+UPSTREAM = "Megatron-LM 0.16.1"
+
+
+@cache
+def known_to_upstream() -> dict[str, str]:
+    """Flag -> reason, for Megatron-LM's flags that are not supported here (``unsupported.txt``)."""
+    reasons, reason = {}, ""
+    for line in Path(__file__).with_name("unsupported.txt").read_text(encoding="utf-8").splitlines():
+        if line.startswith("# ") or not line.strip():
+            continue
+        if line.startswith("--"):
+            reasons |= dict.fromkeys(line.split(), reason)
+        else:
+            reason = line.strip()
+    return reasons
+
+
+@cache
+def spellings() -> tuple[str, ...]:
+    """Every flag that is understood."""
+    return tuple(name for option in options().values() for name in argparse_form(option)[0])
+
+
+def problems(unknown: Sequence[str]) -> list[str]:
+    """One sentence for each word of the command line that no flag took."""
+    found, of_refused_flag = [], False
+    for word in unknown:
+        if word.startswith("--"):
+            of_refused_flag = True
+            found.append(_about_flag(word.split("=")[0]))
+        elif not of_refused_flag:
+            found.append(f"{word!r} belongs to no flag{_quoting_hint(word)}")
+    return found
+
+
+def _about_flag(name: str) -> str:
+    reason = known_to_upstream().get(name)
+    if reason:
+        return f"{name} is known to {UPSTREAM} but not supported here: {reason}"
+    close = difflib.get_close_matches(name.replace("_", "-"), spellings(), n=1, cutoff=0.6)
+    return f"{name} is not a flag of this program" + (f"; did you mean {close[0]}?" if close else "")
+
+
+def _quoting_hint(word: str) -> str:
+    return " (a flag and its value quoted as one word?)" if " --" in f" {word}" else ""

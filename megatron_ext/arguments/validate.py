@@ -1,0 +1,6 @@
+"""The rules."""
+
+
+def problems(args, typed):
+    """Every rule's problems."""
+    return []

@@ -1,0 +1,100 @@
+"""A microbatch on its way through the model, and the loss at its end."""
+
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor, nn
+
+from megatron_ext import platform
+
+
+@dataclass
+class Batch:
+    """One microbatch; b samples of s tokens."""
+
+    tokens: Tensor  # [b, s] int64
+    labels: Tensor  # [b, s] int64
+    loss_mask: Tensor  # [b, s] float32
+    position_ids: Tensor  # [b, s] int64
+    attention_mask: Tensor | None  # [b, 1, s, s] bool, True = forbidden; None = causal
+
+
+def next_batch(iterator: Iterator[dict] | None) -> Batch | None:
+    """The next microbatch on this rank's device; None on a stage that needs none."""
+    if iterator is None:
+        return None
+    sample = next(iterator)
+    device = platform.current_device()
+    fields = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
+    return Batch(*(sample[name].to(device, non_blocking=True) if name in sample else None for name in fields))
+
+
+def needs_data(args: Namespace, vp_stage: int | None = None) -> bool:
+    """Whether this pipeline stage reads samples: the ends do, and all do if masks follow documents."""
+    return (
+        args.reset_attention_mask
+        or parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
+        or parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
+    )
+
+
+@dataclass
+class LossCounter:
+    """Turns the losses of a microbatch into what is trained on and what is reported.
+
+    ``token_bytes`` ([vocabulary] int32: UTF-8 bytes of each id, 0 for special tokens) turns on the
+    count of bytes, for bits per byte. ``bad`` collects the microbatches of this step whose loss is
+    not finite; raising here would leave the other ranks waiting in the middle of a schedule.
+    """
+
+    token_bytes: Tensor | None = None
+    bad: list[str] = field(default_factory=list)
+    microbatch: int = 0
+
+    def __call__(self, batch: Batch, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """[b, s] losses in nats -> (their sum, number of tokens, sums to report).
+
+        The sums are [loss, tokens], followed by [loss over tokens with text, bytes of text].
+        """
+        losses, mask = losses.float(), batch.loss_mask
+        loss = torch.sum(losses * mask)
+        tokens = mask.sum().to(torch.int)
+        self._note(loss.detach())
+        sums = [loss.detach(), tokens]
+        if self.token_bytes is not None:
+            text_bytes = self.token_bytes[batch.labels] * mask
+            sums += [torch.sum(losses.detach() * mask * (text_bytes > 0)), text_bytes.sum()]
+        return loss, tokens, {"lm loss": torch.stack([value.double() for value in sums])}
+
+    def _note(self, loss: Tensor) -> None:
+        if not torch.isfinite(loss):
+            kind = "NaN" if torch.isnan(loss) else "Inf"
+            self.bad.append(f"the loss of microbatch {self.microbatch} is {kind}")
+        self.microbatch += 1
+
+
+def forward_step(iterator: Iterator[dict] | None, model: nn.Module, counter: LossCounter):
+    """One microbatch through this stage's chunk, as Megatron-Core's schedules call it.
+
+    Returns the chunk's output and the function that turns the last stage's output into the loss.
+    """
+    batch = next_batch(iterator)
+    if batch is None:
+        return model(None, None, None), None
+    output = model(batch.tokens, batch.position_ids, batch.attention_mask, labels=batch.labels)
+    return output, partial(counter, batch)
+
+
+def total(reduced: list[dict[str, Tensor]]) -> Tensor | None:
+    """Sum the reported sums over microbatches and data parallel ranks; None off the last stage."""
+    if not reduced:
+        return None
+    sums = torch.stack([entry["lm loss"] for entry in reduced]).sum(0)
+    torch.distributed.all_reduce(
+        sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True)
+    )
+    return sums

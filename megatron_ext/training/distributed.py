@@ -1,0 +1,100 @@
+"""Joining the job's processes and laying the parallel groups over them."""
+
+import sys
+from argparse import Namespace
+from datetime import timedelta
+
+import torch
+from megatron.core import num_microbatches_calculator, parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from megatron_ext import platform
+
+
+def initialize(args: Namespace) -> None:
+    """Process group, tensor x pipeline x data parallel groups, seeds and microbatch counter."""
+    platform.init_process_group(
+        args.distributed_backend,
+        args.rank,
+        args.world_size,
+        args.local_rank,
+        timeout=timedelta(minutes=args.distributed_timeout_minutes),
+    )
+    parallel_state.initialize_model_parallel(
+        args.tensor_model_parallel_size,
+        args.pipeline_model_parallel_size,
+        args.virtual_pipeline_model_parallel_size,
+        context_parallel_size=args.context_parallel_size,
+        distributed_timeout_minutes=args.distributed_timeout_minutes,
+        # gloo is already the backend of every group on a CPU.
+        create_gloo_process_groups=platform.on_gpu(),
+    )
+    seed(args)
+    num_microbatches_calculator.init_num_microbatches_calculator(
+        args.rank,
+        args.rampup_batch_size,
+        args.global_batch_size,
+        args.micro_batch_size,
+        args.data_parallel_size,
+        args.decrease_batch_size_if_needed,
+    )
+
+
+def seed(args: Namespace) -> None:
+    """Seed every generator as Megatron-LM does: by pipeline stage, by tensor parallel rank in its tracker.
+
+    The initial weights do not come from these (models/initialization.py); dropout does.
+    """
+    value = args.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    if args.data_parallel_random_init:
+        value += 10 * parallel_state.get_data_parallel_rank()
+    platform.seed_all(value)
+    model_parallel_cuda_manual_seed(value)
+
+
+def finalize() -> None:
+    """Leave the process group, so that no rank is left waiting for a socket."""
+    num_microbatches_calculator.unset_num_microbatches_calculator()
+    parallel_state.destroy_model_parallel()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def is_last_rank() -> bool:
+    """Whether this is the rank that reports: the last one, which holds the loss in every layout."""
+    return torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
+
+
+def print_rank_0(message: str) -> None:
+    """Print once a job."""
+    if torch.distributed.get_rank() == 0:
+        print(message, flush=True)
+
+
+def agree_max(values: list[float]) -> list[float]:
+    """The largest of each value over all ranks; a collective call."""
+    if torch.distributed.get_world_size() == 1:
+        return values
+    tensor = torch.tensor(values, dtype=torch.float64, device=platform.current_device())
+    torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
+    return tensor.tolist()
+
+
+def all_or_raise(error: Exception | None) -> None:
+    """Raise on every rank if any rank failed, so that no rank waits for one that is gone.
+
+    The failing rank raises its own error; the others name the first rank that failed.
+    """
+    ranks = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(ranks, None if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    for rank, message in enumerate(ranks):
+        if message is not None:
+            raise RuntimeError(f"rank {rank} failed: {message}")
+
+
+def flush() -> None:
+    """Push buffered output out before a rank ends."""
+    sys.stdout.flush()
+    sys.stderr.flush()

@@ -1,0 +1,191 @@
+"""The training loop: steps, validation, saves, and an orderly end."""
+
+import gc
+import time
+from argparse import Namespace
+from dataclasses import asdict, dataclass, field
+
+import torch
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.num_microbatches_calculator import (
+    get_current_global_batch_size,
+    get_num_microbatches,
+    update_num_microbatches,
+)
+from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
+
+from megatron_ext import platform
+from megatron_ext.training.checkpointing import save_checkpoint
+from megatron_ext.training.data import chunk_iterators
+from megatron_ext.training.distributed import print_rank_0
+from megatron_ext.training.evaluation import evaluate
+from megatron_ext.training.profiling import Profiler
+from megatron_ext.training.reporting import IterationReport, Reporter, params_norm
+from megatron_ext.training.step import StepResult, parameters_in_place, train_step
+from megatron_ext.training.stopping import Stopping
+
+
+@dataclass
+class Progress:
+    """How far a run is; stored in checkpoints."""
+
+    iteration: int = 0
+    consumed_train_samples: int = 0
+    consumed_valid_samples: int = 0
+    skipped_train_samples: int = 0
+
+
+@dataclass
+class Trainer:
+    """Everything a run works with, and the loop over it.
+
+    ``datasets`` are the training, validation and test sets (None where absent); ``token_bytes``
+    the UTF-8 bytes of each token id.
+    """
+
+    args: Namespace
+    model: list
+    optimizer: object
+    scheduler: object
+    datasets: tuple
+    token_bytes: torch.Tensor
+    progress: Progress = field(default_factory=Progress)
+
+    def train(self) -> None:
+        """Train to ``--train-iters``, or until a signal, a time limit or an interval says stop."""
+        args, progress = self.args, self.progress
+        connect(self.model, self.optimizer, args)
+        for chunk in self.model:
+            chunk.train()
+        self.reporter = Reporter(args, progress.iteration)
+        self.stopping, self.profiler = Stopping(args), Profiler(args)
+        self.saved_at = progress.iteration
+        self.valid_iterators = chunk_iterators(self.datasets[1], args, progress.consumed_valid_samples)
+        try:
+            reason = None
+            if not args.skip_train:
+                reason = self._train_iterations()
+            if reason is None:
+                self._last_evaluations()
+        finally:
+            self.reporter.close()
+            self.stopping.restore()
+
+    def _train_iterations(self) -> str | None:
+        """Returns why the loop ended early, or None."""
+        args, progress = self.args, self.progress
+        iterators = chunk_iterators(self.datasets[0], args, progress.consumed_train_samples)
+        if args.manual_gc:
+            gc.disable()
+        while progress.iteration < args.train_iters:
+            update_num_microbatches(progress.consumed_train_samples, consistency_check=True, verbose=True)
+            self.profiler.before(progress.iteration)
+            started = time.perf_counter()
+            if progress.iteration + 1 in args.iterations_to_skip:
+                result = self._skip_step(iterators)
+            else:
+                result = train_step(iterators, self.model, self.optimizer, self.scheduler, args)
+            progress.iteration += 1
+            progress.consumed_train_samples += get_current_global_batch_size()
+            self._report(result, time.perf_counter() - started)
+            self.profiler.after(progress.iteration)
+            if args.eval_interval and progress.iteration % args.eval_interval == 0 and self.datasets[1]:
+                self.validate("validation", self.valid_iterators)
+            if (
+                args.manual_gc
+                and args.manual_gc_interval
+                and progress.iteration % args.manual_gc_interval == 0
+            ):
+                gc.collect()
+            reason = self.stopping.reason(progress.iteration)
+            self._save_if_due(last=reason is not None or progress.iteration == args.train_iters)
+            if reason:
+                print_rank_0(f"exiting program at iteration {progress.iteration}: {reason}")
+                return reason
+        return None
+
+    def _skip_step(self, iterators: list) -> StepResult:
+        """Pass over one global batch without training on it (``--iterations-to-skip``)."""
+        for iterator in iterators:
+            for _ in range(get_num_microbatches() if iterator is not None else 0):
+                next(iterator)
+        self.progress.skipped_train_samples += get_current_global_batch_size()
+        return StepResult(float("nan"), 0.0, None, skipped=True)
+
+    def _report(self, result: StepResult, seconds: float) -> None:
+        args = self.args
+        logs_norm = args.log_params_norm and self.progress.iteration % args.log_interval == 0
+        self.reporter.iteration(
+            IterationReport(
+                iteration=self.progress.iteration,
+                consumed_samples=self.progress.consumed_train_samples,
+                global_batch_size=get_current_global_batch_size(),
+                lm_loss=result.lm_loss,
+                grad_norm=result.grad_norm,
+                learning_rate=get_canonical_lr_for_logging(self.optimizer.param_groups) or 0.0,
+                loss_scale=self.optimizer.get_loss_scale().item(),
+                seconds=seconds,
+                skipped=result.skipped,
+                num_zeros_in_grad=result.num_zeros_in_grad,
+                params_norm=params_norm(self.model) if logs_norm else None,
+            )
+        )
+
+    def validate(self, split: str, iterators: list) -> None:
+        """Evaluate on ``--eval-iters`` global batches and report."""
+        args, progress = self.args, self.progress
+        result = evaluate(iterators, self.model, args, self.token_bytes, args.eval_iters)
+        if split == "validation":
+            progress.consumed_valid_samples += args.eval_iters * args.global_batch_size
+        self.reporter.evaluation(result, progress.iteration, progress.consumed_train_samples, split)
+
+    def _last_evaluations(self) -> None:
+        """Validation and test loss of the final model, as Megatron-LM ends a run."""
+        if not self.args.eval_iters:
+            return
+        at = self.progress.iteration
+        evaluated = self.args.eval_interval and at and at % self.args.eval_interval == 0
+        if self.datasets[1] and (self.args.skip_train or not evaluated):
+            self.validate("validation", self.valid_iterators)
+        if self.datasets[2]:
+            self.validate("test", chunk_iterators(self.datasets[2], self.args, 0))
+
+    def _save_if_due(self, last: bool) -> None:
+        args, iteration = self.args, self.progress.iteration
+        if not args.save or iteration == self.saved_at:
+            return
+        if last or iteration % args.save_interval == 0:
+            self.save()
+
+    def save(self) -> None:
+        """Write a checkpoint of this iteration; a collective call."""
+        with parameters_in_place(self.model, self.args):
+            save_checkpoint(
+                self.args.save,
+                self.progress.iteration,
+                model=self.model,
+                optimizer=self.optimizer,
+                scheduler=self.scheduler,
+                run_state=asdict(self.progress),
+                args=self.args,
+            )
+        self.saved_at = self.progress.iteration
+
+
+def connect(model: list, optimizer, args: Namespace) -> None:
+    """Tell Megatron-Core's schedules how to scale the loss and when to reduce gradients."""
+    config = model[0].config
+    config.grad_scale_func = optimizer.scale_loss
+    config.finalize_model_grads_func = finalize_model_grads
+
+    def per_chunk(method: str):
+        methods = [getattr(chunk, method) for chunk in model]
+        return methods[0] if len(methods) == 1 else methods
+
+    if args.overlap_grad_reduce:
+        config.no_sync_func = per_chunk("no_sync")
+        if args.align_grad_reduce and args.pipeline_model_parallel_size > 1:
+            config.grad_sync_func = per_chunk("start_grad_sync")
+    if args.overlap_param_gather and args.align_param_gather and args.pipeline_model_parallel_size > 1:
+        config.param_sync_func = per_chunk("start_param_sync")
+    platform.synchronize()

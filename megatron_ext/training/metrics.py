@@ -1,0 +1,48 @@
+"""How much work a step is, and how fast this machine can do it."""
+
+import time
+from argparse import Namespace
+from functools import cache
+
+import torch
+
+from megatron_ext import platform
+
+
+def flops_per_token(args: Namespace) -> float:
+    """Floating point operations of forward and backward for one token, matmuls only.
+
+    2 a multiply-add, 3 for forward and two products of the backward. Causal attention is counted
+    as the half that is not masked, as Megatron-LM 0.16 counts it; recomputation is not counted.
+    """
+    h, f, s = args.hidden_size, args.ffn_hidden_size, args.seq_length
+    attention = args.num_attention_heads * args.kv_channels
+    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    projections = h * (attention + 2 * groups * args.kv_channels) + attention * h
+    scores = 2 * attention * s / 2
+    feed_forward = (3 if args.swiglu else 2) * h * f
+    shortcut = args.augmented_shortcuts * 2 * h * (h // args.augmented_shortcut_reduction)
+    layer = projections + scores + feed_forward + shortcut
+    return 6.0 * (args.num_layers * layer + h * args.padded_vocab_size)
+
+
+@cache
+def peak_flops(dtype: torch.dtype, seconds: float = 0.3) -> float:
+    """Floating point operations a second of this device: a data sheet's for a GPU we know, else measured.
+
+    On a CPU it is the best of repeated matmuls with the threads of this process, once a run.
+    """
+    if platform.on_gpu():
+        return platform.data_sheet_peak_flops(dtype) or _measured_peak(dtype, 4096, seconds)
+    return _measured_peak(dtype, 1024, seconds)
+
+
+def _measured_peak(dtype: torch.dtype, n: int, seconds: float) -> float:
+    a, b = (torch.ones(n, n, dtype=dtype, device=platform.current_device()) for _ in range(2))
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        torch.mm(a, b)
+        platform.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best

@@ -1,0 +1,237 @@
+"""What a run says: Megatron's log line, JSON Lines, TensorBoard, and a bar on a terminal."""
+
+import json
+import math
+import sys
+import time
+from argparse import Namespace
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from megatron_ext.training.distributed import is_last_rank
+from megatron_ext.training.evaluation import Evaluation
+from megatron_ext.training.metrics import flops_per_token, peak_flops
+
+
+@dataclass
+class IterationReport:
+    """One finished iteration."""
+
+    iteration: int
+    consumed_samples: int
+    global_batch_size: int
+    lm_loss: float
+    grad_norm: float
+    learning_rate: float
+    loss_scale: float
+    seconds: float
+    skipped: bool
+    num_zeros_in_grad: int | None = None
+    params_norm: float | None = None
+
+
+@dataclass
+class _Window:
+    """The iterations since the last log line."""
+
+    reports: list[IterationReport] = field(default_factory=list)
+
+    def mean(self, name: str) -> float:
+        values = [getattr(report, name) for report in self.reports if not report.skipped]
+        return sum(values) / len(values) if values else 0.0
+
+
+class Reporter:
+    """Reports from the last rank, which holds the loss; silent on the others.
+
+    ``--metrics-file`` gets one JSON object an iteration with full precision and is appended to, so
+    that a resumed run continues it.
+    """
+
+    def __init__(self, args: Namespace, first_iteration: int):
+        self.args = args
+        self.active = is_last_rank()
+        self.window = _Window()
+        self.skipped = 0
+        self.metrics = self.tensorboard = self.bar = None
+        if not self.active:
+            return
+        self.flops_per_token = flops_per_token(args)
+        self.peak_flops = peak_flops(args.params_dtype)
+        if args.metrics_file:
+            Path(args.metrics_file).parent.mkdir(parents=True, exist_ok=True)
+            self.metrics = open(args.metrics_file, "a", encoding="utf-8")  # noqa: SIM115
+        if args.tensorboard_dir:
+            # Imported here: it costs a second, and most short runs do without.
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(args.tensorboard_dir, max_queue=args.tensorboard_queue_size)
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=args.train_iters, initial=first_iteration, unit="it", dynamic_ncols=True)
+
+    def iteration(self, report: IterationReport) -> None:
+        """Take in one iteration; prints a line every ``--log-interval``."""
+        if not self.active:
+            return
+        self.skipped += report.skipped
+        self.window.reports.append(report)
+        speed = self._speed(report)
+        self._write(_iteration_record(report, self.args.seq_length) | speed)
+        if report.iteration % self.args.tensorboard_log_interval == 0:
+            self._tensorboard_iteration(report, speed)
+        if self.bar:
+            self.bar.update(1)
+            self.bar.set_postfix_str(f"loss {report.lm_loss:.4f}, {speed['tokens_per_second']:.0f} tokens/s")
+        if report.iteration % self.args.log_interval == 0 or report.iteration == self.args.train_iters:
+            self.say(self._line())
+            self.window, self.skipped = _Window(), 0
+
+    def evaluation(self, result: Evaluation, iteration: int, consumed_samples: int, split: str) -> None:
+        """Report a validation or test loss."""
+        if not self.active:
+            return
+        ppl = math.exp(min(20, result.lm_loss))
+        where = f"iteration {iteration} on {split} set"
+        text = (
+            f" validation loss at {where} | lm loss value: {result.lm_loss:.6E} | lm loss PPL: {ppl:.6E} | "
+        )
+        text += f"bits per byte: {result.bits_per_byte:.4f} | "
+        self.say("-" * len(text) + "\n" + text + "\n" + "-" * len(text))
+        record = {"iteration": iteration, "split": split}
+        self._write(record | {"lm_loss": result.lm_loss, "bits_per_byte": _number(result.bits_per_byte)})
+        if self.tensorboard:
+            tag = "lm loss validation" if split == "validation" else f"lm loss {split}"
+            self._scalar(tag, result.lm_loss, iteration, consumed_samples)
+            self._scalar(f"{tag} bits per byte", result.bits_per_byte, iteration, consumed_samples)
+            if self.args.log_validation_ppl_to_tensorboard:
+                self._scalar(f"{tag} ppl", ppl, iteration, consumed_samples)
+
+    def say(self, text: str) -> None:
+        """Print without breaking the bar."""
+        if self.active:
+            tqdm.write(text) if self.bar else print(text, flush=True)
+
+    def close(self) -> None:
+        """Flush and close what is open."""
+        for sink in (self.metrics, self.tensorboard, self.bar):
+            if sink is not None:
+                sink.close()
+
+    def _speed(self, report: IterationReport) -> dict[str, float]:
+        tokens = report.global_batch_size * self.args.seq_length / report.seconds
+        flops = tokens * self.flops_per_token / self.args.world_size
+        return {
+            "tokens_per_second": tokens,
+            "tflops_per_device": flops / 1e12,
+            "mfu": flops / self.peak_flops,
+            "elapsed_ms_per_iteration": report.seconds * 1000,
+        }
+
+    def _line(self) -> str:
+        """Megatron-LM's line, field by field (training.py:training_log)."""
+        last, window = self.window.reports[-1], self.window
+        mean_report = IterationReport(**{**vars(last), "seconds": window.mean("seconds") or last.seconds})
+        speed = self._speed(mean_report)
+        line = f" [{datetime.now().strftime('%Y-%m-%d %H:%M:%S')}]"
+        line += f" iteration {last.iteration:8d}/{self.args.train_iters:8d} |"
+        line += f" consumed samples: {last.consumed_samples:12d} |"
+        line += f" elapsed time per iteration (ms): {speed['elapsed_ms_per_iteration']:.1f} |"
+        if self.args.log_throughput:
+            line += f" throughput per GPU (TFLOP/s/GPU): {speed['tflops_per_device']:.1f} |"
+            line += f" tokens/s: {speed['tokens_per_second']:.0f} | MFU: {100 * speed['mfu']:.1f}% |"
+        line += f" learning rate: {last.learning_rate:.6E} |"
+        line += f" global batch size: {last.global_batch_size:5d} |"
+        line += f" lm loss: {window.mean('lm_loss'):.6E} |"
+        line += f" loss scale: {last.loss_scale:.1f} |"
+        line += f" grad norm: {last.grad_norm:.3f} |"
+        if last.num_zeros_in_grad is not None:
+            line += f" num zeros: {last.num_zeros_in_grad} |"
+        if last.params_norm is not None:
+            line += f" params norm: {last.params_norm:.3f} |"
+        line += f" number of skipped iterations: {self.skipped:3d} |"
+        line += f" number of nan iterations: {0:3d} |"
+        return line
+
+    def _tensorboard_iteration(self, report: IterationReport, speed: dict[str, float]) -> None:
+        if not self.tensorboard:
+            return
+        values = {
+            "learning-rate": report.learning_rate,
+            "batch-size": report.global_batch_size,
+            "lm loss": report.lm_loss,
+            "grad-norm": report.grad_norm,
+            "iteration-time": report.seconds,
+        }
+        if self.args.log_loss_scale_to_tensorboard:
+            values["loss-scale"] = report.loss_scale
+        if self.args.log_world_size_to_tensorboard:
+            values["world-size"] = self.args.world_size
+        if self.args.log_throughput:
+            values["throughput"] = speed["tflops_per_device"]
+        if report.num_zeros_in_grad is not None:
+            values["num-zeros"] = report.num_zeros_in_grad
+        if report.params_norm is not None:
+            values["params-norm"] = report.params_norm
+        for tag, value in values.items():
+            self._scalar(tag, value, report.iteration, report.consumed_samples)
+
+    def _scalar(self, tag: str, value: float, iteration: int, samples: int) -> None:
+        self.tensorboard.add_scalar(tag, value, iteration)
+        self.tensorboard.add_scalar(f"{tag} vs samples", value, samples)
+
+    def _write(self, record: dict) -> None:
+        if self.metrics:
+            self.metrics.write(json.dumps(record) + "\n")
+            self.metrics.flush()
+
+
+def _iteration_record(report: IterationReport, seq_length: int) -> dict:
+    record = {
+        "iteration": report.iteration,
+        "consumed_samples": report.consumed_samples,
+        "consumed_tokens": report.consumed_samples * seq_length,
+        "lm_loss": _number(report.lm_loss),
+        "grad_norm": report.grad_norm,
+        "learning_rate": report.learning_rate,
+        "global_batch_size": report.global_batch_size,
+        "loss_scale": report.loss_scale,
+        "skipped": report.skipped,
+        "time": time.time(),
+    }
+    optional = {"num_zeros_in_grad": report.num_zeros_in_grad, "params_norm": report.params_norm}
+    return record | {name: value for name, value in optional.items() if value is not None}
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN."""
+    return value if math.isfinite(value) else None
+
+
+def params_norm(model: list[torch.nn.Module]) -> float:
+    """L2 norm of all parameters, counted once; a collective call (``--log-params-norm``)."""
+    from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+    from megatron.core.transformer.module import param_is_not_shared
+
+    from megatron_ext.platform.numerics import sum_of_squares
+
+    squares = sum(
+        sum_of_squares(parameter)
+        for chunk in model
+        for parameter in chunk.parameters()
+        if param_is_not_tensor_parallel_duplicate(parameter) and param_is_not_shared(parameter)
+    )
+    return _sum_over_model_parallel(squares) ** 0.5
+
+
+def _sum_over_model_parallel(value: float) -> float:
+    from megatron.core import parallel_state
+
+    from megatron_ext import platform
+
+    total = torch.tensor([value], dtype=torch.float64, device=platform.current_device())
+    torch.distributed.all_reduce(total, group=parallel_state.get_model_parallel_group())
+    return total.item()

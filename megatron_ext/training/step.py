@@ -1,0 +1,131 @@
+"""One training step: forward and backward over the microbatches, then the update."""
+
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import nn
+
+from megatron_ext import platform
+from megatron_ext.models.builder import unwrap
+from megatron_ext.training import batch as batches
+from megatron_ext.training.distributed import agree_max
+
+
+class BadNumbers(RuntimeError):
+    """A loss or a gradient is NaN or Inf."""
+
+
+@dataclass
+class StepResult:
+    """What one step did. ``lm_loss`` is the mean over the global batch's tokens, in nats."""
+
+    lm_loss: float
+    grad_norm: float
+    num_zeros_in_grad: int | None
+    skipped: bool
+
+
+def train_step(
+    iterators: list[Iterator | None],
+    model: list[nn.Module],
+    optimizer,
+    scheduler,
+    args: Namespace,
+) -> StepResult:
+    """Accumulate the gradients of one global batch over all microbatches and ranks, and update.
+
+    Raises:
+        BadNumbers: on every rank, before any parameter has changed.
+    """
+    counter = batches.LossCounter()
+    for chunk in model:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    sums = forward_backward(iterators, model, args, counter, forward_only=False)
+    if args.check_for_nan_in_loss_and_grad:
+        check_finite(model, counter)
+
+    updated, grad_norm, num_zeros = optimizer.step()
+    updated = not agree_max([0.0 if updated else 1.0])[0]
+    if updated:
+        scheduler.step(increment=get_num_microbatches() * args.micro_batch_size * args.data_parallel_size)
+    loss = float("nan") if sums is None else (sums[0] / sums[1]).item()
+    return StepResult(loss, grad_norm or 0.0, num_zeros, skipped=not updated)
+
+
+def forward_backward(
+    iterators: list[Iterator | None],
+    model: list[nn.Module],
+    args: Namespace,
+    counter: batches.LossCounter,
+    forward_only: bool,
+    num_microbatches: int | None = None,
+):
+    """Run the pipeline schedule; returns the summed report of the last stage, None elsewhere."""
+    reduced = get_forward_backward_func()(
+        forward_step_func=partial(batches.forward_step, counter=counter),
+        data_iterator=iterators if len(model) > 1 else iterators[0],
+        model=model,
+        num_microbatches=num_microbatches or get_num_microbatches(),
+        seq_length=args.seq_length,
+        micro_batch_size=args.micro_batch_size,
+        forward_only=forward_only,
+    )
+    return batches.total(reduced)
+
+
+def check_finite(model: list[nn.Module], counter: batches.LossCounter) -> None:
+    """Raise on all ranks if a loss or a gradient of any rank is NaN or Inf, naming what is known here."""
+    buffers = (buffer for chunk in model for buffer in chunk.buffers)
+    bad_gradient = not all(torch.isfinite(buffer.grad_data.sum()) for buffer in buffers)
+    if not agree_max([float(bad_gradient or bool(counter.bad))])[0]:
+        return
+    problems = list(counter.bad)
+    if bad_gradient:
+        problems.append("NaN or Inf in the gradient of " + ", ".join(_bad_parameters(model)))
+    where = f"rank {torch.distributed.get_rank()}"
+    raise BadNumbers(f"{where}: {'; '.join(problems) or 'another rank found NaN or Inf in its numbers'}")
+
+
+def _bad_parameters(model: list[nn.Module], most: int = 5) -> list[str]:
+    names = [
+        name
+        for chunk in model
+        for name, parameter in unwrap(chunk).named_parameters()
+        if not torch.isfinite(parameter.main_grad).all()
+    ]
+    return names[:most] + ([f"{len(names) - most} more"] if len(names) > most else [])
+
+
+@contextmanager
+def parameters_in_place(model: list[nn.Module], args: Namespace):
+    """Within it every parameter is whole: an overlapped gather of parameters is brought to its end."""
+    overlapped = args.use_distributed_optimizer and args.overlap_param_gather
+    if overlapped:
+        for chunk in model:
+            chunk.disable_forward_pre_hook()
+    try:
+        yield
+    finally:
+        if overlapped:
+            for chunk in model:
+                chunk.enable_forward_pre_hook()
+
+
+@contextmanager
+def evaluation_mode(model: list[nn.Module]):
+    """Dropout off within it."""
+    for chunk in model:
+        chunk.eval()
+    try:
+        yield
+    finally:
+        for chunk in model:
+            chunk.train()
+        platform.empty_cache()

@@ -1,0 +1,39 @@
+"""Pretrain PanGu-pi Pro with tensor, pipeline and data parallelism.
+
+    torchrun --nproc-per-node 2 pretrain_pangu_pro.py --tensor-model-parallel-size 2 \\
+        --model-preset tiny --data-path my_text_document --tokenizer-type SentencePieceTokenizer \\
+        --tokenizer-model my.model --micro-batch-size 4 --train-iters 500 --lr 1e-3 --save checkpoints \\
+        --save-interval 100
+
+Flags are Megatron-LM's; see --help. One process needs no torchrun. Runs on GPUs where torch sees
+some, else on the CPU with the same parallelism over gloo.
+"""
+
+import sys
+import time
+
+START = time.time()
+
+from megatron_ext.arguments import parse_args  # noqa: E402
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, build and train."""
+    args = parse_args(argv)
+
+    # Imported after the flags are known to be right: these take seconds.
+    from megatron_ext.training import distributed
+    from megatron_ext.training.setup import build_trainer
+
+    distributed.initialize(args)
+    trainer = build_trainer(args)
+    distributed.print_rank_0(f" set up in {time.time() - START:.1f} s")
+    trainer.train()
+    distributed.finalize()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"pretrain_pangu_pro.py: error: {error}")
