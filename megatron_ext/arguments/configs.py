@@ -86,7 +86,9 @@ def _activation(args: Namespace) -> dict[str, Any]:
 
 def optimizer_config(args: Namespace) -> OptimizerConfig:
     """The optimizer's configuration; loss scaling is for fp16 alone."""
-    return OptimizerConfig(**(_shared(args, OptimizerConfig) | {"fp8_recipe": args.fp8_recipe if args.fp8 else None}))
+    return OptimizerConfig(
+        **(_shared(args, OptimizerConfig) | {"fp8_recipe": args.fp8_recipe if args.fp8 else None})
+    )
 
 
 def ddp_config(args: Namespace) -> DistributedDataParallelConfig:

@@ -75,9 +75,7 @@ def _model_shape(args: Namespace) -> None:
 
 def model_parallel_size(args: Namespace) -> int:
     """Processes that hold one copy of the model."""
-    return (
-        args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
-    )
+    return args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
 
 
 def pipeline_layers(args: Namespace) -> int:

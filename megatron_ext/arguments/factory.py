@@ -93,8 +93,9 @@ def argparse_form(option: Option) -> tuple[list[str], dict[str, Any]]:
     default = meta.pop("default", option.default)
     spelled = "--" + option.name.replace("_", "-")
     if option.annotation is bool:
+        stem = spelled[2:]
+        on = [spelled] if option.default is not True else [f"--no-{stem}", f"--disable-{stem}"]
         keywords = {"action": "store_false" if option.default is True else "store_true"}
-        on = [spelled] if keywords["action"] == "store_true" else ["--no-" + spelled[2:], "--disable-" + spelled[2:]]
     else:
         keywords, on = {} if "type" in meta else _value_form(option.annotation), [spelled]
     names = meta.pop("arg_names", on)
@@ -162,9 +163,9 @@ def _annotated_fields(node: ast.ClassDef) -> Iterable[tuple[str, ast.AnnAssign, 
 
 
 #: The names that the annotations and defaults of the fields we take from Megatron-Core use.
-_VOCABULARY = {
-    name: getattr(typing, name) for name in ("List", "Literal", "Optional", "Tuple", "Union")
-} | {"field": dataclasses.field}
+_VOCABULARY = {name: getattr(typing, name) for name in ("List", "Literal", "Optional", "Tuple", "Union")} | {
+    "field": dataclasses.field
+}
 
 
 def _core_option(name: str, statement: ast.AnnAssign, doc: str) -> Option:

@@ -61,7 +61,9 @@ PRESETS: dict[str, Preset] = {
     "tiny": Preset(8, 128, 4, 384, 4096, 256, "this project, about 3M parameters"),
     "small": Preset(10, 384, 6, 1024, 8192, 512, "this project, about 25M parameters"),
 }
-PRESETS |= {name.removeprefix("pangu-pi-"): PRESETS[name] for name in list(PRESETS) if name.startswith("pangu-pi-")}
+PRESETS |= {
+    name.removeprefix("pangu-pi-"): PRESETS[name] for name in list(PRESETS) if name.startswith("pangu-pi-")
+}
 
 
 def preset(name: str) -> Preset:
