@@ -97,5 +97,3 @@ class AugmentedSelfAttention(SelfAttention):
         if self.config.augmented_shortcuts:
             output = output + self.augmented_shortcut(hidden_states)
         return output, bias
-
-

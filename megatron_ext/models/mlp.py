@@ -1,5 +1,6 @@
 """The feed-forward block: SwiGLU with PanGu-pi's series activation."""
 
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from torch import Tensor
@@ -23,7 +24,12 @@ class PanguMLP(MLP):
     linear_layers = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
 
     def __init__(self, config: PanguProConfig):
-        super().__init__(config, self.linear_layers, ffn_hidden_size=config.ffn_hidden_size)
+        super().__init__(
+            config,
+            self.linear_layers,
+            ffn_hidden_size=config.ffn_hidden_size,
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+        )
         if config.series_activation_order:
             self.series_activation = SeriesActivation(config, self.tp_group)
 

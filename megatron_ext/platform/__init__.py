@@ -111,10 +111,12 @@ def init_process_group(backend: str | None, rank: int, world_size: int, local_ra
     """Join the job's processes; alone, without a launcher, the process is a world of one.
 
     gloo on one host is bound to the loopback interface, because resolving the host's own name
-    fails on many laptops (pytorch/pytorch#26049).
+    fails on many laptops (pytorch/pytorch#26049). A group that was joined before is kept.
     """
     import torch
 
+    if torch.distributed.is_initialized():
+        return
     if on_gpu():
         torch.cuda.set_device(local_rank)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
