@@ -102,15 +102,9 @@ def ddp_config(args: Namespace) -> DistributedDataParallelConfig:
             "bucket_size": args.ddp_bucket_size,
             "pad_buckets_for_high_nccl_busbw": args.ddp_pad_buckets_for_high_nccl_busbw,
             "average_in_collective": args.ddp_average_in_collective,
-            "align_param_gather": args.overlap_param_gather
-            and args.virtual_pipeline_model_parallel_size is not None,
+            "align_param_gather": args.align_param_gather,
         }
     )
-
-
-def bucket_size(args: Namespace, parameters: int) -> int | None:
-    """Parameters in a gradient bucket of a rank that holds ``parameters``, for --ddp-num-buckets."""
-    return args.ddp_bucket_size if args.ddp_num_buckets is None else parameters // args.ddp_num_buckets
 
 
 def padded_vocab_size(true_size: int, args: Namespace) -> int:
@@ -122,9 +116,11 @@ def padded_vocab_size(true_size: int, args: Namespace) -> int:
     multiple that it divides. --padded-vocab-size wins.
 
     Raises:
-        ValueError: --padded-vocab-size is smaller than the tokenizer or not divisible.
+        ValueError: --vocab-size or --padded-vocab-size does not fit the tokenizer.
     """
     parallel = args.tensor_model_parallel_size
+    if args.vocab_size is not None and args.tokenizer_type != "NullTokenizer" and args.vocab_size < true_size:
+        raise ValueError(f"--vocab-size {args.vocab_size}, but the tokenizer has {true_size} pieces")
     if args.padded_vocab_size is not None:
         if args.padded_vocab_size < true_size or args.padded_vocab_size % parallel:
             raise ValueError(

@@ -97,7 +97,8 @@ def _layout(args: Namespace) -> None:
         stages = on_rank // args.num_layers_per_virtual_pipeline_stage
     args.virtual_pipeline_model_parallel_size = stages if stages and stages > 1 else None
     if args.virtual_pipeline_model_parallel_size is None:
-        args.overlap_p2p_comm = False
+        # Only the interleaved schedule can overlap sends, or align what the stages gather.
+        args.overlap_p2p_comm = args.align_param_gather = False
 
 
 def _precision(args: Namespace, warnings: list[str]) -> None:

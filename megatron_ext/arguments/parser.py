@@ -10,7 +10,7 @@ from types import MappingProxyType
 from megatron_ext.arguments import derive, refused, validate
 from megatron_ext.arguments.factory import add_group, default_of
 from megatron_ext.arguments.groups import options, sections
-from megatron_ext.models.presets import preset
+from megatron_ext.models.presets import PRESETS, preset
 
 DESCRIPTION = """Pretrain PanGu-pi Pro, or any Llama-like model, with Megatron-Core.
 
@@ -50,7 +50,11 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(
-    argv: Sequence[str] | None = None, *, world_size: int | None = None, device: str | None = None
+    argv: Sequence[str] | None = None,
+    *,
+    world_size: int | None = None,
+    device: str | None = None,
+    check_files: bool = True,
 ) -> argparse.Namespace:
     """Parse, fill in, check; on any problem print all of them and leave with exit code 2.
 
@@ -59,15 +63,20 @@ def parse_args(
         world_size: processes of the job; by default what the launcher put in the environment.
         device: ``"cpu"`` or ``"cuda"`` to check a command line for another machine; by default this
             process's device, which is thereby settled.
+        check_files: whether the data, the tokenizer and the folders to write to must be there.
     """
     try:
-        return read_args(argv, world_size=world_size, device=device)
+        return read_args(argv, world_size=world_size, device=device, check_files=check_files)
     except CommandLineError as error:
         return _leave(error)
 
 
 def read_args(
-    argv: Sequence[str] | None = None, *, world_size: int | None = None, device: str | None = None
+    argv: Sequence[str] | None = None,
+    *,
+    world_size: int | None = None,
+    device: str | None = None,
+    check_files: bool = True,
 ) -> argparse.Namespace:
     """:func:`parse_args` for callers that want the problems as an exception.
 
@@ -81,7 +90,7 @@ def read_args(
     derive.from_environment(args, world_size)
     problems += derive.device(args, device)
     warnings = derive.before_rules(args)
-    problems += validate.problems(args, MappingProxyType(vars(typed)))
+    problems += validate.problems(args, MappingProxyType(vars(typed)), check_files)
     if problems:
         raise CommandLineError(problems)
     derive.after_rules(args)
@@ -100,7 +109,11 @@ def with_defaults(typed: argparse.Namespace, problems: list[str]) -> argparse.Na
             values |= preset(typed.model_preset).flags()
         except LookupError as error:
             problems.append(str(error.args[0]))
-    return argparse.Namespace(**(values | vars(typed)))
+    values |= vars(typed)
+    if "seq_length" in typed and "max_position_embeddings" not in typed and values["model_preset"] in PRESETS:
+        # A preset is trained at its own length, but rotary positions have no end.
+        values["max_position_embeddings"] = max(values["max_position_embeddings"], values["seq_length"])
+    return argparse.Namespace(**values)
 
 
 def _leave(error: CommandLineError):
@@ -109,9 +122,8 @@ def _leave(error: CommandLineError):
         # Rank 0 reports. torchrun ends the whole job as soon as one process fails, so the others wait.
         time.sleep(2)
         raise SystemExit(2)
-    count = len(error.problems)
+    count = "a problem" if len(error.problems) == 1 else f"{len(error.problems)} problems"
     sys.stderr.write(
-        f"pretrain_pangu_pro.py: {'a problem' if count == 1 else f'{count} problems'} with the command line:\n"
-        f"{error}\nSee --help for every flag.\n"
+        f"pretrain_pangu_pro.py: {count} with the command line:\n{error}\nSee --help for every flag.\n"
     )
     raise SystemExit(2)

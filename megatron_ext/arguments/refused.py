@@ -47,7 +47,8 @@ def _about_flag(name: str) -> str:
     reason = known_to_upstream().get(name)
     if reason:
         return f"{name} is known to {UPSTREAM} but not supported here: {reason}"
-    close = difflib.get_close_matches(name.replace("_", "-"), spellings(), n=1, cutoff=0.6)
+    candidates = (*spellings(), *known_to_upstream())
+    close = difflib.get_close_matches(name.replace("_", "-"), candidates, n=1, cutoff=0.6)
     return f"{name} is not a flag of this program" + (f"; did you mean {close[0]}?" if close else "")
 
 

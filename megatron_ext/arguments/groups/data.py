@@ -95,7 +95,8 @@ class TokenizerArguments:
     """The tokenizer's file, or for HuggingFaceTokenizer its folder or name."""
 
     vocab_size: int | None = None
-    """Token numbers of NullTokenizer: 0 to N - 1, and N ends a document."""
+    """Token numbers of NullTokenizer: 0 to N - 1, and N ends a document. With another tokenizer: the
+    number of pieces that it may have at most."""
 
     padded_vocab_size: int | None = None
     """Rows of the embedding; by default the vocabulary's size rounded up to a multiple of

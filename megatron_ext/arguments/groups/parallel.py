@@ -64,8 +64,11 @@ class DataParallelArguments:
     overlap_param_gather: bool = False
     """Gather the distributed optimizer's parameters while the forward pass runs."""
 
-    ddp_num_buckets: int | None = None
-    """Number of buckets that the gradients are reduced in."""
+    align_grad_reduce: bool = flag(True, "--no-align-grad-reduce")
+    """Let each pipeline stage reduce its gradients when it is ready, not all at once."""
+
+    align_param_gather: bool = flag(True, "--no-align-param-gather")
+    """Let each pipeline stage gather its parameters when it is ready, not all at once."""
 
     ddp_bucket_size: int | None = None
     """Parameters in a bucket; by default max(40000000, 1000000 * data parallel size)."""

@@ -214,3 +214,6 @@ class RandomArguments:
 
     seed: int = 1234
     """Seed of initial weights, data order and dropout."""
+
+    data_parallel_random_init: bool = False
+    """Other random numbers on each data parallel rank; the initial weights stay the same."""

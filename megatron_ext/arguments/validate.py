@@ -1,6 +1,0 @@
-"""The rules."""
-
-
-def problems(args, typed):
-    """Every rule's problems."""
-    return []

@@ -1,0 +1,173 @@
+"""Rules of data, tokenizer and checkpoints; the second list looks at this machine's files."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_ext.arguments.validate.numbers import flag_of
+
+SENTENCEPIECE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
+SUPPORTED_TOKENIZERS = (*SENTENCEPIECE, "HuggingFaceTokenizer", "NullTokenizer")
+SPLIT_PATHS = ("train_data_path", "valid_data_path", "test_data_path")
+
+
+def data_comes_from_one_place(args, typed):
+    given = [
+        name for name in ("data_path", "data_args_path", "per_split_data_args_path") if getattr(args, name)
+    ]
+    given += ["mock_data"] if args.mock_data else []
+    given += ["train_data_path"] if any(getattr(args, name) for name in SPLIT_PATHS) else []
+    if not given:
+        yield "data is required: --data-path PREFIX, --train-data-path PREFIX, or --mock-data"
+    if len(given) > 1:
+        yield f"{' and '.join(map(flag_of, given))} exclude each other: give the data once"
+
+
+def split_is_three_shares(args, typed):
+    if args.split is None:
+        return
+    try:
+        shares = [float(share) for share in args.split.split(",")]
+    except ValueError:
+        shares = []
+    if not 1 <= len(shares) <= 3 or min(shares) < 0 or sum(shares) <= 0:
+        yield f"--split {args.split!r}: give shares of training, validation and test, such as 949,50,1"
+
+
+def loader_is_supported(args, typed):
+    if args.dataloader_type == "external":
+        yield "--dataloader-type external needs a loader of your own and is not supported here"
+
+
+def mask_is_there(args, typed):
+    if args.reset_attention_mask and not args.create_attention_mask_in_dataloader:
+        yield "--reset-attention-mask needs the mask that --no-create-attention-mask-in-dataloader leaves out"
+
+
+def tokenizer_is_named(args, typed):
+    kind = args.tokenizer_type
+    if kind is None:
+        yield f"--tokenizer-type is required: {', '.join(SUPPORTED_TOKENIZERS)}"
+    elif kind not in SUPPORTED_TOKENIZERS:
+        yield f"--tokenizer-type {kind} is not supported here; use {', '.join(SUPPORTED_TOKENIZERS)}"
+    elif kind == "NullTokenizer" and args.vocab_size is None:
+        yield "--tokenizer-type NullTokenizer needs --vocab-size"
+    elif kind != "NullTokenizer" and args.tokenizer_model is None:
+        yield f"--tokenizer-type {kind} needs --tokenizer-model"
+
+
+def saving_has_an_interval(args, typed):
+    if args.save and args.save_interval is None:
+        yield "--save needs --save-interval"
+    if args.save_interval and args.save_retain_interval and args.save_retain_interval % args.save_interval:
+        yield (
+            f"--save-retain-interval {args.save_retain_interval} must be a multiple of "
+            f"--save-interval {args.save_interval}"
+        )
+
+
+def format_is_supported(args, typed):
+    if args.ckpt_format != "torch_dist":
+        yield f"--ckpt-format {args.ckpt_format} is not supported here; torch_dist loads into any layout"
+
+
+RULES = (
+    data_comes_from_one_place,
+    split_is_three_shares,
+    loader_is_supported,
+    mask_is_there,
+    tokenizer_is_named,
+    saving_has_an_interval,
+    format_is_supported,
+)
+
+
+def datasets_exist(args, typed):
+    for name in ("data_path", *SPLIT_PATHS):
+        yield from blend_problems(flag_of(name), getattr(args, name) or ())
+
+
+def blend_problems(flag: str, words: list[str]) -> Iterator[str]:
+    """What is wrong with 'prefix ...' or 'weight prefix weight prefix ...'."""
+    weights = [_is_number(word) for word in words[::2]]
+    weighted = bool(words) and len(words) % 2 == 0 and any(weights)
+    if weighted and not all(weights):
+        yield f"{flag}: give a weight before every prefix, or before none"
+        return
+    if len(words) % 2 and len(words) > 1 and any(weights):
+        yield f"{flag}: a weight without a prefix, or a prefix without a weight, in {' '.join(words)!r}"
+        return
+    for word in words[1::2] if weighted else words:
+        yield from dataset_problems(flag, word.strip())
+
+
+def dataset_problems(flag: str, prefix: str) -> Iterator[str]:
+    """What is wrong with PREFIX.bin and PREFIX.idx."""
+    missing = [suffix for suffix in (".bin", ".idx") if not os.path.exists(prefix + suffix)]
+    if not missing:
+        return
+    hint = ""
+    stem = prefix.removesuffix(".bin").removesuffix(".idx")
+    for other in (stem, f"{stem}_text_document"):
+        if other != prefix and os.path.exists(other + ".idx"):
+            hint = f"; did you mean {other}?"
+    yield f"{flag} {prefix}: there is no {' and no '.join(prefix + suffix for suffix in missing)}{hint}"
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def named_files_exist(args, typed):
+    for name in ("data_args_path", "per_split_data_args_path", "round_index"):
+        path = getattr(args, name)
+        if path is not None and not os.access(path, os.R_OK):
+            yield f"{flag_of(name)} {path}: there is no such file, or it cannot be read"
+    if args.pretrained_checkpoint is not None and not os.path.isdir(args.pretrained_checkpoint):
+        yield f"--pretrained-checkpoint {args.pretrained_checkpoint}: there is no such folder"
+
+
+def tokenizer_exists(args, typed):
+    path = args.tokenizer_model
+    if path is None or args.tokenizer_type not in SENTENCEPIECE:
+        return
+    if not os.path.isfile(path) or not os.access(path, os.R_OK):
+        yield f"--tokenizer-model {path}: there is no such file, or it cannot be read"
+
+
+def outputs_are_writable(args, typed):
+    if args.rank != 0:
+        return
+    for name in ("save", "tensorboard_dir", "wandb_save_dir", "data_cache_path"):
+        path = getattr(args, name)
+        if path:
+            yield from _unwritable(flag_of(name), Path(path))
+    for name in ("metrics_file", "record_sample_loss"):
+        path = getattr(args, name)
+        if path and os.path.isdir(path):
+            yield f"{flag_of(name)} {path}: is a folder, give a file"
+        elif path:
+            yield from _unwritable(flag_of(name), Path(path).parent)
+
+
+def _unwritable(flag: str, folder: Path) -> Iterator[str]:
+    """Try to write into the folder, or into the nearest one above it that is there already."""
+    there = folder.absolute()
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir():
+        yield f"{flag} {folder}: {there} is a file, not a folder"
+        return
+    try:
+        # Permission bits do not tell of read-only mounts, and mean nothing to root: so try it.
+        os.rmdir(tempfile.mkdtemp(dir=there, prefix=".writable-"))
+    except OSError as error:
+        yield f"{flag} {folder}: cannot be written ({error.strerror} in {there})"
+
+
+RULES_OF_THIS_MACHINE = (datasets_exist, named_files_exist, tokenizer_exists, outputs_are_writable)
