@@ -1,0 +1,248 @@
+// Python binding of the exact SentencePiece-BPE encoder: documents in, arrays of ids out, without the GIL.
+//
+// The semantics are those of sentencepiece 0.2.3; encoder_tables.h says why cutting and table look-ups give the same
+// ids as its merge loop.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <atomic>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <thread>
+#include <vector>
+
+#include "encoder_worker.h"
+
+namespace py = pybind11;
+
+namespace encoder {
+
+// The texts of a call: views into Python's objects, which are kept alive.
+struct Texts {
+  explicit Texts(const py::sequence& items) {
+    const size_t count = py::len(items);
+    for (size_t i = 0; i < count; ++i) add(py::reinterpret_borrow<py::object>(items[i]), i);
+  }
+  // Bytes that are not UTF-8 are replaced before encoding; needs no GIL.
+  std::string_view valid(size_t i, std::string& space) const {
+    if (!is_bytes[i] || is_valid(views[i])) return views[i];
+    return space = repair(views[i]);
+  }
+
+  std::vector<std::string_view> views;
+  std::vector<bool> is_bytes;
+
+ private:
+  void add(py::object item, size_t index) {
+    if (PyUnicode_Check(item.ptr())) {
+      Py_ssize_t size;
+      const char* data = PyUnicode_AsUTF8AndSize(item.ptr(), &size);
+      if (data == nullptr) throw py::error_already_set();
+      views.emplace_back(data, static_cast<size_t>(size));
+    } else if (PyBytes_Check(item.ptr())) {
+      views.emplace_back(PyBytes_AS_STRING(item.ptr()), static_cast<size_t>(PyBytes_GET_SIZE(item.ptr())));
+    } else {
+      throw py::type_error("text " + std::to_string(index) + " is neither str nor bytes");
+    }
+    if (views.back().size() >= size_t{1} << 31) {
+      throw py::value_error("text " + std::to_string(index) + " has 2 GiB or more: split it");
+    }
+    is_bytes.push_back(!PyUnicode_Check(item.ptr()));
+    keep_.push_back(std::move(item));
+  }
+  std::vector<py::object> keep_;
+};
+
+template <typename T>
+py::array_t<T> to_array(Buffer<T>&& buffer) {
+  const size_t size = buffer.size();
+  T* data = buffer.release();
+  py::capsule owner(data, [](void* memory) { std::free(memory); });
+  return py::array_t<T>({size}, {sizeof(T)}, data, owner);
+}
+
+class Encoder {
+ public:
+  explicit Encoder(const py::bytes& model) : tables_(read_model(std::string_view(model))) {}
+
+  const Tables& tables() const { return tables_; }
+
+  // Ids of all texts one behind the other, and how many each has. `eod` >= 0 is appended to every text with ids.
+  template <typename T>
+  std::pair<py::array_t<T>, py::array_t<int32_t>> encode(const Texts& texts, size_t threads, int64_t eod) {
+    const size_t count = texts.views.size();
+    Buffer<int32_t> sizes;
+    sizes.resize(count);
+    Buffer<T> flat;
+    {
+      py::gil_scoped_release release;
+      std::vector<Buffer<T>> parts((count + kBlock - 1) / kBlock);
+      for_each_block(count, threads, [&](Worker& worker, size_t block, size_t begin, size_t end) {
+        Buffer<T>& part = threads > 1 ? parts[block] : flat;
+        std::string space;
+        for (size_t i = begin; i < end; ++i) {
+          const Buffer<uint32_t>& ids = worker.encode(texts.valid(i, space));
+          sizes.data()[i] = append(ids, eod, part);
+        }
+      });
+      if (threads > 1) concatenate(parts, flat);
+    }
+    return {to_array(std::move(flat)), to_array(std::move(sizes))};
+  }
+
+  // How many ids each text has.
+  py::array_t<int64_t> count(const Texts& texts, size_t threads) {
+    Buffer<int64_t> sizes;
+    sizes.resize(texts.views.size());
+    {
+      py::gil_scoped_release release;
+      for_each_block(texts.views.size(), threads, [&](Worker& worker, size_t, size_t begin, size_t end) {
+        std::string space;
+        for (size_t i = begin; i < end; ++i) {
+          sizes.data()[i] = static_cast<int64_t>(worker.encode(texts.valid(i, space)).size());
+        }
+      });
+    }
+    return to_array(std::move(sizes));
+  }
+
+  // Adds to histogram[id] how often each id occurs in all texts.
+  void histogram(const Texts& texts, py::array_t<int64_t, py::array::c_style> histogram) {
+    if (static_cast<size_t>(histogram.size()) != tables_.num_pieces) {
+      throw py::value_error("the histogram needs one place a piece");
+    }
+    int64_t* counts = histogram.mutable_data();
+    py::gil_scoped_release release;
+    for_each_block(texts.views.size(), 1, [&](Worker& worker, size_t, size_t begin, size_t end) {
+      std::string space;
+      for (size_t i = begin; i < end; ++i) {
+        const Buffer<uint32_t>& ids = worker.encode(texts.valid(i, space));
+        for (size_t k = 0; k < ids.size(); ++k) ++counts[ids.data()[k]];
+      }
+    });
+  }
+
+  py::array_t<int32_t> derivations() const {
+    py::array_t<int32_t> result({tables_.num_pieces, size_t{2}});
+    for (size_t i = 0; i < tables_.num_pieces; ++i) {
+      result.mutable_at(i, 0) = tables_.derivation[i][0];
+      result.mutable_at(i, 1) = tables_.derivation[i][1];
+    }
+    return result;
+  }
+
+  // Forgets what was met before (for measuring).
+  void clear_cache() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    idle_.clear();
+  }
+
+ private:
+  static constexpr size_t kBlock = 16;  // texts a thread takes at a time
+
+  template <typename T>
+  static int32_t append(const Buffer<uint32_t>& ids, int64_t eod, Buffer<T>& to) {
+    const size_t begin = to.size();
+    const bool ended = eod >= 0 && ids.size() > 0;
+    to.resize(begin + ids.size() + ended);
+    std::copy_n(ids.data(), ids.size(), to.data() + begin);
+    if (ended) to.data()[to.size() - 1] = static_cast<T>(eod);
+    return static_cast<int32_t>(to.size() - begin);
+  }
+
+  template <typename T>
+  static void concatenate(const std::vector<Buffer<T>>& parts, Buffer<T>& flat) {
+    size_t total = 0;
+    for (const Buffer<T>& part : parts) total += part.size();
+    flat.resize(total);
+    size_t at = 0;
+    for (const Buffer<T>& part : parts) {
+      std::copy_n(part.data(), part.size(), flat.data() + at);
+      at += part.size();
+    }
+  }
+
+  std::unique_ptr<Worker> borrow() {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      if (!idle_.empty()) {
+        std::unique_ptr<Worker> worker = std::move(idle_.back());
+        idle_.pop_back();
+        return worker;
+      }
+    }
+    return std::make_unique<Worker>(tables_);
+  }
+
+  void give_back(std::unique_ptr<Worker> worker) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    idle_.push_back(std::move(worker));
+  }
+
+  // work(worker, block, begin, end) for every block of texts; the first error of a thread is thrown here.
+  template <typename Work>
+  void for_each_block(size_t count, size_t threads, const Work& work) {
+    std::atomic<size_t> next{0};
+    std::exception_ptr error;
+    const auto run = [&] {
+      try {
+        std::unique_ptr<Worker> worker = borrow();
+        for (size_t block = next++; block * kBlock < count; block = next++) {
+          work(*worker, block, block * kBlock, std::min(count, (block + 1) * kBlock));
+        }
+        give_back(std::move(worker));
+      } catch (...) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (!error) error = std::current_exception();
+        next = count;  // block * kBlock >= count from here on: the others stop
+      }
+    };
+    std::vector<std::thread> others;
+    const size_t useful = std::min(threads, (count + kBlock - 1) / kBlock);
+    for (size_t i = 1; i < useful; ++i) others.emplace_back(run);
+    run();
+    for (std::thread& other : others) other.join();
+    if (error) std::rethrow_exception(error);
+  }
+
+  Tables tables_;
+  std::mutex mutex_;
+  std::vector<std::unique_ptr<Worker>> idle_;
+};
+
+}  // namespace encoder
+
+PYBIND11_MODULE(_encoder, m) {
+  using encoder::Encoder;
+  using encoder::Texts;
+  m.doc() = "Exact SentencePiece-BPE encoder; use megatron_ext.tokenizer.NativeEncoder.";
+  py::register_exception<encoder::Unsupported>(m, "UnsupportedModel");
+  py::class_<Encoder>(m, "Encoder")
+      .def(py::init<const py::bytes&>(), py::arg("model"))
+      .def_property_readonly("needs_normalizer", [](const Encoder& e) { return e.tables().needs_normalizer; })
+      .def("encode_int32",
+           [](Encoder& e, const py::sequence& texts, size_t threads, int64_t eod) {
+             return e.encode<int32_t>(Texts(texts), threads, eod);
+           },
+           py::arg("texts"), py::arg("threads") = 1, py::arg("eod") = -1)
+      .def("encode_uint16",
+           [](Encoder& e, const py::sequence& texts, size_t threads, int64_t eod) {
+             return e.encode<uint16_t>(Texts(texts), threads, eod);
+           },
+           py::arg("texts"), py::arg("threads") = 1, py::arg("eod") = -1)
+      .def("count", [](Encoder& e, const py::sequence& texts, size_t threads) { return e.count(Texts(texts), threads); },
+           py::arg("texts"), py::arg("threads") = 1)
+      .def("histogram",
+           [](Encoder& e, const py::sequence& texts, py::array_t<int64_t, py::array::c_style> counts) {
+             e.histogram(Texts(texts), std::move(counts));
+           },
+           py::arg("texts"), py::arg("counts").noconvert())
+      .def("derivations", &Encoder::derivations)
+      .def("clear_cache", &Encoder::clear_cache);
+}

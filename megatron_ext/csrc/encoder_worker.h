@@ -1,0 +1,315 @@
+// Encodes documents, one at a time; each thread has a worker of its own.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "encoder_tables.h"
+
+namespace encoder {
+
+// A growing array without initialisation.
+template <typename T>
+class Buffer {
+ public:
+  Buffer() = default;
+  Buffer(Buffer&& other) noexcept : data_(other.data_), size_(other.size_), capacity_(other.capacity_) {
+    other.data_ = nullptr;
+    other.size_ = other.capacity_ = 0;
+  }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { std::free(data_); }
+
+  T* data() { return data_; }
+  const T* data() const { return data_; }
+  size_t size() const { return size_; }
+  void clear() { size_ = 0; }
+  void resize(size_t size) { reserve(size), size_ = size; }
+  void push(T value) { data_[size_++] = value; }  // the caller has reserved
+
+  void reserve(size_t size) {
+    if (size <= capacity_) return;
+    const size_t capacity = std::max(size, capacity_ + capacity_ / 2);
+    T* data = static_cast<T*>(std::realloc(data_, std::max<size_t>(capacity, 1) * sizeof(T)));
+    if (data == nullptr) throw std::bad_alloc();
+    data_ = data;
+    capacity_ = capacity;
+  }
+  T* release() {
+    T* data = data_;
+    data_ = nullptr;
+    size_ = capacity_ = 0;
+    return data;
+  }
+
+ private:
+  T* data_ = nullptr;
+  size_t size_ = 0, capacity_ = 0;
+};
+
+// Results of short segments met before: fixed in size, two places a hash value, the older one is overwritten.
+class SegmentCache {
+ public:
+  static constexpr uint32_t kMaxBytes = 16, kMaxIds = 3;
+
+  struct Key {
+    uint64_t low, high;
+  };
+  struct alignas(32) Entry {
+    Key key;
+    uint16_t bytes;  // 0: empty
+    uint16_t count;
+    uint32_t ids[kMaxIds];
+  };
+
+  SegmentCache() : entries_(size_t{2} << kBits, Entry{}) {}
+
+  // The bytes of a segment; 16 bytes must be readable at `at`.
+  static Key key_of(const uint8_t* at, uint32_t bytes) {
+    Key key;
+    std::memcpy(&key, at, 16);
+    if (bytes <= 8) return {key.low & ~uint64_t{0} >> (64 - 8 * bytes), 0};
+    return {key.low, key.high & ~uint64_t{0} >> (128 - 8 * bytes)};
+  }
+  static uint32_t slot_of(Key key, uint32_t bytes) {
+    const uint64_t mixed = (key.low ^ (key.high + bytes) * 0xD6E8FEB86659FD93u) * 0x9E3779B97F4A7C15u;
+    return static_cast<uint32_t>((mixed ^ mixed >> 29) * 0xBF58476D1CE4E5B9u >> (64 - kBits));
+  }
+  Entry* place(uint32_t slot) { return &entries_[size_t{2} * slot]; }
+
+  static bool holds(const Entry& entry, Key key, uint32_t bytes) {
+    return entry.bytes == bytes && entry.key.low == key.low && entry.key.high == key.high;
+  }
+
+ private:
+  static constexpr uint32_t kBits = 15;
+  std::vector<Entry> entries_;
+};
+
+class Worker {
+ public:
+  explicit Worker(const Tables& tables) : t_(tables), merger_(tables.pairs, tables.rank) {}
+
+  // Ids of one document; they stay valid until the next call. `text` must be valid UTF-8.
+  const Buffer<uint32_t>& encode(std::string_view text) {
+    out_.clear();
+    if (text.empty()) return out_;
+    prepare(text);
+    scan();
+    return out_;
+  }
+
+ private:
+  static constexpr size_t kPadding = 64;
+  static constexpr size_t kQueue = 64;
+
+  struct Segment {
+    const uint8_t* at;
+    uint32_t bytes;
+    uint32_t slot;
+    SegmentCache::Key key;
+  };
+
+  // Copies the text, normalised, with zeros behind it.
+  void prepare(std::string_view text) {
+    text_.clear();
+    text_.reserve(text.size() + 1 + kPadding);
+    if (t_.remove_extra_whitespaces) {
+      collapse(text);
+    } else {
+      if (t_.add_dummy_prefix) text_.push(' ');
+      std::memcpy(text_.data() + text_.size(), text.data(), text.size());
+      text_.resize(text_.size() + text.size());
+    }
+    std::memset(text_.data() + text_.size(), 0, kPadding);
+  }
+
+  void collapse(std::string_view text) {
+    size_t at = text.find_first_not_of(' ');
+    if (at == std::string_view::npos) return;
+    if (t_.add_dummy_prefix) text_.push(' ');
+    for (; at < text.size(); ++at) {
+      if (text[at] != ' ' || text[at - 1] != ' ') text_.push(static_cast<uint8_t>(text[at]));
+    }
+    while (size_t size = trailing_blank()) text_.resize(text_.size() - size);
+  }
+
+  // Bytes of a blank at the end; where blanks are escaped, a literal U+2581 is one too.
+  size_t trailing_blank() const {
+    const size_t size = text_.size();
+    if (size >= 1 && text_.data()[size - 1] == ' ') return 1;
+    const bool visible = t_.blank == kVisibleBlank && size >= 3 && !std::memcmp(text_.data() + size - 3, "\xE2\x96\x81", 3);
+    return visible ? 3 : 0;
+  }
+
+  // Cuts the text where no piece joins two neighbours, and at user-defined symbols.
+  void scan() {
+    const uint8_t* at = text_.data();
+    const uint8_t* const end = at + text_.size();
+    int32_t id;
+    while (at < end) {
+      if (!t_.user.empty() && user_may_start(at)) {
+        if (const size_t size = t_.user.match(at, end, t_.blank, &id)) {
+          resolve_queue();
+          out_.reserve(out_.size() + 1);
+          out_.push(static_cast<uint32_t>(id));
+          at += size;
+          continue;
+        }
+      }
+      const uint8_t* next = segment_end(at, end);
+      enqueue(at, static_cast<size_t>(next - at));
+      at = next;
+    }
+    resolve_queue();
+  }
+
+  bool user_may_start(const uint8_t* at) const {
+    if (*at >= 128 && !t_.user_beyond_ascii) return false;
+    return t_.user.starts(t_.code_of(decode_char(at).code));
+  }
+
+  const uint8_t* segment_end(const uint8_t* at, const uint8_t* end) const {
+    while (true) {
+      if (*at < 128) {
+        uint8_t join;
+        while ((join = t_.ascii_join[static_cast<size_t>(at[0]) << 8 | at[1]]) == 1) ++at;
+        ++at;
+        if (join == 0) return at;
+        if (at >= end || user_matches(at, end)) return at;
+        if (*at < 128) {
+          if (!(join & 1)) return at;
+          continue;
+        }
+        if (!t_.joins(t_.code_of(at[-1]), decode_char(at).code)) return at;
+      } else {
+        const Char left = decode_char(at);
+        at += left.size;
+        if (at >= end || user_matches(at, end)) return at;
+        if (!t_.joins(left.code, t_.code_of(decode_char(at).code))) return at;
+      }
+    }
+  }
+
+  bool user_matches(const uint8_t* at, const uint8_t* end) const {
+    int32_t id;
+    return !t_.user.empty() && user_may_start(at) && t_.user.match(at, end, t_.blank, &id) > 0;
+  }
+
+  void enqueue(const uint8_t* at, size_t bytes) {
+    Segment& segment = queue_[queued_++];
+    segment.at = at;
+    segment.bytes = static_cast<uint32_t>(bytes);
+    if (bytes <= SegmentCache::kMaxBytes) {
+      segment.key = SegmentCache::key_of(at, segment.bytes);
+      segment.slot = SegmentCache::slot_of(segment.key, segment.bytes);
+      __builtin_prefetch(cache_.place(segment.slot));
+    }
+    if (queued_ == kQueue) resolve_queue();
+  }
+
+  void resolve_queue() {
+    size_t bytes = 0;
+    for (size_t i = 0; i < queued_; ++i) bytes += queue_[i].bytes;
+    out_.reserve(out_.size() + 3 * bytes);  // a blank without a piece becomes the three bytes of U+2581
+    for (size_t i = 0; i < queued_; ++i) resolve(queue_[i]);
+    queued_ = 0;
+  }
+
+  void resolve(const Segment& segment) {
+    const Char first = decode_char(segment.at);
+    if (first.size == segment.bytes) {
+      const Tables::CharEntry entry = t_.chars[first.code];
+      entry.id >= 0 ? emit(static_cast<uint32_t>(entry.id)) : emit_unknown(first.code);
+      return;
+    }
+    if (segment.bytes > SegmentCache::kMaxBytes) {
+      merge(segment);
+      return;
+    }
+    SegmentCache::Entry* place = cache_.place(segment.slot);
+    if (SegmentCache::holds(place[0], segment.key, segment.bytes)) {
+      emit_cached(place[0]);
+    } else if (SegmentCache::holds(place[1], segment.key, segment.bytes)) {
+      emit_cached(place[1]);
+    } else {
+      remember(segment, merge(segment));
+    }
+  }
+
+  void emit(uint32_t id) { out_.push(id); }
+
+  // A run of unknown characters gives one id.
+  void emit_unknown_id() {
+    const uint32_t id = static_cast<uint32_t>(t_.unknown_id);
+    if (out_.size() == 0 || out_.data()[out_.size() - 1] != id) emit(id);
+  }
+
+  void emit_unknown(uint32_t raw) {
+    if (!t_.byte_fallback) return emit_unknown_id();
+    uint8_t bytes[4];
+    const uint32_t size = encode_char(t_.code_of(raw), bytes);
+    for (uint32_t i = 0; i < size; ++i) emit(static_cast<uint32_t>(t_.byte_ids[bytes[i]]));
+  }
+
+  void emit_cached(const SegmentCache::Entry& entry) {
+    uint32_t* to = out_.data() + out_.size();
+    const bool after_unknown = !t_.byte_fallback && entry.ids[0] == static_cast<uint32_t>(t_.unknown_id) &&
+                               out_.size() > 0 && to[-1] == entry.ids[0];
+    to -= after_unknown;
+    std::memcpy(to, entry.ids, sizeof(entry.ids));
+    out_.resize(static_cast<size_t>(to - out_.data()) + entry.count);
+  }
+
+  // Merges a segment and appends its ids; returns the place of the first, whether or not it was swallowed by an
+  // unknown before it.
+  size_t merge(const Segment& segment) {
+    nodes_.clear();
+    starts_.clear();
+    for (uint32_t offset = 0; offset < segment.bytes;) {
+      const Char c = decode_char(segment.at + offset);
+      nodes_.push_back(t_.chars[c.code].node);
+      starts_.push_back(offset);
+      offset += c.size;
+    }
+    const size_t count = merger_.run(nodes_.data(), starts_.data(), nodes_.size());
+    const int32_t first = t_.node_id[nodes_[0]];
+    const size_t begin = out_.size();
+    for (size_t i = 0; i < count; ++i) {
+      const int32_t id = t_.node_id[nodes_[i]];
+      id >= 0 ? emit(static_cast<uint32_t>(id)) : emit_unknown(decode_char(segment.at + starts_[i]).code);
+    }
+    const bool swallowed = first < 0 && !t_.byte_fallback && begin > 0 &&
+                           out_.data()[begin - 1] == static_cast<uint32_t>(t_.unknown_id);
+    return begin - swallowed;
+  }
+
+  void remember(const Segment& segment, size_t begin) {
+    const size_t count = out_.size() - begin;
+    if (count > SegmentCache::kMaxIds) return;
+    SegmentCache::Entry* place = cache_.place(segment.slot);
+    place[1] = place[0];
+    place[0].key = segment.key;
+    place[0].bytes = static_cast<uint16_t>(segment.bytes);
+    place[0].count = static_cast<uint16_t>(count);
+    std::memcpy(place[0].ids, out_.data() + begin, count * sizeof(uint32_t));
+  }
+
+  const Tables& t_;
+  Merger merger_;
+  SegmentCache cache_;
+  Buffer<uint8_t> text_;
+  Buffer<uint32_t> out_;
+  Segment queue_[kQueue];
+  size_t queued_ = 0;
+  std::vector<uint32_t> nodes_, starts_;
+};
+
+}  // namespace encoder
