@@ -1,0 +1,92 @@
+"""Autoregressive generation with Megatron-Core's key and value cache."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from megatron.core.inference.contexts import StaticInferenceContext
+from torch import Tensor
+
+from megatron_ext import platform
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    ``temperature`` 0 takes the most likely token. ``top_k`` keeps that many, ``top_p`` the fewest
+    that hold that much probability; 0 and 1 keep all.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 1234
+
+    def __post_init__(self):
+        if self.temperature < 0:
+            raise ValueError(f"--temperature must not be negative, it is {self.temperature}")
+        if self.top_k < 0:
+            raise ValueError(f"--top-k must not be negative, it is {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"--top-p must be above 0 and at most 1, it is {self.top_p}")
+
+    def choose(self, logits: Tensor, generator: torch.Generator) -> int:
+        """A token id from one position's logits, [v]."""
+        if self.temperature == 0:
+            return int(logits.argmax())
+        # On the CPU in float64, so that every tensor parallel rank and every device draws the same.
+        probabilities = torch.softmax(logits.double().cpu() / self.temperature, dim=-1)
+        ranked, ids = probabilities.sort(descending=True, stable=True)
+        kept = ranked.cumsum(0) - ranked < self.top_p
+        if self.top_k:
+            kept[self.top_k :] = False
+        drawn = torch.multinomial(ranked * kept, 1, generator=generator)
+        return int(ids[drawn])
+
+
+@torch.no_grad()
+def generate(
+    model,
+    prompt: list[int],
+    max_new_tokens: int,
+    sampling: Sampling,
+    vocab_size: int,
+    stop: int | None = None,
+) -> Iterator[int]:
+    """Yield the ids that continue ``prompt``, up to ``max_new_tokens`` or the id ``stop``.
+
+    Each step computes one position; the keys and values of the others are kept. The padding of the
+    vocabulary beyond ``vocab_size`` is never chosen. Under tensor parallelism every rank calls this
+    and yields the same ids.
+
+    Raises:
+        ValueError: the prompt is empty, or prompt and continuation exceed the model's positions.
+    """
+    longest = model.max_sequence_length
+    if not prompt:
+        raise ValueError("the prompt is empty; give at least one token")
+    if len(prompt) + max_new_tokens > longest:
+        raise ValueError(
+            f"a prompt of {len(prompt)} tokens and --max-new-tokens {max_new_tokens} exceed "
+            f"the model's {longest} positions (--max-position-embeddings)"
+        )
+    generator = torch.Generator().manual_seed(sampling.seed)
+    cache = StaticInferenceContext(max_batch_size=1, max_sequence_length=len(prompt) + max_new_tokens)
+    ids = prompt
+    for _ in range(max_new_tokens):
+        token = sampling.choose(_next_logits(model, ids, cache)[:vocab_size], generator)
+        yield token
+        if token == stop:
+            return
+        ids = [token]
+
+
+def _next_logits(model, ids: list[int], cache: StaticInferenceContext) -> Tensor:
+    """Logits after ``ids``, [v]; the cache holds what came before and takes ``ids`` in."""
+    device = platform.current_device()
+    tokens = torch.tensor([ids], device=device)
+    position_ids = cache.sequence_len_offset + torch.arange(len(ids), device=device)[None]
+    logits = model(tokens, position_ids, None, inference_context=cache, runtime_gather_output=True)
+    cache.sequence_len_offset += len(ids)
+    return logits.reshape(-1, logits.size(-1))[-1]

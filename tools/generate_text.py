@@ -1,0 +1,92 @@
+"""Continue prompts with a trained model.
+
+    python tools/generate_text.py --load checkpoints --prompt "The import statement" --max-new-tokens 64
+    torchrun --nproc-per-node 2 tools/generate_text.py --load checkpoints --prompt "..."   # TP 2
+
+The model's shape and tokenizer come from the checkpoint; it may have been trained on any layout.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--load", required=True, help="checkpoint folder, as given to --save")
+    parser.add_argument("--ckpt-step", type=int, help="iteration to load (default: the newest)")
+    parser.add_argument("--tokenizer-model", help="tokenizer file, if it moved since the training")
+    parser.add_argument(
+        "--prompt", action="append", help="text to continue; may be repeated (default: stdin)"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="longest continuation (default: 64)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: 0.8)")
+    parser.add_argument("--top-k", type=int, default=0, help="keep the k most likely tokens; 0 keeps all")
+    parser.add_argument(
+        "--top-p", type=float, default=0.95, help="keep this much probability (default: 0.95)"
+    )
+    parser.add_argument("--seed", type=int, default=1234, help="seed of the draws (default: 1234)")
+    parser.add_argument("--ignore-eod", action="store_true", help="go on after the end of the document")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--json", action="store_true", help="print one JSON object with all continuations")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = build_parser()
+    options = parser.parse_args(argv)
+    prompts = options.prompt if options.prompt is not None else [sys.stdin.read()]
+
+    from megatron_ext import platform
+
+    platform.activate(options.device)
+    from megatron_ext.inference import Sampling, load_for_inference
+    from megatron_ext.training import distributed
+
+    try:
+        sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
+    except ValueError as error:
+        parser.error(str(error))
+    try:
+        model, tokenizer, _ = load_for_inference(options.load, options.ckpt_step, options.tokenizer_model)
+        results = [continuation(model, tokenizer, prompt, options, sampling) for prompt in prompts]
+    except (ValueError, OSError) as error:
+        print(f"generate_text.py: error: {error}", file=sys.stderr)
+        return 1
+    if distributed.is_last_rank():
+        show(results, options.json)
+    distributed.finalize()
+    return 0
+
+
+def continuation(model, tokenizer, prompt: str, options: argparse.Namespace, sampling) -> dict:
+    from megatron_ext.inference import generate
+
+    stop = None if options.ignore_eod else tokenizer.eod
+    start = time.perf_counter()
+    ids = tokenizer.tokenize(prompt)
+    new = list(generate(model, ids, options.max_new_tokens, sampling, tokenizer.vocab_size, stop))
+    seconds = time.perf_counter() - start
+    text = tokenizer.detokenize(ids + [token for token in new if token != stop])
+    return {"prompt": prompt, "text": text, "new_tokens": len(new), "tokens_per_second": len(new) / seconds}
+
+
+def show(results: list[dict], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"results": results}, ensure_ascii=False))
+        return
+    for result in results:
+        print(result["text"])
+        print(
+            f"--- {result['new_tokens']} tokens, {result['tokens_per_second']:.1f} tokens/s", file=sys.stderr
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
