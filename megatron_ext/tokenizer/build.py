@@ -1,0 +1,252 @@
+"""Tokenizers by Megatron-LM's names, with the few members that training and data need.
+
+Ids equal those of Megatron-LM 0.16's own tokenizers (megatron.core.tokenizers), which are thin
+wrappers of the same libraries; these classes import neither torch nor Megatron-Core, so that
+tools start at once.
+"""
+
+import hashlib
+from argparse import Namespace
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
+TOKENIZER_TYPES = (*SENTENCEPIECE_TYPES, "HuggingFaceTokenizer", "NullTokenizer")
+#: The files of a Hugging Face folder that decide ids; their content is the tokenizer's identity.
+HUGGINGFACE_FILES = (
+    "added_tokens.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+
+
+class TokenizerError(ValueError):
+    """The tokenizer asked for cannot be built; the message names the file and the flag."""
+
+
+class Tokenizer:
+    """What every tokenizer here has.
+
+    Attributes:
+        vocab_size: number of ids, without padding.
+        eod: id that ends a document. bos, eos, pad: ids, -1 where the tokenizer has none.
+        sha256: of the files that decide the ids; stored in checkpoints and dataset manifests.
+    """
+
+    vocab_size: int
+    eod: int
+    bos: int = -1
+    eos: int = -1
+    pad: int = -1
+    sha256: str
+
+    def tokenize(self, text: str) -> list[int]:
+        """Ids of a text, without special tokens around it."""
+        raise NotImplementedError
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """The text that ids stand for."""
+        raise NotImplementedError
+
+    def token_bytes(self) -> np.ndarray:
+        """UTF-8 bytes each id stands for, int32 [vocab_size]; 0 for special tokens."""
+        raise NotImplementedError
+
+    @property
+    def unique_identifiers(self) -> OrderedDict:
+        """What Megatron-Core puts into the name of a dataset's index files."""
+        return OrderedDict({"class": type(self).__name__, "sha256": self.sha256})
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model; end of document is the model's ``</s>``, as in Megatron-LM.
+
+    ``Llama2Tokenizer`` and ``GPTSentencePieceTokenizer`` are the same since Megatron-LM 0.16: no
+    ``<s>`` is put in front of a text.
+    """
+
+    def __init__(self, model_file: str | Path) -> None:
+        import sentencepiece
+
+        proto = _read(model_file)
+        sentencepiece.set_min_log_level(2)  # without it each load warns of unused pieces
+        try:
+            self.processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
+        except (RuntimeError, OSError) as error:
+            raise TokenizerError(
+                f"--tokenizer-model {model_file}: not a SentencePiece model ({_first_line(error)})"
+            ) from error
+        self.model_file = str(model_file)
+        self.sha256 = hashlib.sha256(proto).hexdigest()
+        self.vocab_size = self.processor.get_piece_size()
+        self.bos, self.eos, self.pad = (
+            self.processor.bos_id(),
+            self.processor.eos_id(),
+            self.processor.pad_id(),
+        )
+        self.eod = self.eos
+        if self.eod < 0:
+            raise TokenizerError(
+                f"--tokenizer-model {model_file}: the model has no </s> piece to end documents with"
+            )
+
+    def tokenize(self, text: str) -> list[int]:
+        return self.processor.encode(text)
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        return self.processor.decode([int(i) for i in ids])
+
+    def token_bytes(self) -> np.ndarray:
+        from megatron_ext.tokenizer.bits_per_byte import sentencepiece_bytes
+
+        return sentencepiece_bytes(self.processor)
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A tokenizer from a local folder in Hugging Face's layout; nothing is ever downloaded.
+
+    Code of the folder runs only with ``--trust-remote-code``.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        use_fast: bool = False,
+        include_special_tokens: bool = False,
+        trust_remote_code: bool = False,
+    ) -> None:
+        if not Path(folder).is_dir():
+            raise TokenizerError(
+                f"--tokenizer-model {folder}: HuggingFaceTokenizer needs a local folder with the "
+                "tokenizer's files (tokenizer.json or tokenizer.model); nothing is downloaded"
+            )
+        try:
+            from transformers import AutoTokenizer
+        except ImportError as error:
+            raise TokenizerError("HuggingFaceTokenizer needs: pip install transformers") from error
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(
+                str(folder),
+                use_fast=use_fast,
+                trust_remote_code=trust_remote_code,
+                local_files_only=True,
+            )
+        except Exception as error:  # transformers raises whatever its parsers raise
+            raise TokenizerError(
+                f"--tokenizer-model {folder}: transformers cannot load it ({_first_line(error)})"
+            ) from error
+        self.include_special_tokens = include_special_tokens
+        self.sha256 = _folder_sha256(Path(folder))
+        self.vocab_size = len(self.tokenizer)
+        self.bos, self.eos, self.pad = (
+            -1 if token_id is None else token_id
+            for token_id in (
+                self.tokenizer.bos_token_id,
+                self.tokenizer.eos_token_id,
+                self.tokenizer.pad_token_id,
+            )
+        )
+        if self.eos < 0 and self.tokenizer.sep_token_id is not None:
+            self.eos = self.tokenizer.sep_token_id
+        self.eod = self.eos
+        if self.eod < 0:
+            raise TokenizerError(f"--tokenizer-model {folder}: has no eos_token to end documents with")
+
+    def tokenize(self, text: str) -> list[int]:
+        if self.include_special_tokens:
+            return self.tokenizer(text).input_ids
+        return self.tokenizer.convert_tokens_to_ids(self.tokenizer.tokenize(text))
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def token_bytes(self) -> np.ndarray:
+        from megatron_ext.tokenizer.bits_per_byte import huggingface_bytes
+
+        return huggingface_bytes(self.tokenizer)
+
+
+class NullTokenizer(Tokenizer):
+    """Ids are numbers written in the text; ``vocab_size`` N gives ids 0..N-1 and N ends a document."""
+
+    def __init__(self, vocab_size: int) -> None:
+        if vocab_size < 1:
+            raise TokenizerError(f"--vocab-size {vocab_size}: must be at least 1")
+        self.eod = vocab_size
+        self.vocab_size = vocab_size + 1
+        self.sha256 = hashlib.sha256(f"NullTokenizer {vocab_size}".encode()).hexdigest()
+
+    def tokenize(self, text: str) -> list[int]:
+        return [int(number) for number in text.split()]
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        return " ".join(str(int(i)) for i in ids)
+
+    def token_bytes(self) -> np.ndarray:
+        """All 0: numbers stand for no text, so there are no bits per byte."""
+        return np.zeros(self.vocab_size, dtype=np.int32)
+
+
+def build_tokenizer(args: Namespace) -> Tokenizer:
+    """The tokenizer that ``--tokenizer-type`` and its neighbours name.
+
+    Reads tokenizer_type, tokenizer_model, vocab_size (NullTokenizer), tokenizer_hf_use_fast,
+    tokenizer_hf_include_special_tokens and trust_remote_code of ``args``.
+
+    Raises:
+        TokenizerError: unknown type, missing flag, missing or broken file.
+    """
+    kind = args.tokenizer_type
+    if kind == "NullTokenizer":
+        if getattr(args, "vocab_size", None) is None:
+            raise TokenizerError("--tokenizer-type NullTokenizer needs --vocab-size")
+        return NullTokenizer(args.vocab_size)
+    if kind not in TOKENIZER_TYPES:
+        raise TokenizerError(f"--tokenizer-type {kind} is not supported; use {', '.join(TOKENIZER_TYPES)}")
+    if not args.tokenizer_model:
+        raise TokenizerError(f"--tokenizer-type {kind} needs --tokenizer-model")
+    if kind in SENTENCEPIECE_TYPES:
+        return SentencePieceTokenizer(args.tokenizer_model)
+    return HuggingFaceTokenizer(
+        args.tokenizer_model,
+        getattr(args, "tokenizer_hf_use_fast", False),
+        getattr(args, "tokenizer_hf_include_special_tokens", False),
+        getattr(args, "trust_remote_code", False),
+    )
+
+
+def _read(model_file: str | Path) -> bytes:
+    path = Path(model_file)
+    if not path.is_file():
+        hint = " (it is a folder: --tokenizer-type HuggingFaceTokenizer?)" if path.is_dir() else ""
+        raise TokenizerError(f"--tokenizer-model {model_file}: there is no such file{hint}")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise TokenizerError(f"--tokenizer-model {model_file}: {error.strerror}") from error
+    if not content:
+        raise TokenizerError(f"--tokenizer-model {model_file}: the file is empty")
+    return content
+
+
+def _folder_sha256(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for name in HUGGINGFACE_FILES:
+        path = folder / name
+        if path.is_file():
+            content = path.read_bytes()
+            digest.update(f"{name} {len(content)}\n".encode())
+            digest.update(content)
+    return digest.hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
