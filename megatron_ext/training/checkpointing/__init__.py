@@ -1,0 +1,20 @@
+"""Checkpoints in Megatron-LM's torch_dist format: atomic, checked, and safe to read."""
+
+from megatron_ext.training.checkpointing.errors import CheckpointError, DamagedCheckpoint
+from megatron_ext.training.checkpointing.folders import Retain, checkpoint_dir, clean_up, latest_iteration
+from megatron_ext.training.checkpointing.load import LoadedState, load_checkpoint, read_checkpoint_args
+from megatron_ext.training.checkpointing.save import PendingSave, save_checkpoint
+
+__all__ = [
+    "CheckpointError",
+    "DamagedCheckpoint",
+    "LoadedState",
+    "PendingSave",
+    "Retain",
+    "checkpoint_dir",
+    "clean_up",
+    "latest_iteration",
+    "load_checkpoint",
+    "read_checkpoint_args",
+    "save_checkpoint",
+]

@@ -1,0 +1,190 @@
+"""What a checkpoint holds, under Megatron-LM's names.
+
+Common part (``common.pt``): args, checkpoint_version, iteration, optimizer (parameter groups),
+opt_param_scheduler, num_floating_point_operations_so_far, content_metadata, and our own
+``pangu_pro``. Sharded part: model (model0, model1, ... with interleaved stages), optimizer state,
+rng_state.
+"""
+
+import enum
+import random
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer
+from torch import nn
+
+from megatron_ext import platform
+from megatron_ext.training.checkpointing.errors import CheckpointError
+
+CHECKPOINT_VERSION = 3.0
+#: Where a resumed run stands; upstream keeps these in the checkpoint's args.
+_COUNTERS = ("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples")
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The model inside data parallel and half precision wrappers."""
+    while hasattr(module, "module"):
+        module = module.module
+    return module
+
+
+def content_metadata(optimizer, args: Namespace) -> dict:
+    """How tensors are laid out in the checkpoint; upstream's keys."""
+    metadata: dict[str, Any] = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+    if optimizer is not None and any(
+        isinstance(o, DistributedOptimizer) for o in inner_optimizers(optimizer)
+    ):
+        metadata["distrib_optim_sharding_type"] = "fully_reshardable"
+        metadata["distrib_optim_fully_reshardable_mem_efficient"] = bool(
+            getattr(args, "distrib_optim_fully_reshardable_mem_efficient", False)
+        )
+    return metadata
+
+
+def inner_optimizers(optimizer) -> list:
+    """The Megatron optimizers that a chained one is made of, or the one itself."""
+    return optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+
+
+def model_part(model: list[nn.Module], metadata: dict) -> dict:
+    """The model's sharded tensors: ``model``, or ``model0``, ``model1``, ... with several chunks."""
+    chunks = [unwrap(chunk) for chunk in model]
+    names = ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
+    return {
+        name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in zip(names, chunks, strict=True)
+    }
+
+
+def rng_object(states: list[dict] | None) -> ShardedObject:
+    """The generators of one tensor x pipeline rank: a list over its data parallel ranks."""
+    pp, tp = (
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_tensor_model_parallel_world_size(),
+    )
+    offset = (
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_rank(),
+    )
+    replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    return ShardedObject("rng_state", states, (pp, tp), offset, replica_id=replica)
+
+
+def gather_rng() -> list[dict]:
+    """Every generator's state, of each data parallel rank; collective."""
+    own = {
+        "random_rng_state": random.getstate(),
+        "np_rng_state": numpy.random.get_state(),
+        "torch_rng_state": torch.get_rng_state(),
+        "cuda_rng_state": platform.rng_state()["device"],
+        "rng_tracker_states": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    states = [None] * group.size()
+    torch.distributed.all_gather_object(states, own, group=group)
+    return states
+
+
+def restore_rng(states: list[dict]) -> None:
+    """Set this rank's generators from what :func:`gather_rng` collected.
+
+    A checkpoint of upstream's has one entry for all data parallel ranks.
+    """
+    own = states[parallel_state.get_data_parallel_rank(with_context_parallel=True) % len(states)]
+    random.setstate(own["random_rng_state"])
+    numpy.random.set_state(own["np_rng_state"])
+    torch.set_rng_state(own["torch_rng_state"])
+    platform.set_rng_state({"device": own["cuda_rng_state"]})
+    tensor_parallel.get_cuda_rng_tracker().set_states(own["rng_tracker_states"])
+
+
+def common_part(iteration: int, run_state: dict, args: Namespace, scheduler) -> dict:
+    """The part that is the same on all ranks, without the optimizer's."""
+    counters = {name: run_state[name] for name in _COUNTERS if name in run_state}
+    common = {
+        "args": plain_args(Namespace(**{**vars(args), **counters, "iteration": iteration})),
+        "checkpoint_version": CHECKPOINT_VERSION,
+        "iteration": iteration,
+        "num_floating_point_operations_so_far": run_state.get("num_floating_point_operations_so_far", 0),
+        "pangu_pro": {
+            "run_state": plain(run_state),
+            "tokenizer_sha256": getattr(args, "tokenizer_sha256", None),
+            "padded_vocab_size": getattr(args, "padded_vocab_size", None),
+        },
+    }
+    if scheduler is not None:
+        common["opt_param_scheduler"] = scheduler.state_dict()
+    return common
+
+
+def run_state_of(common: dict) -> dict:
+    """The run state of a checkpoint of ours, or what upstream's says of it."""
+    if "pangu_pro" in common:
+        return dict(common["pangu_pro"]["run_state"])
+    args = common.get("args", Namespace())
+    state = {name: getattr(args, name, 0) for name in _COUNTERS}
+    state["num_floating_point_operations_so_far"] = common.get("num_floating_point_operations_so_far", 0)
+    return state
+
+
+def plain_args(args: Namespace) -> Namespace:
+    """``args`` with values that every reader can load: what is not plain becomes text."""
+    return Namespace(**{name: plain(value) for name, value in vars(args).items()})
+
+
+def plain(value: Any) -> Any:
+    """Numbers, text, dtypes and upstream's enums as they are, containers item by item, the rest as text."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(plain(item) for item in value) if type(value) in (list, tuple) else str(value)
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, enum.Enum) and type(value).__module__.startswith("megatron_ext"):
+        return value.name
+    known = value is None or isinstance(value, bool | int | float | str | bytes | torch.dtype | enum.Enum)
+    return value if known else str(value)
+
+
+#: What must agree for the tensors of a checkpoint to fit a model, and the flag that says it.
+_SHAPES = {
+    "num_layers": "--num-layers",
+    "hidden_size": "--hidden-size",
+    "ffn_hidden_size": "--ffn-hidden-size",
+    "num_attention_heads": "--num-attention-heads",
+    "kv_channels": "--kv-channels",
+    "swiglu": "--swiglu",
+    "add_bias_linear": "--disable-bias-linear (add_bias_linear)",
+    "add_qkv_bias": "--add-qkv-bias",
+    "normalization": "--normalization",
+    "untie_embeddings_and_output_weights": "--untie-embeddings-and-output-weights",
+    "series_activation_order": "--series-activation-order",
+    "augmented_shortcuts": "--augmented-shortcuts",
+}
+
+
+def require_same_shape(saved: Namespace | None, args: Namespace, path: Path) -> None:
+    """Raise CheckpointError, naming every flag that differs, if the model is not the checkpoint's."""
+    wrong = []
+    for name, flag in _SHAPES.items():
+        theirs, ours = getattr(saved, name, None), getattr(args, name, None)
+        if theirs is not None and ours is not None and theirs != ours:
+            wrong.append(f"{flag}: checkpoint {theirs}, this run {ours}")
+    if wrong:
+        raise CheckpointError(f"{path} holds another model: " + "; ".join(wrong))
+
+
+def require_same_tokenizer(common: dict, args: Namespace, path: Path) -> None:
+    """Raise CheckpointError if the checkpoint was trained on the ids of another tokenizer."""
+    theirs = common.get("pangu_pro", {}).get("tokenizer_sha256")
+    ours = getattr(args, "tokenizer_sha256", None)
+    if theirs and ours and theirs != ours:
+        raise CheckpointError(
+            f"{path} was trained with another tokenizer (sha256 {theirs[:12]}..., this run's is {ours[:12]}...): "
+            "its embeddings belong to other pieces. Give its --tokenizer-model, or --finetune to load it anyway"
+        )

@@ -1,0 +1,270 @@
+"""Loading: the newest checkpoint that is whole, at whatever layout this run has."""
+
+import logging
+from argparse import Namespace
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
+from torch import nn
+
+from megatron_ext.training.checkpointing import content, folders, optimizer_part
+from megatron_ext.training.checkpointing.errors import CheckpointError, gather, on_rank_0, together
+from megatron_ext.training.checkpointing.integrity import damage
+from megatron_ext.training.checkpointing.reader import ReadCommon, SafeLoadStrategy, read
+from megatron_ext.training.checkpointing.safe import load_object
+
+logger = logging.getLogger(__name__)
+
+#: The two names upstream saves the norms before attention and MLP under: canonical first.
+_NORMS = (
+    ("self_attention.linear_qkv.layer_norm_", "input_layernorm."),
+    ("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."),
+)
+
+
+@dataclass
+class LoadedState:
+    """What a checkpoint said besides the tensors that are now in the model and the optimizer."""
+
+    iteration: int
+    run_state: dict
+    path: Path
+    args: Namespace = field(default_factory=Namespace)
+    optimizer_loaded: bool = False
+    rng_loaded: bool = False
+
+
+def load_checkpoint(
+    load_dir: str | Path,
+    *,
+    model: list[nn.Module],
+    optimizer=None,
+    scheduler=None,
+    args: Namespace,
+    strict: bool = True,
+    iteration: int | None = None,
+) -> LoadedState | None:
+    """Load the newest whole checkpoint of ``load_dir`` into model, optimizer and scheduler; collective.
+
+    The tracker says which is newest; one that is torn or altered is named in a warning and the one
+    before it used. ``iteration`` (or ``--ckpt-step``) asks for that one and no other. In ``args``,
+    ``--finetune`` loads the weights alone (iteration 0, any tokenizer), ``--no-load-optim`` and
+    ``--no-load-rng`` leave parts out. Generators are restored only where the tensor and pipeline
+    layout is the one that saved them.
+
+    Returns None if ``load_dir`` holds no checkpoint.
+
+    Raises:
+        CheckpointError: on every rank, if checkpoints are there but none is whole, or the whole
+            one does not fit: another model, another tokenizer, another kind of optimizer state.
+            ``strict=False`` only warns of weights that model and checkpoint do not share.
+    """
+    wanted = iteration if iteration is not None else getattr(args, "ckpt_step", None)
+    found = _find(Path(load_dir), args, wanted)
+    if found is None:
+        return None
+    folder, number = found
+    finetune = bool(getattr(args, "finetune", False))
+    common, metadata = together(f"read {folder}", lambda: read(folder))
+
+    def check() -> None:
+        content.require_same_shape(common.get("args"), args, folder)
+        if not finetune:
+            content.require_same_tokenizer(common, args, folder)
+
+    together(f"load {folder}", check)
+    parts = _Parts(model, optimizer, scheduler, args, common, set(metadata.state_dict_metadata), finetune)
+    template = together(f"load {folder}", parts.template)
+    _require_keys(folder, parts, template, strict)
+    state = together(f"load {folder}", lambda: _read_tensors(folder, template, common, metadata))
+    together(f"load {folder}", lambda: parts.apply(state))
+    if finetune:
+        return LoadedState(0, {}, folder, common.get("args", Namespace()))
+    return LoadedState(
+        iteration=int(common.get("iteration", number)),
+        run_state=content.run_state_of(common),
+        path=folder,
+        args=common.get("args", Namespace()),
+        optimizer_loaded=parts.with_optimizer,
+        rng_loaded="rng_state" in state,
+    )
+
+
+def read_checkpoint_args(load_dir: str | Path, iteration: int | None = None) -> Namespace | None:
+    """The args that a checkpoint was saved with (the tracker's, if no iteration is given); None if there is none.
+
+    Communicates nothing. Raises CheckpointError if the checkpoint cannot be read.
+    """
+    number = folders.latest_iteration(load_dir) if iteration is None else iteration
+    folder = _folder(Path(load_dir), number)
+    return None if folder is None else load_object(folder / "common.pt").get("args")
+
+
+def _folder(load_dir: Path, number: int | None) -> Path | None:
+    if number is not None:
+        return folders.checkpoint_dir(load_dir, number)
+    release = load_dir / "release"
+    return release if release.is_dir() else None
+
+
+def _find(load_dir: Path, args: Namespace, wanted: int | None) -> tuple[Path, int] | None:
+    """The folder and iteration of the newest whole checkpoint; collective."""
+    candidates = on_rank_0(f"look into --load {load_dir}", lambda: _candidates(load_dir, args, wanted))
+    if not candidates:
+        return None
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    for folder, number in candidates:
+        problem = together(f"check {folder}", lambda folder=folder: damage(folder, rank, world))
+        problems = [p for p in gather(problem) if p]
+        if not problems:
+            return folder, number
+        if rank == 0:
+            logger.warning("checkpoint %s is damaged and not used: %s", folder, problems[0])
+    tried = ", ".join(folder.name for folder, _ in candidates)
+    raise CheckpointError(
+        f"no whole checkpoint in {load_dir}; tried {tried}; the last problem: {problems[0]}"
+    )
+
+
+def _candidates(load_dir: Path, args: Namespace, wanted: int | None) -> list[tuple[Path, int]]:
+    if wanted is not None:
+        folder = folders.checkpoint_dir(load_dir, wanted)
+        if not folder.is_dir():
+            raise CheckpointError(f"there is no {folder}; it has {folders.list_iterations(load_dir)}")
+        return [(folder, wanted)]
+    save = getattr(args, "save", None)
+    if save and Path(save).resolve() == load_dir.resolve():
+        folders.clean_up(load_dir)
+    latest = folders.latest_iteration(load_dir)
+    present = folders.list_iterations(load_dir)
+    if latest is None and (release := _folder(load_dir, None)):
+        return [(release, 0)]
+    if present and latest is None:
+        logger.warning("%s/%s cannot be read; taking the newest checkpoint", load_dir, folders.TRACKER)
+    elif present and latest not in present:
+        logger.warning("%s/%s names iteration %d, which is not there", load_dir, folders.TRACKER, latest)
+    usable = [number for number in present if latest is None or number <= latest]
+    return [(folders.checkpoint_dir(load_dir, number), number) for number in reversed(usable)]
+
+
+def _read_tensors(folder: Path, template: dict, common: dict, metadata) -> dict:
+    with torch.no_grad():
+        return dist_checkpointing.load(
+            template,
+            str(folder),
+            sharded_strategy=SafeLoadStrategy(metadata),
+            common_strategy=ReadCommon(common),
+            # What is asked for was compared with what is there already, with better messages.
+            validate_access_integrity=False,
+        )
+
+
+@dataclass
+class _Parts:
+    """Model, optimizer, scheduler and generators, and what of them a checkpoint holds."""
+
+    model: list[nn.Module]
+    optimizer: object
+    scheduler: object
+    args: Namespace
+    common: dict
+    available: set[str]
+    finetune: bool
+
+    def __post_init__(self) -> None:
+        skip = self.finetune or getattr(self.args, "no_load_optim", None)
+        self.with_optimizer = self.optimizer is not None and not skip
+        rng = content.rng_object(None)
+        skip_rng = self.finetune or getattr(self.args, "no_load_rng", None)
+        self.with_rng = not skip_rng and rng.unique_key in self.available
+
+    def template(self) -> dict:
+        """The sharded tensors to fill, under the names this checkpoint has for them."""
+        metadata = self.common.get("content_metadata") or {}
+        state = content.model_part(self.model, metadata)
+        if self.with_optimizer:
+            state["optimizer"] = self._optimizer_template(dict(state), metadata)
+        else:
+            self.common.pop("optimizer", None)
+        if self.with_rng:
+            state["rng_state"] = content.rng_object(None)
+        for value in nested_values(state):
+            if isinstance(value, ShardedTensor | ShardedTensorFactory):
+                value.key = self._saved_name(value.key)
+        return _without_absent_extra_state(state, self.available)
+
+    def _optimizer_template(self, model_state: dict, metadata: dict) -> dict:
+        if "optimizer" not in self.common:
+            raise CheckpointError(
+                "it holds no optimizer state (--no-save-optim); add --no-load-optim or --finetune"
+            )
+        keep_rates = bool(getattr(self.args, "override_opt_param_scheduler", False))
+        optimizer_part.adapt_common(self.common, self.optimizer, keep_rates)
+        if optimizer_part.kind_of(self.optimizer) == "distributed":
+            metadata = {"distrib_optim_sharding_type": optimizer_part.RESHARDABLE} | metadata
+        with torch.no_grad():
+            return self.optimizer.sharded_state_dict(model_state, is_loading=True, metadata=metadata)
+
+    def _saved_name(self, key: str) -> str:
+        key = optimizer_part.master_key(key, self.available)
+        if key not in self.available:
+            for names in _NORMS:
+                for ours, theirs in (names, names[::-1]):
+                    renamed = optimizer_part.master_key(key.replace(ours, theirs), self.available)
+                    if renamed in self.available:
+                        return renamed
+        return key
+
+    def apply(self, state: dict) -> None:
+        """Hand the loaded values to whom they belong."""
+        chunks = [content.unwrap(chunk) for chunk in self.model]
+        for index, chunk in enumerate(chunks):
+            chunk.load_state_dict(state["model" if len(chunks) == 1 else f"model{index}"], strict=False)
+        with torch.no_grad():
+            if self.with_optimizer:
+                self.optimizer.load_state_dict(state["optimizer"])
+            elif self.optimizer is not None:
+                self.optimizer.reload_model_params()
+        if self.scheduler is not None and self.with_optimizer and "opt_param_scheduler" in state:
+            self.scheduler.num_steps = 0
+            self.scheduler.load_state_dict(state["opt_param_scheduler"])
+            self.scheduler.step(increment=0)  # upstream sets the rates before it knows the weight decay
+        if self.with_rng:
+            content.restore_rng(state["rng_state"])
+
+
+def _without_absent_extra_state(state: dict, available: set[str]) -> dict:
+    """Leave out extra state (scales of Transformer Engine) that the checkpoint does not hold."""
+
+    def keep(value) -> bool:
+        return not isinstance(value, ShardedObject) or value.unique_key in available
+
+    return {
+        name: {k: v for k, v in part.items() if keep(v)} if name.startswith("model") else part
+        for name, part in state.items()
+    }
+
+
+def _require_keys(folder: Path, parts: _Parts, template: dict, strict: bool) -> None:
+    """Compare the weights that all ranks ask for with those that are there; collective."""
+    own = {v.key for v in nested_values(template) if isinstance(v, ShardedTensor | ShardedTensorFactory)}
+    asked = set().union(*gather(own))
+    missing = sorted(asked - parts.available)
+    unused = sorted(
+        key
+        for key in parts.available - asked
+        if not key.startswith(("optimizer.", "rng_state", "chained_")) and "_extra_state" not in key
+    )
+    problems = [f"it lacks {', '.join(missing)}"] if missing else []
+    problems += [f"this model has no {', '.join(unused)}"] if unused else []
+    if problems and (strict or missing):
+        raise CheckpointError(f"{folder} does not fit this model: {'; '.join(problems)}")
+    if problems and torch.distributed.get_rank() == 0:
+        logger.warning("%s: %s", folder, "; ".join(problems))
+
+
+__all__ = ["LoadedState", "load_checkpoint", "read_checkpoint_args"]

@@ -1,0 +1,132 @@
+"""Reads the sharded part of a checkpoint into this rank's tensors; communicates nothing."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.strategies.base import LoadCommonStrategy
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreLoadPlanner,
+    TorchDistLoadShardedStrategy,
+    _restore_dict_types,
+    _unwrap_pyt_sharded_tensor,
+    flatten_state_dict,
+    mcore_to_pyt_state_dict,
+)
+from torch.distributed.checkpoint import FileSystemReader, Metadata
+from torch.distributed.checkpoint._nested_dict import unflatten_state_dict
+
+from megatron_ext.training.checkpointing.safe import load_metadata, load_object
+
+
+class SafeReader(FileSystemReader):
+    """torch's reader of checkpoint folders, with metadata that was read safely."""
+
+    def __init__(self, folder: Path, metadata: Metadata):
+        super().__init__(folder)
+        self._metadata = metadata
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The metadata given at construction."""
+        return self._metadata
+
+
+class SafePlanner(MCoreLoadPlanner):
+    """Megatron-Core's load planner; objects are unpickled by the weights-only unpickler."""
+
+    def load_bytes(self, read_item, value) -> None:
+        """Keep one object that was read from a file."""
+        self.state_dict[read_item.dest_index.fqn] = load_object(value, read_item.dest_index.fqn)
+
+
+class SafeLoadStrategy(TorchDistLoadShardedStrategy):
+    """What ``dist_checkpointing.load`` reads shards with."""
+
+    def __init__(self, metadata: Metadata):
+        super().__init__()
+        self._metadata = metadata
+
+    def load(self, sharded_state_dict: dict, checkpoint_dir: str | Path) -> dict:
+        """Fill the tensors of ``sharded_state_dict`` from the files; returns them in the same nesting."""
+        flat, nesting = flatten_state_dict(sharded_state_dict)
+        loaded: dict[str, Any] = {}
+        while flat:
+            this_time = _first_of_each_shard(flat)
+            loaded.update(self._load_flat(this_time, Path(checkpoint_dir)))
+            flat = {path: value for path, value in flat.items() if path not in this_time}
+        nested = unflatten_state_dict(loaded, nesting)
+        _restore_dict_types(nested, sharded_state_dict)
+        return nested
+
+    def _load_flat(self, flat: dict[str, ShardedBase], folder: Path) -> dict[str, Any]:
+        by_key: dict[str, list[ShardedBase]] = {}
+        paths: dict[str, list[str]] = {}
+        for path, value in flat.items():
+            key = _key(value)
+            by_key.setdefault(key, []).append(value)
+            paths.setdefault(key, []).append(path)
+        tensors = [value for value in flat.values() if isinstance(value, ShardedTensor)]
+        state = mcore_to_pyt_state_dict(by_key, True)
+        planner = SafePlanner(
+            flatten_state_dict=False,
+            flatten_sharded_tensors=False,
+            shapes_validation_sharded_tensors=[t for t in tensors if not t.allow_shape_mismatch],
+            allow_shape_mismatch_sharded_tensors={t.key: t for t in tensors if t.allow_shape_mismatch},
+        )
+        _read(state, planner, SafeReader(folder, self._metadata), self._metadata)
+        return {
+            path: value
+            for key, shards in state.items()
+            for path, value in zip(paths[key], _unwrap_pyt_sharded_tensor(shards), strict=True)
+        }
+
+
+def _read(state: dict, planner: SafePlanner, reader: SafeReader, metadata: Metadata) -> None:
+    """One rank's part of torch.distributed.checkpoint.load; every rank reads what it needs by itself."""
+    first = torch.distributed.get_rank() == 0
+    planner.set_up_planner(state, metadata, is_coordinator=first)
+    reader.set_up_storage_reader(metadata, is_coordinator=first)
+    plan = planner.finish_plan(reader.prepare_local_plan(planner.create_local_plan()))
+    reader.read_data(plan, planner).wait()
+
+
+def _key(value: ShardedBase) -> str:
+    return value.unique_key if isinstance(value, ShardedObject) else value.key
+
+
+def _first_of_each_shard(flat: dict[str, ShardedBase]) -> dict[str, ShardedBase]:
+    """Of several tensors that want the same shard, the first: one reading can fill only one."""
+    seen, first = set(), {}
+    for path, value in flat.items():
+        shard = (_key(value), getattr(value, "global_offset", None))
+        if shard not in seen:
+            seen.add(shard)
+            first[path] = value
+    return first
+
+
+class ReadCommon(LoadCommonStrategy):
+    """Gives ``dist_checkpointing.load`` the common part that was already read and adapted."""
+
+    def __init__(self, common: dict):
+        self._common = common
+
+    def load_common(self, checkpoint_dir: str | Path) -> dict:
+        """The common part."""
+        return self._common
+
+    def load_sharded_objects(self, sharded_objects_state_dict: dict, checkpoint_dir: str | Path):
+        """Never called: the sharded strategy handles objects."""
+        raise NotImplementedError
+
+    def check_backend_compatibility(self, loaded_version) -> None:
+        """Nothing to check: it is already read."""
+
+    def check_version_compatibility(self, loaded_version) -> None:
+        """Nothing to check: it is already read."""
+
+
+def read(folder: Path) -> tuple[dict, Metadata]:
+    """The common part and the metadata of a checkpoint; raises DamagedCheckpoint."""
+    return load_object(folder / "common.pt"), load_metadata(folder)

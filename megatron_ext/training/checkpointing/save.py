@@ -1,0 +1,202 @@
+"""Saving: everything is written aside, checked in, put in place, and only then announced."""
+
+import io
+import json
+import shutil
+from argparse import Namespace
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.exchange_utils import determine_main_replica_uniform_distribution
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    distribute_main_replicas_with_precomputed_distribution,
+)
+from torch import nn
+
+from megatron_ext.training.checkpointing import content, folders, writer
+from megatron_ext.training.checkpointing.errors import CheckpointError, gather, on_rank_0, together
+from megatron_ext.training.checkpointing.folders import Retain
+from megatron_ext.training.checkpointing.integrity import CHECKSUMS, describe, marker
+
+_FORMAT = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+
+
+def save_checkpoint(
+    save_dir: str | Path,
+    iteration: int,
+    *,
+    model: list[nn.Module],
+    optimizer,
+    scheduler,
+    run_state: dict,
+    args: Namespace,
+    rng_states: bool = True,
+    retain: Retain | None = None,
+    async_save: bool = False,
+) -> "PendingSave":
+    """Write ``SAVE/iter_{iteration}`` and make it the one to continue from; collective.
+
+    Megatron-LM's torch_dist format, loadable by it and at any layout. ``run_state`` is returned by
+    :func:`load_checkpoint`: plain values only. ``--no-save-optim`` and ``--no-save-rng`` in
+    ``args`` leave parts out; ``retain`` says which older checkpoints go (by default what
+    ``--save-retain-interval`` says).
+
+    With ``async_save`` the call returns as soon as all tensors were copied, and the result's
+    ``finish`` must be called, on all ranks alike, for the checkpoint to appear.
+
+    Raises:
+        CheckpointError: on every rank, if any could not do its part; nothing is left behind and
+            older checkpoints are as they were.
+    """
+    save_dir = Path(save_dir)
+    retain = retain or Retain(
+        getattr(args, "save_retain_interval", None), getattr(args, "keep_latest_k", None)
+    )
+    previous = on_rank_0(f"prepare --save {save_dir}", lambda: _prepare(save_dir, iteration))
+    working = folders.working_dir(save_dir, iteration)
+    pending = PendingSave(save_dir, iteration, working, retain, previous)
+    try:
+        together(f"write to --save {save_dir}", lambda: folders.require_visible(working))
+        state = content.common_part(iteration, run_state, args, scheduler)
+        state |= _sharded_part(model, optimizer, args, rng_states)
+        sharded, common = save_preprocess(state, preprocess_common_before_consistancy_check=lambda common: {})
+        _divide_among_replicas(sharded, args)
+        shard_plan = writer.plan(sharded)
+        # The common part is serialised now, as the scheduler's and optimizer's values move on.
+        pending.start(
+            writer.snapshot(shard_plan) if async_save else shard_plan, _serialised(common), async_save
+        )
+        if not async_save:
+            pending.finish()
+    except BaseException:
+        pending.abandon()
+        raise
+    return pending
+
+
+def _prepare(save_dir: Path, iteration: int) -> int | None:
+    folders.prepare(save_dir, iteration)
+    return folders.latest_iteration(save_dir)
+
+
+def _sharded_part(model: list, optimizer, args: Namespace, rng_states: bool) -> dict:
+    keep_optimizer = optimizer is not None and not getattr(args, "no_save_optim", None)
+    metadata = content.content_metadata(optimizer if keep_optimizer else None, args)
+    state = content.model_part(model, metadata)
+    if keep_optimizer and not getattr(optimizer, "is_stub_optimizer", False):
+        with torch.no_grad():
+            state["optimizer"] = optimizer.sharded_state_dict(dict(state), metadata=metadata)
+    if rng_states and not getattr(args, "no_save_rng", None):
+        state["rng_state"] = content.rng_object(content.gather_rng())
+    return state | {"content_metadata": metadata}
+
+
+def _divide_among_replicas(sharded: dict, args: Namespace) -> None:
+    """Let each data parallel rank write a share of what they all hold; collective."""
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    if group.size() == 1 or not getattr(args, "ckpt_fully_parallel_save", True):
+        return
+    shares = determine_main_replica_uniform_distribution(sharded, group)
+    distribute_main_replicas_with_precomputed_distribution(sharded, group, shares)
+
+
+def _serialised(common: dict) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(common, buffer)
+    return buffer.getvalue()
+
+
+@dataclass
+class PendingSave:
+    """A checkpoint being written; it appears when ``finish`` has returned on all ranks."""
+
+    save_dir: Path
+    iteration: int
+    working: Path
+    retain: Retain
+    previous: int | None
+    _metadata: object = None
+    _job: Future | None = None
+    _threads: ThreadPoolExecutor | None = None
+
+    def start(self, shard_plan: writer.ShardPlan, common: bytes, in_background: bool) -> None:
+        """Begin to write this rank's files; communicates nothing."""
+        self._metadata = shard_plan.metadata
+        action: Callable = lambda: self._write(shard_plan, common)  # noqa: E731
+        if in_background:
+            self._threads = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+            self._job = self._threads.submit(action)
+        else:
+            self._job = _done_now(action)
+
+    def _write(self, shard_plan: writer.ShardPlan, common: bytes) -> writer.Written:
+        written = writer.write(shard_plan, self.working)
+        if torch.distributed.get_rank() == 0:
+            for name, data in (("common.pt", common), ("metadata.json", json.dumps(_FORMAT).encode())):
+                folders.write_durably(self.working / name, data)
+                written.files[name] = describe(data)
+        return written
+
+    def ready(self) -> bool:
+        """Whether every rank has written its files, so that ``finish`` will not wait; collective."""
+        return all(gather(self._job is None or self._job.done()))
+
+    def finish(self) -> None:
+        """Wait for every rank's files, put the checkpoint in place and announce it; collective.
+
+        Does nothing the second time. Raises CheckpointError on every rank if any failed.
+        """
+        if self._job is None:
+            return
+        job, self._job = self._job, None
+        try:
+            written = together(f"write checkpoint {self.iteration} to {self.save_dir}", job.result)
+            everything = gather(written)
+            on_rank_0(
+                f"put checkpoint {self.iteration} into {self.save_dir}", lambda: self._publish(everything)
+            )
+        except BaseException:
+            self.abandon()
+            raise
+        finally:
+            if self._threads:
+                self._threads.shutdown()
+
+    def _publish(self, written: list[writer.Written]) -> None:
+        metadata = writer.dump_metadata(self._metadata, written)
+        folders.write_durably(self.working / ".metadata", metadata)
+        files = {name: entry for each in written for name, entry in each.files.items()}
+        files[".metadata"] = describe(metadata)
+        folders.write_durably(self.working / CHECKSUMS, marker(self.iteration, files))
+        folders.publish(self.save_dir, self.iteration)
+        present = folders.list_iterations(self.save_dir)
+        for iteration in self.retain.superseded(present, self.iteration, self.previous):
+            folders.remove(self.save_dir, iteration)
+
+    def abandon(self) -> None:
+        """Give up: remove what this save wrote; communicates nothing."""
+        self._job = None
+        if torch.distributed.get_rank() == 0:
+            shutil.rmtree(self.working, ignore_errors=True)
+
+
+def _done_now(action: Callable) -> Future:
+    future: Future = Future()
+    try:
+        future.set_result(action())
+    except Exception as error:
+        future.set_exception(error)
+    return future
+
+
+__all__ = ["CheckpointError", "PendingSave", "Retain", "save_checkpoint"]

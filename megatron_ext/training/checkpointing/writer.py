@@ -1,0 +1,151 @@
+"""Writes the sharded part of a checkpoint: in this process, in threads, in three steps.
+
+    plan    (collective)  who writes which shard; rank 0 knows what the whole will be
+    write   (local)       each rank writes its files and notes their checksums
+    collect (collective)  rank 0 learns where everything lies; a failure anywhere is everyone's
+
+Upstream's writer starts processes for the middle step, which costs seconds a save and hangs for
+ever if one of them dies. The format is torch.distributed.checkpoint's, file for file as upstream
+names them (``__{rank}_{i}.distcp``), and the same machinery of Megatron-Core translates shards.
+"""
+
+import io
+import os
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
+from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
+
+from megatron_ext.training.checkpointing.errors import gather, together
+from megatron_ext.training.checkpointing.integrity import HashingStream
+
+#: Files a rank writes at the same time, each from its own thread.
+_FILES_PER_RANK = 2
+#: Below this many bytes a rank writes one file: every file costs a wait for the disk.
+_ONE_FILE_BYTES = 64 << 20
+
+
+@dataclass
+class ShardPlan:
+    """What this rank writes, file by file, and on rank 0 the metadata of the whole."""
+
+    files: list[list[tuple[WriteItem, Any]]]
+    metadata: Metadata | None
+
+
+@dataclass
+class Written:
+    """Where this rank's shards lie, and its files' entries in ``checksums.json``."""
+
+    places: dict[MetadataIndex, _StorageInfo]
+    files: dict[str, dict]
+
+
+def plan(sharded_state_dict: dict) -> ShardPlan:
+    """Agree on who writes what; collective.
+
+    ``sharded_state_dict`` holds ShardedTensors and ShardedObjects only; each rank writes those
+    of which it is the main replica.
+    """
+    shards, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
+    planner = MCoreSavePlanner(flatten_state_dict=False)
+    first = torch.distributed.get_rank() == 0
+
+    def local_plan():
+        planner.set_up_planner(mcore_to_pyt_state_dict(shards, False), is_coordinator=first)
+        return planner.create_local_plan()
+
+    own = together("plan a checkpoint", local_plan)
+    plans = gather(own)
+    metadata = together("plan a checkpoint", lambda: planner.create_global_plan(plans)[1] if first else None)
+    planner.finish_plan(own)
+    data = [(item, planner.resolve_data(item)) for item in own.items]
+    return ShardPlan(_divide(data), metadata)
+
+
+def _divide(data: list[tuple[WriteItem, Any]]) -> list[list[tuple[WriteItem, Any]]]:
+    """Share the items among files of about the same size."""
+    total = sum(_size(value) for _, value in data)
+    count = 1 if total < _ONE_FILE_BYTES else _FILES_PER_RANK
+    files: list[list] = [[] for _ in range(count)]
+    sizes = [0] * count
+    for item, value in sorted(data, key=lambda pair: -_size(pair[1])):
+        smallest = sizes.index(min(sizes))
+        files[smallest].append((item, value))
+        sizes[smallest] += _size(value)
+    return [file for file in files if file]
+
+
+def _size(value: Any) -> int:
+    return value.getbuffer().nbytes if isinstance(value, io.BytesIO) else value.numel() * value.element_size()
+
+
+def snapshot(shard_plan: ShardPlan) -> ShardPlan:
+    """A copy on the CPU of all that will be written, so that training may go on meanwhile."""
+    files = [
+        [(item, value if isinstance(value, io.BytesIO) else _copy_to_cpu(value)) for item, value in file]
+        for file in shard_plan.files
+    ]
+    return ShardPlan(files, shard_plan.metadata)
+
+
+def _copy_to_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu").copy_(tensor.detach())
+
+
+def write(shard_plan: ShardPlan, folder: Path) -> Written:
+    """Write this rank's files into ``folder``; communicates nothing. Raises OSError as it comes."""
+    rank = torch.distributed.get_rank()
+    written = Written({}, {})
+    with ThreadPoolExecutor(max_workers=_FILES_PER_RANK) as threads:
+        jobs = [
+            threads.submit(_write_file, folder, f"__{rank}_{number}.distcp", items)
+            for number, items in enumerate(shard_plan.files)
+        ]
+        for job in jobs:
+            places, name, entry = job.result()
+            written.places.update(places)
+            written.files[name] = entry
+    return written
+
+
+def _write_file(folder: Path, name: str, items: list[tuple[WriteItem, Any]]):
+    stream = HashingStream(folder / name)
+    places = {}
+    try:
+        for item, value in items:
+            start = stream.size
+            if item.type == WriteItemType.BYTE_IO:
+                stream.write(value.getbuffer())
+            else:
+                torch.save(_alone(value), stream)
+            places[item.index] = _StorageInfo(name, start, stream.size - start)
+    except BaseException:
+        stream.abandon()
+        raise
+    return places, name, stream.close()
+
+
+def _alone(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` on the CPU and with memory of its own: torch.save writes the whole storage behind a view."""
+    tensor = tensor.detach().cpu()
+    exact = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if exact and tensor.is_contiguous() else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def dump_metadata(metadata: Metadata, written: list[Written]) -> bytes:
+    """The content of ``.metadata``, now that it is known where every rank's shards lie."""
+    metadata.storage_data = {index: place for each in written for index, place in each.places.items()}
+    metadata.storage_meta = StorageMeta(checkpoint_id=os.fspath("."))
+    return pickle.dumps(metadata)

@@ -1,0 +1,28 @@
+"""The optimizer of a run: Megatron-Core's, with our Adam where the machine has no fused one."""
+
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
+from megatron.core.optimizer.optimizer_config import ParamKey
+from torch import nn
+
+from megatron_ext.platform.adam import provide_adam
+from megatron_ext.training.adam import FusedAdam
+
+
+def build_optimizer(config: OptimizerConfig, model_chunks: list[nn.Module]) -> MegatronOptimizer:
+    """The optimizer over this rank's model chunks (wrapped in Megatron-Core's DDP).
+
+    Weight decay goes to matrices only, as upstream: not to biases and 1-D parameters, and not to
+    parameters that carry ``no_weight_decay = True`` (series-activation scales are 2-D, yet they
+    scale; they do not mix). Plain, half precision or distributed, as ``config`` says.
+    """
+    provide_adam(FusedAdam)
+    overrides = get_standard_config_overrides(config)
+    # The same override as upstream's, so that these parameters join its group without decay and
+    # the groups of a checkpoint stay two.
+    overrides[ParamKey(attr="no_weight_decay")] = {"wd_mult": 0.0}
+    return get_megatron_optimizer(config, model_chunks, config_overrides=overrides)
