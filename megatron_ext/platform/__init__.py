@@ -206,3 +206,31 @@ def data_sheet_peak_flops(dtype) -> float | None:
         if model in name:
             return peak if half else peak / 2
     return None
+
+
+class NsysWindow:
+    """The part of a run that nsys captures (``--capture-range cudaProfilerApi``)."""
+
+    def start(self) -> None:
+        import torch
+
+        torch.cuda.cudart().cudaProfilerStart()
+
+    def stop(self) -> None:
+        import torch
+
+        torch.cuda.cudart().cudaProfilerStop()
+
+
+def record_memory_history() -> None:
+    """Record every allocation of GPU memory from here on."""
+    import torch
+
+    torch.cuda.memory._record_memory_history(True)
+
+
+def dump_memory_history(path: str) -> None:
+    """Write the record of GPU memory for pytorch.org/memory_viz."""
+    import torch
+
+    torch.cuda.memory._dump_snapshot(path)

@@ -1,9 +1,11 @@
 """The training loop: steps, validation, saves, and an orderly end."""
 
 import gc
+import os
 import time
 from argparse import Namespace
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import torch
 from megatron.core.distributed import finalize_model_grads
@@ -13,14 +15,16 @@ from megatron.core.num_microbatches_calculator import (
     update_num_microbatches,
 )
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
+from megatron.core.timers import Timers
 
 from megatron_ext import platform
 from megatron_ext.training.checkpointing import save_checkpoint
 from megatron_ext.training.data import chunk_iterators
 from megatron_ext.training.distributed import print_rank_0
 from megatron_ext.training.evaluation import evaluate
+from megatron_ext.training.metrics import params_norm
 from megatron_ext.training.profiling import Profiler
-from megatron_ext.training.reporting import IterationReport, Reporter, params_norm
+from megatron_ext.training.reporting import IterationReport, Reporter
 from megatron_ext.training.step import StepResult, parameters_in_place, train_step
 from megatron_ext.training.stopping import Stopping
 
@@ -130,10 +134,24 @@ class Trainer:
                 params_norm=params_norm(self.model) if logs_norm else None,
             )
         )
+        if args.empty_unused_memory_level:
+            platform.empty_cache()
+        if args.timing_log_level and self.progress.iteration % args.log_interval == 0:
+            self._report_times()
+
+    def _report_times(self) -> None:
+        """Megatron-Core's timers of the schedule and the optimizer; a collective call."""
+        timers = self.model[0].config.timers
+        names = sorted(timers._timers)
+        if self.args.log_timers_to_tensorboard and self.reporter.boards:
+            timers.write(names, self.reporter.boards, self.progress.iteration, reset=False)
+        timers.log(names, normalizer=self.args.log_interval)
 
     def validate(self, split: str, iterators: list) -> None:
         """Evaluate on ``--eval-iters`` global batches and report."""
         args, progress = self.args, self.progress
+        if args.manual_gc and args.manual_gc_eval:
+            gc.collect()
         result = evaluate(iterators, self.model, args, self.token_bytes, args.eval_iters)
         if split == "validation":
             progress.consumed_valid_samples += args.eval_iters * args.global_batch_size
@@ -170,11 +188,22 @@ class Trainer:
                 args=self.args,
             )
         self.saved_at = self.progress.iteration
+        if self.args.log_progress:
+            log_progress(self.args, self.progress.iteration, "Saved checkpoint")
+
+
+def log_progress(args: Namespace, iteration: int, event: str) -> None:
+    """Append a line to progress.txt in the --save folder (``--log-progress``)."""
+    if args.rank == 0:
+        when, job = time.strftime("%Y-%m-%d %H:%M:%S"), os.environ.get("SLURM_JOB_ID", "")
+        with open(Path(args.save) / "progress.txt", "a", encoding="utf-8") as file:
+            file.write(f"{when}\tJob ID: {job}\t# GPUs: {args.world_size}\t{event}\tIteration: {iteration}\n")
 
 
 def connect(model: list, optimizer, args: Namespace) -> None:
     """Tell Megatron-Core's schedules how to scale the loss and when to reduce gradients."""
     config = model[0].config
+    config.timers = Timers(args.timing_log_level, args.timing_log_option)
     config.grad_scale_func = optimizer.scale_loss
     config.finalize_model_grads_func = finalize_model_grads
 

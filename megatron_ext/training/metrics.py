@@ -5,8 +5,12 @@ from argparse import Namespace
 from functools import cache
 
 import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import param_is_not_shared
 
 from megatron_ext import platform
+from megatron_ext.platform.numerics import sum_of_squares
 
 
 def flops_per_token(args: Namespace) -> float:
@@ -46,3 +50,16 @@ def _measured_peak(dtype: torch.dtype, n: int, seconds: float) -> float:
         platform.synchronize()
         best = min(best, time.perf_counter() - start)
     return 2 * n**3 / best
+
+
+def params_norm(model: list[torch.nn.Module]) -> float:
+    """L2 norm of all parameters, each counted once (``--log-params-norm``); a collective call."""
+    squares = sum(
+        sum_of_squares(parameter)
+        for chunk in model
+        for parameter in chunk.parameters()
+        if param_is_not_tensor_parallel_duplicate(parameter) and param_is_not_shared(parameter)
+    )
+    total = torch.tensor([squares], dtype=torch.float64, device=platform.current_device())
+    torch.distributed.all_reduce(total, group=parallel_state.get_model_parallel_group())
+    return total.sqrt().item()

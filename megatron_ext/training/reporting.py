@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from megatron_ext import platform
+from megatron_ext.training.boards import Boards
 from megatron_ext.training.distributed import is_last_rank
 from megatron_ext.training.evaluation import Evaluation
 from megatron_ext.training.metrics import flops_per_token, peak_flops
@@ -57,7 +59,7 @@ class Reporter:
         self.active = is_last_rank()
         self.window = _Window()
         self.skipped = 0
-        self.metrics = self.tensorboard = self.bar = None
+        self.metrics = self.boards = self.bar = None
         if not self.active:
             return
         self.flops_per_token = flops_per_token(args)
@@ -65,11 +67,7 @@ class Reporter:
         if args.metrics_file:
             Path(args.metrics_file).parent.mkdir(parents=True, exist_ok=True)
             self.metrics = open(args.metrics_file, "a", encoding="utf-8")  # noqa: SIM115
-        if args.tensorboard_dir:
-            # Imported here: it costs a second, and most short runs do without.
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.tensorboard = SummaryWriter(args.tensorboard_dir, max_queue=args.tensorboard_queue_size)
+        self.boards = Boards(args)
         if sys.stderr.isatty():
             self.bar = tqdm(total=args.train_iters, initial=first_iteration, unit="it", dynamic_ncols=True)
 
@@ -82,7 +80,7 @@ class Reporter:
         speed = self._speed(report)
         self._write(_iteration_record(report, self.args.seq_length) | speed)
         if report.iteration % self.args.tensorboard_log_interval == 0:
-            self._tensorboard_iteration(report, speed)
+            self._to_boards(report, speed)
         if self.bar:
             self.bar.update(1)
             self.bar.set_postfix_str(f"loss {report.lm_loss:.4f}, {speed['tokens_per_second']:.0f} tokens/s")
@@ -103,12 +101,12 @@ class Reporter:
         self.say("-" * len(text) + "\n" + text + "\n" + "-" * len(text))
         record = {"iteration": iteration, "split": split}
         self._write(record | {"lm_loss": result.lm_loss, "bits_per_byte": _number(result.bits_per_byte)})
-        if self.tensorboard:
+        if self.boards.writers:
             tag = "lm loss validation" if split == "validation" else f"lm loss {split}"
-            self._scalar(tag, result.lm_loss, iteration, consumed_samples)
-            self._scalar(f"{tag} bits per byte", result.bits_per_byte, iteration, consumed_samples)
+            self.boards.scalar(tag, result.lm_loss, iteration, consumed_samples)
+            self.boards.scalar(f"{tag} bits per byte", result.bits_per_byte, iteration, consumed_samples)
             if self.args.log_validation_ppl_to_tensorboard:
-                self._scalar(f"{tag} ppl", ppl, iteration, consumed_samples)
+                self.boards.scalar(f"{tag} ppl", ppl, iteration, consumed_samples)
 
     def say(self, text: str) -> None:
         """Print without breaking the bar."""
@@ -117,7 +115,7 @@ class Reporter:
 
     def close(self) -> None:
         """Flush and close what is open."""
-        for sink in (self.metrics, self.tensorboard, self.bar):
+        for sink in (self.metrics, self.boards, self.bar):
             if sink is not None:
                 sink.close()
 
@@ -156,32 +154,26 @@ class Reporter:
         line += f" number of nan iterations: {0:3d} |"
         return line
 
-    def _tensorboard_iteration(self, report: IterationReport, speed: dict[str, float]) -> None:
-        if not self.tensorboard:
-            return
+    def _to_boards(self, report: IterationReport, speed: dict[str, float]) -> None:
+        args = self.args
         values = {
             "learning-rate": report.learning_rate,
             "batch-size": report.global_batch_size,
             "lm loss": report.lm_loss,
             "grad-norm": report.grad_norm,
             "iteration-time": report.seconds,
+            "loss-scale": report.loss_scale if args.log_loss_scale_to_tensorboard else None,
+            "world-size": args.world_size if args.log_world_size_to_tensorboard else None,
+            "throughput": speed["tflops_per_device"] if args.log_throughput else None,
+            "mem-max-allocated-bytes": platform.max_memory_bytes()
+            if args.log_memory_to_tensorboard
+            else None,
+            "num-zeros": report.num_zeros_in_grad,
+            "params-norm": report.params_norm,
         }
-        if self.args.log_loss_scale_to_tensorboard:
-            values["loss-scale"] = report.loss_scale
-        if self.args.log_world_size_to_tensorboard:
-            values["world-size"] = self.args.world_size
-        if self.args.log_throughput:
-            values["throughput"] = speed["tflops_per_device"]
-        if report.num_zeros_in_grad is not None:
-            values["num-zeros"] = report.num_zeros_in_grad
-        if report.params_norm is not None:
-            values["params-norm"] = report.params_norm
         for tag, value in values.items():
-            self._scalar(tag, value, report.iteration, report.consumed_samples)
-
-    def _scalar(self, tag: str, value: float, iteration: int, samples: int) -> None:
-        self.tensorboard.add_scalar(tag, value, iteration)
-        self.tensorboard.add_scalar(f"{tag} vs samples", value, samples)
+            if value is not None:
+                self.boards.scalar(tag, value, report.iteration, report.consumed_samples)
 
     def _write(self, record: dict) -> None:
         if self.metrics:
@@ -209,29 +201,3 @@ def _iteration_record(report: IterationReport, seq_length: int) -> dict:
 def _number(value: float) -> float | None:
     """JSON has no NaN."""
     return value if math.isfinite(value) else None
-
-
-def params_norm(model: list[torch.nn.Module]) -> float:
-    """L2 norm of all parameters, counted once; a collective call (``--log-params-norm``)."""
-    from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
-    from megatron.core.transformer.module import param_is_not_shared
-
-    from megatron_ext.platform.numerics import sum_of_squares
-
-    squares = sum(
-        sum_of_squares(parameter)
-        for chunk in model
-        for parameter in chunk.parameters()
-        if param_is_not_tensor_parallel_duplicate(parameter) and param_is_not_shared(parameter)
-    )
-    return _sum_over_model_parallel(squares) ** 0.5
-
-
-def _sum_over_model_parallel(value: float) -> float:
-    from megatron.core import parallel_state
-
-    from megatron_ext import platform
-
-    total = torch.tensor([value], dtype=torch.float64, device=platform.current_device())
-    torch.distributed.all_reduce(total, group=parallel_state.get_model_parallel_group())
-    return total.item()

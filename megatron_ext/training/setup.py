@@ -23,6 +23,8 @@ def build_trainer(args: Namespace) -> Trainer:
     args.padded_vocab_size = padded_vocab_size(tokenizer.vocab_size, args)
     args.tokenizer_sha256 = tokenizer.sha256
 
+    if args.deterministic_mode:
+        torch.use_deterministic_algorithms(True)
     config = transformer_config(args)
     model = wrap_for_training(build_model(config, args), config, ddp_config(args))
     optimizer = build_optimizer(optimizer_config(args), model)
@@ -36,17 +38,32 @@ def build_trainer(args: Namespace) -> Trainer:
 
 
 def load_progress(args: Namespace, model: list, optimizer, scheduler) -> Progress:
-    """Load the newest checkpoint if there is one; how far the run then is."""
-    if args.load is None:
-        return Progress()
-    loaded = load_checkpoint(args.load, model=model, optimizer=optimizer, scheduler=scheduler, args=args)
-    if loaded is None:
-        if args.exit_on_missing_checkpoint:
-            raise FileNotFoundError(f"--load {args.load}: no checkpoint found (--exit-on-missing-checkpoint)")
+    """Load the newest checkpoint if there is one; how far the run then is.
+
+    ``--pretrained-checkpoint`` gives weights to a run that has no checkpoint of its own yet.
+    """
+    loaded = None
+    if args.load is not None:
+        loaded = load_checkpoint(args.load, model=model, optimizer=optimizer, scheduler=scheduler, args=args)
+    if loaded is not None:
+        if args.finetune:
+            return Progress()
+        known = {name: loaded.run_state[name] for name in vars(Progress()) if name in loaded.run_state}
+        return Progress(**known | {"iteration": loaded.iteration})
+    if args.load is not None and args.exit_on_missing_checkpoint:
+        raise FileNotFoundError(f"--load {args.load}: no checkpoint found (--exit-on-missing-checkpoint)")
+    if args.pretrained_checkpoint is not None:
+        weights = Namespace(**vars(args) | {"finetune": True})
+        if (
+            load_checkpoint(args.pretrained_checkpoint, model=model, optimizer=optimizer, args=weights)
+            is None
+        ):
+            raise FileNotFoundError(
+                f"--pretrained-checkpoint {args.pretrained_checkpoint}: no checkpoint found"
+            )
+    elif args.load is not None:
         print_rank_0(f" no checkpoint in {args.load}: starting from the initial weights")
-        return Progress()
-    known = {name: loaded.run_state[name] for name in vars(Progress()) if name in loaded.run_state}
-    return Progress(**known | {"iteration": loaded.iteration})
+    return Progress()
 
 
 def count_parameters(model: list) -> int:
