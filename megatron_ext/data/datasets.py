@@ -1,0 +1,244 @@
+"""The training, validation and test sets of a run, from Megatron-LM's data flags.
+
+The samples are those of Megatron-LM's pretrain_gpt.py for the same flags: Megatron-Core's own
+GPTDataset, blended by its own builder, with the configuration that core_gpt_dataset_config_from_args
+gives it. Ours is around them: the files are checked first, the index is built once and atomically,
+and what goes wrong on one rank is raised on all.
+"""
+
+import copy
+import json
+import os
+from argparse import Namespace
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from megatron.core.datasets.blended_dataset import BlendedDataset
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.utils import Split, get_blend_from_list
+
+from megatron_ext.data.agree import on_every_rank, on_first_rank
+from megatron_ext.data.index_cache import staging
+from megatron_ext.data.indexed import DatasetError
+from megatron_ext.data.manifest import check_dataset
+
+Blend = tuple[list[str], list[float] | None]
+DEFAULT_SPLIT = "969, 30, 1"
+
+
+def build_datasets(args: Namespace, tokenizer, sizes: Sequence[int | None]) -> tuple:
+    """Build (train, valid, test); None where the flags give no such set. A collective call.
+
+    Args:
+        args: data_path, split, {train,valid,test}_data_path, data_args_path,
+            per_split_data_args_path, mock_data, data_cache_path, seed, seq_length and the other
+            data flags.
+        tokenizer: of build_tokenizer.
+        sizes: samples to draw from each set; None draws one epoch.
+
+    Returns:
+        Megatron-Core datasets; a sample is a dict of tokens, labels (int64 [s]), loss_mask (float
+        [s]), position_ids (int64 [s]) and, only if --reset-attention-mask makes it other than
+        causal, attention_mask (bool [1, s, s], True = forbidden).
+
+    Raises:
+        DatasetError: on every rank, if data is missing, damaged, of another tokenizer, too small,
+            or the index cannot be stored.
+    """
+    config = on_every_rank(lambda: dataset_config(args, tokenizer))
+    for split in Split:
+        if sizes[split.value] == 0 and config.split_matrix:
+            config.split_matrix[split.value] = None
+    kind = MockGPTDataset if config.mock else GPTDataset
+
+    def prepare() -> str | None:
+        if config.mock:
+            return None
+        _check_data(config, tokenizer)
+        return _fill_cache(kind, sizes, config)
+
+    config.path_to_cache = on_first_rank(prepare)
+    return tuple(on_every_rank(lambda: _build(kind, sizes, config)))
+
+
+def dataset_config(args: Namespace, tokenizer) -> GPTDatasetConfig:
+    """The configuration that Megatron-LM's core_gpt_dataset_config_from_args makes of the flags."""
+    blend, blend_per_split = blends(args)
+    return GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=(args.split or DEFAULT_SPLIT) if blend else None,
+        multiple_validation_sets=getattr(args, "multiple_validation_sets", False),
+        full_validation=getattr(args, "full_validation", False),
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=tokenizer,
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        # Without resets the mask is causal, which attention knows by itself: s * s bytes a sample saved.
+        create_attention_mask=args.create_attention_mask_in_dataloader and args.reset_attention_mask,
+    )
+
+
+def blends(args: Namespace) -> tuple[Blend | None, list[Blend | None] | None]:
+    """(blend to be split, blends of each split) from the flags; at most one is not None.
+
+    Raises:
+        DatasetError: a file of arguments cannot be read or has another form.
+    """
+    if args.mock_data:
+        return None, None
+    words = args.data_path
+    if args.data_args_path:
+        words = _read_text(args.data_args_path).split()
+    if words is not None:
+        return _blend(words, "--data-args-path" if args.data_args_path else "--data-path"), None
+    per_split = [args.train_data_path, args.valid_data_path, args.test_data_path]
+    if args.per_split_data_args_path:
+        per_split = _read_per_split(args.per_split_data_args_path)
+    names = ("train", "valid", "test")
+    return None, [_blend(w, f"--{n}-data-path") for w, n in zip(per_split, names, strict=True)]
+
+
+def _blend(words: list[str] | None, flag: str) -> Blend | None:
+    if not words:
+        return None
+    try:
+        prefixes, weights = get_blend_from_list([str(word) for word in words])
+    except AssertionError:
+        raise DatasetError(f"{flag}: give a weight before every prefix, or before none") from None
+    if weights is not None and min(weights) <= 0:
+        raise DatasetError(f"{flag}: weights must be above 0, got {min(weights):g}")
+    return prefixes, weights
+
+
+def _read_text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DatasetError(f"{path}: cannot be read ({error})") from error
+
+
+def _read_per_split(path: str) -> list[list[str] | None]:
+    try:
+        by_split = json.loads(_read_text(path))
+        words = [by_split.get(name) for name in ("train", "valid", "test")]
+    except (ValueError, AttributeError) as error:
+        raise DatasetError(
+            f'--per-split-data-args-path {path}: must be JSON such as {{"train": ["1", "prefix"], '
+            f'"valid": ["prefix"], "test": null}} ({error})'
+        ) from error
+    return [entry.split() if isinstance(entry, str) else entry for entry in words]
+
+
+def _prefixes(config: GPTDatasetConfig) -> set[str]:
+    found = [config.blend] if config.blend else config.blend_per_split or []
+    return {prefix for blend in found if blend for prefix in blend[0]}
+
+
+def _check_data(config: GPTDatasetConfig, tokenizer) -> None:
+    """Check every dataset, and that each part of it holds text.
+
+    Megatron-Core adds epochs of an empty part until there are enough tokens: for ever.
+    """
+    indices = {prefix: check_dataset(prefix, tokenizer) for prefix in sorted(_prefixes(config))}
+    for split in Split:
+        if config.blend:
+            blend, part = config.blend, config.split_matrix[split.value]
+        else:
+            blend, part = config.blend_per_split[split.value], (0.0, 1.0)
+        if blend is None or part is None:
+            continue
+        for prefix in blend[0]:
+            lengths = indices[prefix].lengths
+            # Rounded as in BlendedMegatronDatasetBuilder._build_megatron_dataset_splits.
+            begin, end = (int(round(bound * float(len(lengths)))) for bound in part)
+            if not lengths[begin:end].any():
+                raise DatasetError(
+                    f"{prefix}: its {len(lengths)} documents leave no text for the {split.name} set"
+                    + (
+                        f" with --split {config.split!r}; give other shares, such as 90,10,0"
+                        * bool(config.blend)
+                    )
+                )
+
+
+class LocalBuilder(BlendedMegatronDatasetBuilder):
+    """Megatron-Core's builder without its barriers: each rank builds for itself.
+
+    The order of the ranks is settled around it, where an error cannot leave the others waiting.
+    """
+
+    def __init__(self, kind: type, sizes: Sequence[int | None], config: GPTDatasetConfig) -> None:
+        super().__init__(kind, list(sizes), lambda: True, config)
+
+    @staticmethod
+    def build_generic_dataset(cls, is_built_on_rank, synchronize_ranks, *arguments):
+        """Construct ``cls(*arguments)``."""
+        if cls is BlendedDataset and not torch.distributed.is_initialized():
+            # With a cache BlendedDataset asks for the rank, which a lone process has not.
+            arguments = (*arguments[:-1], copy.copy(arguments[-1]))
+            arguments[-1].path_to_cache = None
+        return cls(*arguments)
+
+    def _build_megatron_datasets_parallel(self, prefixes, split, sizes_per_dataset):
+        """[split][prefix] datasets, with ``--num-dataset-builder-threads`` threads."""
+        with ThreadPoolExecutor(self.config.num_dataset_builder_threads) as threads:
+            by_prefix = threads.map(
+                lambda prefix, sizes: self._build_megatron_dataset_splits(prefix, split, sizes),
+                prefixes,
+                sizes_per_dataset,
+            )
+            return [list(datasets) for datasets in zip(*by_prefix, strict=True)]
+
+
+def _build(kind: type, sizes: Sequence[int | None], config: GPTDatasetConfig) -> list:
+    try:
+        return LocalBuilder(kind, sizes, config).build()
+    except (AssertionError, IndexError, ValueError, RuntimeError) as error:
+        raise DatasetError(_explain(error, config)) from error
+
+
+def _explain(error: Exception, config: GPTDatasetConfig) -> str:
+    names = ", ".join(sorted(_prefixes(config))) or "mock data"
+    return (
+        f"{names}: cannot draw samples of {config.sequence_length} tokens with split {config.split!r}: "
+        f"a part is too small, or empty ({type(error).__name__}: {error}). Use more data, another --split, "
+        "or a shorter --seq-length"
+    )
+
+
+def _fill_cache(kind: type, sizes: Sequence[int | None], config: GPTDatasetConfig) -> str:
+    """Build what is missing in the cache of index files; returns the folder."""
+    for folder in _cache_folders(config):
+        try:
+            with staging(Path(folder)) as aside:
+                staged = copy.copy(config)
+                staged.path_to_cache = str(aside)
+                _build(kind, sizes, staged)
+            return folder
+        except OSError as error:
+            problem = f"{folder}: the index of the dataset cannot be stored ({error.strerror or error})"
+    raise DatasetError(f"{problem}; give a folder that all nodes see with --data-cache-path")
+
+
+def _cache_folders(config: GPTDatasetConfig) -> list[str]:
+    """Folders to try, best first: --data-cache-path, or upstream's place beside the data.
+
+    For data that cannot be written beside there is the user's own cache, if there is one node.
+    """
+    if config.path_to_cache:
+        return [config.path_to_cache]
+    blend = config.blend or next(filter(None, config.blend_per_split))
+    folders = [Path(blend[0][0]) / "cache" / "GPTDataset_indices"]
+    if os.environ.get("LOCAL_WORLD_SIZE", "1") == os.environ.get("WORLD_SIZE", "1"):
+        own = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        folders.append(own / "megatron_ext" / "GPTDataset_indices")
+    return [str(folder) for folder in folders]

@@ -1,0 +1,47 @@
+"""A data loader that yields the microbatches of one data parallel rank."""
+
+import signal
+from argparse import Namespace
+
+from megatron.core import parallel_state
+from torch.utils.data import DataLoader, Dataset
+
+from megatron_ext.data.sampler import CyclicSampler, SequentialSampler
+
+SAMPLERS = {"single": SequentialSampler, "cyclic": CyclicSampler}
+#: A signal for the job reaches every process of its group; these are the trainer's to answer.
+TRAINERS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def build_data_loader(dataset: Dataset, args: Namespace, consumed_samples: int) -> DataLoader:
+    """Microbatches of this rank, beginning after ``consumed_samples`` samples of the whole job.
+
+    Reads micro_batch_size, dataloader_type ("single": once in order; "cyclic": without end,
+    shuffled) and num_workers of ``args``; the data parallel rank and size of Megatron-Core, or
+    ``args.data_parallel_rank`` and ``args.data_parallel_size`` where it is not initialised.
+
+    Returns:
+        A loader of dicts: the dataset's samples stacked along a new first axis of
+        ``micro_batch_size``. With "single" it ends when the dataset does.
+    """
+    rank, size = _data_parallel(args)
+    sampler = SAMPLERS[args.dataloader_type or "single"](
+        len(dataset), consumed_samples, args.micro_batch_size, rank, size
+    )
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=args.num_workers,
+        worker_init_fn=_leave_signals_to_trainer,
+    )
+
+
+def _data_parallel(args: Namespace) -> tuple[int, int]:
+    if parallel_state.model_parallel_is_initialized():
+        return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    return getattr(args, "data_parallel_rank", 0), getattr(args, "data_parallel_size", 1)
+
+
+def _leave_signals_to_trainer(_worker: int) -> None:
+    for name in TRAINERS_SIGNALS:
+        signal.signal(name, signal.SIG_IGN)

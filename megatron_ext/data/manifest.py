@@ -1,0 +1,104 @@
+"""The manifest beside a dataset: ``PREFIX.json`` says what PREFIX.bin and PREFIX.idx were made of.
+
+    {"format": "megatron_ext.dataset/1", "dtype": "uint16", "documents": ..., "tokens": ...,
+     "files": {"bin": {"bytes": ..., "sha256": ...}, "idx": {...}},
+     "tokenizer": {"type": ..., "name": ..., "sha256": ..., "vocab_size": ..., "eod": ...},
+     "options": {...}, "inputs": [{"name": ..., "bytes": ..., "sha256": ...}], "lines": {...}}
+
+Datasets of other tools have none; what can be checked without one is checked.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from megatron_ext.data.files import write_aside
+from megatron_ext.data.indexed import DatasetError, Index, bin_path, check_layout, manifest_path, map_tokens
+
+FORMAT = "megatron_ext.dataset/1"
+#: Ids looked at where there is no manifest: this many pieces of this many ids, spread evenly.
+SAMPLED_PIECES, SAMPLED_IDS = 64, 16384
+
+
+def read_manifest(prefix: str | Path) -> dict | None:
+    """The manifest of a dataset, or None if there is none.
+
+    Raises:
+        DatasetError: PREFIX.json is there and is no manifest.
+    """
+    path = manifest_path(prefix)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise DatasetError(f"{path}: {error.strerror}") from error
+    try:
+        manifest = json.loads(text)
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"its format is {manifest['format']!r}, not {FORMAT!r}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise DatasetError(f"{path}: not a dataset's manifest ({error}); remove or restore it") from error
+    return manifest
+
+
+def write_manifest(prefix: str | Path, manifest: dict) -> None:
+    """Write PREFIX.json in one step; the last file of a dataset to appear."""
+    text = json.dumps({"format": FORMAT} | manifest, indent=1, ensure_ascii=False)
+    write_aside(manifest_path(prefix), lambda file: file.write(text.encode() + b"\n"))
+
+
+def check_dataset(prefix: str | Path, tokenizer=None) -> Index:
+    """Check that a dataset is whole and was made with ``tokenizer``; takes a fraction of a second.
+
+    Raises:
+        DatasetError: it is truncated, mixed up with another, or of another tokenizer.
+    """
+    index = check_layout(prefix)
+    manifest = read_manifest(prefix)
+    if manifest is not None:
+        _check_sizes(prefix, manifest)
+    if tokenizer is None:
+        return index
+    if manifest is not None and manifest.get("tokenizer", {}).get("sha256"):
+        _check_tokenizer(prefix, manifest["tokenizer"], tokenizer)
+    else:
+        _check_largest_id(prefix, index, tokenizer.vocab_size)
+    return index
+
+
+def _check_sizes(prefix: str | Path, manifest: dict) -> None:
+    for suffix, facts in manifest.get("files", {}).items():
+        path = Path(f"{prefix}.{suffix}")
+        size = path.stat().st_size
+        if size != facts["bytes"]:
+            raise DatasetError(
+                f"{path}: {size:,} bytes, but {manifest_path(prefix).name} says {facts['bytes']:,}: "
+                "it was replaced or cut off; make the dataset again"
+            )
+
+
+def _check_tokenizer(prefix: str | Path, made_with: dict, tokenizer) -> None:
+    if made_with["sha256"] == tokenizer.sha256:
+        return
+    raise DatasetError(
+        f"{bin_path(prefix)}: was made with the tokenizer {made_with.get('name')} "
+        f"({made_with.get('vocab_size')} ids, sha256 {made_with['sha256'][:12]}), not with this one "
+        f"({tokenizer.vocab_size} ids, sha256 {tokenizer.sha256[:12]}); give that --tokenizer-model, or "
+        "make the dataset again with tools/preprocess_data.py. If you know that both give the same ids, "
+        f'remove "tokenizer" from {manifest_path(prefix).name}'
+    )
+
+
+def _check_largest_id(prefix: str | Path, index: Index, vocab_size: int) -> None:
+    ids = map_tokens(prefix, index)
+    starts = np.unique(np.linspace(0, max(len(ids) - SAMPLED_IDS, 0), SAMPLED_PIECES).astype(np.int64))
+    for start in starts.tolist():
+        piece = ids[start : start + SAMPLED_IDS]
+        low, high = (int(piece.min()), int(piece.max())) if len(piece) else (0, 0)
+        if low < 0 or high >= vocab_size:
+            raise DatasetError(
+                f"{bin_path(prefix)}: holds the id {high if high >= vocab_size else low}, but the tokenizer "
+                f"has {vocab_size} ids: the dataset was made with another tokenizer"
+            )

@@ -1,0 +1,69 @@
+"""Which samples make up the microbatches of a data parallel rank, in Megatron-LM's order.
+
+Microbatch j of the job holds the samples j*m to j*m + m - 1 (m: micro batch size) of the order;
+rank r of d data parallel ranks reads microbatches r, d + r, 2d + r, ... after those consumed. So
+what a job has read after n samples does not depend on d, nor on the number of microbatches in a
+step. Source: megatron/training/datasets/data_samplers.py of Megatron-LM.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class SequentialSampler:
+    """``--dataloader-type single``: the dataset from ``consumed_samples`` on, once, in its order.
+
+    A last group that cannot give every rank a whole microbatch is left out (drop_last).
+    """
+
+    total_samples: int
+    consumed_samples: int
+    micro_batch_size: int
+    data_parallel_rank: int
+    data_parallel_size: int
+
+    def __len__(self) -> int:
+        left = max(0, self.total_samples - self.consumed_samples)
+        return left // (self.micro_batch_size * self.data_parallel_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        stride = self.micro_batch_size * self.data_parallel_size
+        first = self.consumed_samples + self.data_parallel_rank * self.micro_batch_size
+        for k in range(len(self)):
+            start = first + k * stride
+            yield list(range(start, start + self.micro_batch_size))
+
+
+@dataclass(frozen=True)
+class CyclicSampler:
+    """``--dataloader-type cyclic``: epoch after epoch without end, each in its own random order.
+
+    Epoch e takes whole microbatches in the order of ``torch.randperm`` seeded with e, as upstream
+    does with one data parallel rank. With more, upstream gives each rank a part of the data of its
+    own, so that its order depends on their number; here the one order is dealt out to all ranks.
+    """
+
+    total_samples: int
+    consumed_samples: int
+    micro_batch_size: int
+    data_parallel_rank: int
+    data_parallel_size: int
+
+    def __iter__(self) -> Iterator[list[int]]:
+        size = self.micro_batch_size
+        per_epoch = self.total_samples // size
+        if per_epoch == 0:
+            return
+        number = self.consumed_samples // size + self.data_parallel_rank
+        epoch, order = -1, []
+        while True:
+            if number // per_epoch != epoch:
+                epoch = number // per_epoch
+                generator = torch.Generator().manual_seed(epoch)
+                order = torch.randperm(per_epoch * size, generator=generator).numpy()
+            start = number % per_epoch * size
+            yield order[start : start + size].tolist()
+            number += self.data_parallel_size
