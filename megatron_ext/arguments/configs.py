@@ -7,6 +7,7 @@ Megatron-LM 0.16.1. Call ``megatron_ext.platform.activate()`` first; this module
 import dataclasses
 import math
 from argparse import Namespace
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from megatron.core.transformer.enums import AttnBackend
 
 from megatron_ext.models.config import PanguProConfig
 
-#: Kernels of Apex, Transformer Engine or CUDA extensions: never there on a CPU.
+#: Fused forms that Megatron-LM uses unless told not to; none of them runs on a CPU.
 CUDA_FUSIONS = (
     "apply_rope_fusion",
     "bias_activation_fusion",
@@ -35,9 +36,20 @@ def transformer_config(args: Namespace) -> PanguProConfig:
     at full shape, so that they do not depend on the layout."""
     values = _shared(args, PanguProConfig)
     values |= _renamed(args) | _activation(args)
+    return PanguProConfig(**(values | dict.fromkeys(_unavailable_fusions(args), False)))
+
+
+def _unavailable_fusions(args: Namespace) -> list[str]:
+    """The fusions that this device or the installed packages do not have."""
     if args.device == "cpu":
-        values |= dict.fromkeys(CUDA_FUSIONS, False)
-    return PanguProConfig(**values)
+        return list(CUDA_FUSIONS)
+    missing = []
+    if find_spec("transformer_engine") is None:
+        missing.append("apply_rope_fusion")
+    # Transformer Engine's linear layers bring this one along, Megatron-Core's need Apex's extension.
+    if args.transformer_impl == "local" and find_spec("fused_weight_gradient_mlp_cuda") is None:
+        missing.append("gradient_accumulation_fusion")
+    return missing
 
 
 def _shared(args: Namespace, config: type) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def pipeline_layers(args: Namespace) -> int:
 
 def _layout(args: Namespace) -> None:
     args.data_parallel_size = max(1, args.world_size // max(1, model_parallel_size(args)))
-    if args.global_batch_size is None and args.micro_batch_size is not None:
+    if args.global_batch_size is None and args.micro_batch_size:
         args.global_batch_size = args.micro_batch_size * args.data_parallel_size
     stages = args.num_virtual_stages_per_pipeline_rank
     if args.num_layers_per_virtual_pipeline_stage:

@@ -1,5 +1,6 @@
 """Batches, duration, exit, optimizer, schedule and precision."""
 
+from argparse import ArgumentTypeError
 from dataclasses import dataclass
 from signal import Signals
 from typing import Literal
@@ -9,6 +10,8 @@ from megatron_ext.arguments.factory import flag
 
 def signal_by_name(name: str) -> Signals:
     """``SIGTERM`` -> signal.SIGTERM."""
+    if name not in Signals.__members__:
+        raise ArgumentTypeError(f"{name!r} is not a signal of this system, such as SIGTERM or SIGUSR1")
     return Signals[name]
 
 

@@ -42,7 +42,7 @@ def rampup_reaches_the_batch(args, typed):
     unit = args.micro_batch_size * args.data_parallel_size
     if start < 1 or increment < 1 or samples < 0:
         yield "--rampup-batch-size: START and INCREMENT must be at least 1, SAMPLES 0 or more"
-    elif start > args.global_batch_size or (args.global_batch_size - start) % increment:
+    elif start >= args.global_batch_size or (args.global_batch_size - start) % increment:
         yield (
             f"--rampup-batch-size: from {start} in steps of {increment} the batch does not reach "
             f"--global-batch-size {args.global_batch_size}"

@@ -1,0 +1,81 @@
+"""What follows from other flags, as Megatron-LM works it out."""
+
+import pytest
+import torch
+
+from megatron_ext.arguments.derive import batch_at, iterations_of_samples
+from megatron_ext.arguments.parser import read_args
+
+BASE = (
+    "--num-layers 8 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 "
+    "--tokenizer-type NullTokenizer --vocab-size 99 --lr 1e-3 --micro-batch-size 2 --mock-data"
+)
+
+
+def read(flags: str, world_size: int = 1):
+    return read_args(f"{BASE} {flags}".split(), world_size=world_size, device="cpu")
+
+
+def test_feed_forward_width():
+    assert read("--train-iters 5").ffn_hidden_size == 256
+    assert read("--train-iters 5 --swiglu").ffn_hidden_size == 128  # 8/3 * 64 = 170.7, in 64s
+    assert read("--train-iters 5 --swiglu --ffn-hidden-size 170").ffn_hidden_size == 170
+
+
+def test_data_parallel_size_and_batch():
+    args = read("--train-iters 5 --tensor-model-parallel-size 2", world_size=6)
+    assert (args.data_parallel_size, args.global_batch_size) == (3, 6)
+
+
+def test_virtual_stages():
+    flags = "--train-iters 5 --pipeline-model-parallel-size 2 --global-batch-size 8"
+    assert read(flags, 2).virtual_pipeline_model_parallel_size is None
+    args = read(f"{flags} --num-layers-per-virtual-pipeline-stage 2", 2)
+    assert args.virtual_pipeline_model_parallel_size == 2
+    assert args.overlap_p2p_comm
+    assert read(f"{flags} --num-layers-per-virtual-pipeline-stage 4", 2).overlap_p2p_comm is False
+
+
+def test_schedule_in_iterations_is_counted_in_samples():
+    args = read("--train-iters 50 --global-batch-size 4 --lr-warmup-fraction 0.1 --lr-decay-iters 40")
+    assert (args.lr_decay_steps, args.wd_incr_steps, args.wsd_decay_steps) == (160, 200, None)
+    assert args.lr_warmup_steps == pytest.approx(16)
+    args = read("--train-iters 50 --lr-decay-style WSD --lr-wsd-decay-iters 10 --lr-warmup-iters 3")
+    assert (args.lr_decay_steps, args.wsd_decay_steps, args.lr_warmup_steps) == (100, 20, 6)
+
+
+def test_schedule_in_samples():
+    args = read("--train-samples 100 --global-batch-size 4 --lr-warmup-samples 8")
+    assert (args.train_iters, args.lr_decay_steps, args.lr_warmup_steps) == (25, 100, 8)
+
+
+@pytest.mark.parametrize("rampup", [None, [2, 2, 20], [4, 4, 37], [2, 6, 1]])
+@pytest.mark.parametrize("samples", [7, 40, 100])
+def test_ramp_up_equals_megatron_cores_calculator(rampup, samples):
+    from megatron.core.num_microbatches_calculator import _build_num_microbatches_calculator
+
+    calculator = _build_num_microbatches_calculator(0, rampup, 8, 2, 1, False)
+    consumed = iterations = 0
+    while consumed < samples:
+        calculator.update(consumed, False)
+        batch = calculator.get_current_global_batch_size()
+        assert batch == batch_at(consumed, 8, rampup)
+        if consumed + batch > samples and (not rampup or consumed > rampup[2]):
+            break  # a last batch that the samples do not fill is not run
+        consumed, iterations = consumed + batch, iterations + 1
+    assert iterations_of_samples(samples, 8, rampup) == iterations
+
+
+def test_precision():
+    assert read("--train-iters 5").params_dtype is torch.float32
+    args = read("--train-iters 5 --bf16")
+    assert args.params_dtype is torch.bfloat16
+    assert args.accumulate_allreduce_grads_in_fp32
+    assert not read("--train-iters 5 --bf16 --grad-reduce-in-bf16").accumulate_allreduce_grads_in_fp32
+
+
+def test_launcher_environment(monkeypatch):
+    for name, value in (("WORLD_SIZE", "4"), ("RANK", "3"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    args = read_args(f"{BASE} --train-iters 5".split(), device="cpu")
+    assert (args.world_size, args.rank, args.local_rank, args.data_parallel_size) == (4, 3, 1, 4)
