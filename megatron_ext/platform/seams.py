@@ -42,7 +42,13 @@ SEAMS = (
         "473-485, 907: scale and found-inf; 671-699: type() of a parameter",
         DEVICE | TENSOR_TYPES,
     ),
-    Seam("optimizer.distrib_optimizer", "361, 420, 582: type() of a parameter", TENSOR_TYPES),
+    Seam(
+        "optimizer.distrib_optimizer",
+        "361, 420, 582: type() of a parameter; 791, 1077, 1089: gathering the state for a checkpoint",
+        TENSOR_TYPES,
+        # torch.cuda.current_device() becomes torch.cpu.current_device(), which is "cpu".
+        names={"cuda": "cpu"},
+    ),
     Seam(
         "optimizer.clip_grads",
         "90-115, 174, 207: norm and count buffers; 167: type() of a gradient",
