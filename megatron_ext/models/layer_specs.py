@@ -1,4 +1,10 @@
-"""How a PanGu-pi layer is put together from Megatron-Core's parts and ours."""
+"""How a PanGu-pi layer is put together from Megatron-Core's parts and ours.
+
+Two sets of parts, one module tree: the local parts run on a CPU or a GPU with torch alone, those
+of Transformer Engine on a GPU with FP8. Checkpoints of one load into the other.
+"""
+
+from dataclasses import dataclass
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -22,17 +28,53 @@ CHECKPOINT_NAMES = {
 }
 
 
-def local_layer_spec(config: PanguProConfig) -> ModuleSpec:
-    """One transformer layer from Megatron-Core's own linear layers; runs on a CPU or a GPU."""
-    norm = norm_class(config)
-    qk_norm = norm if config.qk_layernorm else IdentityOp
+@dataclass(frozen=True)
+class Parts:
+    """The classes that a layer is built from."""
+
+    column_parallel_linear: type
+    row_parallel_linear: type
+    core_attention: type
+    norm: type
+    mlp: type
+
+
+def local_parts(config: PanguProConfig) -> Parts:
+    """Megatron-Core's linear layers, our norm, torch's attention."""
+    return Parts(
+        ColumnParallelLinear, RowParallelLinear, ScaledDotProductAttention, norm_class(config), PanguMLP
+    )
+
+
+def transformer_engine_parts(config: PanguProConfig) -> Parts:
+    """Transformer Engine's own modules, so that FP8 covers every large matmul of a layer.
+
+    The output layer and the augmented shortcuts stay in the model's precision (docs/precision.md).
+    """
+    # Importing Transformer Engine can fail on a machine without a GPU: only who asks for it pays.
+    from megatron.core.extensions import transformer_engine as te
+
+    from megatron_ext.models.mlp_te import TEPanguMLP
+
+    return Parts(
+        te.TEColumnParallelLinear,
+        te.TERowParallelLinear,
+        te.TEDotProductAttention,
+        te.TENorm,
+        TEPanguMLP,
+    )
+
+
+def layer_spec(config: PanguProConfig, parts: Parts) -> ModuleSpec:
+    """One transformer layer; the module tree does not depend on the parts."""
+    qk_norm = parts.norm if config.qk_layernorm else IdentityOp
     attention = ModuleSpec(
         module=AugmentedSelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear,
-            core_attention=ScaledDotProductAttention,
-            linear_proj=RowParallelLinear,
+            linear_qkv=parts.column_parallel_linear,
+            core_attention=parts.core_attention,
+            linear_proj=parts.row_parallel_linear,
             q_layernorm=qk_norm,
             k_layernorm=qk_norm,
         ),
@@ -40,11 +82,11 @@ def local_layer_spec(config: PanguProConfig) -> ModuleSpec:
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=norm,
+            input_layernorm=parts.norm,
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=norm,
-            mlp=PanguMLP,
+            pre_mlp_layernorm=parts.norm,
+            mlp=parts.mlp,
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=CHECKPOINT_NAMES,
         ),
@@ -52,8 +94,8 @@ def local_layer_spec(config: PanguProConfig) -> ModuleSpec:
 
 
 def block_spec(config: PanguProConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """The layers of one pipeline stage and the final norm."""
+    """The layers of one pipeline stage and the final norm, from the parts ``transformer_impl`` names."""
+    local = config.transformer_impl == "local"
+    parts = local_parts(config) if local else transformer_engine_parts(config)
     layers = get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(
-        layer_specs=[local_layer_spec(config)] * layers, layer_norm=norm_class(config)
-    )
+    return TransformerBlockSubmodules([layer_spec(config, parts)] * layers, parts.norm)

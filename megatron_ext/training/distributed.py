@@ -26,8 +26,6 @@ def initialize(args: Namespace) -> None:
         args.virtual_pipeline_model_parallel_size,
         context_parallel_size=args.context_parallel_size,
         distributed_timeout_minutes=args.distributed_timeout_minutes,
-        # gloo is already the backend of every group on a CPU.
-        create_gloo_process_groups=platform.on_gpu(),
     )
     seed(args)
     num_microbatches_calculator.init_num_microbatches_calculator(

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from megatron_ext import platform

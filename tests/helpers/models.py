@@ -33,6 +33,7 @@ def small_config(**changes) -> PanguProConfig:
         pipeline_dtype=torch.float32,
         # An interleaved pipeline of two ranks needs this: in a batch of transfers, the one to the
         # next stage and the one to the previous stage go to the same rank and are mixed up.
+        transformer_impl="local",
         overlap_p2p_comm=parallel_state.get_virtual_pipeline_model_parallel_world_size() is not None,
         batch_p2p_comm=parallel_state.get_virtual_pipeline_model_parallel_world_size() is None,
         perform_initialization=False,
