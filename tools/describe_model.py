@@ -1,0 +1,211 @@
+#!/usr/bin/env python3
+"""Say how large a model is, how much work a token is, and what memory a device needs.
+
+    python tools/describe_model.py --model-preset pangu-pi-1b-pro
+    python tools/describe_model.py --model-preset 7b --tensor-model-parallel-size 2 --world-size 8 --bf16
+    python tools/describe_model.py --design --params 1.0e9 --vocab-size 48000
+
+Shapes are given as for pretrain_pangu_pro.py: a preset, and flags that override it. Parameters are
+exact; memory counts weights, gradients, optimizer state, and the activations that are kept.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron_ext.arguments import derive
+from megatron_ext.arguments.factory import add_group
+from megatron_ext.arguments.groups import options
+from megatron_ext.arguments.parser import with_defaults
+from megatron_ext.models import describe
+from megatron_ext.models.presets import PRESETS
+
+SHAPE_FLAGS = (
+    *("model_preset", "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels"),
+    *("group_query_attention", "num_query_groups", "seq_length", "max_position_embeddings", "vocab_size"),
+    *("make_vocab_size_divisible_by", "padded_vocab_size", "swiglu", "normalization", "add_bias_linear"),
+    *("position_embedding_type", "untie_embeddings_and_output_weights", "series_activation_order"),
+    *("augmented_shortcuts", "augmented_shortcut_reduction"),
+)
+LAYOUT_FLAGS = (
+    *("tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel"),
+    *("use_distributed_optimizer", "recompute_granularity", "micro_batch_size", "global_batch_size", "bf16"),
+)
+
+
+def main() -> int:
+    parser = make_parser()
+    typed = parser.parse_args()
+    problems: list[str] = []
+    args = with_defaults(typed, problems)
+    for name in ("design", "params", "world_size", "sustained_tflops", "json"):
+        setattr(args, name, getattr(typed, name))
+    args.device, args.micro_batch_size = "cpu", args.micro_batch_size or 1
+    derive.before_rules(args)
+    problems += _problems(args)
+    if problems:
+        parser.error("; ".join(problems))
+    summary = design(args, typed) if args.design else description(args)
+    print(json.dumps(summary) if args.json else "\n".join(_lines(summary)))
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The shape and layout flags of the trainer, and what this tool adds."""
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s --model-preset NAME [flags]  |  %(prog)s --design --params X --vocab-size N",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    tool = parser.add_argument_group("this tool")
+    tool.add_argument("--design", action="store_true", help="list shapes of --params parameters")
+    tool.add_argument("--params", type=float, metavar="X", help="parameters for --design, such as 1.0e9")
+    tool.add_argument("--world-size", type=int, default=1, metavar="N", help="processes (default: 1)")
+    tool.add_argument(
+        "--sustained-tflops",
+        type=float,
+        default=100.0,
+        metavar="X",
+        help="TFLOP/s of a device that training sustains, for tokens per second (default: 100)",
+    )
+    tool.add_argument("--json", action="store_true", help="print one JSON object")
+    add_group(parser, "model, as for pretrain_pangu_pro.py", [options()[name] for name in SHAPE_FLAGS])
+    add_group(parser, "layout, as for pretrain_pangu_pro.py", [options()[name] for name in LAYOUT_FLAGS])
+    return parser
+
+
+def _problems(args: argparse.Namespace) -> list[str]:
+    if args.design:
+        return [] if args.params and args.vocab_size else ["--design needs --params and --vocab-size"]
+    if args.model_preset is not None and args.model_preset not in PRESETS:
+        return []
+    needed = ("num_layers", "hidden_size", "num_attention_heads", "seq_length")
+    missing = ["--" + name.replace("_", "-") for name in needed if getattr(args, name) is None]
+    if missing:
+        return [f"give --model-preset, or {', '.join(missing)}"]
+    if args.model_preset is None and args.vocab_size is None and args.padded_vocab_size is None:
+        return ["give --vocab-size"]
+    if args.world_size % derive.model_parallel_size(args):
+        return [f"--world-size {args.world_size} is not divisible by the model parallel sizes' product"]
+    return [] if args.kv_channels else ["--hidden-size is not divisible by --num-attention-heads"]
+
+
+def vocabulary(args: argparse.Namespace) -> int:
+    """Rows of the embedding: what is given, or the preset's vocabulary, padded."""
+    if args.padded_vocab_size:
+        return args.padded_vocab_size
+    unit = args.make_vocab_size_divisible_by
+    size = args.vocab_size or PRESETS[args.model_preset].vocabulary
+    return -(-size // unit) * unit
+
+
+def description(args: argparse.Namespace) -> dict:
+    """Parameters, work and memory of one model."""
+    shape, layout = describe.shape_of(args, vocabulary(args)), _layout(args)
+    flops = describe.flops_per_token(shape)
+    return {
+        "model": args.model_preset or "custom",
+        "layers": shape.layers,
+        "hidden_size": shape.hidden,
+        "heads": shape.heads,
+        "ffn_hidden_size": shape.ffn,
+        "vocabulary": shape.vocabulary,
+        "parameters": describe.parameters(shape),
+        "total_parameters": describe.total_parameters(shape),
+        "embedding_and_head_share": describe.embedding_share(shape),
+        "flops_per_token": flops,
+        "tokens_per_second_per_device": args.sustained_tflops * 1e12 / flops,
+        "memory_bytes_per_device": describe.memory(shape, layout),
+    }
+
+
+def _layout(args: argparse.Namespace) -> describe.Layout:
+    return describe.Layout(
+        tensor=args.tensor_model_parallel_size,
+        pipeline=args.pipeline_model_parallel_size,
+        data=args.data_parallel_size,
+        sequence_parallel=args.sequence_parallel,
+        distributed_optimizer=args.use_distributed_optimizer,
+        recompute=args.recompute_granularity == "full",
+        micro_batch=args.micro_batch_size,
+        micro_batches=max(1, args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)),
+        bytes_each=2 if args.bf16 else 4,
+    )
+
+
+def design(args: argparse.Namespace, typed: argparse.Namespace) -> dict:
+    """Shapes of --params parameters, with PanGu-pi's modules unless they were switched off."""
+    like = describe.shape_of_preset(PRESETS["pangu-pi-1b-pro"])
+    like = dataclasses.replace(
+        like,
+        vocabulary=vocabulary(args),
+        sequence=args.seq_length or like.sequence,
+        series_terms=getattr(typed, "series_activation_order", like.series_terms),
+        shortcuts=getattr(typed, "augmented_shortcuts", like.shortcuts),
+        reduction=getattr(typed, "augmented_shortcut_reduction", like.reduction),
+    )
+    rows = []
+    for shape in describe.candidates(args.params, like):
+        flops = describe.flops_per_token(shape)
+        rows.append(
+            {
+                "layers": shape.layers,
+                "hidden_size": shape.hidden,
+                "ffn_hidden_size": shape.ffn,
+                "total_parameters": describe.total_parameters(shape),
+                "embedding_and_head_share": describe.embedding_share(shape),
+                "flops_per_token": flops,
+                "tokens_per_second_per_device": args.sustained_tflops * 1e12 / flops,
+            }
+        )
+    return {"params": args.params, "vocabulary": like.vocabulary, "candidates": rows}
+
+
+def _lines(summary: dict) -> list[str]:
+    return _design_lines(summary) if "candidates" in summary else _description_lines(summary)
+
+
+def _description_lines(summary: dict) -> list[str]:
+    total, memory = summary["total_parameters"], summary["memory_bytes_per_device"]
+    lines = [
+        f"{summary['model']}: {summary['layers']} layers, hidden {summary['hidden_size']}, "
+        f"{summary['heads']} heads, FFN {summary['ffn_hidden_size']}, vocabulary {summary['vocabulary']}",
+        "",
+        f"{'parameters':<22}{'number':>16}{'share':>9}",
+    ]
+    lines += [
+        f"  {part:<20}{count:>16,}{count / total:>9.2%}" for part, count in summary["parameters"].items()
+    ]
+    lines += [
+        f"  {'total':<20}{total:>16,}",
+        f"  embedding and head  {summary['embedding_and_head_share']:>25.2%}",
+        "",
+        f"operations a token (forward and backward): {summary['flops_per_token'] / 1e9:.3f} GFLOP",
+        f"tokens a second of a device at --sustained-tflops: {summary['tokens_per_second_per_device']:,.0f}",
+        "",
+        "memory of the fullest device (activations are an estimate)",
+    ]
+    lines += [f"  {part:<20}{size / 2**30:>12.3f} GiB" for part, size in memory.items()]
+    return [*lines, f"  {'total':<20}{sum(memory.values()) / 2**30:>12.3f} GiB"]
+
+
+def _design_lines(summary: dict) -> list[str]:
+    head = f"{'layers':>7}{'hidden':>8}{'FFN':>8}{'FFN/h':>7}{'parameters':>15}{'emb+head':>10}"
+    lines = [head + f"{'GFLOP/token':>13}{'tokens/s':>12}"]
+    for row in summary["candidates"]:
+        lines.append(
+            f"{row['layers']:>7}{row['hidden_size']:>8}{row['ffn_hidden_size']:>8}"
+            f"{row['ffn_hidden_size'] / row['hidden_size']:>7.2f}{row['total_parameters']:>15,}"
+            f"{row['embedding_and_head_share']:>10.2%}{row['flops_per_token'] / 1e9:>13.3f}"
+            f"{row['tokens_per_second_per_device']:>12,.0f}"
+        )
+    return lines if summary["candidates"] else ["no shape of that size has an FFN of 2 to 4 times the width"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
