@@ -1,0 +1,1 @@
+"""The training program: set-up, steps, validation, reporting, stopping, checkpoints."""
