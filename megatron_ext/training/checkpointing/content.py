@@ -185,6 +185,6 @@ def require_same_tokenizer(common: dict, args: Namespace, path: Path) -> None:
     ours = getattr(args, "tokenizer_sha256", None)
     if theirs and ours and theirs != ours:
         raise CheckpointError(
-            f"{path} was trained with another tokenizer (sha256 {theirs[:12]}..., this run's is {ours[:12]}...): "
-            "its embeddings belong to other pieces. Give its --tokenizer-model, or --finetune to load it anyway"
+            f"{path} was trained with another tokenizer (sha256 {theirs[:12]}..., not {ours[:12]}...): "
+            "its embeddings belong to other pieces; give its --tokenizer-model, or --finetune"
         )

@@ -3,7 +3,7 @@
     SAVE/latest_checkpointed_iteration.txt      the tracker: the iteration to continue from
     SAVE/iter_0000100/                          a complete checkpoint
     SAVE/.incomplete_iter_0000200/              one being written
-    SAVE/.replaced_iter_0000100/                an older one of the same iteration, until the newer is in place
+    SAVE/.replaced_iter_0000100/                one of the same iteration, until the newer is in place
     SAVE/.removed_iter_0000050/                 one being removed
     SAVE/.next_tracker                          the tracker of a checkpoint about to be put in place
 
@@ -165,5 +165,5 @@ def require_visible(path: Path) -> None:
     """Raise if a folder that rank 0 made cannot be seen or written from here."""
     if not os.access(path, os.W_OK | os.X_OK):
         raise CheckpointError(
-            f"{path} was made by rank 0 but cannot be written here; --save must be a folder that all nodes share"
+            f"{path} was made by rank 0 but cannot be written here; --save must be a folder of all nodes"
         )

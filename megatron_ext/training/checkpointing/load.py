@@ -95,7 +95,7 @@ def load_checkpoint(
 
 
 def read_checkpoint_args(load_dir: str | Path, iteration: int | None = None) -> Namespace | None:
-    """The args that a checkpoint was saved with (the tracker's, if no iteration is given); None if there is none.
+    """The args that a checkpoint was saved with, by default the tracker's; None if there is none.
 
     Communicates nothing. Raises CheckpointError if the checkpoint cannot be read.
     """

@@ -56,9 +56,9 @@ def adapt_common(common: dict, optimizer, keep_rates: bool) -> None:
     if kind_in(common) == "distributed" and sharding != RESHARDABLE:
         if kind != "distributed":
             raise CheckpointError(
-                f"its distributed optimizer state is {sharding}, which only a distributed optimizer on the same "
-                "tensor and pipeline layout can load: add --use-distributed-optimizer or --no-load-optim, "
-                "or save it again with --dist-ckpt-optim-fully-reshardable"
+                f"its distributed optimizer state is {sharding}, which only a distributed optimizer "
+                "on the same tensor and pipeline layout can load: add --use-distributed-optimizer "
+                "or --no-load-optim, or save it again with --dist-ckpt-optim-fully-reshardable"
             )
         return
     inner = part.get("optimizer", part)
@@ -89,8 +89,8 @@ def _in_order_of(current: list[dict], saved: list[dict], keep_rates: bool) -> li
         if found is None or len(saved) != len(current):
             raise CheckpointError(
                 f"its optimizer has {len(saved)} parameter groups {sorted(by_identity)}, this run's "
-                f"{len(current)} do not match ({', '.join(param_group_identifier_keys)}); --no-load-optim starts "
-                "the optimizer afresh"
+                f"{len(current)} do not match ({', '.join(param_group_identifier_keys)}); "
+                "--no-load-optim starts the optimizer afresh"
             )
         rates = {key: group[key] for key in ("max_lr", "min_lr") if keep_rates and key in group}
         ordered.append({**found, **rates})
