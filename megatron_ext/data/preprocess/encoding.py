@@ -1,0 +1,50 @@
+"""Texts -> ids, by the fastest encoder that gives the tokenizer's own ids."""
+
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from megatron_ext.tokenizer.build import SentencePieceTokenizer, Tokenizer, build_tokenizer
+
+#: (texts as UTF-8) -> (ids of all texts one behind the other [total], ids of each text int32 [texts])
+Encode = Callable[[Sequence[bytes]], tuple[np.ndarray, np.ndarray]]
+_loaded: dict[str, tuple[Tokenizer, Encode]] = {}
+
+
+def load(flags: Namespace, dtype: np.dtype | None = None) -> tuple[Tokenizer, Encode]:
+    """The tokenizer of the flags and its encoder; loaded once, and inherited by forked workers."""
+    name = repr(sorted(vars(flags).items()))
+    if name not in _loaded:
+        tokenizer = build_tokenizer(flags)
+        _loaded[name] = tokenizer, make_encode(tokenizer)
+    return _loaded[name]
+
+
+def make_encode(tokenizer: Tokenizer) -> Encode:
+    """The compiled encoder for SentencePiece models where it is built, else the tokenizer itself."""
+    from megatron_ext.data.indexed import optimal_dtype
+
+    dtype = optimal_dtype(tokenizer.vocab_size)
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        native = _native(tokenizer)
+        if native is not None:
+            return lambda texts: native.encode_batch_into(texts, dtype.type)
+
+    def encode(texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        documents = [tokenizer.tokenize(text.decode("utf-8")) for text in texts]
+        sizes = np.array([len(ids) for ids in documents], dtype=np.int32)
+        flat = np.fromiter((i for ids in documents for i in ids), dtype=np.int64, count=int(sizes.sum()))
+        if len(flat) and not 0 <= flat.min() <= flat.max() < tokenizer.vocab_size:
+            raise ValueError(f"an id is outside the vocabulary of {tokenizer.vocab_size}")
+        return flat.astype(dtype), sizes
+
+    return encode
+
+
+def _native(tokenizer: SentencePieceTokenizer):
+    try:
+        from megatron_ext.tokenizer.encoder import NativeEncoder
+    except ImportError:
+        return None
+    return NativeEncoder(tokenizer.model_file)

@@ -1,0 +1,226 @@
+"""JSON lines -> PREFIX_KEY_document.bin and .idx, byte for byte as Megatron-LM's tool writes them.
+
+    python tools/preprocess_data.py --input corpus/*.jsonl.gz --output-prefix data/my \\
+        --tokenizer-type SentencePieceTokenizer --tokenizer-model my.model --append-eod --workers 8
+    torchrun ... pretrain_pangu_pro.py --data-path data/my_text_document ...
+
+Each line of the input is a JSON object; the text is in its key "text" (--json-keys). The output
+does not depend on --workers. Killed at any moment, the same command goes on where it was. Files
+appear whole or not at all, and a manifest, PREFIX_KEY_document.json, says what they were made of.
+
+Many machines: --shard i/n on each (0 <= i < n), then tools/merge_datasets.py. In a SLURM array:
+--shard $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT
+
+Exit code 0: everything is in place; 1: bad input; 2: bad usage.
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron_ext.data.preprocess.options import Options
+from megatron_ext.data.preprocess.run import describe, preprocess
+from megatron_ext.tokenizer.build import TOKENIZER_TYPES
+
+#: Upstream's flags that cannot take effect here, and why.
+REFUSED = {
+    "--split-sentences": "splitting into sentences is for BERT and T5; GPT models read documents",
+    "--keep-newlines": "only goes with --split-sentences",
+    "--lang": "only goes with --split-sentences",
+    "--vocab-file": f"only {', '.join(TOKENIZER_TYPES)} are supported, which have --tokenizer-model",
+    "--merge-file": f"only {', '.join(TOKENIZER_TYPES)} are supported, which have --tokenizer-model",
+    "--tokenizer-metadata": "the type is given by --tokenizer-type",
+    "--tokenizer-special-tokens": "special tokens belong into the tokenizer's own files",
+    "--tiktoken-pattern": "TikTokenizer is not supported",
+    "--tiktoken-special-tokens": "TikTokenizer is not supported",
+    "--tiktoken-num-special-tokens": "TikTokenizer is not supported",
+    "--legacy-tokenizer": "upstream removed the legacy tokenizers",
+    "--tokenizer-sentencepiece-legacy": "special tokens belong into the model itself",
+}
+
+
+class Refuse(argparse.Action):
+    """A flag of upstream's that is an error here."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        parser.error(f"{option_string} is not supported: {REFUSED[option_string]}")
+
+
+def shard(text: str) -> tuple[int, int]:
+    """'3/16' -> (3, 16)."""
+    try:
+        which, count = map(int, text.split("/"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not i/n, such as 0/16") from None
+    if not 0 <= which < count:
+        raise argparse.ArgumentTypeError(f"{text!r}: i counts from 0 and must be below n")
+    return which, count
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    data = p.add_argument_group("input")
+    data.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="files (plain, .gz, .zst, .xz, .bz2), globs, folders, or - for standard input",
+    )
+    data.add_argument(
+        "--json-keys",
+        nargs="+",
+        default=["text"],
+        metavar="KEY",
+        help="keys to encode, each into a dataset of its own (default: text)",
+    )
+    data.add_argument(
+        "--on-bad-line",
+        choices=["stop", "skip", "quarantine"],
+        default="stop",
+        help="a line that is not UTF-8, not JSON, or has no text: stop without output (default), "
+        "or leave it out and note file, line and reason in PREFIX_bad_lines.jsonl; quarantine "
+        "also keeps the line there",
+    )
+    data.add_argument(
+        "--dedup", action="store_true", help="keep only the first of documents with exactly the same text"
+    )
+    data.add_argument(
+        "--shard", type=shard, metavar="i/n", help="make part i (from 0) of n; merge them later"
+    )
+    tok = p.add_argument_group("tokenizer")
+    tok.add_argument(
+        "--tokenizer-type",
+        required=True,
+        choices=TOKENIZER_TYPES,
+        metavar="TYPE",
+        help=", ".join(TOKENIZER_TYPES),
+    )
+    tok.add_argument("--tokenizer-model", metavar="PATH", help="SentencePiece file, or Hugging Face folder")
+    tok.add_argument(
+        "--vocab-size",
+        type=positive,
+        metavar="N",
+        help="NullTokenizer: the text holds numbers below N; N ends a document",
+    )
+    tok.add_argument(
+        "--append-eod", action="store_true", help="end each document with the end-of-document id"
+    )
+    tok.add_argument("--tokenizer-hf-use-fast", action="store_true", help="fast Hugging Face tokenizer")
+    tok.add_argument(
+        "--tokenizer-hf-include-special-tokens",
+        action="store_true",
+        help="let the Hugging Face tokenizer add its special tokens",
+    )
+    tok.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="allow a Hugging Face tokenizer to run Python code of its folder",
+    )
+    out = p.add_argument_group("output and run")
+    out.add_argument(
+        "--output-prefix",
+        required=True,
+        metavar="PREFIX",
+        help="writes PREFIX_KEY_document.bin, .idx and .json",
+    )
+    out.add_argument(
+        "--workers",
+        type=positive,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="processes (default: one a core)",
+    )
+    out.add_argument(
+        "--partitions", type=positive, default=1, help="accepted; the output is the same for any"
+    )
+    out.add_argument(
+        "--log-interval",
+        type=positive,
+        default=1000,
+        metavar="N",
+        help="documents between two progress lines at least (default: 1000)",
+    )
+    out.add_argument("--json", action="store_true", help="print the summary as one JSON object")
+    ignored = p.add_argument_group("flags of Megatron-LM's that change nothing here")
+    ignored.add_argument("--keep-sequential-samples", action="store_true", help="the order is always kept")
+    ignored.add_argument("--padded-vocab-size", type=positive, help="a matter of the model")
+    ignored.add_argument("--vocab-extra-ids", type=int, choices=[0], help="must be 0, as upstream sets it")
+    for name in REFUSED:
+        p.add_argument(name, nargs="*", action=Refuse, help=argparse.SUPPRESS)
+    return p
+
+
+def options(args: argparse.Namespace, p: argparse.ArgumentParser) -> Options:
+    """The run that the flags ask for; flags that contradict each other exit with code 2."""
+    if args.tokenizer_type == "NullTokenizer" and args.vocab_size is None:
+        p.error("--tokenizer-type NullTokenizer needs --vocab-size")
+    if args.tokenizer_type != "NullTokenizer" and args.tokenizer_model is None:
+        p.error(f"--tokenizer-type {args.tokenizer_type} needs --tokenizer-model")
+    if args.shard and args.dedup:
+        p.error("--dedup looks at all documents, --shard only at a part: give one of them")
+    if args.shard and "-" in args.input:
+        p.error("--shard needs input files, standard input cannot be divided")
+    if args.input.count("-") > 1:
+        p.error("--input: standard input can be read once")
+    if len(set(args.json_keys)) < len(args.json_keys):
+        p.error("--json-keys: a key is given twice")
+    if bad := [key for key in args.json_keys if not key or "/" in key]:
+        p.error(f"--json-keys {bad[0]!r}: becomes part of a file name, and cannot hold '/' or be empty")
+    tokenizer = argparse.Namespace(
+        **{name: value for name, value in vars(args).items() if name.startswith("tokenizer_")},
+        vocab_size=args.vocab_size,
+        trust_remote_code=args.trust_remote_code,
+    )
+    return Options(
+        inputs=args.input,
+        output_prefix=args.output_prefix,
+        tokenizer=tokenizer,
+        json_keys=args.json_keys,
+        append_eod=args.append_eod,
+        on_bad_line=args.on_bad_line,
+        dedup=args.dedup,
+        shard=args.shard,
+        workers=args.workers,
+        log_interval=args.log_interval,
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run; returns the exit code."""
+    p = parser()
+    args = p.parse_args(argv)
+    run = options(args, p)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        summary = preprocess(run)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"preprocess_data.py: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it was", file=sys.stderr)
+        return 128 + signal.SIGINT
+    if args.json:
+        print(json.dumps(summary))
+    else:
+        print(describe(summary))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
