@@ -1,67 +1,35 @@
-"""The parts, in order -> the dataset of each key, published whole with its manifest last."""
+"""The parts, in order -> the dataset of each key, and the list of lines left out."""
 
-import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from megatron_ext.data.files import write_aside
-from megatron_ext.data.indexed import bin_path, idx_path, manifest_path, write_index
-from megatron_ext.data.manifest import write_manifest
 from megatron_ext.data.preprocess.worker import Part, part_file
-
-BLOCK = 1 << 22
-
-
-@dataclass
-class Built:
-    """The files of one key, complete but still under other names."""
-
-    prefix: str
-    documents: int
-    sequences: int
-    tokens: int
-    files: dict[str, dict]
-
-    def aside(self, suffix: str) -> Path:
-        return Path(f"{self.prefix}.{suffix}.aside")
+from megatron_ext.data.writer import Written, file_blocks, write_dataset
 
 
 def build(
     prefix: str, which: int, parts: list[Part], folder: Path, dtype: np.dtype, keep: np.ndarray | None
-) -> Built:
+) -> Written:
     """Join the parts of key number ``which``; ``keep`` bool [documents] leaves out duplicates.
 
     Memory: 16 bytes a sequence and 12 a document, besides one part.
     """
     lengths = _column(parts, folder, f"{which}.lengths", np.int32)
     sequences = _column(parts, folder, f"{which}.sequences", np.int32)
-    ids = (part_file(folder, part.number, f"{which}.bin") for part in parts)
+    ids = [part_file(folder, part.number, f"{which}.bin") for part in parts]
     if keep is None:
-        blocks = (block for path in ids for block in _blocks(path))
+        blocks = (block for path in ids if path.exists() for block in file_blocks(path))
     else:
         tokens = _sum_by(sequences, lengths)
         blocks = _kept_blocks(ids, [part.documents for part in parts], tokens, keep, dtype)
         lengths, sequences = lengths[np.repeat(keep, sequences)], sequences[keep]
-    built = Built(prefix, len(sequences), len(lengths), int(lengths.sum(dtype=np.int64)), {})
     documents = np.zeros(len(sequences) + 1, dtype=np.int64)
     np.cumsum(sequences, out=documents[1:])
-    built.files["bin"] = _write(built.aside("bin"), lambda file: _copy(blocks, file))
-    built.files["idx"] = _write(built.aside("idx"), lambda file: write_index(file, dtype, lengths, documents))
-    return built
-
-
-def publish(built: Built, manifest: dict) -> None:
-    """Give the files their names. A dataset with a manifest is complete; one without may not be."""
-    manifest_path(built.prefix).unlink(missing_ok=True)
-    idx_path(built.prefix).unlink(missing_ok=True)
-    os.replace(built.aside("bin"), bin_path(built.prefix))
-    os.replace(built.aside("idx"), idx_path(built.prefix))
-    write_manifest(built.prefix, manifest)
+    return write_dataset(prefix, blocks, dtype, lengths, documents)
 
 
 def first_of_equals(parts: list[Part], folder: Path) -> np.ndarray:
@@ -113,14 +81,6 @@ def _sum_by(counts: np.ndarray, values: np.ndarray) -> np.ndarray:
     return totals[ends] - totals[ends - counts]
 
 
-def _blocks(path: Path) -> Iterable[bytes]:
-    if not path.exists():  # a part without documents
-        return
-    with open(path, "rb") as file:
-        while block := file.read(BLOCK):
-            yield block
-
-
 def _kept_blocks(
     paths: Iterable[Path], documents: list[int], tokens: np.ndarray, keep: np.ndarray, dtype: np.dtype
 ) -> Iterable[bytes]:
@@ -130,29 +90,3 @@ def _kept_blocks(
         begin += count
         if count:
             yield np.fromfile(path, dtype=dtype)[np.repeat(keep[mine], tokens[mine])].tobytes()
-
-
-def _copy(blocks: Iterable[bytes], file) -> None:
-    for block in blocks:
-        file.write(block)
-
-
-class _Hashing:
-    """A file that knows the sha256 of what was written to it."""
-
-    def __init__(self, file) -> None:
-        self.file, self.digest = file, hashlib.sha256()
-
-    def write(self, data) -> None:
-        self.digest.update(data)
-        self.file.write(data)
-
-
-def _write(path: Path, write: Callable) -> dict:
-    """Write a file and wait until it is on disk; its size and sha256."""
-    with open(path, "wb") as raw:
-        file = _Hashing(raw)
-        write(file)
-        raw.flush()
-        os.fsync(raw.fileno())
-    return {"bytes": path.stat().st_size, "sha256": file.digest.hexdigest()}

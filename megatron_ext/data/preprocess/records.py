@@ -25,7 +25,7 @@ def parse_line(line: bytes, keys: Sequence[str]) -> list[Texts]:
     """
     record = _load(line)
     if not isinstance(record, dict):
-        raise BadLine(f"the line is a JSON {_kind(record)}, not an object")
+        raise BadLine(f"the line is {_kind(record)}, not a JSON object")
     return [_texts(record, key) for key in keys]
 
 
@@ -55,8 +55,8 @@ def _texts(record: dict, key: str) -> Texts:
     parts = value if isinstance(value, list) else [value]
     for part in parts:
         if not isinstance(part, str):
-            what = "list with" if isinstance(value, list) else ""
-            raise BadLine(f"the value of {key!r} is {what} {_kind(part)}, not text".replace("  ", " "))
+            where = "a list with " if isinstance(value, list) else ""
+            raise BadLine(f"the value of {key!r} is {where}{_kind(part)}, not text")
     try:
         return [part.encode("utf-8") for part in parts]
     except UnicodeEncodeError:
@@ -64,8 +64,8 @@ def _texts(record: dict, key: str) -> Texts:
 
 
 def _kind(value: object) -> str:
-    names = {dict: "object", list: "list", str: "string", bool: "boolean", type(None): "null"}
-    return names.get(type(value), "number")
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")
 
 
 def content_hash(record: list[Texts]) -> bytes:

@@ -18,6 +18,7 @@ from megatron_ext.data.preprocess.pool import Failure, run_chunks
 from megatron_ext.data.preprocess.progress import Progress
 from megatron_ext.data.preprocess.sources import Chunk, Source, chunks, find_sources, units
 from megatron_ext.data.preprocess.worker import Part, Recipe, read_part
+from megatron_ext.data.writer import publish
 from megatron_ext.tokenizer.build import Tokenizer
 
 
@@ -245,14 +246,8 @@ class _Run:
         }
         summary = {"datasets": {}, "seconds": round(self.progress.seconds(), 3), "parts_reused": self.reused}
         for built in datasets:
-            manifest = {
-                "documents": built.documents,
-                "sequences": built.sequences,
-                "tokens": built.tokens,
-                "files": built.files,
-            } | common
-            assemble.publish(built, manifest)
-            summary["datasets"][built.prefix] = manifest
+            publish(built, common)
+            summary["datasets"][built.prefix] = built.counts() | common
         return summary
 
     def _write_bad_lines(self, parts: list[Part], empty: list[str]) -> None:

@@ -1,0 +1,95 @@
+"""Several datasets -> one, document after document, as Megatron-LM's merge_datasets.py joins them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from megatron_ext.data.indexed import DatasetError, Index, bin_path, idx_path
+from megatron_ext.data.manifest import check_dataset, read_manifest
+from megatron_ext.data.writer import file_blocks, publish, write_dataset
+
+
+def find_prefixes(inputs: Sequence[str]) -> list[str]:
+    """The datasets that ``inputs`` name: prefixes, .bin or .idx files, or folders (sorted by name).
+
+    Raises:
+        DatasetError: a folder without datasets, or a .bin without .idx or the other way round.
+    """
+    found = []
+    for word in inputs:
+        if Path(word).is_dir():
+            names = {
+                str(path.with_suffix("")) for path in Path(word).iterdir() if path.suffix in (".bin", ".idx")
+            }
+            if not names:
+                raise DatasetError(f"--input {word}: the folder holds no datasets (.bin and .idx)")
+            found += sorted(names)
+        else:
+            found.append(word.removesuffix(".bin").removesuffix(".idx"))
+    for prefix in found:
+        for path in (bin_path(prefix), idx_path(prefix)):
+            if not path.is_file():
+                raise DatasetError(f"{path}: there is no such file")
+    return found
+
+
+def merge(prefixes: Sequence[str], output_prefix: str | Path) -> dict:
+    """Write the documents of all ``prefixes``, in this order, as one dataset; returns its manifest.
+
+    Memory: 28 bytes a document.
+
+    Raises:
+        DatasetError: a dataset is damaged, or two were made with different tokenizers or id types.
+    """
+    if str(output_prefix) in map(str, prefixes):
+        raise DatasetError(f"{output_prefix}: is one of the datasets to merge; give another --output-prefix")
+    indices = [check_dataset(prefix) for prefix in prefixes]
+    manifests = [read_manifest(prefix) for prefix in prefixes]
+    _check_same(prefixes, [index.dtype for index in indices], "ids of type")
+    known = [(p, m["tokenizer"]["sha256"]) for p, m in zip(prefixes, manifests, strict=True) if _knows(m)]
+    _check_same([p for p, _ in known], [sha256[:12] for _, sha256 in known], "the tokenizer")
+    written = write_dataset(
+        output_prefix,
+        (block for prefix in prefixes for block in file_blocks(bin_path(prefix))),
+        indices[0].dtype,
+        np.concatenate([index.lengths for index in indices]),
+        _joined_documents(indices),
+    )
+    manifest = _joined_manifest(prefixes, manifests, indices[0].dtype)
+    publish(written, manifest)
+    return written.counts() | manifest
+
+
+def _joined_documents(indices: list[Index]) -> np.ndarray:
+    bounds, offset = [np.zeros(1, dtype=np.int64)], 0
+    for index in indices:
+        bounds.append(index.documents[1:] + offset)
+        offset += len(index.lengths)
+    return np.concatenate(bounds)
+
+
+def _knows(manifest: dict | None) -> bool:
+    return bool(manifest and manifest.get("tokenizer", {}).get("sha256"))
+
+
+def _check_same(prefixes: Sequence[str], values: list, what: str) -> None:
+    for prefix, value in zip(prefixes, values, strict=True):
+        if value != values[0]:
+            raise DatasetError(
+                f"{prefix} has {what} {value}, {prefixes[0]} {values[0]}: they cannot be one dataset; "
+                "make them with one tokenizer, or blend them with --data-path"
+            )
+
+
+def _joined_manifest(prefixes: Sequence[str], manifests: list[dict | None], dtype: np.dtype) -> dict:
+    """What is known of the whole: a fact that one dataset lacks is left out."""
+    joined: dict = {"dtype": np.dtype(dtype).name, "merged_from": [Path(prefix).name for prefix in prefixes]}
+    if not all(map(_knows, manifests)):
+        return joined
+    joined["tokenizer"] = manifests[0]["tokenizer"]
+    inputs = {entry["name"]: entry for manifest in manifests for entry in manifest.get("inputs", [])}
+    joined["inputs"] = list(inputs.values())
+    counts = [manifest.get("lines", {}) for manifest in manifests]
+    joined["lines"] = {name: sum(count.get(name, 0) for count in counts) for name in counts[0]}
+    return joined
