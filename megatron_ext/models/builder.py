@@ -10,7 +10,7 @@ from torch import nn
 
 from megatron_ext import platform
 from megatron_ext.models.config import PanguProConfig
-from megatron_ext.models.initialization import initialize
+from megatron_ext.models.initialization import initialize, mark_split_parameters
 from megatron_ext.models.layer_specs import block_spec
 
 
@@ -42,21 +42,9 @@ def _build_chunk(config: PanguProConfig, args: Namespace, vp_stage: int | None, 
         seq_len_interpolation_factor=args.rotary_seq_len_interpolation_factor,
         vp_stage=vp_stage,
     )
-    mark_tensor_parallel_defaults(model)
+    mark_split_parameters(model)
     initialize(model, config, args.seed)
     return model.to(platform.current_device())
-
-
-def mark_tensor_parallel_defaults(model: nn.Module) -> None:
-    """Parameters that no layer marked as split are replicated, and say so."""
-    for parameter in model.parameters():
-        for name, value in (
-            ("tensor_model_parallel", False),
-            ("partition_dim", -1),
-            ("partition_stride", 1),
-        ):
-            if not hasattr(parameter, name):
-                setattr(parameter, name, value)
 
 
 def wrap_for_training(

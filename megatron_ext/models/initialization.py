@@ -12,7 +12,7 @@ either.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from functools import partial
 
@@ -66,13 +66,42 @@ def sharding_metadata() -> dict:
     }
 
 
-def shards(model: nn.Module) -> Iterable[ShardedTensor]:
-    """Every shard of ``model``'s parameters on this rank; ``data`` is a view of the parameter."""
-    for entry in model.sharded_state_dict(metadata=sharding_metadata()).values():
+def described(model: nn.Module) -> Iterator[tuple[nn.Parameter, list[ShardedTensor]]]:
+    """Each parameter of ``model`` with the shards of it that this rank holds.
+
+    A shard's ``data`` is a view of the parameter, its ``key`` the name in checkpoints; the gate and
+    the up projection of ``linear_fc1`` are two shards of one parameter.
+    """
+    parameters = dict(model.named_parameters())
+    for name, entry in model.sharded_state_dict(metadata=sharding_metadata()).items():
         if isinstance(entry, ShardedTensorFactory):
-            yield from entry.build()
-        elif isinstance(entry, ShardedTensor):
-            yield entry
+            yield parameters[name], entry.build()
+        elif isinstance(entry, ShardedTensor) and name in parameters:
+            yield parameters[name], [entry]
+
+
+def shards(model: nn.Module) -> Iterator[ShardedTensor]:
+    """Every shard of every parameter of ``model`` on this rank."""
+    for _, found in described(model):
+        yield from found
+
+
+def mark_split_parameters(model: nn.Module) -> None:
+    """Say of each parameter whether it is split over tensor parallel ranks, and along which axis.
+
+    Megatron-Core's layers do so only while they draw weights. The norm of the gradients counts a
+    parameter that is not marked as split on the first rank only: forgetting it clips by a norm that
+    is too small, without any other sign.
+    """
+    for parameter, found in described(model):
+        pieces = len(found)
+        shape = zip(found[0].local_shape, found[0].global_shape, strict=True)
+        axes = [
+            axis for axis, (mine, full) in enumerate(shape) if mine * (pieces if axis == 0 else 1) != full
+        ]
+        parameter.tensor_model_parallel = bool(axes)
+        parameter.partition_dim = axes[0] if axes else -1
+        parameter.partition_stride = pieces
 
 
 @torch.no_grad()

@@ -48,11 +48,7 @@ class SeriesActivation(MegatronModule):
     @staticmethod
     def _parameter(value: Tensor) -> nn.Parameter:
         parameter = nn.Parameter(value)
-        # Megatron-Core counts a parameter in the norm of the gradients on every tensor parallel
-        # rank only if it is marked as split; decay would pull the scales away from identity.
-        parameter.tensor_model_parallel = True
-        parameter.partition_dim, parameter.partition_stride = 1, 1
-        parameter.no_weight_decay = True
+        parameter.no_weight_decay = True  # it would pull the scales away from identity
         return parameter
 
     def forward(self, x: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ import pytest
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import param_is_not_shared
 
 from megatron_ext.models.builder import unwrap, wrap_for_training
 from megatron_ext.models.initialization import shards
@@ -51,7 +53,20 @@ def gradients(tied: bool, random_pi: bool, overlap: bool = False, **config_chang
         forward_only=False,
         num_microbatches=MICROBATCHES // parallel_state.get_data_parallel_world_size(),
     )
-    return None if sums is None else (sums[0] / sums[1]).item(), _gradient_shards(model)
+    loss = None if sums is None else (sums[0] / sums[1]).item()
+    return loss, _gradient_shards(model), _counted_squares(model)
+
+
+def _counted_squares(model) -> float:
+    """Sum of squares of the gradients that Megatron-Core counts on this rank, for the norm."""
+    return sum(
+        parameter.main_grad.double().square().sum().item()
+        for chunk in model
+        for parameter in chunk.parameters()
+        if param_is_not_tensor_parallel_duplicate(parameter)
+        and param_is_not_shared(parameter)
+        and parallel_state.get_data_parallel_rank() == 0
+    )
 
 
 def _gradient_shards(model) -> list[tuple[str, tuple, torch.Tensor]]:
@@ -66,7 +81,7 @@ def _gradient_shards(model) -> list[tuple[str, tuple, torch.Tensor]]:
 def assemble(ranks: list, reference: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Full gradients from the shards of all ranks; replicas have to agree."""
     full = {name: torch.full_like(value, float("nan")) for name, value in reference.items()}
-    for _, found in ranks:
+    for _, found, _ in ranks:
         for name, offset, value in found:
             window = full[name][tuple(slice(o, o + n) for o, n in zip(offset, value.shape, strict=True))]
             if not window.isnan().any():
@@ -96,12 +111,12 @@ def references(pool) -> dict:
     """Loss and full gradients of each option in one process."""
     found = {}
     for name, options in OPTIONS.items():
-        [(loss, one)] = pool.run(Layout(), gradients, **options)
+        [(loss, one, squares)] = pool.run(Layout(), gradients, **options)
         full = {}
         for key, offset, value in one:
             full[key] = torch.cat([full[key], value]) if key in full else value  # gate and up of fc1
             assert len(offset) == value.dim()
-        found[name] = loss, full
+        found[name] = loss, full, squares
     return found
 
 
@@ -112,8 +127,9 @@ def test_gradients_do_not_depend_on_the_layout(pool, references, layout, option)
     if shape.world_size == 8 and option == "plain":
         pytest.skip("eight processes run with the pi modules on")
     ranks = pool.run(shape, gradients, **OPTIONS[option], **changes)
-    loss, full = references[option]
-    assert [value for value, _ in ranks if value is not None][-1] == pytest.approx(loss, rel=2e-6)
+    loss, full, squares = references[option]
+    assert sum(mine for _, _, mine in ranks) == pytest.approx(squares, rel=1e-5)
+    assert [value for value, _, _ in ranks if value is not None][-1] == pytest.approx(loss, rel=2e-6)
     for name, value in assemble(ranks, full).items():
         scale = full[name].abs().max().item()
         torch.testing.assert_close(
@@ -131,7 +147,7 @@ def test_gradients_do_not_depend_on_the_layout(pool, references, layout, option)
 )
 def test_recomputation_changes_nothing(pool, references, recompute):
     ranks = pool.run(Layout(tp=2), gradients, **OPTIONS["pi"], **recompute)
-    loss, full = references["pi"]
+    loss, full, _ = references["pi"]
     assert ranks[0][0] == pytest.approx(loss, rel=2e-6)
     for name, value in assemble(ranks, full).items():
         torch.testing.assert_close(value, full[name], rtol=2e-4, atol=2e-5 * full[name].abs().max().item())

@@ -1,0 +1,51 @@
+"""A run of Megatron-LM itself, continued: same checkpoint, data and flags, same numbers."""
+
+import json
+
+import pytest
+
+from tests.helpers.training import flags, losses, pretrain, validation
+
+DROPPED = {"--save", "--save-interval", "--data-cache-path", "--data-path"}
+
+
+@pytest.fixture
+def golden(shared, tmp_path):
+    """Upstream's trace, and upstream's flags pointed at its files."""
+    folder = shared / "reference" / "golden" / "gqa_1p"
+    if not folder.is_dir():
+        pytest.skip("needs the golden run of Megatron-LM")
+    trace = json.loads((folder / "trace.json").read_text())
+    words, argv = iter(trace["flags"]), []
+    for word in words:
+        if word in DROPPED:
+            next(words)
+        elif not word.startswith(("--tensor-model", "--pipeline-model")):
+            argv.append(word)
+    argv += ["--data-path", folder / "data" / "one_text_document", "--data-cache-path", tmp_path / "cache"]
+    return trace, argv + ["--load", folder / "checkpoint"]
+
+
+LAYOUTS = {
+    "1p": (1, {}, 1e-5),
+    "tp2": (2, {"tensor_model_parallel_size": 2}, 2e-5),
+    "pp2": (2, {"pipeline_model_parallel_size": 2}, 2e-5),
+    "dp2": (2, {}, 2e-5),
+    "tp2-pp2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, 2e-5),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_continues_megatron_lm(pool, golden, layout):
+    trace, argv = golden
+    processes, changes, tolerance = LAYOUTS[layout]
+    records = pretrain(pool, processes, [*argv, *flags(**changes)])
+    steps = [record for record in records if "split" not in record]
+    assert [step["iteration"] for step in steps] == list(range(11, 21))
+    assert losses(records) == pytest.approx(trace["lm_loss"][10:], rel=tolerance)
+    assert [step["grad_norm"] for step in steps] == pytest.approx(trace["grad_norm"][10:], rel=5e-4)
+    logged = trace["lr_logged_after_step"][10:]
+    assert [step["learning_rate"] for step in steps] == pytest.approx(logged, rel=1e-12)
+    assert [step["consumed_samples"] for step in steps] == trace["consumed_train_samples"][10:]
+    expected = trace["eval"][0]["losses"]["lm loss"]
+    assert validation(records)["lm_loss"] == pytest.approx(expected, rel=tolerance)
