@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from types import MappingProxyType
@@ -35,13 +36,20 @@ class _Parser(argparse.ArgumentParser):
         raise CommandLineError([message])
 
 
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Help lines that do not break inside a flag or a preset's name."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser with a section for each group of flags; abbreviated flags are not understood."""
     parser = _Parser(
         prog="pretrain_pangu_pro.py",
         usage="%(prog)s [flags]   (torchrun --nproc-per-node N %(prog)s [flags])",
         description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
     for title, group in sections().items():

@@ -55,9 +55,6 @@ class CheckpointArguments:
     ckpt_fully_parallel_save: bool = True
     """Let one data parallel rank write what all of them hold, instead of dividing the work."""
 
-    ckpt_fully_parallel_load: bool = False
-    """Divide reading among the data parallel ranks, and exchange what was read."""
-
     dist_ckpt_strictness: Literal[
         "assume_ok_unexpected",
         "log_unexpected",

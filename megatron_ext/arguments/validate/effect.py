@@ -100,7 +100,7 @@ DEPENDENCES = (
         ("ckpt_step", "exit_on_missing_checkpoint", "pretrained_checkpoint"), lambda a: a.load, "--load"
     ),
     Dependence(
-        ("no_load_optim", "no_load_rng", "finetune", "ckpt_fully_parallel_load", "dist_ckpt_strictness"),
+        ("no_load_optim", "no_load_rng", "finetune", "dist_ckpt_strictness"),
         lambda a: a.load,
         "--load",
     ),

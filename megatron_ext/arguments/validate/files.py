@@ -72,6 +72,14 @@ def format_is_supported(args, typed):
         yield f"--ckpt-format {args.ckpt_format} is not supported here; torch_dist loads into any layout"
 
 
+def loading_is_of_one_kind(args, typed):
+    if args.dist_ckpt_strictness != "assume_ok_unexpected":
+        yield (
+            f"--dist-ckpt-strictness {args.dist_ckpt_strictness} is not supported here: model and checkpoint "
+            "are compared at every load, and a difference in their weights is an error"
+        )
+
+
 RULES = (
     data_comes_from_one_place,
     split_is_three_shares,
@@ -80,6 +88,7 @@ RULES = (
     tokenizer_is_named,
     saving_has_an_interval,
     format_is_supported,
+    loading_is_of_one_kind,
 )
 
 

@@ -132,9 +132,10 @@ def profile_has_a_span(args, typed):
         )
 
 
-def one_task(args, typed):
-    if args.record_sample_loss and args.skip_train:
-        yield "--record-sample-loss and --skip-train exclude each other"
+def rounds_are_not_there_yet(args, typed):
+    for name in ("round_index", "record_sample_loss"):
+        if getattr(args, name):
+            yield f"{flag_of(name)}: training in rounds is not part of this version yet"
 
 
 RULES = (
@@ -151,5 +152,5 @@ RULES = (
     schedule_comes_from_one_place,
     exit_signal_can_be_caught,
     profile_has_a_span,
-    one_task,
+    rounds_are_not_there_yet,
 )

@@ -94,6 +94,7 @@ BROKEN = [
     ("--save-interval 5", 1, "--save-interval cannot take effect: needs --save"),
     ("--ckpt-step 5", 1, "--ckpt-step cannot take effect: needs --load"),
     ("--ckpt-format torch", 1, "--ckpt-format torch is not supported here"),
+    ("--load x --dist-ckpt-strictness raise_all", 1, "--dist-ckpt-strictness raise_all is not supported"),
     ("--dataloader-type external", 1, "--dataloader-type external"),
     ("--reset-attention-mask --no-create-attention-mask-in-dataloader", 1, "--reset-attention-mask needs"),
     ("--split 1,2,3,4", 1, "--split '1,2,3,4'"),
