@@ -1,0 +1,221 @@
+// megatron_ext._kernels: fused CPU kernels, forward and backward each one pass over memory.
+//
+// Takes addresses and sizes, so that it builds without torch; megatron_ext/models/fused.py is its
+// face and checks what it is given. Formulas and numerics: docs/kernels.md.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "kernels_common.h"
+
+// Every namespace below holds the same kernels, compiled for its instruction set. `portable` runs
+// on any processor; the others on x86 processors that have them, chosen when the module is loaded.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define KERNELS_X86 1
+#include <immintrin.h>
+#endif
+
+namespace kernels {
+
+namespace portable {
+#define KERNELS_WIDTH 4
+#include "kernels_isa.h"
+}  // namespace portable
+
+#ifdef KERNELS_X86
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+namespace avx2 {
+#define KERNELS_WIDTH 8
+#define KERNELS_SQRT(x) ((F)_mm256_sqrt_ps((__m256)(x)))
+#include "kernels_isa.h"
+}  // namespace avx2
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512")
+namespace avx512 {
+#define KERNELS_WIDTH 16
+#define KERNELS_SQRT(x) ((F)_mm512_maskz_sqrt_ps(-1, (__m512)(x)))
+#include "kernels_isa.h"
+}  // namespace avx512
+#pragma GCC pop_options
+#endif
+
+namespace {
+
+enum class Isa { portable, avx2, avx512 };
+
+std::vector<Isa> available() {
+  std::vector<Isa> sets{Isa::portable};
+#ifdef KERNELS_X86
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) sets.push_back(Isa::avx2);
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    sets.push_back(Isa::avx512);
+#endif
+  return sets;
+}
+
+Isa active = available().back();
+
+const char *name_of(Isa isa) {
+  return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "portable";
+}
+
+std::vector<std::string> isa_names() {
+  std::vector<std::string> names;
+  for (Isa isa : available()) names.push_back(name_of(isa));
+  return names;
+}
+
+void use_isa(const std::string &name) {
+  for (Isa isa : available())
+    if (name == name_of(isa)) {
+      active = isa;
+      return;
+    }
+  throw std::invalid_argument("instruction set " + name + " is not one that this processor has: see isa_names()");
+}
+
+#ifdef KERNELS_X86
+#define RUN(kernel, ...)                                            \
+  (active == Isa::avx512 ? avx512::kernel(__VA_ARGS__)              \
+   : active == Isa::avx2 ? avx2::kernel(__VA_ARGS__)                \
+                         : portable::kernel(__VA_ARGS__))
+#else
+#define RUN(kernel, ...) portable::kernel(__VA_ARGS__)
+#endif
+
+using Address = uintptr_t;
+
+// An address that becomes a pointer of the type that the kernel's parameter asks for.
+template <class T>
+T *at(Address address) {
+  return reinterpret_cast<T *>(address);
+}
+
+// Calls body(T{}) with the storage type: float, or Bf16.
+template <class Body>
+auto with_type(bool bf16, const Body &body) {
+  return bf16 ? body(Bf16{}) : body(float{});
+}
+
+void series_forward(bool bf16, Address x, Address a, Address b, Address y, int64_t rows, int64_t f, int64_t n,
+                    int threads) {
+  with_type(bf16, [&](auto t) {
+    using T = decltype(t);
+    RUN(series_forward, at<const T>(x), at<const float>(a), at<const float>(b), at<T>(y), rows, f, n, threads);
+  });
+}
+
+void series_backward(bool bf16, Address x, Address a, Address b, Address dy, Address dx, Address da, Address db,
+                     int64_t rows, int64_t f, int64_t n, int threads) {
+  with_type(bf16, [&](auto t) {
+    using T = decltype(t);
+    RUN(series_backward, at<const T>(x), at<const float>(a), at<const float>(b), at<const T>(dy), at<T>(dx),
+        at<float>(da), at<float>(db), rows, f, n, threads);
+  });
+}
+
+void rms_norm_forward(bool bf16, Address x, Address residual, Address w, Address s, Address y, Address rstd,
+                      int64_t rows, int64_t h, float eps, int threads) {
+  with_type(bf16, [&](auto t) {
+    using T = decltype(t);
+    RUN(rms_norm_forward, at<const T>(x), at<const T>(residual), at<const float>(w), at<T>(s), at<T>(y),
+        at<float>(rstd), rows, h, eps, threads);
+  });
+}
+
+void rms_norm_backward(bool bf16, Address dy, Address ds, Address x, Address w, Address rstd, Address dx, Address dw,
+                       int64_t rows, int64_t h, int threads) {
+  with_type(bf16, [&](auto t) {
+    using T = decltype(t);
+    RUN(rms_norm_backward, at<const T>(dy), at<const T>(ds), at<const T>(x), at<const float>(w),
+        at<const float>(rstd), at<T>(dx), at<float>(dw), rows, h, threads);
+  });
+}
+
+using Strides = std::array<int64_t, 3>;
+
+void rope(bool bf16, Address in, Address cosine, Address sine, Address out, const std::array<int64_t, 4> &shape,
+          int64_t rot, const Strides &in_strides, const Strides &out_strides, bool transpose, int threads) {
+  RopeShape s{shape[0], shape[1], shape[2], shape[3], rot, {}, {}};
+  std::copy(in_strides.begin(), in_strides.end(), s.in);
+  std::copy(out_strides.begin(), out_strides.end(), s.out);
+  with_type(bf16, [&](auto t) {
+    using T = decltype(t);
+    RUN(rope, at<const T>(in), at<const float>(cosine), at<const float>(sine), at<T>(out), s, transpose, threads);
+  });
+}
+
+void cross_entropy_forward(bool bf16, Address logits, Address target, int64_t first, Address top, Address total,
+                           Address chosen, int64_t rows, int64_t v, int threads) {
+  with_type(bf16, [&](auto t) {
+    using T = decltype(t);
+    RUN(cross_entropy_forward, at<const T>(logits), at<const int64_t>(target), first, at<float>(top),
+        at<float>(total), at<float>(chosen), rows, v, threads);
+  });
+}
+
+void cross_entropy_backward(bool bf16, Address logits, Address target, int64_t first, Address top, Address total,
+                            Address grad, Address out, int64_t rows, int64_t v, int threads) {
+  with_type(bf16, [&](auto t) {
+    using T = decltype(t);
+    RUN(cross_entropy_backward, at<const T>(logits), at<const int64_t>(target), first, at<const float>(top),
+        at<const float>(total), at<const float>(grad), at<T>(out), rows, v, threads);
+  });
+}
+
+void adamw(bool bf16_grad, Pointers p, Pointers g, Pointers m, Pointers v, Pointers copy,
+           const std::vector<int64_t> &sizes, int64_t step, double lr, double beta1, double beta2, double eps,
+           double weight_decay, double grad_scale, int threads) {
+  AdamW o{};
+  o.one_minus_beta1 = static_cast<float>(1.0 - beta1);
+  o.beta2 = static_cast<float>(beta2);
+  o.one_minus_beta2 = static_cast<float>(1.0 - beta2);
+  o.eps = static_cast<float>(eps);
+  o.keep = static_cast<float>(1.0 - lr * weight_decay);
+  o.step_size = static_cast<float>(lr / (1.0 - std::pow(beta1, step)));
+  o.root_correction2 = static_cast<float>(std::sqrt(1.0 - std::pow(beta2, step)));
+  o.grad_scale = static_cast<float>(grad_scale);
+  AdamWLists lists{std::move(p), std::move(g), std::move(m), std::move(v), std::move(copy)};
+  std::vector<Piece> pieces = cut(sizes);
+  with_type(bf16_grad, [&](auto t) { RUN(adamw<decltype(t)>, pieces, lists, o, threads); });
+}
+
+double sum_of_squares(bool bf16, const Pointers &tensors, const std::vector<int64_t> &sizes, int threads) {
+  std::vector<Piece> pieces = cut(sizes);
+  return with_type(bf16, [&](auto t) { return RUN(sum_of_squares<decltype(t)>, pieces, tensors, threads); });
+}
+
+void scale(bool bf16, const Pointers &tensors, const std::vector<int64_t> &sizes, float factor, int threads) {
+  std::vector<Piece> pieces = cut(sizes);
+  with_type(bf16, [&](auto t) { RUN(scale<decltype(t)>, pieces, tensors, factor, threads); });
+}
+
+void exponential(Address x, Address y, int64_t n) { RUN(exponential, at<const float>(x), at<float>(y), n); }
+
+}  // namespace
+}  // namespace kernels
+
+PYBIND11_MODULE(_kernels, m) {
+  using namespace kernels;
+  using Unlocked = pybind11::call_guard<pybind11::gil_scoped_release>;
+  watch_forks();
+  m.doc() = "Fused CPU kernels over raw addresses; use megatron_ext.models.fused, which checks its arguments.";
+  m.def("isa_names", &isa_names, "Instruction sets that this processor can run, the best last.");
+  m.def("isa", [] { return name_of(active); }, "The instruction set in use.");
+  m.def("use_isa", &use_isa, "Choose one of isa_names(), for tests and measurements.");
+  m.def("series_forward", &series_forward, Unlocked());
+  m.def("series_backward", &series_backward, Unlocked());
+  m.def("rms_norm_forward", &rms_norm_forward, Unlocked());
+  m.def("rms_norm_backward", &rms_norm_backward, Unlocked());
+  m.def("rope", &rope, Unlocked());
+  m.def("cross_entropy_forward", &cross_entropy_forward, Unlocked());
+  m.def("cross_entropy_backward", &cross_entropy_backward, Unlocked());
+  m.def("adamw", &adamw, Unlocked());
+  m.def("sum_of_squares", &sum_of_squares, Unlocked());
+  m.def("scale", &scale, Unlocked());
+  m.def("exponential", &exponential, Unlocked(), "y = exp(x), n floats: the kernels' own exp, for tests.");
+}

@@ -1,0 +1,14 @@
+// The kernels for one instruction set: KERNELS_WIDTH floats a vector, KERNELS_SQRT their root.
+// Included once for every set (no include guard), inside its namespace.
+#include "kernels_simd.h"
+//
+#include "kernels_activation.h"
+#include "kernels_cross_entropy.h"
+#include "kernels_norm.h"
+#include "kernels_optimizer.h"
+#include "kernels_rope.h"
+
+#undef KERNELS_WIDTH
+#undef KERNELS_SQRT
+#undef INLINE
+#undef FOR_LANES
