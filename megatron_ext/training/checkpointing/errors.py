@@ -26,11 +26,19 @@ def _control_group(world: Any):
 
 
 def gather(value: Any) -> list[Any]:
-    """``value`` (anything that pickles) of every rank, in the order of the ranks; collective."""
+    """``value`` (anything that pickles) of every rank, in the order of the ranks; collective.
+
+    Raises CheckpointError if a rank has gone.
+    """
     if torch.distributed.get_world_size() == 1:
         return [value]
     values = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value, group=_control_group(torch.distributed.group.WORLD))
+    try:
+        torch.distributed.all_gather_object(
+            values, value, group=_control_group(torch.distributed.group.WORLD)
+        )
+    except RuntimeError as error:
+        raise CheckpointError(f"a rank of this job has gone or does not answer: {error}") from error
     return values
 
 

@@ -54,10 +54,14 @@ def describe(data: bytes) -> dict:
 
 
 def marker(iteration: int, files: dict[str, dict]) -> bytes:
-    """The content of ``checksums.json``."""
-    return json.dumps(
-        {"format": 1, "iteration": iteration, "files": files}, indent=1, sort_keys=True
-    ).encode()
+    """The content of ``checksums.json``; its own checksum is of iteration and files."""
+    content = {"format": 1, "iteration": iteration, "files": files}
+    return json.dumps(content | {"sha256": _own_checksum(content)}, indent=1, sort_keys=True).encode()
+
+
+def _own_checksum(content: dict) -> str:
+    told = [content["format"], content["iteration"], content["files"]]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def read_marker(folder: Path) -> dict[str, dict] | None:
@@ -69,11 +73,17 @@ def read_marker(folder: Path) -> dict[str, dict] | None:
     if not path.exists():
         return None
     try:
-        files = json.loads(path.read_bytes())["files"]
-        sizes = [(int(entry["bytes"]), str(entry["sha256"])) for entry in files.values()]
+        content = json.loads(path.read_bytes())
+        intact = content["sha256"] == _own_checksum(content)
+        files = {
+            str(name): {key: entry[key] for key in ("bytes", "sha256")}
+            for name, entry in content["files"].items()
+        }
     except Exception as error:
         raise DamagedCheckpoint(f"{path} cannot be read: {error}") from error
-    if not sizes or any(Path(name).name != name for name in files):
+    if not intact:
+        raise DamagedCheckpoint(f"{path} was altered")
+    if not files or any(Path(name).name != name for name in files):
         raise DamagedCheckpoint(f"{path} must name files of its own folder")
     return files
 
