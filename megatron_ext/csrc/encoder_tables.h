@@ -35,7 +35,7 @@ struct Unsupported : std::runtime_error {
 class UserSymbols {
  public:
   bool empty() const { return firsts_.empty(); }
-  bool starts(uint32_t code) const { return firsts_.count(code) != 0; }
+  // The code points that symbols begin with.
   const std::unordered_set<uint32_t>& firsts() const { return firsts_; }
 
   void add(const std::vector<uint32_t>& codes, int32_t id) {
@@ -106,7 +106,7 @@ class Tables {
   uint32_t unknown_node = 0;     // stands for every character that is in no piece; it never merges
   PairTable pairs;
   UserSymbols user;
-  bool user_beyond_ascii = false;
+  std::array<bool, 256> user_first{};  // by byte: a user-defined symbol may begin with it
   std::array<uint8_t, 128 * 256> ascii_join{};
   // By piece id, the two pieces that its last merge joins: -1 for a character that is no piece; {-1, -1} also for
   // single characters and for what is not merged at all; {-2, -2} for a normal piece that cannot be produced.
@@ -307,11 +307,16 @@ inline void Tables::add_join(uint32_t left, uint32_t right) {
 
 inline void Tables::finish_ascii() {
   chars[' '] = chars[blank];
-  for (uint32_t first : user.firsts()) user_beyond_ascii |= first >= 128;
+  for (uint32_t first : user.firsts()) {
+    uint8_t bytes[4];
+    encode_char(first, bytes);
+    user_first[bytes[0]] = true;
+    if (first == blank) user_first[' '] = true;
+  }
   for (uint32_t a = 0; a < 128; ++a) {
     for (uint32_t b = 0; b < 256; ++b) {
       // NUL may be the padding behind the text, bytes from 128 begin longer characters.
-      if (b == 0 || b >= 128 || user.starts(code_of(b))) ascii_join[a << 8 | b] |= kLookCloser;
+      if (b == 0 || b >= 128 || user_first[b]) ascii_join[a << 8 | b] |= kLookCloser;
     }
   }
 }

@@ -110,11 +110,17 @@ class Worker {
   static constexpr size_t kPadding = 64;
   static constexpr size_t kQueue = 64;
 
+  // A run of characters that merges within itself. One or two characters are looked up, longer runs are looked for
+  // in the cache.
   struct Segment {
     const uint8_t* at;
     uint32_t bytes;
+    uint32_t chars;  // 1, 2 or 3 for more
+    union {
+      uint32_t codes[2];  // of one or two characters
+      SegmentCache::Key key;
+    };
     uint32_t slot;
-    SegmentCache::Key key;
   };
 
   // Copies the text, normalised, with zeros behind it.
@@ -145,8 +151,8 @@ class Worker {
   size_t trailing_blank() const {
     const size_t size = text_.size();
     if (size >= 1 && text_.data()[size - 1] == ' ') return 1;
-    const bool visible = t_.blank == kVisibleBlank && size >= 3 && !std::memcmp(text_.data() + size - 3, "\xE2\x96\x81", 3);
-    return visible ? 3 : 0;
+    if (t_.blank != kVisibleBlank || size < 3) return 0;
+    return std::memcmp(text_.data() + size - 3, "\xE2\x96\x81", 3) == 0 ? 3 : 0;
   }
 
   // Cuts the text where no piece joins two neighbours, and at user-defined symbols.
@@ -155,64 +161,68 @@ class Worker {
     const uint8_t* const end = at + text_.size();
     int32_t id;
     while (at < end) {
-      if (!t_.user.empty() && user_may_start(at)) {
-        if (const size_t size = t_.user.match(at, end, t_.blank, &id)) {
-          resolve_queue();
-          out_.reserve(out_.size() + 1);
-          out_.push(static_cast<uint32_t>(id));
-          at += size;
-          continue;
-        }
+      const size_t size = t_.user_first[*at] ? t_.user.match(at, end, t_.blank, &id) : 0;
+      if (size > 0) {
+        resolve_queue();
+        out_.reserve(out_.size() + 1);
+        out_.push(static_cast<uint32_t>(id));
+        at += size;
+      } else {
+        at = take_segment(at, end);
       }
-      const uint8_t* next = segment_end(at, end);
-      enqueue(at, static_cast<size_t>(next - at));
-      at = next;
     }
     resolve_queue();
   }
 
-  bool user_may_start(const uint8_t* at) const {
-    if (*at >= 128 && !t_.user_beyond_ascii) return false;
-    return t_.user.starts(t_.code_of(decode_char(at).code));
-  }
-
-  const uint8_t* segment_end(const uint8_t* at, const uint8_t* end) const {
+  // Queues the segment that begins at `at` and returns its end.
+  const uint8_t* take_segment(const uint8_t* at, const uint8_t* end) {
+    Segment& segment = queue_[queued_];
+    segment.at = at;
+    Char last = decode_char(at);
+    last.code = t_.code_of(last.code);
+    segment.codes[0] = last.code;
+    segment.chars = 1;
+    at += last.size;
     while (true) {
-      if (*at < 128) {
+      if (last.size == 1) {
+        const uint8_t* begin = --at;
         uint8_t join;
         while ((join = t_.ascii_join[static_cast<size_t>(at[0]) << 8 | at[1]]) == 1) ++at;
-        ++at;
-        if (join == 0) return at;
-        if (at >= end || user_matches(at, end)) return at;
-        if (*at < 128) {
-          if (!(join & 1)) return at;
-          continue;
-        }
-        if (!t_.joins(t_.code_of(at[-1]), decode_char(at).code)) return at;
-      } else {
-        const Char left = decode_char(at);
-        at += left.size;
-        if (at >= end || user_matches(at, end)) return at;
-        if (!t_.joins(left.code, t_.code_of(decode_char(at).code))) return at;
+        if (at != begin) note(segment, t_.code_of(*at), static_cast<size_t>(at - begin));
+        last.code = t_.code_of(*at++);
+        if (join == 0 || ((join & 1) == 0 && *at < 128)) break;
       }
+      if (at >= end || user_matches(at, end)) break;
+      last.size = decode_char(at).size;
+      const uint32_t code = t_.code_of(decode_char(at).code);
+      if (!t_.joins(last.code, code)) break;
+      note(segment, code, 1);
+      last.code = code;
+      at += last.size;
     }
+    enqueue(segment, static_cast<size_t>(at - segment.at));
+    return at;
+  }
+
+  // `more` characters were added to the segment, the last of them `code`.
+  static void note(Segment& segment, uint32_t code, size_t more) {
+    segment.codes[1] = code;
+    segment.chars = segment.chars + more > 2 ? 3 : 2;
   }
 
   bool user_matches(const uint8_t* at, const uint8_t* end) const {
     int32_t id;
-    return !t_.user.empty() && user_may_start(at) && t_.user.match(at, end, t_.blank, &id) > 0;
+    return t_.user_first[*at] && t_.user.match(at, end, t_.blank, &id) > 0;
   }
 
-  void enqueue(const uint8_t* at, size_t bytes) {
-    Segment& segment = queue_[queued_++];
-    segment.at = at;
+  void enqueue(Segment& segment, size_t bytes) {
     segment.bytes = static_cast<uint32_t>(bytes);
-    if (bytes <= SegmentCache::kMaxBytes) {
-      segment.key = SegmentCache::key_of(at, segment.bytes);
+    if (segment.chars > 2 && bytes <= SegmentCache::kMaxBytes) {
+      segment.key = SegmentCache::key_of(segment.at, segment.bytes);
       segment.slot = SegmentCache::slot_of(segment.key, segment.bytes);
       __builtin_prefetch(cache_.place(segment.slot));
     }
-    if (queued_ == kQueue) resolve_queue();
+    if (++queued_ == kQueue) resolve_queue();
   }
 
   void resolve_queue() {
@@ -224,10 +234,8 @@ class Worker {
   }
 
   void resolve(const Segment& segment) {
-    const Char first = decode_char(segment.at);
-    if (first.size == segment.bytes) {
-      const Tables::CharEntry entry = t_.chars[first.code];
-      entry.id >= 0 ? emit(static_cast<uint32_t>(entry.id)) : emit_unknown(first.code);
+    if (segment.chars <= 2) {
+      resolve_chars(segment);
       return;
     }
     if (segment.bytes > SegmentCache::kMaxBytes) {
@@ -244,6 +252,22 @@ class Worker {
     }
   }
 
+  void resolve_chars(const Segment& segment) {
+    const Tables::CharEntry first = t_.chars[segment.codes[0]];
+    if (segment.chars == 2) {
+      const Tables::CharEntry second = t_.chars[segment.codes[1]];
+      const uint32_t merged = t_.pairs.find(first.node, second.node);
+      if (merged != kNone) return emit(static_cast<uint32_t>(t_.node_id[merged]));
+      emit_char(first, segment.codes[0]);
+      return emit_char(second, segment.codes[1]);
+    }
+    emit_char(first, segment.codes[0]);
+  }
+
+  void emit_char(Tables::CharEntry entry, uint32_t code) {
+    entry.id >= 0 ? emit(static_cast<uint32_t>(entry.id)) : emit_unknown(code);
+  }
+
   void emit(uint32_t id) { out_.push(id); }
 
   // A run of unknown characters gives one id.
@@ -252,10 +276,10 @@ class Worker {
     if (out_.size() == 0 || out_.data()[out_.size() - 1] != id) emit(id);
   }
 
-  void emit_unknown(uint32_t raw) {
+  void emit_unknown(uint32_t code) {
     if (!t_.byte_fallback) return emit_unknown_id();
     uint8_t bytes[4];
-    const uint32_t size = encode_char(t_.code_of(raw), bytes);
+    const uint32_t size = encode_char(code, bytes);
     for (uint32_t i = 0; i < size; ++i) emit(static_cast<uint32_t>(t_.byte_ids[bytes[i]]));
   }
 
@@ -284,7 +308,7 @@ class Worker {
     const size_t begin = out_.size();
     for (size_t i = 0; i < count; ++i) {
       const int32_t id = t_.node_id[nodes_[i]];
-      id >= 0 ? emit(static_cast<uint32_t>(id)) : emit_unknown(decode_char(segment.at + starts_[i]).code);
+      id >= 0 ? emit(static_cast<uint32_t>(id)) : emit_unknown(t_.code_of(decode_char(segment.at + starts_[i]).code));
     }
     const bool swallowed = first < 0 && !t_.byte_fallback && begin > 0 &&
                            out_.data()[begin - 1] == static_cast<uint32_t>(t_.unknown_id);

@@ -1,9 +1,9 @@
 """Text to SentencePiece ids: a compiled encoder that gives sentencepiece's own ids, many times faster.
 
-``NativeEncoder`` reads a SentencePiece model. BPE models are encoded by ``megatron_ext._encoder`` (see
-``megatron_ext/csrc``), id for id as sentencepiece 0.2.3 does; whatever that code does not promise to reproduce
-(unigram, word and char models, unused pieces of several characters, no compiled extension) is encoded by
-sentencepiece itself, which is said once in the log.
+``NativeEncoder`` reads a SentencePiece model. BPE models are encoded by ``megatron_ext._encoder``
+(see ``megatron_ext/csrc``), id for id as sentencepiece 0.2.3 does; whatever that code does not promise to
+reproduce (unigram, word and char models, unused pieces of several characters, no compiled extension) is
+encoded by sentencepiece itself, which is said once in the log.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def optimal_dtype(vocab_size: int) -> type[np.uint16] | type[np.int32]:
 class NativeEncoder:
     """Encodes text with a SentencePiece model.
 
-    Texts are ``str``, or ``bytes`` holding UTF-8 in which every invalid byte counts as U+FFFD. Methods may be called
-    from several threads; the compiled encoder works without the GIL.
+    Texts are ``str``, or ``bytes`` holding UTF-8 in which every invalid byte counts as U+FFFD. Methods may be
+    called from several threads; the compiled encoder works without the GIL.
 
     Attributes:
         vocab_size: number of pieces.
@@ -105,7 +105,7 @@ class NativeEncoder:
         Args:
             texts: the documents.
             dtype: ``np.uint16`` or ``np.int32``; ``optimal_dtype(vocab_size)`` if not given.
-            append_eod: end every document with ``eod``. A document without ids stays empty, as upstream has it.
+            append_eod: end every document with ``eod``; one without ids stays empty, as upstream has it.
             num_threads: threads of the compiled encoder.
 
         Returns:
@@ -142,7 +142,32 @@ class NativeEncoder:
         for text in texts:
             histogram += np.bincount(self.processor.encode(text), minlength=self.vocab_size)
 
-    def _encode_slowly(self, texts: Sequence[Text], dtype: np.dtype, eod: int) -> tuple[np.ndarray, np.ndarray]:
+    def derivations(self) -> np.ndarray:
+        """How each piece comes about, int32 [vocab_size, 2]: the ids of the two pieces its last merge joins.
+
+        -1 stands for a character that is no piece; both are -1 for single characters and pieces that are not
+        merged (byte, control, user-defined); both are -2 for a normal piece that no text can produce.
+
+        Raises:
+            ValueError: the compiled encoder does not read this model.
+        """
+        if self._native is None:
+            raise ValueError(f"no derivations: {self.fallback_reason}")
+        return self._native.derivations()
+
+    def clear_cache(self) -> None:
+        """Forgets the words met so far (for measuring)."""
+        if self._native is not None:
+            self._native.clear_cache()
+
+    @property
+    def adds_dummy_prefix(self) -> bool:
+        """Whether a blank is put in front of every text."""
+        return self.processor.normalize("a") != "a"
+
+    def _encode_slowly(
+        self, texts: Sequence[Text], dtype: np.dtype, eod: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         documents = [self.processor.encode(text) for text in texts]
         if eod >= 0:
             documents = [ids + [eod] if ids else ids for ids in documents]

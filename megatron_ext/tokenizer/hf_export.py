@@ -1,0 +1,78 @@
+"""A SentencePiece BPE model as a Hugging Face tokenizer (``tokenizer.json``).
+
+The merge list is the one the native encoder derives: one merge a producible piece, in the order of the scores.
+It gives sentencepiece's ids except where two merges have the same score (Hugging Face breaks the tie by rank,
+sentencepiece by place in the text) and where sentencepiece changes blanks or characters before it merges.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_ext.tokenizer.encoder import NativeEncoder
+
+if TYPE_CHECKING:
+    import tokenizers
+
+
+def merges_of(encoder: NativeEncoder) -> list[tuple[str, str]]:
+    """(left, right) of each producible piece's last merge, best score first.
+
+    Merges of characters that are no pieces cannot be written down for Hugging Face and are left out.
+    """
+    processor = encoder.processor
+    derivations = encoder.derivations()
+    merged = [i for i, (left, right) in enumerate(derivations.tolist()) if left >= 0 and right >= 0]
+    merged.sort(key=lambda i: -processor.get_score(i))
+    return [tuple(processor.id_to_piece(int(part)) for part in derivations[i]) for i in merged]
+
+
+def fast_tokenizer(encoder: NativeEncoder) -> tokenizers.Tokenizer | None:
+    """The equivalent ``tokenizers.Tokenizer``; None without that package or for models that are not BPE."""
+    try:
+        import tokenizers
+        from tokenizers import decoders, normalizers
+    except ImportError:
+        return None
+    if not encoder.native:
+        return None
+    processor = encoder.processor
+    vocab = {processor.id_to_piece(i): i for i in range(encoder.vocab_size)}
+    byte_fallback = any(processor.is_byte(i) for i in range(encoder.vocab_size))
+    unknown = processor.id_to_piece(processor.unk_id())
+    model = tokenizers.models.BPE(
+        vocab, merges_of(encoder), unk_token=unknown, fuse_unk=True, byte_fallback=byte_fallback
+    )
+    tokenizer = tokenizers.Tokenizer(model)
+    prefix = encoder.adds_dummy_prefix
+    steps = [normalizers.Prepend("▁")] if prefix else []
+    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    special = [i for i in range(encoder.vocab_size) if processor.is_control(i) or processor.is_unknown(i)]
+    tokenizer.add_special_tokens(
+        [tokenizers.AddedToken(processor.id_to_piece(i), special=True) for i in special]
+    )
+    return tokenizer
+
+
+def write_folder(encoder: NativeEncoder, model_proto: bytes, folder: Path) -> bool:
+    """Writes tokenizer.model, tokenizer.json and tokenizer_config.json;
+    False if only the first can be made.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.model").write_bytes(model_proto)
+    tokenizer = fast_tokenizer(encoder)
+    if tokenizer is None:
+        return False
+    tokenizer.save(str(folder / "tokenizer.json"))
+    processor = encoder.processor
+    names = {"unk": processor.unk_id(), "bos": processor.bos_id(), "eos": processor.eos_id()}
+    config = {f"{name}_token": processor.id_to_piece(i) for name, i in names.items() if i >= 0}
+    config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return True
