@@ -171,7 +171,8 @@ def _cut_stream(source: Source, which: int, chunk_bytes: int) -> Iterator[Chunk]
     rest, damage, raw = bytearray(), None, None
     try:
         raw, stream = _open_stream(source)
-        while block := stream.read(BLOCK):
+        # read1 hands over what it has: of an archive that is cut off, all that can be read.
+        while block := stream.read1(BLOCK):
             searched = max(chunk_bytes - 1, len(rest))
             rest += block
             while (cut := rest.find(b"\n", searched)) >= 0:

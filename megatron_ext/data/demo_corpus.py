@@ -1,0 +1,122 @@
+"""Real text that every machine with Python has: its documentation, standard library and packages."""
+
+import gzip
+import hashlib
+import json
+import os
+import re
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_ext.data.files import write_aside
+
+SUFFIXES = (".md", ".rst", ".txt", ".py")
+#: Shorter files say nothing, longer ones are mostly tables and generated code.
+MIN_CHARACTERS, MAX_CHARACTERS = 400, 60_000
+#: Prose first, then the standard library, then packages: when space is short, prose is kept.
+SHARES = (("documentation", 0.4), ("standard library", 0.35), ("packages", 1.0))
+VALID_SHARE = 0.02
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
+
+
+def collect(max_bytes: int) -> list[dict]:
+    """Documents {"text", "source"} of ``max_bytes`` UTF-8 bytes at most, in an order by hash of text.
+
+    Files are taken by the hash of their names, and reading ends when there is enough.
+    """
+    seen: set[str] = set()
+    chosen: list[tuple[str, dict]] = []
+    total = 0
+    kinds = {"documentation": _documentation, "standard library": _standard_library, "packages": _packages}
+    for kind, share in SHARES:
+        allowed = total + (max_bytes - total) * share
+        for source, text in kinds[kind]():
+            key, size = digest(text), len(text.encode("utf-8"))
+            if key not in seen and total + size <= allowed:
+                seen.add(key)
+                chosen.append((key, {"text": text, "source": source}))
+                total += size
+            if total > 0.995 * allowed:
+                break
+    return [document for _, document in sorted(chosen, key=lambda pair: pair[0])]
+
+
+def digest(text: str) -> str:
+    """What identifies a text: its hash without white space."""
+    return hashlib.sha256("".join(text.split()).encode("utf-8")).hexdigest()
+
+
+def split(documents: list[dict]) -> tuple[list[dict], list[dict]]:
+    """(training, validation): about 2 % of the bytes, at least one document if there are two."""
+    wanted = VALID_SHARE * sum(len(document["text"].encode()) for document in documents)
+    taken, valid = 0, []
+    for document in documents[:-1]:
+        if valid and taken >= wanted:
+            break
+        valid.append(document)
+        taken += len(document["text"].encode())
+    return documents[len(valid) :], valid
+
+
+def write(path: str, documents: list[dict]) -> dict:
+    """Write JSON lines, gzip-compressed if the name ends in .gz; counts."""
+    lines = b"".join(json.dumps(d, ensure_ascii=False).encode("utf-8") + b"\n" for d in documents)
+    data = gzip.compress(lines, 6, mtime=0) if path.endswith(".gz") else lines
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_aside(Path(path), lambda file: file.write(data))
+    return {"documents": len(documents), "text_bytes": sum(len(d["text"].encode()) for d in documents)}
+
+
+def clean(text: str) -> str:
+    """Unix line ends, no control characters, no trailing blanks, at most two empty lines in a row."""
+    text = CONTROL.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
+    lines = "\n".join(line.rstrip() for line in text.split("\n"))
+    return re.sub(r"\n{4,}", "\n\n\n", lines).strip()
+
+
+def _documentation() -> Iterator[tuple[str, str]]:
+    """pydoc's topics, and the README, reST and text files of packages."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:  # some distributions leave it out
+        topics = {}
+    for name, text in sorted(topics.items()):
+        yield from _usable(f"pydoc/{name}", text)
+    yield from _files(_packages_folder(), (".md", ".rst", ".txt"), "site-packages")
+
+
+def _standard_library() -> Iterator[tuple[str, str]]:
+    folder = Path(sysconfig.get_path("stdlib"))
+    yield from _files(folder, (".py",), "stdlib", skip=("site-packages", "dist-packages", "test", "tests"))
+
+
+def _packages() -> Iterator[tuple[str, str]]:
+    yield from _files(_packages_folder(), (".py",), "site-packages", skip=("test", "tests"))
+
+
+def _packages_folder() -> Path:
+    return Path(sysconfig.get_path("purelib"))
+
+
+def _files(
+    folder: Path, suffixes: tuple[str, ...], name: str, skip: tuple[str, ...] = ()
+) -> Iterator[tuple[str, str]]:
+    """Texts of the files below ``folder``, in the order of the hashes of their names."""
+    names = []
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [entry for entry in folders if entry not in skip and entry != "__pycache__"]
+        relative = Path(parent).relative_to(folder).as_posix()
+        names += [f"{relative}/{file}" for file in files if file.endswith(suffixes)]
+    for path in sorted(names, key=lambda path: hashlib.sha256(path.encode()).digest()):
+        try:
+            if (folder / path).stat().st_size <= 2 * MAX_CHARACTERS:
+                yield from _usable(f"{name}/{path.removeprefix('./')}", (folder / path).read_text("utf-8"))
+        except (OSError, UnicodeError):
+            continue
+
+
+def _usable(source: str, text: str) -> Iterator[tuple[str, str]]:
+    text = clean(text)
+    if MIN_CHARACTERS <= len(text) <= MAX_CHARACTERS:
+        yield source, text
