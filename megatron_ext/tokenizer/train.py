@@ -1,0 +1,118 @@
+"""Train a SentencePiece BPE tokenizer on a sample of JSON Lines files.
+
+The settings are those of Llama's tokenizers: byte fallback (no text is unknown), digits one by one,
+no normalisation, spaces kept as they are, so that text and code survive a round trip.
+"""
+
+import bz2
+import gzip
+import io
+import lzma
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import sentencepiece
+
+from megatron_ext.data.files import write_aside
+from megatron_ext.data.preprocess.records import BadLine, parse_line
+from megatron_ext.data.preprocess.sources import Source, find_sources
+
+#: sentencepiece skips longer lines; a longer line of ours is cut.
+MAX_LINE_CHARACTERS = 2000
+SPECIAL_PIECES = 3 + 256  # <unk> <s> </s> and the bytes
+
+
+class TrainingTextError(ValueError):
+    """The text cannot be read, or is too little for the wanted vocabulary."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the tokenizer was trained on."""
+
+    documents: int
+    text_bytes: int
+    documents_used: int
+    text_bytes_used: int
+
+
+def train_tokenizer(
+    inputs: list[str], output: Path, vocab_size: int, *, key: str, sample_bytes: int, seed: int
+) -> Sample:
+    """Write a BPE model of ``vocab_size`` pieces to ``output``.
+
+    Where the inputs hold more than ``sample_bytes`` of text, documents are drawn at random: the same
+    for the same ``seed``.
+
+    Raises:
+        TrainingTextError: a line is no JSON object with text at ``key``, or too little text.
+        SourceError: an input cannot be opened.
+    """
+    if vocab_size <= SPECIAL_PIECES:
+        raise TrainingTextError(
+            f"--vocab-size {vocab_size}: byte fallback alone needs {SPECIAL_PIECES} pieces"
+        )
+    sources = find_sources(inputs)
+    sizes = [len(text) for text in _texts(sources, key)]
+    keep = min(1.0, sample_bytes / max(1, sum(sizes)))
+    draw = random.Random(seed)
+    kept = [draw.random() < keep for _ in sizes]
+    used = sum(size for size, wanted in zip(sizes, kept, strict=True) if wanted)
+    texts = (text for text, wanted in zip(_texts(sources, key), kept, strict=True) if wanted)
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=(line for text in texts for line in _lines(text)),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            split_digits=True,
+            character_coverage=0.9995,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            max_sentence_length=4 * MAX_LINE_CHARACTERS,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise TrainingTextError(
+            f"sentencepiece could not make {vocab_size} pieces from {used} bytes of text: {error}"
+        ) from error
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_aside(output, lambda file: file.write(model.getvalue()))
+    return Sample(len(sizes), sum(sizes), sum(kept), used)
+
+
+def _texts(sources: list[Source], key: str) -> Iterator[bytes]:
+    for source in sources:
+        with _open(source) as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    (parts,) = parse_line(line, [key])
+                except BadLine as error:
+                    raise TrainingTextError(f"{source.path}, line {number}: {error}") from None
+                yield b"\n".join(parts)
+
+
+def _open(source: Source) -> BinaryIO:
+    if source.kind == "zstd":
+        import zstandard
+
+        return zstandard.open(source.path, "rb")
+    if source.kind == "pipe":
+        raise TrainingTextError(f"--input {source.path}: the text is read twice, which a pipe does not allow")
+    openers = {"plain": open, "gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
+    return openers[source.kind](source.path, "rb")
+
+
+def _lines(text: bytes) -> Iterator[str]:
+    for line in text.decode("utf-8").split("\n"):
+        for start in range(0, len(line), MAX_LINE_CHARACTERS):
+            yield line[start : start + MAX_LINE_CHARACTERS]

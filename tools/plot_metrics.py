@@ -1,0 +1,145 @@
+#!/usr/bin/env python3
+"""Draw the loss curves of one or several runs from their --metrics-file.
+
+    python tools/plot_metrics.py runs/quickstart/metrics.jsonl --output loss.png
+    python tools/plot_metrics.py a.jsonl b.jsonl --x consumed_tokens --output compare.png
+
+Thin lines are training losses, thick ones their running mean, points validation losses.
+"""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron_ext.data.files import write_aside
+
+Records = list[dict]
+
+
+class MetricsError(ValueError):
+    """A metrics file that cannot be used."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
+    try:
+        runs = {str(path): read_run(path) for path in args.metrics}
+        draw(runs, args.x, args.output)
+    except ImportError:
+        print("plot_metrics.py: error: drawing needs: pip install matplotlib", file=sys.stderr)
+        return 1
+    except (MetricsError, OSError) as error:
+        print(f"plot_metrics.py: error: {error}", file=sys.stderr)
+        return 1
+    summaries = {name: summary(*run) for name, run in runs.items()}
+    if args.json:
+        print(json.dumps({"output": str(args.output), "runs": summaries}))
+    else:
+        print(f"wrote {args.output}")
+        for name, values in summaries.items():
+            print(f"{name}: " + ", ".join(f"{key} {value:.6g}" for key, value in values.items()))
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("metrics", nargs="+", type=Path, help="files written by --metrics-file")
+    parser.add_argument("--output", type=Path, required=True, help="the PNG (or .svg, .pdf) to write")
+    parser.add_argument(
+        "--x", choices=["iteration", "consumed_samples", "consumed_tokens"], default="iteration"
+    )
+    parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
+    return parser
+
+
+def read_run(path: Path) -> tuple[Records, Records]:
+    """Training and validation records in order; of an iteration that was run again, the last.
+
+    Raises:
+        MetricsError: a line is not a record of --metrics-file, or there is no training record.
+    """
+    training: dict[int, dict] = {}
+    validation: dict[int, dict] = {}
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                record = json.loads(line)
+                kind = {None: training, "validation": validation}.get(record.get("split"), {})
+                kind[record["iteration"]] = record
+            except (ValueError, KeyError, AttributeError):
+                if not line.endswith("\n"):  # the run that writes it has not finished this line
+                    break
+                raise MetricsError(f"{path}, line {number}: not a record of --metrics-file") from None
+    if not training:
+        raise MetricsError(f"{path}: holds no training iteration")
+    return [training[i] for i in sorted(training)], [validation[i] for i in sorted(validation)]
+
+
+def summary(training: Records, validation: Records) -> dict[str, float]:
+    """The numbers that the picture shows: losses at the start and the end, and the speed."""
+    values = {
+        "iterations": training[-1]["iteration"],
+        "first_loss": training[0]["lm_loss"],
+        "last_loss": training[-1]["lm_loss"],
+        "consumed_tokens": training[-1]["consumed_tokens"],
+        "tokens_per_second": sorted(r["tokens_per_second"] for r in training)[len(training) // 2],
+    }
+    if validation:
+        values |= {
+            "first_validation_loss": validation[0]["lm_loss"],
+            "last_validation_loss": validation[-1]["lm_loss"],
+            "last_bits_per_byte": validation[-1]["bits_per_byte"],
+        }
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def draw(runs: dict[str, tuple[Records, Records]], x: str, output: Path) -> None:
+    """Write the picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    for (name, (training, validation)), color in zip(runs.items(), _colors(len(runs)), strict=True):
+        label = f"{name}: " if len(runs) > 1 else ""
+        xs = [record[x] for record in training]
+        losses = [math.nan if record["lm_loss"] is None else record["lm_loss"] for record in training]
+        axes.plot(xs, losses, color=color, alpha=0.3, linewidth=0.8)
+        axes.plot(xs, running_mean(losses), color=color, linewidth=1.8, label=f"{label}training")
+        at = {record["iteration"]: record[x] for record in training}
+        points = [(at[r["iteration"]], r["lm_loss"]) for r in validation if r["iteration"] in at]
+        if points:
+            axes.plot(*zip(*points, strict=True), "o", color=color, markersize=5, label=f"{label}validation")
+    axes.set(xlabel=x.replace("_", " "), ylabel="loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    picture_format = output.suffix.lstrip(".") or "png"
+    write_aside(output, lambda file: figure.savefig(file, format=picture_format, dpi=120))
+    pyplot.close(figure)
+
+
+def running_mean(values: list[float], weight: float = 0.05) -> list[float]:
+    """Exponential mean that starts unbiased; NaN values are passed over."""
+    mean, total, means = 0.0, 0.0, []
+    for value in values:
+        if not math.isnan(value):
+            mean, total = (1 - weight) * mean + weight * value, (1 - weight) * total + weight
+        means.append(mean / total if total else math.nan)
+    return means
+
+
+def _colors(count: int) -> list[str]:
+    return [f"C{index % 10}" for index in range(count)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

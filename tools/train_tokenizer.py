@@ -1,0 +1,69 @@
+#!/usr/bin/env python3
+"""Train a SentencePiece BPE tokenizer on JSON Lines text.
+
+    python tools/train_tokenizer.py --input train.jsonl --vocab-size 4096 --output my.model
+
+Byte fallback, digits one by one, no normalisation: any text survives encoding and decoding. Use the
+model with --tokenizer-type SentencePieceTokenizer --tokenizer-model my.model.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron_ext.data.preprocess.sources import SourceError
+from megatron_ext.tokenizer.train import TrainingTextError, train_tokenizer
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
+    start = time.monotonic()
+    if not args.json:
+        print(f"learning {args.vocab_size} pieces from {', '.join(args.input)}", flush=True)
+    try:
+        sample = train_tokenizer(
+            args.input,
+            args.output,
+            args.vocab_size,
+            key=args.json_key,
+            sample_bytes=int(args.sample_mb * 1e6),
+            seed=args.seed,
+        )
+    except (TrainingTextError, SourceError, OSError) as error:
+        print(f"train_tokenizer.py: error: {error}", file=sys.stderr)
+        return 1
+    seconds = time.monotonic() - start
+    summary = {"output": str(args.output), "vocab_size": args.vocab_size, "seconds": seconds} | vars(sample)
+    if args.json:
+        print(json.dumps(summary))
+    else:
+        print(
+            f"wrote {args.output}: {args.vocab_size} pieces from {sample.text_bytes_used / 1e6:.1f} of "
+            f"{sample.text_bytes / 1e6:.1f} MB of text, in {seconds:.1f} s"
+        )
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--input", nargs="+", required=True, help=".jsonl files, also .gz, .zst, .xz, .bz2")
+    parser.add_argument("--output", type=Path, required=True, help="the model file to write")
+    parser.add_argument("--vocab-size", type=int, required=True, help="pieces, with 3 specials and 256 bytes")
+    parser.add_argument("--json-key", default="text", help="key of the text (default: text)")
+    parser.add_argument(
+        "--sample-mb", type=float, default=10.0, help="text to learn from, in MB (default: 10)"
+    )
+    parser.add_argument("--seed", type=int, default=1234, help="seed of the sample (default: 1234)")
+    parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
