@@ -55,7 +55,7 @@ install_torch() {
   rm "$log"
 }
 
-pip() { .venv/bin/python -m pip --disable-pip-version-check "$1" --quiet -c constraints.txt "${@:2}"; }
+pip() { .venv/bin/python -m pip --disable-pip-version-check "$1" -qq -c constraints.txt "${@:2}"; }
 
 install_packages() {
   say "installing the packages of constraints.txt into .venv (minutes the first time)"
