@@ -110,13 +110,20 @@ def blends(args: Namespace) -> tuple[Blend | None, list[Blend | None] | None]:
 def _blend(words: list[str] | None, flag: str) -> Blend | None:
     if not words:
         return None
-    try:
-        prefixes, weights = get_blend_from_list([str(word) for word in words])
-    except AssertionError:
-        raise DatasetError(f"{flag}: give a weight before every prefix, or before none") from None
+    prefixes, weights = get_blend_from_list([str(word) for word in words])
+    if weights is None and any(map(_is_number, prefixes)):
+        raise DatasetError(f"{flag}: give a weight before every prefix, or before none")
     if weights is not None and min(weights) <= 0:
         raise DatasetError(f"{flag}: weights must be above 0, got {min(weights):g}")
     return prefixes, weights
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
 
 
 def _read_text(path: str) -> str:

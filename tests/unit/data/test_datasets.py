@@ -1,0 +1,256 @@
+"""Datasets and loaders: upstream's samples, one order for every layout, errors that name the file."""
+
+import json
+import os
+import shutil
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.utils import get_blend_from_list
+
+from megatron_ext.data import DatasetError, build_data_loader, build_datasets
+from megatron_ext.data.sampler import CyclicSampler, SequentialSampler
+from megatron_ext.tokenizer import build_tokenizer
+from tests.unit.data import corpora
+
+LENGTHS = [5, 90, 33, 1, 60, 17, 120, 8, 44, 71] * 4
+SIZES = (60, 8, 4)
+
+
+def arguments(**changes) -> Namespace:
+    values = dict(
+        data_path=None, train_data_path=None, valid_data_path=None, test_data_path=None, data_args_path=None,
+        per_split_data_args_path=None, mock_data=False, data_cache_path=None, split="80,15,5", seed=1234,
+        seq_length=32, num_dataset_builder_threads=1, mmap_bin_files=True, reset_position_ids=False,
+        reset_attention_mask=False, eod_mask_loss=False, create_attention_mask_in_dataloader=True,
+        dataloader_type="single", num_workers=0, micro_batch_size=2,
+        data_parallel_rank=0, data_parallel_size=1, tokenizer_type="NullTokenizer", tokenizer_model=None,
+        vocab_size=255,
+    )  # fmt: skip
+    return Namespace(**values | changes)
+
+
+@pytest.fixture
+def two(tmp_path) -> list[str]:
+    """Prefixes of two datasets."""
+    return [str(corpora.make_dataset(tmp_path / name, LENGTHS, seed=i)) for i, name in enumerate("ab")]
+
+
+def build(args: Namespace, sizes=SIZES) -> tuple:
+    return build_datasets(args, build_tokenizer(args), sizes)
+
+
+def tokens(dataset, count: int = 60) -> list[list[int]]:
+    return [dataset[i]["tokens"].tolist() for i in range(min(count, len(dataset)))]
+
+
+def upstreams(args: Namespace, cache: Path, **blend) -> list:
+    """The datasets of Megatron-Core's builder, as pretrain_gpt.py calls it."""
+    config = GPTDatasetConfig(
+        random_seed=args.seed, sequence_length=args.seq_length, num_dataset_builder_threads=1,
+        path_to_cache=str(cache), tokenizer=build_tokenizer(args), reset_position_ids=False,
+        reset_attention_mask=False, eod_mask_loss=False, **blend,
+    )  # fmt: skip
+    return BlendedMegatronDatasetBuilder(GPTDataset, list(SIZES), lambda: True, config).build()
+
+
+@pytest.mark.parametrize("kind", ["one", "weights", "no weights", "three"])
+def test_upstreams_samples(single_process, two, tmp_path, kind):
+    words = {
+        "one": two[:1],
+        "weights": ["0.3", two[0], "0.7", two[1]],
+        "no weights": two,
+        "three": [two[0], two[1], two[0]],
+    }[kind]
+    args = arguments(data_path=words, data_cache_path=str(tmp_path / "ours"))
+    theirs = upstreams(args, tmp_path / "theirs", blend=get_blend_from_list(words), split=args.split)
+    ours = build(args)
+    for mine, reference in zip(ours, theirs, strict=True):
+        assert len(mine) == len(reference)
+        assert tokens(mine) == tokens(reference)
+    again = build(args)  # from the cache
+    assert tokens(again[0]) == tokens(theirs[0])
+    assert not list((tmp_path / "ours").glob(".building-*"))
+
+
+def test_without_process_group(two, tmp_path):
+    """A lone process, threads, the default cache beside the data."""
+    args = arguments(data_path=["1", two[0], "3", two[1]], num_dataset_builder_threads=3)
+    first = build(args)
+    assert (Path(two[0]) / "cache" / "GPTDataset_indices").is_dir()
+    assert tokens(first[0]) == tokens(build(args)[0])
+
+
+def test_per_split_paths_and_files_of_arguments(single_process, two, tmp_path):
+    direct = arguments(train_data_path=[two[0]], valid_data_path=["1", two[0], "2", two[1]], split=None)
+    train, valid, test = build(direct)
+    assert test is None
+    theirs = upstreams(
+        direct,
+        tmp_path / "theirs",
+        blend_per_split=[([two[0]], None), (two, [1.0, 2.0]), None],
+    )
+    assert tokens(train) == tokens(theirs[0]) and tokens(valid) == tokens(theirs[1])
+    (tmp_path / "split.json").write_text(
+        json.dumps({"train": [two[0]], "valid": f"1 {two[0]} 2 {two[1]}", "test": None})
+    )
+    per_split = arguments(per_split_data_args_path=str(tmp_path / "split.json"), split=None)
+    assert tokens(build(per_split)[1]) == tokens(valid)
+    (tmp_path / "blend.txt").write_text(f"0.5 {two[0]}\n0.5 {two[1]}\n")
+    from_file = build(arguments(data_args_path=str(tmp_path / "blend.txt")))
+    assert tokens(from_file[0]) == tokens(build(arguments(data_path=["0.5", two[0], "0.5", two[1]]))[0])
+
+
+def test_mock_data_and_sizes_of_nothing(two):
+    mock = build(arguments(mock_data=True))
+    assert mock[0][0]["tokens"].shape == (32,)
+    train, valid, test = build(arguments(data_path=two[:1], split="100,0,0"), (10, 0, 0))
+    assert len(train) >= 10 and valid is None and test is None
+
+
+def test_mask_only_where_it_is_not_causal(two):
+    assert "attention_mask" not in build(arguments(data_path=two[:1]))[0][0]
+    masked = build(arguments(data_path=two[:1], reset_attention_mask=True))[0]
+    assert masked[0]["attention_mask"].shape == (1, 32, 32)
+
+
+def test_the_golden_dataset_of_megatron_lm(shared, tmp_path):
+    """Its shape under the flags of the golden run: 20 iterations of 4 samples, one validation of 2."""
+    prefix = shared / "reference" / "golden" / "gqa_1p" / "data" / "one_text_document"
+    args = arguments(
+        data_path=[str(prefix)], split="90,10,0", seq_length=64, vocab_size=256, data_cache_path=str(tmp_path)
+    )
+    train, valid, test = build(args, (80, 8, 8))
+    assert len(train) >= 80 and len(valid) >= 8 and test is None
+    assert all(int(train[i]["tokens"].max()) <= 256 for i in range(80))
+
+
+# What is wrong is said, with the name of the file.
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda a, b: os.truncate(f"{a}.bin", 900), r"a.bin: .*truncated"),
+        (lambda a, b: shutil.copy(f"{b}.idx", f"{a}.idx"), r"a.bin: .* of another dataset"),
+        (lambda a, b: os.truncate(f"{a}.idx", 300), r"a.idx: truncated"),
+        (lambda a, b: Path(f"{a}.idx").write_bytes(b"nonsense" * 9), r"a.idx: not the index of a dataset"),
+        (lambda a, b: os.remove(f"{a}.bin"), r"a.bin: there is no such file"),
+        (lambda a, b: os.remove(f"{a}.idx"), r"a.idx: No such file"),
+    ],
+)
+def test_damaged_datasets(tmp_path, damage, message):
+    a = corpora.make_dataset(tmp_path / "a", LENGTHS)
+    b = corpora.make_dataset(tmp_path / "b", LENGTHS[:-1] + [72])
+    damage(a, b)
+    with pytest.raises(DatasetError, match=message):
+        build(arguments(data_path=[str(a)]))
+
+
+def test_dataset_of_another_tokenizer(two, tmp_path):
+    with pytest.raises(DatasetError, match=r"a.bin: holds the id 1\d\d, but the tokenizer has 101 ids"):
+        build(arguments(data_path=two[:1], vocab_size=100))
+    tokenizer = build_tokenizer(arguments())
+    manifest = {"format": "megatron_ext.dataset/1", "tokenizer": {"name": "other.model", "sha256": "0" * 64}}
+    Path(f"{two[0]}.json").write_text(json.dumps(manifest))
+    with pytest.raises(DatasetError, match=r"a.bin: was made with the tokenizer other.model"):
+        build(arguments(data_path=two[:1]))
+    manifest["tokenizer"]["sha256"] = tokenizer.sha256
+    Path(f"{two[0]}.json").write_text(json.dumps(manifest))
+    build(arguments(data_path=two[:1]))
+
+
+def test_parts_without_text(tmp_path):
+    small = corpora.make_dataset(tmp_path / "small", [100] * 9)
+    with pytest.raises(DatasetError, match=r"small: its 9 documents leave no text for the valid set"):
+        build(arguments(data_path=[str(small)], split="969,30,1"))
+
+
+@pytest.mark.parametrize("words", [["1", "a", "x", "b"], ["0", "a", "1", "b"], ["-1", "a", "2", "b"]])
+def test_wrong_blends(words):
+    with pytest.raises(DatasetError, match="weight"):
+        build(arguments(data_path=words))
+
+
+def test_a_half_written_cache_is_built_again(two, tmp_path):
+    """Files cut off, as a killed stock Megatron leaves them, are no cache."""
+    args = arguments(data_path=two[:1], data_cache_path=str(tmp_path / "cache"))
+    expected = tokens(build(args)[0])
+    for path in (tmp_path / "cache").glob("*.npy"):
+        os.truncate(path, path.stat().st_size - 4)
+    assert tokens(build(args)[0]) == expected
+    for path in (tmp_path / "cache").glob("*sample_index.npy"):
+        np.save(path, np.array([object()]), allow_pickle=True)  # never unpickled
+    assert tokens(build(args)[0]) == expected
+
+
+def test_unwritable_cache(two, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(DatasetError, match="cannot be stored.*--data-cache-path"):
+        build(arguments(data_path=two[:1], data_cache_path=str(tmp_path / "file" / "cache")))
+
+
+def check_all_ranks(args: Namespace) -> list[list[int]] | str:
+    try:
+        return tokens(build(args)[0])
+    except DatasetError as error:
+        return str(error)
+
+
+def test_all_ranks_agree(pool, two, tmp_path):
+    args = arguments(data_path=["1", two[0], "2", two[1]], data_cache_path=str(tmp_path / "cache"))
+    results = pool.run(3, check_all_ranks, args)
+    assert results[0] == results[1] == results[2] and len(results[0]) == 60
+    os.truncate(f"{two[1]}.bin", 10)
+    errors = pool.run(3, check_all_ranks, args)
+    assert len(set(errors)) == 1 and "b.bin" in errors[0]
+
+
+# The order of microbatches.
+
+
+@pytest.mark.parametrize("sampler", [SequentialSampler, CyclicSampler])
+@pytest.mark.parametrize("consumed", [0, 12])
+def test_ranks_share_one_order(sampler, consumed):
+    """Rank r's k-th microbatch is microbatch k * d + r of the run with one rank."""
+
+    def stream(rank: int, ranks: int, count: int) -> list[list[int]]:
+        batches = iter(sampler(101, consumed, 3, rank, ranks))
+        return [next(batches) for _ in range(count)]
+
+    alone = stream(0, 1, 28)
+    for ranks in (2, 4):
+        for rank in range(ranks):
+            assert stream(rank, ranks, 28 // ranks) == alone[rank::ranks][: 28 // ranks]
+
+
+def test_sequential_order_is_upstreams():
+    """MegatronPretrainingSampler: groups of micro batch x ranks in order; an incomplete one is dropped."""
+    assert list(SequentialSampler(10, 4, 2, 0, 1)) == [[4, 5], [6, 7], [8, 9]]
+    assert list(SequentialSampler(11, 0, 2, 1, 2)) == [[2, 3], [6, 7]]
+    assert list(SequentialSampler(10, 10, 2, 0, 1)) == []
+    assert len(SequentialSampler(11, 0, 2, 1, 2)) == 2
+
+
+def test_cyclic_order_is_upstreams():
+    """MegatronPretrainingRandomSampler with one rank: randperm seeded with the epoch, whole microbatches."""
+    batches = iter(CyclicSampler(11, 4, 2, 0, 1))
+    first = torch.randperm(10, generator=torch.Generator().manual_seed(0)).view(-1, 2).tolist()
+    second = torch.randperm(10, generator=torch.Generator().manual_seed(1)).view(-1, 2).tolist()
+    assert [next(batches) for _ in range(8)] == first[2:] + second
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loader_stacks_the_samples(two, workers):
+    train = build(arguments(data_path=two[:1]))[0]
+    args = arguments(num_workers=workers, data_parallel_rank=1, data_parallel_size=2, micro_batch_size=3)
+    batches = list(build_data_loader(train, args, consumed_samples=6))
+    assert len(batches) == (len(train) - 6) // 6
+    for k, batch in enumerate(batches):
+        assert batch["tokens"].tolist() == [train[6 + k * 6 + 3 + i]["tokens"].tolist() for i in range(3)]
+        assert batch["loss_mask"].shape == (3, 32)
