@@ -1,6 +1,6 @@
 """A SentencePiece BPE model as a Hugging Face tokenizer (``tokenizer.json``).
 
-The merge list is the one the native encoder derives: one merge a producible piece, in the order of the scores.
+The merges are those the native encoder derives: one for each producible piece, in the order of the scores.
 It gives sentencepiece's ids except where two merges have the same score (Hugging Face breaks the tie by rank,
 sentencepiece by place in the text) and where sentencepiece changes blanks or characters before it merges.
 """
