@@ -70,7 +70,8 @@ def _renamed(args: Namespace) -> dict[str, Any]:
         "params_dtype": args.params_dtype,
         "pipeline_dtype": args.params_dtype,
         "batch_p2p_comm": not args.overlap_p2p_comm,
-        "deallocate_pipeline_outputs": True,
+        # gloo sends straight from an output's memory: an overlapped send has to find it unchanged.
+        "deallocate_pipeline_outputs": args.device == "cuda" or not args.overlap_p2p_comm,
         "persist_layer_norm": not args.no_persist_layer_norm,
         "fp8_param": args.fp8_param_gather,
         "perform_initialization": False,
