@@ -13,7 +13,7 @@ class OutOfData(RuntimeError):
     """The dataset ended before the run did."""
 
 
-def dataset_sizes(args: Namespace) -> tuple[int, int, int]:
+def dataset_sizes(args: Namespace) -> tuple[int, int | None, int | None]:
     """Samples of the training, validation and test sets, counted as Megatron-LM counts them.
 
     The number enters the index of a dataset (its epochs and shuffles), so it has to be upstream's
@@ -23,11 +23,9 @@ def dataset_sizes(args: Namespace) -> tuple[int, int, int]:
     rounds = args.train_iters // args.eval_interval + 1 if args.eval_interval else 1
     if args.skip_train:
         rounds = 1
-    return (
-        train,
-        rounds * args.eval_iters * args.global_batch_size,
-        args.eval_iters * args.global_batch_size,
-    )
+    batch = args.eval_iters * args.global_batch_size
+    # None draws the whole set once.
+    return (train, None, None) if args.full_validation else (train, rounds * batch, batch)
 
 
 def chunk_iterators(dataset, args: Namespace, consumed_samples: int) -> list[Iterator[dict] | None]:

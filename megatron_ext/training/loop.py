@@ -94,7 +94,7 @@ class Trainer:
             self._report(result, time.perf_counter() - started)
             self.profiler.after(progress.iteration)
             if args.eval_interval and progress.iteration % args.eval_interval == 0 and self.datasets[1]:
-                self.validate("validation", self.valid_iterators)
+                self.validate("validation")
             if (
                 args.manual_gc
                 and args.manual_gc_interval
@@ -147,14 +147,20 @@ class Trainer:
             timers.write(names, self.reporter.boards, self.progress.iteration, reset=False)
         timers.log(names, normalizer=self.args.log_interval)
 
-    def validate(self, split: str, iterators: list) -> None:
-        """Evaluate on ``--eval-iters`` global batches and report."""
+    def validate(self, split: str) -> None:
+        """Evaluate on ``--eval-iters`` global batches, or all there are, and report; a collective call."""
         args, progress = self.args, self.progress
         if args.manual_gc and args.manual_gc_eval:
             gc.collect()
-        result = evaluate(iterators, self.model, args, self.token_bytes, args.eval_iters)
+        dataset = self.datasets[1 if split == "validation" else 2]
+        iterations, iterators = args.eval_iters, self.valid_iterators
+        if args.full_validation:
+            iterations = len(dataset) // args.global_batch_size
+        if args.full_validation or split == "test":
+            iterators = chunk_iterators(dataset, args, 0)
+        result = evaluate(iterators, self.model, args, self.token_bytes, iterations)
         if split == "validation":
-            progress.consumed_valid_samples += args.eval_iters * args.global_batch_size
+            progress.consumed_valid_samples += iterations * args.global_batch_size
         self.reporter.evaluation(result, progress.iteration, progress.consumed_train_samples, split)
 
     def _last_evaluations(self) -> None:
@@ -164,9 +170,9 @@ class Trainer:
         at = self.progress.iteration
         evaluated = self.args.eval_interval and at and at % self.args.eval_interval == 0
         if self.datasets[1] and (self.args.skip_train or not evaluated):
-            self.validate("validation", self.valid_iterators)
+            self.validate("validation")
         if self.datasets[2]:
-            self.validate("test", chunk_iterators(self.datasets[2], self.args, 0))
+            self.validate("test")
 
     def _save_if_due(self, last: bool) -> None:
         args, iteration = self.args, self.progress.iteration

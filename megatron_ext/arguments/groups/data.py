@@ -127,6 +127,3 @@ class ValidationArguments:
 
     full_validation: bool = False
     """Validate on the whole validation set each time."""
-
-    multiple_validation_sets: bool = False
-    """Validate on each dataset of the blend by itself."""
