@@ -52,6 +52,13 @@ def inner_optimizers(optimizer) -> list:
     return optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
 
 
+def make_state(optimizer) -> None:
+    """Give an optimizer that has made no step yet its zero moments, so that there is something to save."""
+    for inner in inner_optimizers(optimizer):
+        if inner.init_state_fn is not None and not getattr(inner, "is_stub_optimizer", False):
+            inner.init_state_fn(inner.optimizer, inner.config)
+
+
 def model_part(model: list[nn.Module], metadata: dict) -> dict:
     """The model's sharded tensors: ``model``, or ``model0``, ``model1``, ... with several chunks."""
     chunks = [unwrap(chunk) for chunk in model]

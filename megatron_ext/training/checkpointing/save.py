@@ -94,6 +94,7 @@ def _sharded_part(model: list, optimizer, args: Namespace, rng_states: bool) -> 
     metadata = content.content_metadata(optimizer if keep_optimizer else None, args)
     state = content.model_part(model, metadata)
     if keep_optimizer and not getattr(optimizer, "is_stub_optimizer", False):
+        content.make_state(optimizer)
         with torch.no_grad():
             state["optimizer"] = optimizer.sharded_state_dict(dict(state), metadata=metadata)
     if rng_states and not getattr(args, "no_save_rng", None):
