@@ -4,17 +4,17 @@ from argparse import Namespace
 
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
 from torch import nn
 
 from megatron_ext import platform
 from megatron_ext.models.config import PanguProConfig
+from megatron_ext.models.gpt_model import PanguModel
 from megatron_ext.models.initialization import initialize, mark_split_parameters
 from megatron_ext.models.layer_specs import block_spec
 
 
-def build_model(config: PanguProConfig, args: Namespace, parallel_output: bool = True) -> list[GPTModel]:
+def build_model(config: PanguProConfig, args: Namespace, parallel_output: bool = True) -> list[PanguModel]:
     """The model chunks of this rank: one, or one a virtual pipeline stage, initialised and in place.
 
     ``args`` gives what TransformerConfig does not hold: the padded vocabulary, positions, tying.
@@ -27,7 +27,7 @@ def build_model(config: PanguProConfig, args: Namespace, parallel_output: bool =
 
 
 def _build_chunk(config: PanguProConfig, args: Namespace, vp_stage: int | None, parallel_output: bool):
-    model = GPTModel(
+    model = PanguModel(
         config=config,
         transformer_layer_spec=block_spec(config, vp_stage),
         vocab_size=args.padded_vocab_size,
@@ -48,7 +48,7 @@ def _build_chunk(config: PanguProConfig, args: Namespace, vp_stage: int | None, 
 
 
 def wrap_for_training(
-    chunks: list[GPTModel], config: PanguProConfig, ddp_config: DistributedDataParallelConfig
+    chunks: list[PanguModel], config: PanguProConfig, ddp_config: DistributedDataParallelConfig
 ) -> list[DistributedDataParallel]:
     """Half precision casts where asked for, and Megatron-Core's data parallelism around each chunk."""
     if config.fp16 or config.bf16:
@@ -65,8 +65,8 @@ def wrap_for_training(
     ]
 
 
-def unwrap(module: nn.Module) -> GPTModel:
-    """The GPTModel inside data parallel and half precision wrappers."""
+def unwrap(module: nn.Module) -> PanguModel:
+    """The model inside data parallel and half precision wrappers."""
     while hasattr(module, "module"):
         module = module.module
     return module

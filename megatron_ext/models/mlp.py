@@ -1,10 +1,14 @@
 """The feed-forward block: SwiGLU with PanGu-pi's series activation."""
 
+from collections.abc import Callable
+
+import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from torch import Tensor
 
+from megatron_ext.models import fused
 from megatron_ext.models.config import PanguProConfig
 from megatron_ext.models.series_activation import SeriesActivation
 
@@ -33,11 +37,20 @@ class PanguMLP(MLP):
         if config.series_activation_order:
             self.series_activation = SeriesActivation(config, self.tp_group)
 
+    @property
+    def activation(self) -> Callable[[Tensor], Tensor] | None:
+        """[s, b, 2 * f] -> [s, b, f]; None leaves it to Megatron-Core, which knows other activations."""
+        config = self.config
+        if config.series_activation_order:
+            return self.series_activation
+        swiglu = config.gated_linear_unit and config.activation_func is F.silu
+        return fused.swiglu if swiglu and not config.bias_activation_fusion else None
+
     def forward(self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **kwargs):
         """[s, b, h] -> ([s, b, h], bias to be added or None)."""
-        if not self.config.series_activation_order:
+        if not self.activation:
             return super().forward(hidden_states, per_token_scale, **kwargs)
         gate_up, bias = self.linear_fc1(hidden_states)  # [s, b, 2 * f]
         if bias is not None:
             gate_up = gate_up + bias
-        return self.linear_fc2(self.series_activation(gate_up))
+        return self.linear_fc2(self.activation(gate_up))  # [s, b, f] -> [s, b, h]

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_ext.models import fused
 from megatron_ext.models.config import PanguProConfig
 
 
@@ -27,7 +28,7 @@ class RMSNorm(nn.Module):
         self.weight = _parameter(hidden_size, 1.0, config)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return fused.rms_norm(x, self.weight, self.eps)
 
 
 class LayerNorm(nn.Module):

@@ -1,26 +1,12 @@
 """Series informed activation, the nonlinearity of PanGu-pi's FFN (arXiv 2312.17276, section 4.1)."""
 
 import torch
-import torch.nn.functional as F
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
+from megatron_ext.models import fused
 from megatron_ext.models.config import PanguProConfig
-
-
-def series_swiglu(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """sum_i SiLU(scale_i * gate + bias_i) * up, the formula as it stands.
-
-    Args:
-        x: [..., 2 * f], the gate in the first half and the up projection in the second.
-        scale, bias: [n, f].
-    Returns:
-        [..., f] in the dtype of ``x``.
-    """
-    gate, up = x.chunk(2, dim=-1)
-    activated = sum(F.silu(a * gate + b) for a, b in zip(scale, bias, strict=True))
-    return activated * up
 
 
 class SeriesActivation(MegatronModule):
@@ -31,7 +17,8 @@ class SeriesActivation(MegatronModule):
     term and channel (our reading). With SwiGLU the series takes the place of the gate's SiLU.
 
     With ``pangu_init`` identity a_1 = 1 and all else is 0: the first term is plain SwiGLU, and the
-    others start at zero with a gradient (SiLU'(0) = 1/2).
+    others start at zero with a gradient (SiLU'(0) = 1/2). ``fused.series_swiglu_reference`` is the
+    formula in two lines; on a CPU and a GPU one fused pass takes its place.
 
     Shapes: s sequence, b batch, f = ffn_hidden_size / tp, n terms. The parameters are split over
     tensor parallel ranks along f, as the rows of ``linear_fc1``.
@@ -53,7 +40,7 @@ class SeriesActivation(MegatronModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """[s, b, 2 * f] -> [s, b, f]."""
-        return series_swiglu(x, self.scale, self.bias)
+        return fused.series_swiglu(x, self.scale, self.bias)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None):
         """Both parameters split along f over the tensor parallel group."""

@@ -65,6 +65,11 @@ SEAMS = (
         DEVICE,
         functions={"local_multi_tensor_l2_norm": "megatron_ext.platform.numerics:l2_norm"},
     ),
+    Seam(
+        "models.common.embeddings.rope_utils",
+        "_apply_rotary_pos_emb_bshd: one pass instead of six",
+        functions={"_apply_rotary_pos_emb_bshd": "megatron_ext.models.rope:apply_rotary"},
+    ),
     Seam("rerun_state_machine", "261, 265: agreement between ranks", DEVICE),
     Seam("dist_checkpointing.exchange_utils", "98-110, 326: exchange of shards between ranks", DEVICE),
     Seam("dist_checkpointing.strategies.state_dict_saver", "204: agreement on cached plans", DEVICE),

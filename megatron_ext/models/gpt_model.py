@@ -1,0 +1,29 @@
+"""Megatron-Core's GPTModel with a loss that needs no copy of the logits."""
+
+from megatron.core.models.gpt import GPTModel
+from megatron.core.utils import get_pg_rank
+from torch import Tensor
+
+from megatron_ext.models import fused
+from megatron_ext.models.fused_cross_entropy import vocab_parallel_cross_entropy
+
+
+class PanguModel(GPTModel):
+    """GPTModel; on a CPU the cross entropy turns the logits into their gradient in place.
+
+    The logits are the largest tensor of a small model's step ([s, b, vocabulary / tp]); Megatron's
+    own loss makes several copies of them.
+    """
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Labels [b, s] and logits [s, b, v / tp] -> losses [b, s] in nats, fp32."""
+        if self.config.cross_entropy_loss_fusion or not fused.takes(logits):
+            return super().compute_language_model_loss(labels, logits)
+        group = self.pg_collection.tp
+        losses = vocab_parallel_cross_entropy(
+            logits,
+            labels.transpose(0, 1).contiguous(),
+            first=get_pg_rank(group) * logits.size(-1),
+            group=group,
+        )
+        return losses.transpose(0, 1).contiguous()
