@@ -1,0 +1,57 @@
+"""The Triton series activation against its formula.
+
+Needs a GPU; with TRITON_INTERPRET=1 the same kernels run in Triton's interpreter on the CPU.
+"""
+
+import os
+
+import pytest
+import torch
+
+from megatron_ext.models import fused, fused_triton
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [
+    pytest.mark.skipif(not fused_triton.available(), reason="Triton is not installed"),
+    pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="torch sees no GPU"),
+]
+
+
+def run(function, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The output and the gradient of every input, for a fixed gradient of the output."""
+    inputs = [t.detach().requires_grad_() for t in inputs]
+    y = function(*inputs)
+    return [y.detach(), *torch.autograd.grad(y, inputs, torch.cos(torch.arange(y.numel())).view_as(y).to(y))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("rows, f", [(1, 1), (5, 33), (70, 300)])
+def test_matches_the_formula(rows, f, n, dtype):
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((rows, 2 * f), (n, f), (n, f))
+    inputs = [torch.randn(*shape, generator=generator).to(DEVICE, dtype) for shape in shapes]
+    found = run(fused_triton.series_swiglu, inputs)
+    expected = run(fused.series_swiglu_reference, [t.double() for t in inputs])
+    rounding = 2**-7 if INTERPRETED else 2**-8  # looser: the interpreter may cut bfloat16 off, not round it
+    relative, absolute = (2e-5, 2e-6) if dtype == torch.float32 else (rounding, 1e-4)
+    for got, want in zip(found, expected, strict=True):
+        assert got.dtype == dtype
+        scale = max(1.0, want.abs().max().item())
+        torch.testing.assert_close(got.double(), want, rtol=relative, atol=absolute * scale)
+
+
+def test_infinities_pass_as_in_the_formula():
+    """n = 3 leaves one row of the tile of four unused: it must add nothing, not 0 * inf = nan."""
+    x = torch.ones(2, 8, device=DEVICE)
+    x[1, 2] = torch.inf
+    a, b = torch.ones(3, 4, device=DEVICE), torch.zeros(3, 4, device=DEVICE)
+    torch.testing.assert_close(fused_triton.series_swiglu(x, a, b), fused.series_swiglu_reference(x, a, b))
+
+
+def test_same_bits_from_run_to_run():
+    inputs = [torch.randn(*shape, device=DEVICE) for shape in ((200, 80), (2, 40), (2, 40))]
+    assert all(
+        map(torch.equal, run(fused_triton.series_swiglu, inputs), run(fused_triton.series_swiglu, inputs))
+    )
