@@ -90,7 +90,8 @@ class _Worker:
     def __init__(self, context, recipe: Recipe, tokenizer: Namespace, lock: int) -> None:
         self.connection, theirs = context.Pipe()
         self.chunk: Chunk | None = None
-        self.process = context.Process(target=_work, args=(theirs, recipe, tokenizer, lock), daemon=True)
+        ends = (theirs, self.connection)
+        self.process = context.Process(target=_work, args=(*ends, recipe, tokenizer, lock), daemon=True)
         self.process.start()
         theirs.close()
 
@@ -129,8 +130,12 @@ class _Worker:
         self.connection.close()
 
 
-def _work(connection: Connection, recipe: Recipe, tokenizer: Namespace, lock: int) -> None:
-    """A worker's life; ends when the parent closes the pipe, or is gone."""
+def _work(
+    connection: Connection, parents_end: Connection, recipe: Recipe, tokenizer: Namespace, lock: int
+) -> None:
+    """A worker's life; ends when the parent says so, or is gone."""
+    # A fork inherits the parent's end too: while a copy is open, the parent's death goes unnoticed.
+    parents_end.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the group; the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.close(lock)

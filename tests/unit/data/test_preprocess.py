@@ -258,6 +258,19 @@ def command(model: Path, source: Path | str, prefix: Path, *more: str) -> list[s
     ]  # fmt: skip
 
 
+def wait_for_end_of_group(group: int) -> None:
+    """Wait until the workers noticed that their parent is gone."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.01)
+    os.killpg(group, signal.SIGKILL)
+    raise AssertionError("workers outlived the run")
+
+
 def test_killed_at_any_moment_it_goes_on(model, tmp_path):
     """kill -9 of the run, three times at random; then it ends with upstream's bytes and reused parts."""
     texts = corpora.documents(6000)
@@ -266,7 +279,10 @@ def test_killed_at_any_moment_it_goes_on(model, tmp_path):
     work, rng = tmp_path / "out_preprocess_work", random.Random()
     for target in (1, 3, 6):
         process = subprocess.Popen(
-            command(model, source, tmp_path / "out"), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+            command(model, source, tmp_path / "out"),
+            stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
         )
         deadline = time.monotonic() + 60
         while len(list(work.glob("part-*[0-9].json"))) < target and process.poll() is None:
@@ -275,6 +291,7 @@ def test_killed_at_any_moment_it_goes_on(model, tmp_path):
         time.sleep(rng.random() * 0.05)
         process.kill()
         process.wait()
+        wait_for_end_of_group(process.pid)
         assert not (tmp_path / "out_text_document.json").exists()
     result = subprocess.run(
         command(model, source, tmp_path / "out", "--json"), capture_output=True, text=True, check=True
@@ -293,7 +310,10 @@ def test_standard_input_and_a_signal(model, tmp_path):
     process = subprocess.Popen(stream, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
     process.stdin.write(source.read_bytes())
     process.stdin.flush()
-    time.sleep(3)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "out_preprocess_work" / "plan").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 128 + signal.SIGTERM
     with open(source, "rb") as file:
