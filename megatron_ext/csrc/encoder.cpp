@@ -60,6 +60,7 @@ struct Texts {
 template <typename T>
 py::array_t<T> to_array(Buffer<T>&& buffer) {
   const size_t size = buffer.size();
+  buffer.reserve(1);  // a capsule cannot own a null pointer
   T* data = buffer.release();
   py::capsule owner(data, [](void* memory) { std::free(memory); });
   return py::array_t<T>({size}, {sizeof(T)}, data, owner);
