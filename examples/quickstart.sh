@@ -39,14 +39,14 @@ echo "$corpus"
 step "2/6 tokenizer"
 TOKENIZER_ARGS=(--tokenizer-type SentencePieceTokenizer --tokenizer-model "$run/tokenizer.model")
 [ -f "$run/tokenizer.model" ] ||
-  python tools/train_tokenizer.py --input "$corpus" --vocab-size 4096 --output "$run/tokenizer.model"
+  python tools/train_tokenizer.py --input "$corpus" --vocab-size 4096 --sample-mb 4 --output "$run/tokenizer.model"
 echo "$run/tokenizer.model"
 
 step "3/6 dataset"
 [ -f "$run/corpus_text_document.idx" ] ||
   python tools/preprocess_data.py --input "$corpus" --output-prefix "$run/corpus" \
     "${TOKENIZER_ARGS[@]}" --append-eod --workers 2
-python tools/inspect_dataset.py "$run/corpus_text_document"
+python tools/inspect_dataset.py --input "$run/corpus_text_document"
 
 step "4/6 training: $iterations iterations, tensor parallel on 2 processes"
 MODEL_ARGS=(--model-preset tiny)

@@ -1,0 +1,26 @@
+# The commands of daily work; CI runs tests/run.sh.
+.PHONY: setup style lint test test-gpu smoke
+BIN := .venv/bin
+
+setup:
+	bash tools/setup.sh
+
+style: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+test:
+	bash tests/run.sh
+
+test-gpu: setup
+	TEST_DEVICE=cuda $(BIN)/python -m pytest tests/gpu
+
+# The quickstart from corpus to sample, too short to learn much.
+smoke: setup
+	rm -rf runs/smoke
+	QUICKSTART_DIR=runs/smoke QUICKSTART_ITERS=50 bash examples/quickstart.sh

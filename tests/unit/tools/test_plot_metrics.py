@@ -1,0 +1,61 @@
+"""tools/plot_metrics.py: what it reads from a metrics file, and the picture it leaves."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+SPEC = importlib.util.spec_from_file_location("plot_metrics", REPOSITORY / "tools" / "plot_metrics.py")
+plot_metrics = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(plot_metrics)
+
+
+def record(iteration: int, loss: float) -> dict:
+    tokens = {"consumed_tokens": 64 * iteration, "consumed_samples": iteration, "tokens_per_second": 100.0}
+    return {"iteration": iteration, "lm_loss": loss} | tokens
+
+
+def write(path: Path, records: list[dict], end: str = "") -> Path:
+    path.write_text("".join(json.dumps(r) + "\n" for r in records) + end)
+    return path
+
+
+def test_iterations_run_again_replace_the_earlier(tmp_path):
+    validation = {"iteration": 2, "split": "validation", "lm_loss": 4.5, "bits_per_byte": 2.0}
+    records = [record(1, 5.0), record(2, 4.0), validation, record(2, 3.5), record(3, 3.0)]
+    path = write(tmp_path / "m.jsonl", records, end='{"iteration": 4, "lm_l')
+    training, validations = plot_metrics.read_run(path)
+    assert [r["lm_loss"] for r in training] == [5.0, 3.5, 3.0]
+    assert plot_metrics.summary(training, validations) == {
+        "iterations": 3,
+        "first_loss": 5.0,
+        "last_loss": 3.0,
+        "consumed_tokens": 192,
+        "tokens_per_second": 100.0,
+        "first_validation_loss": 4.5,
+        "last_validation_loss": 4.5,
+        "last_bits_per_byte": 2.0,
+    }
+
+
+def test_picture_and_summary(tmp_path, capsys):
+    runs = [write(tmp_path / f"{n}.jsonl", [record(i, 5.0 - n / i) for i in range(1, 9)]) for n in (1, 2)]
+    picture = tmp_path / "made" / "loss.png"
+    assert plot_metrics.main([*map(str, runs), "--output", str(picture), "--json"]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert json.loads(capsys.readouterr().out)["runs"][str(runs[1])]["last_loss"] == 4.75
+
+
+@pytest.mark.parametrize("content", ["not json\n", '{"lm_loss": 1}\n', "[]\n", ""])
+def test_other_files_are_refused(tmp_path, capsys, content):
+    path = tmp_path / "other.jsonl"
+    path.write_text(content)
+    assert plot_metrics.main([str(path), "--output", str(tmp_path / "loss.png")]) == 1
+    assert "other.jsonl" in capsys.readouterr().err
+    assert not (tmp_path / "loss.png").exists()
+
+
+def test_running_mean_starts_unbiased():
+    assert plot_metrics.running_mean([3.0, float("nan"), 3.0]) == pytest.approx([3.0, 3.0, 3.0])
