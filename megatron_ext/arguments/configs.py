@@ -111,7 +111,9 @@ def ddp_config(args: Namespace) -> DistributedDataParallelConfig:
         **values
         | {
             "grad_reduce_in_fp32": args.accumulate_allreduce_grads_in_fp32,
-            "check_for_nan_in_grad": args.check_for_nan_in_loss_and_grad,
+            # Megatron-Core's check raises on one rank while the others wait for its gradients;
+            # training/step.py checks with all ranks agreeing.
+            "check_for_nan_in_grad": False,
             "bucket_size": args.ddp_bucket_size,
             "pad_buckets_for_high_nccl_busbw": args.ddp_pad_buckets_for_high_nccl_busbw,
             "average_in_collective": args.ddp_average_in_collective,

@@ -3,6 +3,7 @@
 import signal
 from argparse import Namespace
 
+import torch
 from megatron.core import parallel_state
 from torch.utils.data import DataLoader, Dataset
 
@@ -33,6 +34,9 @@ def build_data_loader(dataset: Dataset, args: Namespace, consumed_samples: int) 
         batch_sampler=sampler,
         num_workers=args.num_workers,
         worker_init_fn=_leave_signals_to_trainer,
+        # Its own, because an iterator draws a seed: from the default generator that would be one
+        # number of the dropout's on a CPU, and a resumed run would no longer be the whole one.
+        generator=torch.Generator(),
     )
 
 

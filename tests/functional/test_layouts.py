@@ -52,7 +52,13 @@ def blend(shared, tmp_path_factory):
         text = folder / f"{language}.jsonl"
         with gzip.open(source, "rt", encoding="utf-8") as lines:
             text.write_text("".join(line for line, _ in zip(lines, range(DOCUMENTS), strict=False)), "utf-8")
-        command = [sys.executable, REPOSITORY / "tools" / "preprocess_data.py", "--workers", "1", "--append-eod"]
+        command = [
+            sys.executable,
+            REPOSITORY / "tools" / "preprocess_data.py",
+            "--workers",
+            "1",
+            "--append-eod",
+        ]
         command += flags(
             input=text, output_prefix=folder / language, tokenizer_type="SentencePieceTokenizer",
             tokenizer_model=tokenizer,
@@ -74,8 +80,8 @@ def trace(pool, blend, processes: int, **changes) -> tuple[list[float], dict]:
         normalization="RMSNorm", swiglu=True, disable_bias_linear=True, attention_dropout=0.0,
         hidden_dropout=0.0, untie_embeddings_and_output_weights=True, micro_batch_size=2,
         global_batch_size=8, train_iters=ITERATIONS, lr=2e-3, min_lr=2e-4, lr_decay_style="cosine",
-        lr_warmup_iters=2, weight_decay=0.1, eval_iters=1, eval_interval=1000, log_interval=100, num_workers=0,
-        seed=99,
+        lr_warmup_iters=2, weight_decay=0.1, eval_iters=1, eval_interval=1000, log_interval=100,
+        num_workers=0, seed=99,
     )  # fmt: skip
     records = pretrain(pool, processes, blend + flags(**values | changes))
     return losses(records), validation(records)
