@@ -61,13 +61,15 @@ install_packages() {
   say "installing the packages of constraints.txt into .venv (minutes the first time)"
   pip install setuptools wheel pybind11
   install_torch
+  # The extensions first, in place: the editable install then finds them built.
+  build_extensions
   pip install --no-build-isolation --editable '.[plots,logs,data,dev]'
 }
 
 build_extensions() {
   local log source name
   log=$(mktemp)
-  say "building the compiled extensions"
+  say "building the compiled extensions, where they are not up to date"
   .venv/bin/python setup.py --quiet build_ext --inplace >"$log" 2>&1 || { cat "$log" >&2; exit 1; }
   rm "$log"
   for source in megatron_ext/csrc/*.cpp; do
