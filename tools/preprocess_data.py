@@ -74,7 +74,20 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    data = p.add_argument_group("input")
+    _add_input(p.add_argument_group("input"))
+    _add_tokenizer(p.add_argument_group("tokenizer"))
+    _add_output(p.add_argument_group("output and run"))
+    ignored = p.add_argument_group("flags of Megatron-LM's that change nothing here")
+    ignored.add_argument("--partitions", type=positive, default=1, help="the output is the same for any")
+    ignored.add_argument("--keep-sequential-samples", action="store_true", help="the order is always kept")
+    ignored.add_argument("--padded-vocab-size", type=positive, help="a matter of the model")
+    ignored.add_argument("--vocab-extra-ids", type=int, choices=[0], help="must be 0, as upstream sets it")
+    for name in REFUSED:
+        p.add_argument(name, nargs="*", action=Refuse, help=argparse.SUPPRESS)
+    return p
+
+
+def _add_input(data: argparse._ArgumentGroup) -> None:
     data.add_argument(
         "--input",
         nargs="+",
@@ -103,7 +116,9 @@ def parser() -> argparse.ArgumentParser:
     data.add_argument(
         "--shard", type=shard, metavar="i/n", help="make part i (from 0) of n; merge them later"
     )
-    tok = p.add_argument_group("tokenizer")
+
+
+def _add_tokenizer(tok: argparse._ArgumentGroup) -> None:
     tok.add_argument(
         "--tokenizer-type",
         required=True,
@@ -132,7 +147,9 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="allow a Hugging Face tokenizer to run Python code of its folder",
     )
-    out = p.add_argument_group("output and run")
+
+
+def _add_output(out: argparse._ArgumentGroup) -> None:
     out.add_argument(
         "--output-prefix",
         required=True,
@@ -147,9 +164,6 @@ def parser() -> argparse.ArgumentParser:
         help="processes (default: one a core)",
     )
     out.add_argument(
-        "--partitions", type=positive, default=1, help="accepted; the output is the same for any"
-    )
-    out.add_argument(
         "--log-interval",
         type=positive,
         default=1000,
@@ -157,13 +171,6 @@ def parser() -> argparse.ArgumentParser:
         help="documents between two progress lines at least (default: 1000)",
     )
     out.add_argument("--json", action="store_true", help="print the summary as one JSON object")
-    ignored = p.add_argument_group("flags of Megatron-LM's that change nothing here")
-    ignored.add_argument("--keep-sequential-samples", action="store_true", help="the order is always kept")
-    ignored.add_argument("--padded-vocab-size", type=positive, help="a matter of the model")
-    ignored.add_argument("--vocab-extra-ids", type=int, choices=[0], help="must be 0, as upstream sets it")
-    for name in REFUSED:
-        p.add_argument(name, nargs="*", action=Refuse, help=argparse.SUPPRESS)
-    return p
 
 
 def options(args: argparse.Namespace, p: argparse.ArgumentParser) -> Options:

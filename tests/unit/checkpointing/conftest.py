@@ -1,33 +1,29 @@
 """One small checkpoint of ours, saved once, for tests that break copies of it."""
 
-import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from megatron_ext.training.checkpointing import save_checkpoint
-from tests.helpers import parallel
 from tests.helpers.parallel import Layout
 from tests.unit.checkpointing.tiny import Run, arguments
 
+_made: Path | None = None
 
-@pytest.fixture(scope="package")
-def saved_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with checkpoints of iterations 1 and 2, and the process that made them."""
-    folder = tmp_path_factory.mktemp("saved")
-    environment = dict(os.environ)
-    parallel.join(0, 1, "", "gloo", 60)
-    parallel.initialize(Layout())
-    run = Run(arguments(Layout()))
-    for iteration in (1, 2):
-        run.train(1)
-        save_checkpoint(folder, iteration, run_state=run.run_state, **run.parts)
-    yield folder
-    parallel.destroy()
-    os.environ.clear()
-    os.environ.update(environment)
+
+@pytest.fixture
+def saved_once(single_process: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with checkpoints of iterations 1 and 2, made by the first test that asks for it."""
+    global _made
+    if _made is None:
+        folder = tmp_path_factory.mktemp("saved")
+        run = Run(arguments(Layout()))
+        for iteration in (1, 2):
+            run.train(1)
+            save_checkpoint(folder, iteration, run_state=run.run_state, **run.parts)
+        _made = folder
+    return _made
 
 
 @pytest.fixture

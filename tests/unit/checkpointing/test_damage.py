@@ -95,7 +95,7 @@ def test_the_tracker_decides_and_a_torn_one_does_not_lose_the_run(saved):
     assert load_checkpoint(saved, **run.parts).iteration == 1
 
 
-def test_nothing_there(tmp_path):
+def test_nothing_there(single_process, tmp_path):
     run = Run(arguments(Layout()))
     assert load_checkpoint(tmp_path, **run.parts) is None
     assert load_checkpoint(tmp_path / "missing", **run.parts) is None
