@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from types import MappingProxyType
 
-from megatron_ext.arguments import derive, refused, validate
+from megatron_ext.arguments import derive, from_checkpoint, refused, validate
 from megatron_ext.arguments.factory import add_group, default_of
 from megatron_ext.arguments.groups import options, sections
 from megatron_ext.models.presets import PRESETS, preset
@@ -97,6 +97,7 @@ def read_args(
     args = with_defaults(typed, problems)
     derive.from_environment(args, world_size)
     problems += derive.device(args, device)
+    problems += from_checkpoint.take_model(args, typed)
     warnings = derive.before_rules(args)
     problems += validate.problems(args, MappingProxyType(vars(typed)), check_files)
     if problems:

@@ -49,3 +49,24 @@ def test_continues_megatron_lm(pool, golden, layout):
     assert [step["consumed_samples"] for step in steps] == trace["consumed_train_samples"][10:]
     expected = trace["eval"][0]["losses"]["lm loss"]
     assert validation(records)["lm_loss"] == pytest.approx(expected, rel=tolerance)
+
+
+#: What --use-checkpoint-args finds in the checkpoint.
+SHAPE = {
+    "--num-layers", "--hidden-size", "--ffn-hidden-size", "--num-attention-heads", "--num-query-groups",
+    "--seq-length", "--max-position-embeddings", "--position-embedding-type", "--normalization",
+    "--attention-dropout", "--hidden-dropout", "--tokenizer-type", "--vocab-size", "--group-query-attention",
+    "--swiglu", "--disable-bias-linear", "--untie-embeddings-and-output-weights",
+}  # fmt: skip
+
+
+def test_takes_the_model_from_the_checkpoint(pool, golden):
+    trace, argv = golden
+    kept, taken = [], False
+    for word in map(str, argv):
+        taken = word in SHAPE if word.startswith("--") else taken
+        if not taken:
+            kept.append(word)
+    assert len(kept) < len(argv) - 10
+    records = pretrain(pool, 1, [*kept, "--use-checkpoint-args"])
+    assert losses(records) == pytest.approx(trace["lm_loss"][10:], rel=1e-5)

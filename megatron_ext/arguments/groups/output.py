@@ -55,6 +55,15 @@ class CheckpointArguments:
     ckpt_fully_parallel_save: bool = True
     """Let one data parallel rank write what all of them hold, instead of dividing the work."""
 
+    use_checkpoint_args: bool = False
+    """Take the model's shape and the tokenizer from the checkpoint in --load; flags given here win."""
+
+    ckpt_fully_parallel_load: bool = False
+    """Let each rank read only what it needs; always so here."""
+
+    auto_detect_ckpt_format: bool = False
+    """Find out a checkpoint's format; always so here, where torch_dist is the one that is read."""
+
     dist_ckpt_strictness: Literal[
         "assume_ok_unexpected",
         "log_unexpected",
