@@ -96,14 +96,16 @@ class Reporter:
         text = (
             f" validation loss at {where} | lm loss value: {result.lm_loss:.6E} | lm loss PPL: {ppl:.6E} | "
         )
-        text += f"bits per byte: {result.bits_per_byte:.4f} | "
+        if math.isfinite(result.bits_per_byte):  # numbers without text (NullTokenizer) have none
+            text += f"bits per byte: {result.bits_per_byte:.4f} | "
         self.say("-" * len(text) + "\n" + text + "\n" + "-" * len(text))
         record = {"iteration": iteration, "split": split}
         self._write(record | {"lm_loss": result.lm_loss, "bits_per_byte": _number(result.bits_per_byte)})
         if self.boards.writers:
             tag = "lm loss validation" if split == "validation" else f"lm loss {split}"
             self.boards.scalar(tag, result.lm_loss, iteration, consumed_samples)
-            self.boards.scalar(f"{tag} bits per byte", result.bits_per_byte, iteration, consumed_samples)
+            if math.isfinite(result.bits_per_byte):
+                self.boards.scalar(f"{tag} bits per byte", result.bits_per_byte, iteration, consumed_samples)
             if self.args.log_validation_ppl_to_tensorboard:
                 self.boards.scalar(f"{tag} ppl", ppl, iteration, consumed_samples)
 

@@ -40,7 +40,8 @@ def test_series_activation_is_the_formula(single_process):
 
 def test_shortcuts_are_the_sum_of_their_branches(single_process):
     module = AugmentedShortcut(small_config(augmented_shortcuts=3))
-    randomize(module.double())
+    for parameter in module.double().parameters():  # built empty; the model draws them
+        torch.nn.init.normal_(parameter, std=0.1)
     z = torch.randn(6, 2, 64, dtype=torch.float64)
     inner = 64 // 8
     branches = [

@@ -15,8 +15,8 @@ from tests.helpers.models import positions, tokens
 
 SHAPE = (
     "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 48 --max-position-embeddings 48 "
-    "--micro-batch-size 1 --train-iters 1 --lr 1e-3 --mock-data --tokenizer-type NullTokenizer --vocab-size 255 "
-    "--attention-dropout 0 --hidden-dropout 0"
+    "--micro-batch-size 1 --train-iters 1 --lr 1e-3 --mock-data --tokenizer-type NullTokenizer "
+    "--vocab-size 255 --attention-dropout 0 --hidden-dropout 0"
 )
 VARIANTS = {
     "gpt-2": "",
@@ -26,7 +26,7 @@ VARIANTS = {
     "no positions, no biases": "--position-embedding-type none --disable-bias-linear",
     "squared relu": "--position-embedding-type rope --squared-relu --disable-bias-linear",
     "quick gelu gate": "--position-embedding-type rope --quick-geglu --disable-bias-linear",
-    "bias of queries, keys, values": "--position-embedding-type rope --swiglu --disable-bias-linear --add-qkv-bias",
+    "query, key, value biases": "--position-embedding-type rope --disable-bias-linear --add-qkv-bias",
     "norms of queries and keys": "--position-embedding-type rope --qk-layernorm --normalization RMSNorm",
     "one group of queries": "--group-query-attention --num-query-groups 1 --position-embedding-type rope",
     "wide heads": "--kv-channels 32 --position-embedding-type rope",
