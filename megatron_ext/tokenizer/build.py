@@ -144,7 +144,7 @@ class HuggingFaceTokenizer(Tokenizer):
                 f"--tokenizer-model {folder}: transformers cannot load it ({_first_line(error)})"
             ) from error
         self.include_special_tokens = include_special_tokens
-        self.sha256 = _folder_sha256(Path(folder))
+        self.sha256 = folder_sha256(Path(folder))
         self.vocab_size = len(self.tokenizer)
         self.bos, self.eos, self.pad = (
             -1 if token_id is None else token_id
@@ -237,7 +237,8 @@ def _read(model_file: str | Path) -> bytes:
     return content
 
 
-def _folder_sha256(folder: Path) -> str:
+def folder_sha256(folder: Path) -> str:
+    """sha256 of the files in a Hugging Face folder that decide the ids."""
     digest = hashlib.sha256()
     for name in HUGGINGFACE_FILES:
         path = folder / name

@@ -23,12 +23,15 @@ from megatron_ext.training.checkpointing.errors import CheckpointError, gather, 
 from megatron_ext.training.checkpointing.folders import Retain
 from megatron_ext.training.checkpointing.integrity import CHECKSUMS, describe, marker
 
-_FORMAT = {
-    "sharded_backend": "torch_dist",
-    "sharded_backend_version": 1,
-    "common_backend": "torch",
-    "common_backend_version": 1,
-}
+#: The content of ``metadata.json``.
+FORMAT = json.dumps(
+    {
+        "sharded_backend": "torch_dist",
+        "sharded_backend_version": 1,
+        "common_backend": "torch",
+        "common_backend_version": 1,
+    }
+).encode()
 
 
 def save_checkpoint(
@@ -74,7 +77,7 @@ def save_checkpoint(
         shard_plan = writer.plan(sharded)
         # The common part is serialised now, as the scheduler's and optimizer's values move on.
         pending.start(
-            writer.snapshot(shard_plan) if async_save else shard_plan, _serialised(common), async_save
+            writer.snapshot(shard_plan) if async_save else shard_plan, serialised(common), async_save
         )
         if not async_save:
             pending.finish()
@@ -111,7 +114,8 @@ def _divide_among_replicas(sharded: dict, args: Namespace) -> None:
     distribute_main_replicas_with_precomputed_distribution(sharded, group, shares)
 
 
-def _serialised(common: dict) -> bytes:
+def serialised(common: dict) -> bytes:
+    """The content of ``common.pt``."""
     buffer = io.BytesIO()
     torch.save(common, buffer)
     return buffer.getvalue()
@@ -143,7 +147,7 @@ class PendingSave:
     def _write(self, shard_plan: writer.ShardPlan, common: bytes) -> writer.Written:
         written = writer.write(shard_plan, self.working)
         if torch.distributed.get_rank() == 0:
-            for name, data in (("common.pt", common), ("metadata.json", json.dumps(_FORMAT).encode())):
+            for name, data in (("common.pt", common), ("metadata.json", FORMAT)):
                 folders.write_durably(self.working / name, data)
                 written.files[name] = describe(data)
         return written

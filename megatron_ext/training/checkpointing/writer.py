@@ -12,6 +12,7 @@ names them (``__{rank}_{i}.distcp``), and the same machinery of Megatron-Core tr
 import io
 import os
 import pickle
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,18 +77,19 @@ def plan(sharded_state_dict: dict) -> ShardPlan:
 
 def _divide(data: list[tuple[WriteItem, Any]]) -> list[list[tuple[WriteItem, Any]]]:
     """Share the items among files of about the same size."""
-    total = sum(_size(value) for _, value in data)
+    total = sum(size_of(value) for _, value in data)
     count = 1 if total < _ONE_FILE_BYTES else _FILES_PER_RANK
     files: list[list] = [[] for _ in range(count)]
     sizes = [0] * count
-    for item, value in sorted(data, key=lambda pair: -_size(pair[1])):
+    for item, value in sorted(data, key=lambda pair: -size_of(pair[1])):
         smallest = sizes.index(min(sizes))
         files[smallest].append((item, value))
-        sizes[smallest] += _size(value)
+        sizes[smallest] += size_of(value)
     return [file for file in files if file]
 
 
-def _size(value: Any) -> int:
+def size_of(value: Any) -> int:
+    """Bytes of an item."""
     return value.getbuffer().nbytes if isinstance(value, io.BytesIO) else value.numel() * value.element_size()
 
 
@@ -110,7 +112,7 @@ def write(shard_plan: ShardPlan, folder: Path) -> Written:
     written = Written({}, {})
     with ThreadPoolExecutor(max_workers=_FILES_PER_RANK) as threads:
         jobs = [
-            threads.submit(_write_file, folder, f"__{rank}_{number}.distcp", items)
+            threads.submit(write_file, folder, f"__{rank}_{number}.distcp", items)
             for number, items in enumerate(shard_plan.files)
         ]
         for job in jobs:
@@ -120,7 +122,13 @@ def write(shard_plan: ShardPlan, folder: Path) -> Written:
     return written
 
 
-def _write_file(folder: Path, name: str, items: list[tuple[WriteItem, Any]]):
+def write_file(
+    folder: Path, name: str, items: Iterable[tuple[WriteItem, Any]]
+) -> tuple[dict[MetadataIndex, _StorageInfo], str, dict]:
+    """Write one file from items that may be made one at a time.
+
+    Returns where each item lies, the file's name, and its entry in ``checksums.json``.
+    """
     stream = HashingStream(folder / name)
     places = {}
     try:

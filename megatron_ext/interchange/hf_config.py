@@ -1,0 +1,149 @@
+"""``config.json`` of a Hugging Face folder <-> the shape of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from megatron_ext.interchange.errors import InterchangeError
+from megatron_ext.interchange.mapping import architecture_named, architecture_of
+from megatron_ext.interchange.shape import ModelShape, padded
+
+#: Rotary embeddings that are plain up to max_position_embeddings ("dynamic" stretches beyond it only).
+_PLAIN_ROTARY = ("default", "dynamic")
+#: Settings without a counterpart here, and the values with which they have no effect.
+_WITHOUT_EFFECT = {
+    "hidden_act": ("silu",),
+    "mlp_bias": (False,),
+    "quantization_config": (None,),
+    "bias": (False,),
+    "partial_rotary_factor": (1.0, 1),
+    "layer_types": (None,),
+}
+
+
+def read_shape(config: dict, dtype: torch.dtype | None = None) -> ModelShape:
+    """The shape that ``config`` describes.
+
+    ``max_position_embeddings`` stops at a sliding window, up to which attention is full.
+
+    Raises:
+        InterchangeError: an unknown architecture, missing sizes, or settings that no model here has;
+            all of them are named.
+    """
+    architecture = architecture_named(str(config.get("model_type")))
+    if problems := list(_problems(config, architecture.model_type)):
+        raise InterchangeError("; ".join(problems))
+    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    positions = config.get("max_position_embeddings", 2048)
+    return ModelShape(
+        num_layers=config["num_hidden_layers"],
+        hidden_size=hidden,
+        ffn_hidden_size=config["intermediate_size"],
+        num_attention_heads=heads,
+        num_query_groups=config.get("num_key_value_heads") or heads,
+        kv_channels=config.get("head_dim") or hidden // heads,
+        vocab_size=config["vocab_size"],
+        padded_vocab_size=padded(config["vocab_size"]),
+        tied=bool(config.get("tie_word_embeddings", False)),
+        qkv_bias=architecture.qkv_bias or bool(config.get("qkv_bias", False)),
+        norm_epsilon=config.get("rms_norm_eps", 1e-6),
+        rotary_base=int(_rotary(config)[0]),
+        max_position_embeddings=min(positions, _window(config) or positions),
+        series_activation_order=config.get("series_activation_order", 0),
+        augmented_shortcuts=config.get("augmented_shortcuts", 0),
+        augmented_shortcut_reduction=config.get("augmented_shortcut_reduction", 32),
+        dtype=dtype or _dtype(config),
+    )
+
+
+def _problems(config: dict, model_type: str) -> Iterator[str]:
+    needed = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+    for name in needed:
+        if type(config.get(name)) is not int:
+            yield f"{name} is {config.get(name)!r}, not a number"
+    for name, values in _WITHOUT_EFFECT.items():
+        if name == "layer_types" and set(config.get(name) or ()) <= {"full_attention"}:
+            continue
+        if name in config and config[name] not in (*values, None):
+            yield f"{name} {config[name]!r} is not supported"
+    if config.get("attention_bias") and model_type != "qwen2":
+        yield "attention_bias is not supported: there is no place for the bias of o_proj"
+    base, kind = _rotary(config)
+    if kind not in _PLAIN_ROTARY:
+        yield f"rotary embeddings of type {kind!r} are not supported, only {', '.join(_PLAIN_ROTARY)}"
+    if base != int(base):
+        yield f"rope_theta {base} is not a whole number"
+
+
+def _rotary(config: dict) -> tuple[float, str]:
+    """Base and type, from transformers 5's ``rope_parameters`` or the older two settings."""
+    settings = config.get("rope_parameters") or {}
+    scaling = config.get("rope_scaling") or {}
+    kind = settings.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
+    return settings.get("rope_theta") or config.get("rope_theta") or 10000.0, kind
+
+
+def _window(config: dict) -> int | None:
+    """The sliding window of a model that slides one."""
+    return config.get("sliding_window") if config.get("use_sliding_window", True) else None
+
+
+def _dtype(config: dict) -> torch.dtype:
+    name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise InterchangeError(f"dtype {name!r} of config.json is not one of torch")
+    return dtype
+
+
+def write_config(shape: ModelShape, model_type: str | None = None) -> dict:
+    """``config.json`` of ``shape`` as the architecture of that ``model_type``, the plainest by default."""
+    architecture = architecture_named(model_type) if model_type else architecture_of(shape)
+    for _ in architecture.entries_of(shape):
+        pass  # raises where the architecture has no place for a tensor
+    config = {
+        "architectures": [architecture.class_name],
+        "model_type": architecture.model_type,
+        "num_hidden_layers": shape.num_layers,
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.ffn_hidden_size,
+        "num_attention_heads": shape.num_attention_heads,
+        "num_key_value_heads": shape.num_query_groups,
+        "head_dim": shape.kv_channels,
+        "vocab_size": shape.vocab_size,
+        "max_position_embeddings": shape.max_position_embeddings,
+        "rms_norm_eps": shape.norm_epsilon,
+        # The first is read by transformers 5, the second by everything older.
+        "rope_parameters": {"rope_type": "default", "rope_theta": float(shape.rotary_base)},
+        "rope_theta": float(shape.rotary_base),
+        "tie_word_embeddings": shape.tied,
+        "hidden_act": "silu",
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "torch_dtype": str(shape.dtype).removeprefix("torch."),
+    }
+    return config | _of_its_own(shape, architecture.model_type)
+
+
+def _of_its_own(shape: ModelShape, model_type: str) -> dict:
+    """The settings that only one architecture has."""
+    if model_type == "pangu_pi":
+        return {
+            "qkv_bias": shape.qkv_bias,
+            "series_activation_order": shape.series_activation_order,
+            "augmented_shortcuts": shape.augmented_shortcuts,
+            "augmented_shortcut_reduction": shape.augmented_shortcut_reduction,
+            "auto_map": {
+                "AutoConfig": "configuration_pangu_pi.PanguPiConfig",
+                "AutoModel": "modeling_pangu_pi.PanguPiModel",
+                "AutoModelForCausalLM": "modeling_pangu_pi.PanguPiForCausalLM",
+            },
+        }
+    if model_type == "qwen2":
+        return {"use_sliding_window": False}
+    if model_type == "mistral":
+        return {"sliding_window": None}
+    return {"bias": False} if model_type == "internlm2" else {"attention_bias": False, "mlp_bias": False}

@@ -1,0 +1,208 @@
+"""What a Llama-like model, with or without the PanGu-pi modules, is made of."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import dataclass
+
+import torch
+
+from megatron_ext.interchange.errors import InterchangeError
+
+#: Embedding rows of a checkpoint of ours are a multiple of this (--make-vocab-size-divisible-by).
+VOCABULARY_UNIT = 128
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Everything that decides a model's tensors and its function, apart from their values.
+
+    Names are Megatron-LM's. ``vocab_size`` is without padding, ``padded_vocab_size`` the rows of the
+    embedding in a checkpoint; ``dtype`` is that of the stored tensors.
+    """
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    vocab_size: int
+    padded_vocab_size: int
+    tied: bool = False
+    qkv_bias: bool = False
+    norm_epsilon: float = 1e-5
+    rotary_base: int = 10000
+    max_position_embeddings: int = 2048
+    series_activation_order: int = 0
+    augmented_shortcuts: int = 0
+    augmented_shortcut_reduction: int = 32
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name} is {value}, it must be at least 1"
+            for name, value in vars(self).items()
+            if type(value) is int
+            and value < 1
+            and name not in ("series_activation_order", "augmented_shortcuts")
+        ]
+        if not problems and self.num_attention_heads % self.num_query_groups:
+            problems.append(
+                f"{self.num_attention_heads} heads do not divide into {self.num_query_groups} groups"
+            )
+        if not problems and self.augmented_shortcuts and self.hidden_size % self.augmented_shortcut_reduction:
+            problems.append(
+                f"{self.hidden_size} hidden channels are no multiple of {self.augmented_shortcut_reduction}"
+            )
+        if self.padded_vocab_size < self.vocab_size:
+            problems.append(f"{self.padded_vocab_size} rows are too few for {self.vocab_size} pieces")
+        if problems:
+            raise InterchangeError(f"no such model: {'; '.join(problems)}")
+
+    @property
+    def has_pi(self) -> bool:
+        """Whether it has a PanGu-pi module, which no plain Llama has."""
+        return bool(self.series_activation_order or self.augmented_shortcuts)
+
+    @property
+    def qkv_rows(self) -> int:
+        """Rows of ``linear_qkv``: queries, keys and values of all groups."""
+        return (self.num_attention_heads + 2 * self.num_query_groups) * self.kv_channels
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters, without the vocabulary's padding."""
+        return sum(size.numel() for size in self.parameters().values())
+
+    def parameters(self) -> dict[str, torch.Size]:
+        """Name -> size of every tensor, unsharded and without padding, in the order of the forward pass."""
+        embedding = torch.Size((self.vocab_size, self.hidden_size))
+        sizes = {"embedding.word_embeddings.weight": embedding}
+        for layer in range(self.num_layers):
+            sizes |= {
+                f"decoder.layers.{layer}.{name}": size for name, size in self.layer_parameters().items()
+            }
+        sizes["decoder.final_layernorm.weight"] = torch.Size((self.hidden_size,))
+        return sizes if self.tied else sizes | {"output_layer.weight": embedding}
+
+    def layer_parameters(self) -> dict[str, torch.Size]:
+        """Name below ``decoder.layers.N.`` -> size, for one layer."""
+        h, f = self.hidden_size, self.ffn_hidden_size
+        sizes: dict[str, tuple[int, ...]] = {
+            "self_attention.linear_qkv.layer_norm_weight": (h,),
+            "self_attention.linear_qkv.weight": (self.qkv_rows, h),
+        }
+        if self.qkv_bias:
+            sizes["self_attention.linear_qkv.bias"] = (self.qkv_rows,)
+        sizes["self_attention.linear_proj.weight"] = (h, self.num_attention_heads * self.kv_channels)
+        if self.augmented_shortcuts:
+            inner = self.augmented_shortcuts * (h // self.augmented_shortcut_reduction)
+            sizes["self_attention.augmented_shortcut.down"] = (inner, h)
+            sizes["self_attention.augmented_shortcut.up"] = (h, inner)
+        sizes["mlp.linear_fc1.layer_norm_weight"] = (h,)
+        sizes["mlp.linear_fc1.weight"] = (2 * f, h)
+        if self.series_activation_order:
+            sizes["mlp.series_activation.scale"] = (self.series_activation_order, f)
+            sizes["mlp.series_activation.bias"] = (self.series_activation_order, f)
+        sizes["mlp.linear_fc2.weight"] = (h, f)
+        return {name: torch.Size(size) for name, size in sizes.items()}
+
+    @classmethod
+    def from_args(cls, args: Namespace, vocab_size: int, dtype: torch.dtype | None = None) -> ModelShape:
+        """The shape that a checkpoint's ``args`` describe, ours or Megatron-LM's.
+
+        Raises InterchangeError, with every reason, for a model that is not Llama-like.
+        """
+        if problems := list(_not_llama(args)):
+            raise InterchangeError(f"only Llama-like models can be exchanged: {'; '.join(problems)}")
+        heads = args.num_attention_heads
+        grouped = getattr(args, "group_query_attention", False)
+        return cls(
+            num_layers=args.num_layers,
+            hidden_size=args.hidden_size,
+            ffn_hidden_size=args.ffn_hidden_size,
+            num_attention_heads=heads,
+            num_query_groups=args.num_query_groups if grouped else heads,
+            kv_channels=args.kv_channels,
+            vocab_size=vocab_size,
+            padded_vocab_size=max(args.padded_vocab_size, vocab_size),
+            tied=not args.untie_embeddings_and_output_weights,
+            qkv_bias=bool(getattr(args, "add_qkv_bias", False)),
+            # The flag is --norm-epsilon; the args of some versions have that name.
+            norm_epsilon=getattr(args, "layernorm_epsilon", None) or args.norm_epsilon,
+            rotary_base=args.rotary_base,
+            max_position_embeddings=args.max_position_embeddings,
+            series_activation_order=getattr(args, "series_activation_order", 0),
+            augmented_shortcuts=getattr(args, "augmented_shortcuts", 0),
+            augmented_shortcut_reduction=getattr(args, "augmented_shortcut_reduction", 32),
+            dtype=dtype or args.params_dtype,
+        )
+
+    @classmethod
+    def from_hf_config(cls, config: dict, dtype: torch.dtype | None = None) -> ModelShape:
+        """The shape that a Hugging Face ``config.json`` describes; raises InterchangeError."""
+        from megatron_ext.interchange.hf_config import read_shape
+
+        return read_shape(config, dtype)
+
+    def to_hf_config(self, architecture: str | None = None) -> dict:
+        """The ``config.json`` of this model; ``architecture`` as in :mod:`mapping`, found if not given."""
+        from megatron_ext.interchange.hf_config import write_config
+
+        return write_config(self, architecture)
+
+    def flags(self) -> list[str]:
+        """The command line of ``pretrain_pangu_pro.py`` that builds this model."""
+        named: dict[str, object] = {
+            "--num-layers": self.num_layers,
+            "--hidden-size": self.hidden_size,
+            "--ffn-hidden-size": self.ffn_hidden_size,
+            "--num-attention-heads": self.num_attention_heads,
+            "--num-query-groups": self.num_query_groups,
+            "--kv-channels": self.kv_channels,
+            "--norm-epsilon": self.norm_epsilon,
+            "--rotary-base": self.rotary_base,
+            "--seq-length": self.max_position_embeddings,
+            "--max-position-embeddings": self.max_position_embeddings,
+            "--padded-vocab-size": self.padded_vocab_size,
+            "--position-embedding-type": "rope",
+            "--normalization": "RMSNorm",
+            "--attention-dropout": 0.0,
+            "--hidden-dropout": 0.0,
+        }
+        if self.series_activation_order:
+            named["--series-activation-order"] = self.series_activation_order
+        if self.augmented_shortcuts:
+            named["--augmented-shortcuts"] = self.augmented_shortcuts
+            named["--augmented-shortcut-reduction"] = self.augmented_shortcut_reduction
+        switches = ["--group-query-attention", "--swiglu", "--disable-bias-linear"]
+        switches += [] if self.tied else ["--untie-embeddings-and-output-weights"]
+        switches += ["--add-qkv-bias"] if self.qkv_bias else []
+        switches += ["--bf16"] if self.dtype == torch.bfloat16 else []
+        return [str(word) for pair in named.items() for word in pair] + switches
+
+
+def padded(vocab_size: int) -> int:
+    """Embedding rows of a checkpoint for a vocabulary of ``vocab_size``."""
+    return -(-vocab_size // VOCABULARY_UNIT) * VOCABULARY_UNIT
+
+
+def _not_llama(args: Namespace):
+    """The reasons why ``args`` describe a model of another kind."""
+    expected = {
+        "normalization": "RMSNorm",
+        "swiglu": True,
+        "add_bias_linear": False,
+        "position_embedding_type": "rope",
+        "qk_layernorm": False,
+        "rotary_percent": 1.0,
+        "rotary_seq_len_interpolation_factor": None,
+        "rotary_interleaved": False,
+        "use_rope_scaling": False,
+        "num_experts": None,
+        "multi_latent_attention": False,
+    }
+    for name, value in expected.items():
+        if getattr(args, name, value) not in (value, None):
+            yield f"{name} is {getattr(args, name)}, not {value}"

@@ -1,0 +1,99 @@
+"""A model to read from, whatever wrote it: ``open_source`` finds out what lies in a folder."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_ext.interchange.errors import InterchangeError
+from megatron_ext.interchange.shape import ModelShape
+from megatron_ext.interchange.tokenizer_files import TokenizerFiles
+
+
+class Source(ABC):
+    """A model's tensors under Megatron's names, unsharded, read one at a time.
+
+    Attributes:
+        path: the folder.
+        shape: what the model is.
+        tokenizer: its tokenizer's files; None where there are none.
+        args: a checkpoint's arguments; None for a Hugging Face folder.
+        iteration: the training iteration of a checkpoint, else 0.
+        description: one line on what was opened.
+    """
+
+    path: Path
+    shape: ModelShape
+    tokenizer: TokenizerFiles | None
+    args: Namespace | None = None
+    iteration: int = 0
+    description: str = ""
+
+    def keys(self) -> list[str]:
+        """The names of all tensors, layers numbered, in the order of the forward pass."""
+        return list(self.shape.parameters())
+
+    def get(self, key: str) -> Tensor:
+        """The tensor of that name on the CPU, with memory of its own or a read-only view of the file.
+
+        ``linear_qkv`` is interleaved by query group, ``linear_fc1`` is [gate; up], embedding and output
+        layer have ``vocab_size`` rows: Megatron's layout at tensor parallel size 1, without padding.
+
+        Raises:
+            KeyError: the model has no such tensor.
+            InterchangeError: it is not there, or has another size, or is not finite.
+        """
+        expected = self.shape.parameters()[key]
+        tensor = self._read(key)
+        if tensor.size() != expected:
+            raise InterchangeError(
+                f"{self.path}: {key} is {list(tensor.size())}, its configuration says {list(expected)}"
+            )
+        if not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
+            raise InterchangeError(
+                f"{self.path}: {key} holds NaN or Inf; the file was damaged or tampered with"
+            )
+        return tensor
+
+    @abstractmethod
+    def _read(self, key: str) -> Tensor:
+        """The tensor as the files have it."""
+
+
+def open_source(
+    path: str | Path,
+    allow_pickle: bool = False,
+    *,
+    iteration: int | None = None,
+    tokenizer_model: str | Path | None = None,
+) -> Source:
+    """Open a Hugging Face folder, or a checkpoint of ours or Megatron-LM's, and check that it is whole.
+
+    Args:
+        path: the folder with ``config.json``; or the folder given to ``--save``, or one checkpoint in it.
+        allow_pickle: read ``pytorch_model.bin`` too, by torch's weights-only unpickler.
+        iteration: of a checkpoint; by default the one that the tracker names.
+        tokenizer_model: the tokenizer's file or folder, where the source does not say, or it moved.
+
+    Raises:
+        InterchangeError: nothing usable is there; what is there is damaged, of an unknown architecture,
+            a pickle that was not allowed; or the tokenizer is not the model's.
+    """
+    from megatron_ext.interchange.hf_source import HuggingFaceSource
+    from megatron_ext.interchange.megatron_source import MegatronSource, find_checkpoint
+
+    path = Path(path)
+    if not path.is_dir():
+        raise InterchangeError(f"--load {path}: there is no such folder")
+    if (path / "config.json").is_file():
+        return HuggingFaceSource(path, allow_pickle, tokenizer_model)
+    if (folder := find_checkpoint(path, iteration)) is not None:
+        return MegatronSource(folder, tokenizer_model)
+    raise InterchangeError(
+        f"--load {path}: neither a Hugging Face folder (no config.json) nor a torch_dist checkpoint "
+        "(no iter_*, release or .metadata)"
+    )

@@ -1,0 +1,195 @@
+"""Writes a checkpoint of ours from a stream of tensors, one at a time, in one process.
+
+The format is that of ``training.checkpointing`` (torch_dist, as Megatron-LM names it), but nothing is
+built: neither a model nor a process group is needed, and no more than one tensor is held.
+"""
+
+from __future__ import annotations
+
+import io
+import shutil
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
+
+from megatron_ext.arguments.parser import CommandLineError, read_args
+from megatron_ext.interchange import tokenizer_files
+from megatron_ext.interchange.errors import InterchangeError
+from megatron_ext.interchange.shape import ModelShape
+from megatron_ext.interchange.tokenizer_files import TokenizerFiles
+from megatron_ext.training.checkpointing import content, folders, writer
+from megatron_ext.training.checkpointing.integrity import CHECKSUMS, describe, marker
+from megatron_ext.training.checkpointing.save import FORMAT, serialised
+
+Tensors = Callable[[str], Tensor] | Iterable[tuple[str, Tensor]]
+#: A file of the checkpoint ends with the tensor that passes this many bytes.
+_FILE_BYTES = 1 << 30
+_LAYERS = "decoder.layers."
+_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+#: Modules whose state in Transformer Engine's layers is more than tensors; empty here.
+_WITH_EXTRA_STATE = (
+    "self_attention.linear_qkv",
+    "self_attention.linear_proj",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+)
+
+
+def write_checkpoint(
+    save_dir: str | Path,
+    shape: ModelShape,
+    tensors: Tensors,
+    *,
+    tokenizer: TokenizerFiles | None = None,
+    overrides: dict[str, object] | None = None,
+    iteration: int = 0,
+) -> Path:
+    """Write ``SAVE/iter_{iteration}``, loadable at any layout, with the weights alone.
+
+    The tokenizer's files are copied to ``SAVE/tokenizer``, and the checkpoint's args name them there.
+
+    Args:
+        save_dir: a folder without checkpoints; made if need be.
+        shape: what the model is; tensors are stored as ``shape.dtype``.
+        tensors: name -> tensor, called in the order of ``shape.parameters()``; or (name, tensor) pairs
+            in any order. Names and sizes are those of ``shape.parameters()``; embedding and output layer
+            may come with or without the vocabulary's padding, which is filled with zeros.
+        tokenizer: the model's tokenizer; without one, ids are numbers (NullTokenizer).
+        overrides: destination -> value of checkpoint args that do not follow from the shape.
+        iteration: the iteration to be written into the checkpoint.
+
+    Returns the checkpoint's folder.
+
+    Raises:
+        InterchangeError: there are checkpoints already, the tensors are not those of ``shape``, or the
+            tokenizer has more ids than the model. Nothing is left behind then.
+    """
+    save_dir = Path(save_dir)
+    tokenizer = tokenizer or tokenizer_files.null(shape.vocab_size)
+    tokenizer_files.require_fit(tokenizer, shape.vocab_size, save_dir)
+    if there := folders.list_iterations(save_dir):
+        raise InterchangeError(f"--save {save_dir} holds checkpoints already ({there}); give a new folder")
+    working = folders.prepare(save_dir, iteration)
+    try:
+        tokenizer.copy_into(save_dir / "tokenizer")
+        args = checkpoint_args(shape, tokenizer.moved_to(save_dir.absolute() / "tokenizer"), overrides)
+        files = _write_tensors(working, shape, _in_order(tensors, shape))
+        common = content.common_part(iteration, {}, args, None)
+        common["content_metadata"] = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+        for name, data in (("common.pt", serialised(common)), ("metadata.json", FORMAT)):
+            folders.write_durably(working / name, data)
+            files[name] = describe(data)
+        folders.write_durably(working / CHECKSUMS, marker(iteration, files))
+        return folders.publish(save_dir, iteration)
+    except BaseException:
+        shutil.rmtree(working, ignore_errors=True)
+        raise
+
+
+def checkpoint_args(
+    shape: ModelShape, tokenizer: TokenizerFiles, overrides: dict[str, object] | None = None
+) -> Namespace:
+    """The args of a run that would have made this checkpoint, every default of the trainer filled in."""
+    flags = [*shape.flags(), "--tokenizer-type", tokenizer.kind, "--mock-data", "--micro-batch-size", "1"]
+    flags += ["--vocab-size", str(shape.vocab_size - (tokenizer.kind == "NullTokenizer"))]
+    flags += ["--train-iters", "1", "--lr", "1e-4"]
+    if tokenizer.model is not None:
+        flags += ["--tokenizer-model", str(tokenizer.model)]
+    try:
+        args = read_args(flags, world_size=1, device="cpu", check_files=False)
+    except CommandLineError as error:
+        raise InterchangeError(f"no run could make this model: {'; '.join(error.problems)}") from error
+    vars(args).update(overrides or {})
+    args.tokenizer_sha256 = tokenizer.sha256
+    return args
+
+
+def _in_order(tensors: Tensors, shape: ModelShape) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor as it is stored) of all the tensors of ``shape``, each once; raises InterchangeError."""
+    pairs = ((name, tensors(name)) for name in shape.parameters()) if callable(tensors) else tensors
+    missing = shape.parameters()
+    for name, tensor in pairs:
+        size = missing.pop(name, None)
+        if size is None:
+            raise InterchangeError(f"{name} came twice, or is not part of this model")
+        if name in _VOCABULARY:
+            tensor, size = _with_padding(tensor, shape), torch.Size((shape.padded_vocab_size, size[1]))
+        if tensor.size() != size:
+            raise InterchangeError(f"{name} is {list(tensor.size())}, it must be {list(size)}")
+        yield name, tensor.to(shape.dtype)
+    if missing:
+        raise InterchangeError(f"these tensors did not come: {', '.join(missing)}")
+
+
+def _with_padding(tensor: Tensor, shape: ModelShape) -> Tensor:
+    """[vocab_size, h] -> [padded_vocab_size, h]; one that is padded is left as it is."""
+    if tensor.size(0) != shape.vocab_size or shape.vocab_size == shape.padded_vocab_size:
+        return tensor
+    rows = torch.zeros(shape.padded_vocab_size, tensor.size(1), dtype=tensor.dtype)
+    rows[: shape.vocab_size] = tensor
+    return rows
+
+
+def _write_tensors(folder: Path, shape: ModelShape, tensors: Iterator[tuple[str, Tensor]]) -> dict[str, dict]:
+    """Write the ``*.distcp`` files and ``.metadata``; returns their entries for ``checksums.json``."""
+    written = writer.Written({}, {})
+    described: dict[str, object] = {}
+    items = _items(shape, tensors, described)
+    for number, first in enumerate(items):
+        places, name, entry = writer.write_file(folder, f"__0_{number}.distcp", _one_file(first, items))
+        written.places.update(places)
+        written.files[name] = entry
+    metadata = writer.dump_metadata(Metadata(described), [written])
+    folders.write_durably(folder / ".metadata", metadata)
+    return written.files | {".metadata": describe(metadata)}
+
+
+def _one_file(first: tuple, items: Iterator[tuple]) -> Iterator[tuple]:
+    """``first`` and those that follow it, until there is enough for a file."""
+    size, pair = 0, first
+    while pair is not None:
+        yield pair
+        size += writer.size_of(pair[1])
+        pair = next(items, None) if size < _FILE_BYTES else None
+
+
+def _items(
+    shape: ModelShape, tensors: Iterator[tuple[str, Tensor]], described: dict[str, object]
+) -> Iterator[tuple[WriteItem, Tensor | io.BytesIO]]:
+    """What is written, with its entry in ``described``: a layer's tensors are slices of stacked ones."""
+    for key, tensor in tensors:
+        offset = torch.Size([0] * tensor.dim())
+        layers = 1
+        if key.startswith(_LAYERS):
+            layer, name = key.removeprefix(_LAYERS).split(".", 1)
+            key, tensor, layers = f"{_LAYERS}{name}", tensor[None], shape.num_layers
+            offset = torch.Size([int(layer), *offset])
+        size = torch.Size([tensor.size(0) * layers, *tensor.size()[1:]])
+        properties = TensorProperties(dtype=tensor.dtype)
+        entry = described.setdefault(key, TensorStorageMetadata(properties, size, []))
+        entry.chunks.append(ChunkStorageMetadata(offset, tensor.size()))
+        index = MetadataIndex(key, offset, len(entry.chunks) - 1)
+        yield WriteItem(index, WriteItemType.SHARD), tensor
+    for layer in range(shape.num_layers):
+        for module in _WITH_EXTRA_STATE:
+            key = f"{_LAYERS}{module}._extra_state/shard_{layer}_{shape.num_layers}"
+            described[key] = BytesStorageMetadata()
+            yield WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO), _nothing()
+
+
+def _nothing() -> io.BytesIO:
+    buffer = io.BytesIO()
+    torch.save([None], buffer)  # a list of shards, each with its object
+    return buffer
