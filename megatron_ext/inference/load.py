@@ -2,7 +2,10 @@
 
 from argparse import Namespace
 
+from megatron_ext.arguments import derive
 from megatron_ext.arguments.configs import padded_vocab_size, transformer_config
+from megatron_ext.arguments.factory import default_of
+from megatron_ext.arguments.groups import options
 from megatron_ext.models.builder import build_model
 from megatron_ext.tokenizer import build_tokenizer
 from megatron_ext.training import distributed
@@ -20,6 +23,8 @@ def load_for_inference(
     Returns (model, tokenizer, arguments).
     """
     args = read_checkpoint_args(load, iteration)
+    if args is None:
+        raise FileNotFoundError(f"--load {load}: no checkpoint found")
     adapt(args, load, iteration)
     vars(args).update(overrides)
     if tokenizer_model:
@@ -35,12 +40,22 @@ def load_for_inference(
 
 
 def adapt(args: Namespace, load: str, iteration: int | None) -> None:
-    """Replace what belongs to the training job by what belongs to this one."""
-    import os
+    """Replace what belongs to the training job and its machine by what belongs to this one.
 
-    args.world_size = int(os.environ.get("WORLD_SIZE", 1))
-    args.rank = int(os.environ.get("RANK", 0))
-    args.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    A checkpoint of Megatron-LM itself lacks the arguments that are ours: they get their defaults.
+    """
+    for name, option in options().items():
+        if not hasattr(args, name):
+            setattr(args, name, default_of(option))
+    args.local_rank = None
+    derive.from_environment(args, None)
+    args.device = "auto"
+    args.transformer_impl = args.distributed_backend = None
+    problems = derive.device(args, None)
+    if problems:
+        raise ValueError("; ".join(problems))
+    args.attention_backend = "auto"
+    args.fp8 = args.fp4 = None
     args.tensor_model_parallel_size = args.world_size
     args.pipeline_model_parallel_size = args.context_parallel_size = args.data_parallel_size = 1
     args.virtual_pipeline_model_parallel_size = None
@@ -48,5 +63,4 @@ def adapt(args: Namespace, load: str, iteration: int | None) -> None:
     args.recompute_granularity = None
     args.rampup_batch_size = None
     args.micro_batch_size = args.global_batch_size = 1
-    args.distributed_backend = None
     args.load, args.ckpt_step = load, iteration

@@ -70,3 +70,17 @@ def test_takes_the_model_from_the_checkpoint(pool, golden):
     assert len(kept) < len(argv) - 10
     records = pretrain(pool, 1, [*kept, "--use-checkpoint-args"])
     assert losses(records) == pytest.approx(trace["lm_loss"][10:], rel=1e-5)
+
+
+def _greedy(folder: str) -> list[int]:
+    from megatron_ext.inference import Sampling, generate, load_for_inference
+
+    model, tokenizer, _ = load_for_inference(folder)
+    return list(generate(model, [72, 101, 108], 4, Sampling(temperature=0), tokenizer.vocab_size))
+
+
+def test_megatron_lms_model_continues_text(pool, golden):
+    """Its arguments lack ours, and hold objects of Megatron-Core's where ours are plain."""
+    _, argv = golden
+    alone, (first, second) = pool.run(1, _greedy, str(argv[-1])), pool.run(2, _greedy, str(argv[-1]))
+    assert len(alone[0]) == 4 and alone[0] == first == second
