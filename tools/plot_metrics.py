@@ -127,13 +127,16 @@ def draw(runs: dict[str, tuple[Records, Records]], x: str, output: Path) -> None
     pyplot.close(figure)
 
 
-def running_mean(values: list[float], weight: float = 0.05) -> list[float]:
-    """Exponential mean that starts unbiased; NaN values are passed over."""
-    mean, total, means = 0.0, 0.0, []
-    for value in values:
-        if not math.isnan(value):
-            mean, total = (1 - weight) * mean + weight * value, (1 - weight) * total + weight
-        means.append(mean / total if total else math.nan)
+def running_mean(values: list[float], half_width: int = 12) -> list[float]:
+    """Mean over each point's neighbours, as many on either side; NaN values are passed over.
+
+    Near the ends the window narrows: a mean of one side alone would lag behind a falling loss.
+    """
+    means = []
+    for i in range(len(values)):
+        reach = min(half_width, i, len(values) - 1 - i)
+        near = [value for value in values[i - reach : i + reach + 1] if not math.isnan(value)]
+        means.append(sum(near) / len(near) if near else math.nan)
     return means
 
 

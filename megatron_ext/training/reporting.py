@@ -140,7 +140,8 @@ class Reporter:
         line += f" consumed samples: {last.consumed_samples:12d} |"
         line += f" elapsed time per iteration (ms): {speed['elapsed_ms_per_iteration']:.1f} |"
         if self.args.log_throughput:
-            line += f" throughput per GPU (TFLOP/s/GPU): {speed['tflops_per_device']:.1f} |"
+            digits = 1 if speed["tflops_per_device"] >= 1 else 4  # a laptop's would be 0.0
+            line += f" throughput per GPU (TFLOP/s/GPU): {speed['tflops_per_device']:.{digits}f} |"
             line += f" tokens/s: {speed['tokens_per_second']:.0f} | MFU: {100 * speed['mfu']:.1f}% |"
         line += f" learning rate: {last.learning_rate:.6E} |"
         line += f" global batch size: {last.global_batch_size:5d} |"

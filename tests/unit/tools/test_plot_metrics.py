@@ -57,5 +57,7 @@ def test_other_files_are_refused(tmp_path, capsys, content):
     assert not (tmp_path / "loss.png").exists()
 
 
-def test_running_mean_starts_unbiased():
-    assert plot_metrics.running_mean([3.0, float("nan"), 3.0]) == pytest.approx([3.0, 3.0, 3.0])
+def test_running_mean_does_not_lag():
+    nan = float("nan")
+    assert plot_metrics.running_mean([3.0, nan, 3.0]) == pytest.approx([3.0, 3.0, 3.0])
+    assert plot_metrics.running_mean([9.0, 7.0, 5.0, 3.0]) == pytest.approx([9.0, 7.0, 5.0, 3.0])
