@@ -95,18 +95,9 @@ def _problems(args: argparse.Namespace) -> list[str]:
     return [] if args.kv_channels else ["--hidden-size is not divisible by --num-attention-heads"]
 
 
-def vocabulary(args: argparse.Namespace) -> int:
-    """Rows of the embedding: what is given, or the preset's vocabulary, padded."""
-    if args.padded_vocab_size:
-        return args.padded_vocab_size
-    unit = args.make_vocab_size_divisible_by
-    size = args.vocab_size or PRESETS[args.model_preset].vocabulary
-    return -(-size // unit) * unit
-
-
 def description(args: argparse.Namespace) -> dict:
     """Parameters, work and memory of one model."""
-    shape, layout = describe.shape_of(args, vocabulary(args)), _layout(args)
+    shape, layout = describe.shape_of(args, describe.vocabulary_of(args)), describe.layout_of(args)
     flops = describe.flops_per_token(shape)
     return {
         "model": args.model_preset or "custom",
@@ -124,26 +115,12 @@ def description(args: argparse.Namespace) -> dict:
     }
 
 
-def _layout(args: argparse.Namespace) -> describe.Layout:
-    return describe.Layout(
-        tensor=args.tensor_model_parallel_size,
-        pipeline=args.pipeline_model_parallel_size,
-        data=args.data_parallel_size,
-        sequence_parallel=args.sequence_parallel,
-        distributed_optimizer=args.use_distributed_optimizer,
-        recompute=args.recompute_granularity == "full",
-        micro_batch=args.micro_batch_size,
-        micro_batches=max(1, args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)),
-        bytes_each=2 if args.bf16 else 4,
-    )
-
-
 def design(args: argparse.Namespace, typed: argparse.Namespace) -> dict:
     """Shapes of --params parameters, with PanGu-pi's modules unless they were switched off."""
     like = describe.shape_of_preset(PRESETS["pangu-pi-1b-pro"])
     like = dataclasses.replace(
         like,
-        vocabulary=vocabulary(args),
+        vocabulary=describe.vocabulary_of(args),
         sequence=args.seq_length or like.sequence,
         series_terms=getattr(typed, "series_activation_order", like.series_terms),
         shortcuts=getattr(typed, "augmented_shortcuts", like.shortcuts),

@@ -8,7 +8,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from megatron_ext.models.presets import Preset
+from megatron_ext.models.presets import PRESETS, Preset
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,37 @@ class Layout:
     micro_batch: int = 1
     micro_batches: int = 1
     bytes_each: int = 4
+
+
+def layout_of(args: Namespace) -> Layout:
+    """The layout that parsed arguments describe."""
+    return Layout(
+        tensor=args.tensor_model_parallel_size,
+        pipeline=args.pipeline_model_parallel_size,
+        data=args.data_parallel_size,
+        sequence_parallel=args.sequence_parallel,
+        distributed_optimizer=args.use_distributed_optimizer,
+        recompute=args.recompute_granularity == "full",
+        micro_batch=args.micro_batch_size,
+        micro_batches=max(1, args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)),
+        bytes_each=2 if args.bf16 or getattr(args, "fp16", False) else 4,
+    )
+
+
+def vocabulary_of(args: Namespace) -> int:
+    """Rows of the embedding: what is given, or what the preset was designed for, padded.
+
+    Raises:
+        ValueError: neither a size nor a preset is given.
+    """
+    if args.padded_vocab_size:
+        return args.padded_vocab_size
+    size, unit = args.vocab_size, args.make_vocab_size_divisible_by
+    if size is None and args.model_preset in PRESETS:
+        size = PRESETS[args.model_preset].vocabulary
+    if size is None:
+        raise ValueError("the size of the vocabulary is not known: give --vocab-size")
+    return -(-size // unit) * unit
 
 
 def memory(shape: Shape, layout: Layout) -> dict[str, float]:
