@@ -15,6 +15,7 @@ import time
 START = time.time()
 
 from megatron_ext.arguments import parse_args  # noqa: E402
+from megatron_ext.training.errors import RunError  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -24,16 +25,18 @@ def main(argv: list[str] | None = None) -> None:
     # Imported after the flags are known to be right: these take seconds.
     from megatron_ext.training import distributed
     from megatron_ext.training.setup import build_trainer
+    from megatron_ext.training.watchdog import watching
 
     distributed.initialize(args)
-    trainer = build_trainer(args)
-    distributed.print_rank_0(f" set up in {time.time() - START:.1f} s")
-    trainer.train()
+    with watching(args) as watchdog:
+        trainer = build_trainer(args)
+        distributed.print_rank_0(f" set up in {time.time() - START:.1f} s")
+        trainer.train(watchdog)
     distributed.finalize()
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RunError) as error:
         sys.exit(f"pretrain_pangu_pro.py: error: {error}")

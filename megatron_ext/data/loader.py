@@ -2,6 +2,7 @@
 
 import signal
 from argparse import Namespace
+from itertools import islice
 
 import torch
 from megatron.core import parallel_state
@@ -25,19 +26,26 @@ def build_data_loader(dataset: Dataset, args: Namespace, consumed_samples: int) 
         A loader of dicts: the dataset's samples stacked along a new first axis of
         ``micro_batch_size``. With "single" it ends when the dataset does.
     """
-    rank, size = _data_parallel(args)
-    sampler = SAMPLERS[args.dataloader_type or "single"](
-        len(dataset), consumed_samples, args.micro_batch_size, rank, size
-    )
     return DataLoader(
         dataset,
-        batch_sampler=sampler,
+        batch_sampler=_sampler(dataset, args, consumed_samples, *_data_parallel(args)),
         num_workers=args.num_workers,
         worker_init_fn=_leave_signals_to_trainer,
         # Its own, because an iterator draws a seed: from the default generator that would be one
         # number of the dropout's on a CPU, and a resumed run would no longer be the whole one.
         generator=torch.Generator(),
     )
+
+
+def sample_numbers(dataset: Dataset, args: Namespace, consumed_samples: int, count: int) -> list[list[int]]:
+    """The samples of the next ``count`` microbatches of ``args.data_parallel_rank``, without reading them."""
+    rank, size = args.data_parallel_rank, args.data_parallel_size
+    return list(islice(_sampler(dataset, args, consumed_samples, rank, size), count))
+
+
+def _sampler(dataset: Dataset, args: Namespace, consumed_samples: int, rank: int, size: int):
+    kind = SAMPLERS[args.dataloader_type or "single"]
+    return kind(len(dataset), consumed_samples, args.micro_batch_size, rank, size)
 
 
 def _data_parallel(args: Namespace) -> tuple[int, int]:

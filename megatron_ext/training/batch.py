@@ -48,11 +48,11 @@ class LossCounter:
 
     ``token_bytes`` ([vocabulary] int32: UTF-8 bytes of each id, 0 for special tokens) turns on the
     count of bytes, for bits per byte. ``bad`` collects the microbatches of this step whose loss is
-    not finite; raising here would leave the other ranks waiting in the middle of a schedule.
+    "NaN" or "Inf"; raising here would leave the other ranks waiting in the middle of a schedule.
     """
 
     token_bytes: Tensor | None = None
-    bad: list[str] = field(default_factory=list)
+    bad: dict[int, str] = field(default_factory=dict)
     microbatch: int = 0
 
     def __call__(self, batch: Batch, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -72,8 +72,7 @@ class LossCounter:
 
     def _note(self, loss: Tensor) -> None:
         if not torch.isfinite(loss):
-            kind = "NaN" if torch.isnan(loss) else "Inf"
-            self.bad.append(f"the loss of microbatch {self.microbatch} is {kind}")
+            self.bad[self.microbatch] = "NaN" if torch.isnan(loss) else "Inf"
         self.microbatch += 1
 
 

@@ -7,9 +7,10 @@ from megatron.core import parallel_state
 
 from megatron_ext.data import build_data_loader
 from megatron_ext.training.batch import needs_data
+from megatron_ext.training.errors import RunError
 
 
-class OutOfData(RuntimeError):
+class OutOfData(RunError):
     """The dataset ended before the run did."""
 
 

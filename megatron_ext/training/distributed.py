@@ -78,20 +78,6 @@ def agree_max(values: list[float]) -> list[float]:
     return tensor.tolist()
 
 
-def all_or_raise(error: Exception | None) -> None:
-    """Raise on every rank if any rank failed, so that no rank waits for one that is gone.
-
-    The failing rank raises its own error; the others name the first rank that failed.
-    """
-    ranks = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(ranks, None if error is None else f"{type(error).__name__}: {error}")
-    if error is not None:
-        raise error
-    for rank, message in enumerate(ranks):
-        if message is not None:
-            raise RuntimeError(f"rank {rank} failed: {message}")
-
-
 def flush() -> None:
     """Push buffered output out before a rank ends."""
     sys.stdout.flush()

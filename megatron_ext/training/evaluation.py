@@ -2,7 +2,7 @@
 
 import math
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -31,13 +31,19 @@ def evaluate(
     args: Namespace,
     token_bytes: torch.Tensor,
     iterations: int,
-) -> Evaluation:
-    """Forward only over ``iterations`` global batches; a collective call."""
+    stop: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
+    """Forward only over ``iterations`` global batches; a collective call.
+
+    ``stop`` is asked before each batch, on all ranks alike; None if it ended the evaluation.
+    """
     num_microbatches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
     counter = LossCounter(token_bytes=token_bytes)
     total = torch.zeros(4, dtype=torch.float64)
     with parameters_in_place(model, args), evaluation_mode(model):
         for _ in range(iterations):
+            if stop():
+                return None
             sums = forward_backward(
                 iterators, model, args, counter, forward_only=True, num_microbatches=num_microbatches
             )

@@ -1,11 +1,10 @@
 """The training loop: steps, validation, saves, and an orderly end."""
 
 import gc
-import os
 import time
 from argparse import Namespace
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from megatron.core.distributed import finalize_model_grads
@@ -18,15 +17,17 @@ from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.core.timers import Timers
 
 from megatron_ext import platform
-from megatron_ext.training.checkpointing import save_checkpoint
+from megatron_ext.training.bad_numbers import BadNumberPolicy, BadNumbers, LocalGradients
 from megatron_ext.training.data import chunk_iterators
 from megatron_ext.training.distributed import print_rank_0
 from megatron_ext.training.evaluation import evaluate
 from megatron_ext.training.metrics import params_norm
 from megatron_ext.training.profiling import Profiler
 from megatron_ext.training.reporting import IterationReport, Reporter
-from megatron_ext.training.step import StepResult, parameters_in_place, train_step
+from megatron_ext.training.saving import Saver
+from megatron_ext.training.step import StepResult, train_step
 from megatron_ext.training.stopping import Stopping
+from megatron_ext.training.watchdog import Watchdog
 
 
 @dataclass
@@ -37,6 +38,10 @@ class Progress:
     consumed_train_samples: int = 0
     consumed_valid_samples: int = 0
     skipped_train_samples: int = 0
+    #: The validation of this iteration was cut short by a stop, and is made first when the run goes on.
+    validation_due: bool = False
+    #: Iterations without an update because of NaN or Inf.
+    bad_iterations: int = 0
 
 
 @dataclass
@@ -55,22 +60,34 @@ class Trainer:
     token_bytes: torch.Tensor
     progress: Progress = field(default_factory=Progress)
 
-    def train(self) -> None:
-        """Train to ``--train-iters``, or until a signal, a time limit or an interval says stop."""
+    def train(self, watchdog: Watchdog | None = None) -> None:
+        """Train to ``--train-iters``, or until a signal, a time limit or an interval says stop.
+
+        ``watchdog`` is told how far the run is.
+        """
         args, progress = self.args, self.progress
         connect(self.model, self.optimizer, args)
         for chunk in self.model:
             chunk.train()
         self.reporter = Reporter(args, progress.iteration)
         self.stopping, self.profiler = Stopping(args), Profiler(args)
-        self.saved_at = progress.iteration
+        self.note: Callable = watchdog.note if watchdog else lambda *phase: None
+        self.watched: Callable = watchdog.watch if watchdog else lambda iterator: iterator
+        if watchdog:
+            watchdog.on_launcher_gone = lambda: self.stopping.request("word that the launcher has gone")
+        self.saver = Saver(args, self.model, self.optimizer, self.scheduler, progress.iteration)
+        self.bad_numbers = BadNumberPolicy(args, self.datasets[0])
         self.valid_iterators = chunk_iterators(self.datasets[1], args, progress.consumed_valid_samples)
         try:
             reason = None
             if not args.skip_train:
                 reason = self._train_iterations()
+            self.saver.finish()
             if reason is None:
                 self._last_evaluations()
+        except BadNumbers:
+            self.saver.finish()  # every rank is here, and what is being written is from before
+            raise
         finally:
             self.reporter.close()
             self.stopping.restore()
@@ -79,16 +96,17 @@ class Trainer:
         """Returns why the loop ended early, or None."""
         args, progress = self.args, self.progress
         iterators = chunk_iterators(self.datasets[0], args, progress.consumed_train_samples)
+        iterators = [self.watched(iterator) for iterator in iterators]
         if args.manual_gc:
             gc.disable()
+        if progress.validation_due and self.datasets[1]:
+            self.validate("validation")
         while progress.iteration < args.train_iters:
             update_num_microbatches(progress.consumed_train_samples, consistency_check=True, verbose=True)
             self.profiler.before(progress.iteration)
             started = time.perf_counter()
-            if progress.iteration + 1 in args.iterations_to_skip:
-                result = self._skip_step(iterators)
-            else:
-                result = train_step(iterators, self.model, self.optimizer, self.scheduler, args)
+            self.note("a training step", progress.iteration)
+            result = self._step(iterators)
             progress.iteration += 1
             progress.consumed_train_samples += get_current_global_batch_size()
             self._report(result, time.perf_counter() - started)
@@ -101,12 +119,26 @@ class Trainer:
                 and progress.iteration % args.manual_gc_interval == 0
             ):
                 gc.collect()
+            self.note("agreeing whether to stop, and saving", progress.iteration)
             reason = self.stopping.reason(progress.iteration)
-            self._save_if_due(last=reason is not None or progress.iteration == args.train_iters)
+            self.saver.poll()
+            last = reason is not None or progress.iteration == args.train_iters
+            if self.saver.due(progress.iteration, last):
+                self.saver.save(progress)
             if reason:
                 print_rank_0(f"exiting program at iteration {progress.iteration}: {reason}")
                 return reason
         return None
+
+    def _step(self, iterators: list) -> StepResult:
+        """One iteration: trained on, or passed over because of the flags or of its numbers."""
+        if self.progress.iteration + 1 in self.args.iterations_to_skip:
+            return self._skip_step(iterators)
+        try:
+            return train_step(iterators, self.model, self.optimizer, self.scheduler, self.args)
+        except BadNumbers as error:
+            self.bad_numbers.pass_over(error, self.progress, get_num_microbatches())
+            return StepResult(float("nan"), float("nan"), None, skipped=True, bad=True)
 
     def _skip_step(self, iterators: list) -> StepResult:
         """Pass over one global batch without training on it (``--iterations-to-skip``)."""
@@ -130,6 +162,7 @@ class Trainer:
                 loss_scale=self.optimizer.get_loss_scale().item(),
                 seconds=seconds,
                 skipped=result.skipped,
+                bad=result.bad,
                 num_zeros_in_grad=result.num_zeros_in_grad,
                 params_norm=params_norm(self.model) if logs_norm else None,
             )
@@ -150,6 +183,7 @@ class Trainer:
     def validate(self, split: str) -> None:
         """Evaluate on ``--eval-iters`` global batches, or all there are, and report; a collective call."""
         args, progress = self.args, self.progress
+        self.note(f"evaluating on the {split} set", progress.iteration)
         if args.manual_gc and args.manual_gc_eval:
             gc.collect()
         dataset = self.datasets[1 if split == "validation" else 2]
@@ -158,7 +192,14 @@ class Trainer:
             iterations = len(dataset) // args.global_batch_size
         if args.full_validation or split == "test":
             iterators = chunk_iterators(dataset, args, 0)
-        result = evaluate(iterators, self.model, args, self.token_bytes, iterations)
+        iterators = [self.watched(iterator) for iterator in iterators]
+        result = evaluate(
+            iterators, self.model, args, self.token_bytes, iterations, stop=self.stopping.requested
+        )
+        progress.validation_due = result is None and split == "validation"
+        if result is None:
+            print_rank_0(f"validation of iteration {progress.iteration} cut short: the run stops")
+            return
         if split == "validation":
             progress.consumed_valid_samples += iterations * args.global_batch_size
         self.reporter.evaluation(result, progress.iteration, progress.consumed_train_samples, split)
@@ -174,44 +215,15 @@ class Trainer:
         if self.datasets[2]:
             self.validate("test")
 
-    def _save_if_due(self, last: bool) -> None:
-        args, iteration = self.args, self.progress.iteration
-        if not args.save or iteration == self.saved_at:
-            return
-        if last or iteration % args.save_interval == 0:
-            self.save()
-
-    def save(self) -> None:
-        """Write a checkpoint of this iteration; a collective call."""
-        with parameters_in_place(self.model, self.args):
-            save_checkpoint(
-                self.args.save,
-                self.progress.iteration,
-                model=self.model,
-                optimizer=self.optimizer,
-                scheduler=self.scheduler,
-                run_state=asdict(self.progress),
-                args=self.args,
-            )
-        self.saved_at = self.progress.iteration
-        if self.args.log_progress:
-            log_progress(self.args, self.progress.iteration, "Saved checkpoint")
-
-
-def log_progress(args: Namespace, iteration: int, event: str) -> None:
-    """Append a line to progress.txt in the --save folder (``--log-progress``)."""
-    if args.rank == 0:
-        when, job = time.strftime("%Y-%m-%d %H:%M:%S"), os.environ.get("SLURM_JOB_ID", "")
-        with open(Path(args.save) / "progress.txt", "a", encoding="utf-8") as file:
-            file.write(f"{when}\tJob ID: {job}\t# GPUs: {args.world_size}\t{event}\tIteration: {iteration}\n")
-
 
 def connect(model: list, optimizer, args: Namespace) -> None:
     """Tell Megatron-Core's schedules how to scale the loss and when to reduce gradients."""
     config = model[0].config
     config.timers = Timers(args.timing_log_level, args.timing_log_option)
     config.grad_scale_func = optimizer.scale_loss
-    config.finalize_model_grads_func = finalize_model_grads
+    # Overlapped, the reduction has begun before anyone could look.
+    looks = args.check_for_nan_in_loss_and_grad and not args.overlap_grad_reduce
+    config.finalize_model_grads_func = LocalGradients() if looks else finalize_model_grads
 
     def per_chunk(method: str):
         methods = [getattr(chunk, method) for chunk in model]

@@ -16,6 +16,7 @@ from megatron_ext.training.boards import Boards
 from megatron_ext.training.distributed import is_last_rank
 from megatron_ext.training.evaluation import Evaluation
 from megatron_ext.training.metrics import flops_per_token, peak_flops
+from megatron_ext.training.spikes import SpikeDetector
 
 
 @dataclass
@@ -31,6 +32,7 @@ class IterationReport:
     loss_scale: float
     seconds: float
     skipped: bool
+    bad: bool = False
     num_zeros_in_grad: int | None = None
     params_norm: float | None = None
 
@@ -57,7 +59,8 @@ class Reporter:
         self.args = args
         self.active = is_last_rank()
         self.window = _Window()
-        self.skipped = 0
+        self.skipped = self.bad = 0
+        self.spikes = SpikeDetector()
         self.metrics = self.boards = self.bar = None
         if not self.active:
             return
@@ -75,9 +78,15 @@ class Reporter:
         if not self.active:
             return
         self.skipped += report.skipped
+        self.bad += report.bad
         self.window.reports.append(report)
         speed = self._speed(report)
-        self._write(_iteration_record(report, self.args.seq_length) | speed)
+        usual = self.spikes.see(report.lm_loss)
+        self._write(
+            _iteration_record(report, self.args.seq_length) | speed | ({"spike": True} if usual else {})
+        )
+        if usual:
+            self.say(f" WARNING: loss spike at iteration {report.iteration}: {report.lm_loss:.4f}, {usual}")
         if report.iteration % self.args.tensorboard_log_interval == 0:
             self._to_boards(report, speed)
         if self.bar:
@@ -86,6 +95,7 @@ class Reporter:
         if report.iteration % self.args.log_interval == 0 or report.iteration == self.args.train_iters:
             self.say(self._line())
             self.window, self.skipped = _Window(), 0
+            self.bad = 0
 
     def evaluation(self, result: Evaluation, iteration: int, consumed_samples: int, split: str) -> None:
         """Report a validation or test loss."""
@@ -153,7 +163,7 @@ class Reporter:
         if last.params_norm is not None:
             line += f" params norm: {last.params_norm:.3f} |"
         line += f" number of skipped iterations: {self.skipped:3d} |"
-        line += f" number of nan iterations: {0:3d} |"
+        line += f" number of nan iterations: {self.bad:3d} |"
         return line
 
     def _to_boards(self, report: IterationReport, speed: dict[str, float]) -> None:
@@ -189,7 +199,7 @@ def _iteration_record(report: IterationReport, seq_length: int) -> dict:
         "consumed_samples": report.consumed_samples,
         "consumed_tokens": report.consumed_samples * seq_length,
         "lm_loss": _number(report.lm_loss),
-        "grad_norm": report.grad_norm,
+        "grad_norm": _number(report.grad_norm),
         "learning_rate": report.learning_rate,
         "global_batch_size": report.global_batch_size,
         "loss_scale": report.loss_scale,

@@ -7,6 +7,7 @@ import torch
 from megatron_ext import platform
 from megatron_ext.arguments.configs import ddp_config, optimizer_config, padded_vocab_size, transformer_config
 from megatron_ext.data import build_datasets
+from megatron_ext.data.agree import on_every_rank
 from megatron_ext.models.builder import build_model, wrap_for_training
 from megatron_ext.tokenizer import build_tokenizer
 from megatron_ext.training.checkpointing import load_checkpoint
@@ -19,7 +20,7 @@ from megatron_ext.training.schedule import build_scheduler
 
 def build_trainer(args: Namespace) -> Trainer:
     """Tokenizer, model, optimizer, checkpoint and data, in this order; a collective call."""
-    tokenizer = build_tokenizer(args)
+    tokenizer = on_every_rank(lambda: build_tokenizer(args))
     args.padded_vocab_size = padded_vocab_size(tokenizer.vocab_size, args)
     args.tokenizer_sha256 = tokenizer.sha256
 

@@ -6,29 +6,28 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import nn
 
 from megatron_ext import platform
-from megatron_ext.models.builder import unwrap
 from megatron_ext.training import batch as batches
+from megatron_ext.training.bad_numbers import check_finite
 from megatron_ext.training.distributed import agree_max
-
-
-class BadNumbers(RuntimeError):
-    """A loss or a gradient is NaN or Inf."""
 
 
 @dataclass
 class StepResult:
-    """What one step did. ``lm_loss`` is the mean over the global batch's tokens, in nats."""
+    """What one step did. ``lm_loss`` is the mean over the global batch's tokens, in nats.
+
+    ``skipped``: no parameter was updated; ``bad``: because of a NaN or Inf.
+    """
 
     lm_loss: float
     grad_norm: float
     num_zeros_in_grad: int | None
     skipped: bool
+    bad: bool = False
 
 
 def train_step(
@@ -78,29 +77,6 @@ def forward_backward(
         forward_only=forward_only,
     )
     return batches.total(reduced)
-
-
-def check_finite(model: list[nn.Module], counter: batches.LossCounter) -> None:
-    """Raise on all ranks if a loss or a gradient of any rank is NaN or Inf, naming what is known here."""
-    buffers = (buffer for chunk in model for buffer in chunk.buffers)
-    bad_gradient = not all(torch.isfinite(buffer.grad_data.sum()) for buffer in buffers)
-    if not agree_max([float(bad_gradient or bool(counter.bad))])[0]:
-        return
-    problems = list(counter.bad)
-    if bad_gradient:
-        problems.append("NaN or Inf in the gradient of " + ", ".join(_bad_parameters(model)))
-    where = f"rank {torch.distributed.get_rank()}"
-    raise BadNumbers(f"{where}: {'; '.join(problems) or 'another rank found NaN or Inf in its numbers'}")
-
-
-def _bad_parameters(model: list[nn.Module], most: int = 5) -> list[str]:
-    names = [
-        name
-        for chunk in model
-        for name, parameter in unwrap(chunk).named_parameters()
-        if not torch.isfinite(parameter.main_grad).all()
-    ]
-    return names[:most] + ([f"{len(names) - most} more"] if len(names) > most else [])
 
 
 @contextmanager

@@ -19,6 +19,10 @@ class CheckpointArguments:
     save_retain_interval: int | None = None
     """Keep the checkpoints of iterations that this divides, and the last; remove the others."""
 
+    keep_latest_k: int | None = None
+    """Keep this many of the newest checkpoints, and those that --save-retain-interval keeps; remove the
+    others."""
+
     no_save_optim: bool = flag(False, default=None)
     """Leave the optimizer's state out of checkpoints."""
 

@@ -107,5 +107,9 @@ class ProcessArguments:
     distributed_timeout_minutes: int = 10
     """Minutes after which a collective that does not come to an end fails."""
 
+    watchdog_minutes: float | None = None
+    """Minutes without progress after which the ranks report where they stand; by default half of
+    --distributed-timeout-minutes, 0 never."""
+
     local_rank: int | None = None
     """Rank within the host; by default what the launcher put in the environment."""

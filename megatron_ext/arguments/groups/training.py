@@ -68,6 +68,10 @@ class TrainingArguments:
     check_for_nan_in_loss_and_grad: bool = flag(True, "--no-check-for-nan-in-loss-and-grad")
     """Do not stop at a NaN or Inf in the loss or a gradient."""
 
+    skip_bad_iterations: int = 0
+    """Pass over this many iterations of a run with a NaN or Inf in the loss or a gradient, without an
+    update and with their samples noted in bad_samples.jsonl in the --save folder; the next one stops it."""
+
     check_for_large_grads: bool = False
     """Stop at a gradient of unexpected size."""
 

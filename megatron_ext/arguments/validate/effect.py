@@ -62,6 +62,11 @@ DEPENDENCES = (
         "--first-last-layers-bf16",
     ),
     Dependence(("fp4_recipe",), lambda a: a.fp4, "--fp4-format"),
+    Dependence(
+        ("skip_bad_iterations",),
+        lambda a: a.check_for_nan_in_loss_and_grad,
+        "the check that --no-check-for-nan-in-loss-and-grad turns off, and no adapting loss scale of --fp16",
+    ),
     Dependence(("manual_gc_interval", "manual_gc_eval"), lambda a: a.manual_gc, "--manual-gc"),
     Dependence(
         ("microbatch_group_size_per_vp_stage", "overlap_p2p_comm"),
@@ -95,7 +100,7 @@ DEPENDENCES = (
         lambda a: a.save,
         "--save",
     ),
-    Dependence(("ckpt_fully_parallel_save", "log_progress"), lambda a: a.save, "--save"),
+    Dependence(("ckpt_fully_parallel_save", "log_progress", "keep_latest_k"), lambda a: a.save, "--save"),
     Dependence(
         ("ckpt_step", "exit_on_missing_checkpoint", "pretrained_checkpoint"), lambda a: a.load, "--load"
     ),

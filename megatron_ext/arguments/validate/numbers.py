@@ -22,10 +22,11 @@ POSITIVE = (
     *("distributed_timeout_minutes", "num_dataset_builder_threads", "hysteresis", "train_iters"),
     *("train_samples", "augmented_shortcut_reduction", "rotary_seq_len_interpolation_factor"),
     *("lr_decay_iters", "lr_decay_samples", "lr_wsd_decay_iters", "lr_wsd_decay_samples"),
-    *("fp8_amax_history_len", "ckpt_step"),
+    *("fp8_amax_history_len", "ckpt_step", "keep_latest_k"),
 )
 NOT_NEGATIVE = (
     *("series_activation_order", "augmented_shortcuts", "eval_iters", "num_workers", "lr", "min_lr"),
+    *("skip_bad_iterations", "watchdog_minutes"),
     *("weight_decay", "start_weight_decay", "end_weight_decay", "clip_grad", "lr_warmup_init"),
     *("lr_warmup_iters", "lr_warmup_samples", "init_method_std", "embedding_init_method_std"),
     *("manual_gc_interval", "profile_step_start", "profile_step_end", "fp8_margin", "seed"),

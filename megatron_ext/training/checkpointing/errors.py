@@ -6,10 +6,12 @@ from typing import Any, TypeVar
 
 import torch
 
+from megatron_ext.training.errors import RunError
+
 T = TypeVar("T")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(RunError):
     """A checkpoint cannot be written, or cannot be used; the message names it and says what to do."""
 
 

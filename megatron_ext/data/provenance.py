@@ -1,0 +1,22 @@
+"""From a sample back to the documents it was cut from."""
+
+from megatron.core.datasets.blended_dataset import BlendedDataset
+from megatron.core.datasets.gpt_dataset import GPTDataset, MockGPTDataset
+
+
+def provenance(dataset, number: int) -> dict:
+    """Where sample ``number`` of a dataset comes from.
+
+    ``{"number"}``, and of a GPTDataset, alone or in a blend, also ``"dataset"`` (its PREFIX) and
+    ``"documents"``, the numbers in it of the documents that the sample has tokens of.
+    """
+    found = {"number": int(number)}
+    if isinstance(dataset, BlendedDataset):
+        part = dataset.datasets[int(dataset.dataset_index[number])]
+        return provenance(part, int(dataset.dataset_sample_index[number])) | found
+    if isinstance(dataset, GPTDataset) and not isinstance(dataset, MockGPTDataset):
+        place = int(dataset.shuffle_index[number])
+        first, last = (int(dataset.sample_index[end][0]) for end in (place, place + 1))
+        found["dataset"] = dataset.dataset.path_prefix
+        found["documents"] = sorted({int(i) for i in dataset.document_index[first : last + 1]})
+    return found

@@ -1,0 +1,139 @@
+"""NaN and Inf in losses and gradients: where they came from, and how many the run may pass over."""
+
+import json
+from argparse import Namespace
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
+from torch import nn
+
+from megatron_ext.data.loader import sample_numbers
+from megatron_ext.data.provenance import provenance
+from megatron_ext.models.builder import unwrap
+from megatron_ext.training.batch import LossCounter
+from megatron_ext.training.distributed import agree_max, print_rank_0
+from megatron_ext.training.errors import RunError
+
+REPORT = "bad_samples.jsonl"
+_MOST_NAMES = 5
+
+
+@dataclass
+class Finding:
+    """What one rank saw of a step; ``microbatches`` are those whose loss is not finite."""
+
+    data_rank: int
+    problems: list[str] = field(default_factory=list)
+    microbatches: list[int] = field(default_factory=list)
+
+
+class BadNumbers(RunError):
+    """A loss or a gradient is NaN or Inf; ``findings`` holds what every rank saw."""
+
+    def __init__(self, message: str, findings: list[Finding]):
+        super().__init__(message)
+        self.findings = findings
+
+
+class LocalGradients:
+    """Megatron-Core's ``finalize_model_grads``, noting first which gradients of this rank are bad.
+
+    Afterwards the NaN of one rank has been reduced into the gradients of all.
+    """
+
+    def __init__(self) -> None:
+        self.bad: list[str] = []
+
+    def __call__(self, model: list[nn.Module], *args, **kwargs) -> None:
+        self.bad = [] if gradients_are_finite(model) else bad_parameters(model)
+        finalize_model_grads(model, *args, **kwargs)
+
+
+def gradients_are_finite(model: list[nn.Module]) -> bool:
+    """Whether no gradient of this rank is NaN or Inf: one pass over the memory they lie in."""
+    buffers = (buffer for chunk in model for buffer in chunk.buffers)
+    return all(bool(torch.isfinite(buffer.grad_data.sum())) for buffer in buffers)
+
+
+def bad_parameters(model: list[nn.Module]) -> list[str]:
+    """The parameters of this rank whose gradient is NaN or Inf, from the embedding to the output."""
+    return [
+        name
+        for chunk in model
+        for name, parameter in unwrap(chunk).named_parameters()
+        if not torch.isfinite(parameter.main_grad).all()
+    ]
+
+
+def check_finite(model: list[nn.Module], counter: LossCounter) -> None:
+    """Raise BadNumbers on all ranks if a loss or a gradient of any rank is NaN or Inf; collective."""
+    finite = gradients_are_finite(model)
+    if not agree_max([float(not finite or bool(counter.bad))])[0]:
+        return
+    problems = [f"the loss of microbatch {number} is {kind}" for number, kind in counter.bad.items()]
+    finalize = model[0].config.finalize_model_grads_func
+    names = finalize.bad if isinstance(finalize, LocalGradients) else bad_parameters(model)
+    if names:
+        more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+        problems.append(f"NaN or Inf in the gradient of {', '.join(names[:_MOST_NAMES])}{more}")
+    own = Finding(parallel_state.get_data_parallel_rank(), problems, list(counter.bad))
+    findings = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(findings, own)
+    told = [f"rank {rank}: {'; '.join(f.problems)}" for rank, f in enumerate(findings) if f.problems]
+    raise BadNumbers("; ".join(told) or "the sum of the ranks' finite gradients overflows", findings)
+
+
+class BadNumberPolicy:
+    """Passes over up to ``--skip-bad-iterations`` iterations of a run; the next one stops it.
+
+    The samples of each go to ``bad_samples.jsonl`` in the --save folder, a JSON object an iteration.
+    """
+
+    def __init__(self, args: Namespace, dataset):
+        self.args, self.dataset = args, dataset
+
+    def pass_over(self, error: BadNumbers, progress, microbatches: int) -> None:
+        """Report the iteration after ``progress`` and count it; raises BadNumbers past the limit.
+
+        To be called on all ranks alike, with the ``error`` that they all got.
+        """
+        iteration, limit = progress.iteration + 1, self.args.skip_bad_iterations
+        samples = self.samples(error.findings, progress.consumed_train_samples, microbatches)
+        self._write({"iteration": iteration, "problems": str(error), "samples": samples})
+        progress.bad_iterations += 1
+        numbers = ", ".join(str(sample["number"]) for sample in samples[:8]) + ", ..." * (len(samples) > 8)
+        text = f"iteration {iteration}: {error}; samples {numbers}"
+        if progress.bad_iterations > limit:
+            raise BadNumbers(
+                f"{text}; --iterations-to-skip {iteration} leaves this one out, "
+                f"--skip-bad-iterations {progress.bad_iterations} as many as that",
+                error.findings,
+            )
+        print_rank_0(
+            f"WARNING: {progress.bad_iterations} of at most {limit} bad iterations, no update: {text}"
+        )
+
+    def samples(self, findings: list[Finding], consumed: int, microbatches: int) -> list[dict]:
+        """The samples of the microbatches whose loss is bad, or where none is, all of the global batch."""
+        wanted = {(f.data_rank, number) for f in findings for number in f.microbatches}
+        if not wanted:
+            concerned = [f for f in findings if f.problems] or findings
+            wanted = {(f.data_rank, number) for f in concerned for number in range(microbatches)}
+        found = []
+        for rank in sorted({rank for rank, _ in wanted}):
+            args = Namespace(**vars(self.args) | {"data_parallel_rank": rank})
+            for number, batch in enumerate(sample_numbers(self.dataset, args, consumed, microbatches)):
+                if (rank, number) in wanted:
+                    place = {"data_parallel_rank": rank, "microbatch": number}
+                    found += [provenance(self.dataset, sample) | place for sample in batch]
+        return found
+
+    def _write(self, record: dict) -> None:
+        if self.args.save and torch.distributed.get_rank() == 0:
+            folder = Path(self.args.save)
+            folder.mkdir(parents=True, exist_ok=True)
+            with open(folder / REPORT, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")

@@ -1,0 +1,78 @@
+"""When a run writes its checkpoints: at intervals and at its end, in the way or in the background."""
+
+import os
+import time
+from argparse import Namespace
+from dataclasses import asdict
+from pathlib import Path
+
+from megatron_ext.training.checkpointing import PendingSave, save_checkpoint
+from megatron_ext.training.distributed import print_rank_0
+from megatron_ext.training.step import parameters_in_place
+
+
+class Saver:
+    """Writes the checkpoints of a run, one at a time; every method is collective.
+
+    With ``--async-save`` training goes on while the files are written: the checkpoint is put in
+    place at the first iteration at whose end every rank has written its part, before the next
+    save, or at the end of the run.
+    """
+
+    def __init__(self, args: Namespace, model: list, optimizer, scheduler, saved_at: int):
+        self.args, self.model, self.optimizer, self.scheduler = args, model, optimizer, scheduler
+        self.saved_at = saved_at
+        self.pending: PendingSave | None = None
+
+    def due(self, iteration: int, last: bool) -> bool:
+        """Whether ``iteration`` is to be saved, and is not yet."""
+        if not self.args.save or iteration == self.saved_at:
+            return False
+        return last or iteration % self.args.save_interval == 0
+
+    def save(self, progress) -> None:
+        """Write a checkpoint of ``progress``, a dataclass of plain values with an ``iteration``."""
+        self.finish()
+        started = time.perf_counter()
+        with parameters_in_place(self.model, self.args):
+            self.pending = save_checkpoint(
+                self.args.save,
+                progress.iteration,
+                model=self.model,
+                optimizer=self.optimizer,
+                scheduler=self.scheduler,
+                run_state=asdict(progress),
+                args=self.args,
+                async_save=self.args.async_save,
+            )
+        self.saved_at = progress.iteration
+        blocked = time.perf_counter() - started
+        if self.args.async_save:
+            print_rank_0(f" checkpoint {progress.iteration}: copied in {blocked:.2f} s, being written")
+        else:
+            self.finish()
+            print_rank_0(f" checkpoint {progress.iteration}: written to {self.args.save} in {blocked:.2f} s")
+
+    def poll(self) -> None:
+        """Put a checkpoint that every rank has written in place; waits for none that is not."""
+        if self.pending is not None and self.pending.ready():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written, if there is one, and put it in place."""
+        if self.pending is None:
+            return
+        pending, self.pending = self.pending, None
+        pending.finish()
+        if self.args.async_save:
+            print_rank_0(f" checkpoint {pending.iteration}: in place in {self.args.save}")
+        if self.args.log_progress:
+            log_progress(self.args, pending.iteration, "Saved checkpoint")
+
+
+def log_progress(args: Namespace, iteration: int, event: str) -> None:
+    """Append a line to progress.txt in the --save folder (``--log-progress``)."""
+    if args.rank == 0:
+        when, job = time.strftime("%Y-%m-%d %H:%M:%S"), os.environ.get("SLURM_JOB_ID", "")
+        with open(Path(args.save) / "progress.txt", "a", encoding="utf-8") as file:
+            file.write(f"{when}\tJob ID: {job}\t# GPUs: {args.world_size}\t{event}\tIteration: {iteration}\n")

@@ -1,0 +1,210 @@
+"""Finds hangs, and makes the failure of one rank known to all.
+
+Each rank has a thread that tells the others, through the job's key-value store, what the rank does
+and since when. Ranks that make no progress are reported, with the stacks of all, well before the
+timeout of a collective ends the job. A rank that fails leaves its reason in the store: the others
+end with it, even out of a collective that would wait for the timeout.
+"""
+
+import contextlib
+import faulthandler
+import json
+import os
+import sys
+import threading
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch.distributed import PrefixStore, Store
+
+from megatron_ext.training.distributed import flush
+from megatron_ext.training.errors import LostProcess
+
+#: A rank that was told of another's failure gets this long to end by itself.
+GRACE_SECONDS = 10.0
+#: After a lost connection: how long to wait for the one that broke it to say why.
+REASON_SECONDS = 3.0
+
+
+@contextlib.contextmanager
+def watching(args: Namespace) -> Iterator["Watchdog"]:
+    """A watchdog over what runs within, on every rank of an initialised job.
+
+    Raises LostProcess, naming the rank and its reason where known, if another rank failed or went.
+    """
+    store = torch.distributed.distributed_c10d._get_default_store()
+    patience = args.watchdog_minutes
+    if patience is None:
+        patience = args.distributed_timeout_minutes / 2
+    dog = Watchdog(store, args.rank, args.world_size, patience * 60)
+    dog.start()
+    try:
+        yield dog
+    except Exception as error:
+        if not _lost_connection(error):
+            dog.tell(f"rank {args.rank} failed: {type(error).__name__}: {error}")
+            raise
+        first_line = str(error).strip().split("\n")[0]
+        lost = f"another process of the job was killed or does not answer ({first_line})"
+        reason = dog.reason_elsewhere()
+        dog.tell(f"rank {args.rank} lost its connection: {lost}")
+        raise LostProcess(reason or lost) from error
+    finally:
+        dog.stop()
+
+
+def _lost_connection(error: BaseException) -> bool:
+    """Whether this is how a process group reports that another process has gone."""
+    words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting",
+             "timed out", "has gone or does not answer", "NCCL", "Connection refused")  # fmt: skip
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+@dataclass
+class _Position:
+    """What a rank does: ``number`` grows with every sign of progress."""
+
+    number: int = 0
+    phase: str = "set-up"
+    iteration: int = 0
+    since: float = field(default_factory=time.monotonic)
+
+
+class Watchdog:
+    """The thread of one rank. ``patience`` in seconds without progress until a report; 0 reports none."""
+
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        world_size: int,
+        patience: float,
+        say: Callable[[str], None] | None = None,
+        leave: Callable[[int], None] = os._exit,
+    ):
+        self.rank, self.world_size, self.patience = rank, world_size, patience
+        # A connection of its own: the main thread may wait in the other one.
+        self.store = PrefixStore("watchdog", store.clone() if hasattr(store, "clone") else store)
+        self.say = say or (lambda text: print(text, file=sys.stderr, flush=True))
+        self.leave = leave
+        self.position = _Position()
+        self.on_launcher_gone: Callable[[], None] = lambda: None
+        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self._alarms_answered, self._reported = 0, -1
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+
+    def start(self) -> None:
+        """Begin to watch."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._ended.set()
+        self._thread.join(5)
+
+    def note(self, phase: str, iteration: int | None = None) -> None:
+        """The rank has come to ``phase``: a sign of progress."""
+        old = self.position
+        self.position = _Position(old.number + 1, phase, old.iteration if iteration is None else iteration)
+
+    def watch(self, iterator: Iterator | None) -> Iterator | None:
+        """``iterator``, with the wait for each of its items noted as a phase."""
+        return None if iterator is None else self._noted(iterator)
+
+    def _noted(self, iterator: Iterator) -> Iterator:
+        while True:
+            phase = self.position.phase
+            self.note("waiting for data")
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            self.note(phase)
+            yield item
+
+    def tell(self, reason: str) -> None:
+        """Leave the reason why this rank ends where the others find it; the first of a job counts."""
+        with contextlib.suppress(RuntimeError):
+            if not self.store.check(["failure"]):
+                self.store.set("failure", reason)
+
+    def reason_elsewhere(self) -> str | None:
+        """Why another rank failed, if it has said so, or says so soon."""
+        deadline = time.monotonic() + REASON_SECONDS
+        with contextlib.suppress(RuntimeError):
+            while True:
+                if self.store.check(["failure"]):
+                    return self.store.get("failure").decode()
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(0.1)
+        return None
+
+    def _run(self) -> None:
+        interval = min(5.0, self.patience / 4) if self.patience else 5.0
+        told_at: float | None = None
+        while not self._ended.wait(interval):
+            if self._launcher is not None and os.getppid() != self._launcher:
+                self._launcher = None
+                self.say(f"rank {self.rank}: the launcher has gone; saving and ending")
+                self.on_launcher_gone()
+            try:
+                self._look()
+                failed = self.world_size > 1 and self.store.check(["failure"])
+                reason = self.store.get("failure").decode() if failed else ""
+            except RuntimeError:
+                continue  # the store has gone with its process: the main thread notices by itself
+            if failed and told_at is None:
+                told_at = time.monotonic()
+            elif failed and time.monotonic() - told_at > GRACE_SECONDS:
+                self.say(f"rank {self.rank} ends, because {reason}")
+                flush()
+                self.leave(1)
+
+    def _look(self) -> None:
+        here = self.position
+        stuck = self.patience and time.monotonic() - here.since > self.patience
+        state = {"phase": here.phase, "iteration": here.iteration, "number": here.number}
+        state |= {"waited": time.monotonic() - here.since, "time": time.time()}
+        self.store.set(f"rank{self.rank}", json.dumps(state))
+        if stuck and here.number != self._reported:
+            self._reported = here.number
+            self._report(here)
+        alarms = self.store.add("alarms", 0)
+        if alarms > self._alarms_answered:
+            self._alarms_answered = alarms
+            self.say(f"rank {self.rank}: stacks of all threads, because a rank makes no progress")
+            faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+
+    def _report(self, here: _Position) -> None:
+        """One rank tells of all; every rank then shows its stacks."""
+        where = f"in {here.phase}, after iteration {here.iteration}"
+        lines = [f"rank {self.rank} makes no progress: {time.monotonic() - here.since:.0f} s {where}"]
+        # Those that wait for the culprit are all reported within moments: the first tells of all.
+        if self.store.add(f"report{here.iteration}", 1) == 1:
+            lines += self._table()
+            self.store.add("alarms", 1)
+        self.say("\n".join(lines))
+
+    def _table(self) -> list[str]:
+        states = {}
+        for rank in range(self.world_size):
+            if self.store.check([f"rank{rank}"]):
+                states[rank] = json.loads(self.store.get(f"rank{rank}"))
+        least = min(state["number"] for state in states.values())
+        lines = []
+        for rank, state in states.items():
+            silent = time.time() - state["time"]
+            told = (
+                f"{state['waited'] + silent:.0f} s in {state['phase']}, after iteration {state['iteration']}"
+            )
+            if silent > max(15.0, self.patience):
+                told += f"; NO SIGN OF LIFE for {silent:.0f} s: look at this one first"
+            elif state["number"] == least and any(s["number"] > least for s in states.values()):
+                told += "; got least far"
+            lines.append(f"    rank {rank}: {told}")
+        return lines
