@@ -35,6 +35,29 @@ def sha256_file(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+#: A file up to all of these pieces is read whole by ``pieces_digest``.
+PIECES, PIECE_BYTES = 256, 1 << 16
+
+
+def pieces_digest(path: str | Path) -> str:
+    """sha256 of a file's length and of pieces spread evenly over it; of up to 16 MiB, all of it.
+
+    Takes hundredths of a second whatever the size: it tells another file of the same length, a part
+    full of zeros or a piece of another file, though not a single changed byte of a long one.
+    """
+    size = os.path.getsize(path)
+    last = max(0, size - PIECE_BYTES)
+    starts = range(0, last + 1, PIECE_BYTES)
+    if len(starts) > PIECES:
+        starts = [last * i // (PIECES - 1) for i in range(PIECES)]
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        for start in (*starts, last):
+            file.seek(start)
+            digest.update(file.read(PIECE_BYTES))
+    return digest.hexdigest()
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

@@ -1,7 +1,7 @@
 """The manifest beside a dataset: ``PREFIX.json`` says what PREFIX.bin and PREFIX.idx were made of.
 
     {"format": "megatron_ext.dataset/1", "dtype": "uint16", "documents": ..., "tokens": ...,
-     "files": {"bin": {"bytes": ..., "sha256": ...}, "idx": {...}},
+     "files": {"bin": {"bytes": ..., "sha256": ..., "pieces_sha256": ...}, "idx": {...}},
      "tokenizer": {"type": ..., "name": ..., "sha256": ..., "vocab_size": ..., "eod": ...},
      "options": {...}, "inputs": [{"name": ..., "bytes": ..., "sha256": ...}], "lines": {...}}
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_ext.data.files import write_aside
+from megatron_ext.data.files import pieces_digest, write_aside
 from megatron_ext.data.indexed import DatasetError, Index, bin_path, check_layout, manifest_path, map_tokens
 
 FORMAT = "megatron_ext.dataset/1"
@@ -25,7 +25,7 @@ def read_manifest(prefix: str | Path) -> dict | None:
     """The manifest of a dataset, or None if there is none.
 
     Raises:
-        DatasetError: PREFIX.json is there and is no manifest.
+        DatasetError: PREFIX.json is there and is no manifest, or has entries of another form.
     """
     path = manifest_path(prefix)
     try:
@@ -38,9 +38,35 @@ def read_manifest(prefix: str | Path) -> dict | None:
         manifest = json.loads(text)
         if manifest["format"] != FORMAT:
             raise ValueError(f"its format is {manifest['format']!r}, not {FORMAT!r}")
-    except (ValueError, KeyError, TypeError) as error:
+        _require_form(manifest)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DatasetError(f"{path}: not a dataset's manifest ({error}); remove or restore it") from error
     return manifest
+
+
+_KINDS = {
+    **dict.fromkeys(("documents", "sequences", "tokens"), int),
+    **dict.fromkeys(("files", "tokenizer", "options", "lines"), dict),
+    **dict.fromkeys(("inputs", "merged_from"), list),
+}
+
+
+def _require_form(manifest: dict) -> None:
+    """Raise ValueError for an entry of another kind, and for a file that is not .bin or .idx."""
+    for name, kind in _KINDS.items():
+        if type(manifest.get(name, kind())) is not kind:
+            raise ValueError(f"its {name!r} is not of type {kind.__name__}")
+    for suffix, facts in manifest.get("files", {}).items():
+        if suffix not in ("bin", "idx"):
+            raise ValueError(f"its files may be bin and idx, not {suffix!r}")
+        sound = isinstance(facts, dict) and type(facts.get("bytes")) is int
+        if not sound or not all(isinstance(facts.get(key, ""), str) for key in ("sha256", "pieces_sha256")):
+            raise ValueError(f"what it says of the file {suffix!r} is not of the form that it has here")
+    tokenizer = manifest.get("tokenizer", {})
+    if not all(isinstance(tokenizer.get(key, ""), str | None) for key in ("sha256", "name")):
+        raise ValueError("its 'tokenizer' has another form")
+    if not all(isinstance(entry, dict) for entry in manifest.get("inputs", [])):
+        raise ValueError("its 'inputs' have another form")
 
 
 def write_manifest(prefix: str | Path, manifest: dict) -> None:
@@ -52,13 +78,16 @@ def write_manifest(prefix: str | Path, manifest: dict) -> None:
 def check_dataset(prefix: str | Path, tokenizer=None) -> Index:
     """Check that a dataset is whole and was made with ``tokenizer``; takes a fraction of a second.
 
+    Files of up to 16 MiB are compared with the manifest byte for byte, longer ones in pieces
+    (``inspect.verify`` reads everything).
+
     Raises:
-        DatasetError: it is truncated, mixed up with another, or of another tokenizer.
+        DatasetError: it is truncated, altered, mixed up with another, or of another tokenizer.
     """
     index = check_layout(prefix)
     manifest = read_manifest(prefix)
     if manifest is not None:
-        _check_sizes(prefix, manifest)
+        _check_files(prefix, manifest)
     if tokenizer is None:
         return index
     if manifest is not None and manifest.get("tokenizer", {}).get("sha256"):
@@ -68,7 +97,7 @@ def check_dataset(prefix: str | Path, tokenizer=None) -> Index:
     return index
 
 
-def _check_sizes(prefix: str | Path, manifest: dict) -> None:
+def _check_files(prefix: str | Path, manifest: dict) -> None:
     for suffix, facts in manifest.get("files", {}).items():
         path = Path(f"{prefix}.{suffix}")
         size = path.stat().st_size
@@ -76,6 +105,12 @@ def _check_sizes(prefix: str | Path, manifest: dict) -> None:
             raise DatasetError(
                 f"{path}: {size:,} bytes, but {manifest_path(prefix).name} says {facts['bytes']:,}: "
                 "it was replaced or cut off; make the dataset again"
+            )
+        # Manifests of earlier versions do not have it.
+        if "pieces_sha256" in facts and pieces_digest(path) != facts["pieces_sha256"]:
+            raise DatasetError(
+                f"{path}: was altered or replaced since {manifest_path(prefix).name} was written; "
+                "copy it again or make the dataset again"
             )
 
 

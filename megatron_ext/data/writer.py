@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_ext.data.files import pieces_digest
 from megatron_ext.data.indexed import bin_path, idx_path, manifest_path, write_index
 from megatron_ext.data.manifest import write_manifest
 
@@ -16,7 +17,7 @@ from megatron_ext.data.manifest import write_manifest
 class Written:
     """A dataset that is complete on disk, but not yet under its name.
 
-    ``files`` holds size and sha256 of "bin" and "idx", as the manifest has them.
+    ``files`` holds size and checksums of "bin" and "idx", as the manifest has them.
     """
 
     prefix: str
@@ -105,10 +106,14 @@ class _Hashing:
 
 
 def _write(path: Path, write: Callable) -> dict:
-    """Write a file and wait until it is on disk; its size and sha256."""
+    """Write a file and wait until it is on disk; what the manifest says of it."""
     with open(path, "wb") as raw:
         file = _Hashing(raw)
         write(file)
         raw.flush()
         os.fsync(raw.fileno())
-    return {"bytes": path.stat().st_size, "sha256": file.digest.hexdigest()}
+    return {
+        "bytes": path.stat().st_size,
+        "sha256": file.digest.hexdigest(),
+        "pieces_sha256": pieces_digest(path),
+    }

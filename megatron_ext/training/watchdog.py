@@ -25,8 +25,8 @@ from megatron_ext.training.errors import LostProcess
 
 #: A rank that was told of another's failure gets this long to end by itself.
 GRACE_SECONDS = 10.0
-#: After a lost connection: how long to wait for the one that broke it to say why.
-REASON_SECONDS = 3.0
+#: After a lost connection: how long to wait for the reason. A rank that fails tells it before it ends.
+REASON_SECONDS = 0.5
 
 
 @contextlib.contextmanager
