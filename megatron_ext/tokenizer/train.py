@@ -9,7 +9,8 @@ import gzip
 import io
 import lzma
 import random
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -23,6 +24,8 @@ from megatron_ext.data.preprocess.sources import Source, find_sources
 #: sentencepiece skips longer lines; a longer line of ours is cut.
 MAX_LINE_CHARACTERS = 2000
 SPECIAL_PIECES = 3 + 256  # <unk> <s> </s> and the bytes
+#: Share of a text's characters that get a piece of their own, as in Llama's tokenizers; the rest is bytes.
+CHARACTER_COVERAGE = 0.9995
 
 
 class TrainingTextError(ValueError):
@@ -61,31 +64,55 @@ def train_tokenizer(
     draw = random.Random(seed)
     kept = [draw.random() < keep for _ in sizes]
     used = sum(size for size, wanted in zip(sizes, kept, strict=True) if wanted)
-    texts = (text for text, wanted in zip(_texts(sources, key), kept, strict=True) if wanted)
-    model = io.BytesIO()
+
+    def texts() -> Iterator[bytes]:
+        return (text for text, wanted in zip(_texts(sources, key), kept, strict=True) if wanted)
+
     try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(line for text in texts for line in _lines(text)),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            byte_fallback=True,
-            split_digits=True,
-            character_coverage=0.9995,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            max_sentence_length=4 * MAX_LINE_CHARACTERS,
-            num_threads=1,
-            minloglevel=2,
-        )
+        model = _train(texts, vocab_size)
     except RuntimeError as error:
         raise TrainingTextError(
             f"sentencepiece could not make {vocab_size} pieces from {used} bytes of text: {error}"
         ) from error
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_aside(output, lambda file: file.write(model.getvalue()))
+    write_aside(output, lambda file: file.write(model))
     return Sample(len(sizes), sum(sizes), sum(kept), used)
+
+
+def _train(texts: Callable[[], Iterator[bytes]], vocab_size: int) -> bytes:
+    """The model file; ``texts`` is read twice."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(line for text in texts() for line in _lines(text)),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        byte_fallback=True,
+        split_digits=True,
+        character_coverage=character_coverage(texts(), (vocab_size - SPECIAL_PIECES) // 2),
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        max_sentence_length=4 * MAX_LINE_CHARACTERS,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+def character_coverage(texts: Iterable[bytes], most: int) -> float:
+    """The share of the text's characters that the ``most`` frequent ones cover, at most 0.9995.
+
+    A Chinese text has more characters than a small vocabulary has pieces: the rare ones become
+    bytes, so that half of the pieces are left for what is longer than one character.
+    """
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(text.decode("utf-8"))
+    frequencies = [count for _, count in counts.most_common()]
+    # One less: sentencepiece takes characters until the coverage is reached, the last one included.
+    covered = sum(frequencies[: max(1, most - 1)]) / max(1, sum(frequencies))
+    return min(CHARACTER_COVERAGE, covered)
 
 
 def _texts(sources: list[Source], key: str) -> Iterator[bytes]:

@@ -52,3 +52,18 @@ def test_too_little_text_for_the_vocabulary(tmp_path):
     corpus.write_text('{"text": "short"}\n')
     with pytest.raises(TrainingTextError, match="could not make 4000 pieces"):
         train_tokenizer([str(corpus)], tmp_path / "my.model", 4000, **SETTINGS)
+
+
+def test_more_characters_than_pieces(tmp_path):
+    """Chinese text with a small vocabulary: half of the pieces are characters, rare ones become bytes."""
+    corpus = tmp_path / "zh.jsonl"
+    characters = [chr(0x4E00 + i) for i in range(2000)]
+    common = "".join(characters[:40])
+    lines = [common + characters[i] + characters[(7 * i) % 40] * 2 for i in range(2000)]
+    corpus.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines), encoding="utf-8")
+    model = tmp_path / "my.model"
+    train_tokenizer([str(corpus)], model, 400, **SETTINGS)
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    pieces = [tokenizer.id_to_piece(i) for i in range(259, tokenizer.vocab_size())]
+    assert 30 < sum(len(piece) == 1 for piece in pieces) <= (400 - 259) // 2 + 1
+    assert all(tokenizer.decode(tokenizer.encode(line)) == line for line in lines[::100])
