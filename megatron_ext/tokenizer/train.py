@@ -80,16 +80,21 @@ def train_tokenizer(
 
 
 def _train(texts: Callable[[], Iterator[bytes]], vocab_size: int) -> bytes:
-    """The model file; ``texts`` is read twice."""
+    """The model file; ``texts`` is read twice.
+
+    sentencepiece gives every character a piece, or refuses. A Chinese text has more characters than
+    a small vocabulary has pieces, so text is cut at the rare ones, which become bytes.
+    """
+    cut = dict.fromkeys(map(ord, rare_characters(texts(), (vocab_size - SPECIAL_PIECES) // 2)), "\n")
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(line for text in texts() for line in _lines(text)),
+        sentence_iterator=(line for text in texts() for line in _lines(text.decode("utf-8").translate(cut))),
         model_writer=model,
         model_type="bpe",
         vocab_size=vocab_size,
         byte_fallback=True,
         split_digits=True,
-        character_coverage=character_coverage(texts(), (vocab_size - SPECIAL_PIECES) // 2),
+        character_coverage=1.0,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         allow_whitespace_only_pieces=True,
@@ -100,19 +105,17 @@ def _train(texts: Callable[[], Iterator[bytes]], vocab_size: int) -> bytes:
     return model.getvalue()
 
 
-def character_coverage(texts: Iterable[bytes], most: int) -> float:
-    """The share of the text's characters that the ``most`` frequent ones cover, at most 0.9995.
-
-    A Chinese text has more characters than a small vocabulary has pieces: the rare ones become
-    bytes, so that half of the pieces are left for what is longer than one character.
-    """
+def rare_characters(texts: Iterable[bytes], most: int) -> set[str]:
+    """All characters but the most frequent ones that cover 99.95 % of the text, of which at most ``most``."""
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(text.decode("utf-8"))
-    frequencies = [count for _, count in counts.most_common()]
-    # One less: sentencepiece takes characters until the coverage is reached, the last one included.
-    covered = sum(frequencies[: max(1, most - 1)]) / max(1, sum(frequencies))
-    return min(CHARACTER_COVERAGE, covered)
+    wanted, covered, rare = CHARACTER_COVERAGE * sum(counts.values()), 0, set()
+    for rank, (character, count) in enumerate(sorted(counts.items(), key=lambda item: (-item[1], item[0]))):
+        if rank >= most or covered >= wanted:
+            rare.add(character)
+        covered += count
+    return rare
 
 
 def _texts(sources: list[Source], key: str) -> Iterator[bytes]:
@@ -139,7 +142,7 @@ def _open(source: Source) -> BinaryIO:
     return openers[source.kind](source.path, "rb")
 
 
-def _lines(text: bytes) -> Iterator[str]:
-    for line in text.decode("utf-8").split("\n"):
+def _lines(text: str) -> Iterator[str]:
+    for line in text.split("\n"):
         for start in range(0, len(line), MAX_LINE_CHARACTERS):
             yield line[start : start + MAX_LINE_CHARACTERS]
