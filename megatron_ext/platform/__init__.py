@@ -15,7 +15,7 @@ import sys
 from datetime import timedelta
 from functools import cache
 
-from megatron_ext.platform import loader
+from megatron_ext.platform import loader, network
 from megatron_ext.platform.seams import SUPPORTED_MEGATRON_CORE
 
 _device_type: str | None = None
@@ -110,8 +110,8 @@ def default_backend() -> str:
 def init_process_group(backend: str | None, rank: int, world_size: int, local_rank: int, timeout: timedelta):
     """Join the job's processes; alone, without a launcher, the process is a world of one.
 
-    gloo on one host is bound to the loopback interface, because resolving the host's own name
-    fails on many laptops (pytorch/pytorch#26049). A group that was joined before is kept.
+    gloo is bound to the interface that leads to the first host (``network.py``), unless
+    GLOO_SOCKET_IFNAME names one. A group that was joined before is kept.
     """
     import torch
 
@@ -121,8 +121,10 @@ def init_process_group(backend: str | None, rank: int, world_size: int, local_ra
         torch.cuda.set_device(local_rank)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     backend = backend or default_backend()
-    if "gloo" in backend and os.environ["MASTER_ADDR"] in ("127.0.0.1", "localhost"):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    if "gloo" in backend and "GLOO_SOCKET_IFNAME" not in os.environ:
+        interface = network.gloo_interface(os.environ["MASTER_ADDR"])
+        if interface is not None:
+            os.environ["GLOO_SOCKET_IFNAME"] = interface
     store = None if "MASTER_PORT" in os.environ else torch.distributed.HashStore()
     torch.distributed.init_process_group(
         backend, store=store, rank=rank, world_size=world_size, timeout=timeout

@@ -25,7 +25,16 @@ DOCUMENTS = [
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_ENTRY_LINES = 350, 60, 150
 CUDA_PLACES = ("megatron_ext/platform/", "megatron_ext/models/fused_triton.py")
 #: Launchers' and other programs' flags that documents mention.
-FOREIGN_FLAGS = {"--nproc-per-node", "--nnodes", "--standalone", "--logdir", "--no-build-isolation"}
+FOREIGN_FLAGS = {
+    "--nproc-per-node",
+    "--nnodes",
+    "--ntasks",
+    "--cpus-per-task",
+    "--signal",
+    "--standalone",
+    "--logdir",
+    "--no-build-isolation",
+}
 
 
 def relative(path: Path) -> str:

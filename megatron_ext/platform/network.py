@@ -1,0 +1,44 @@
+"""Which network interface leads to the other hosts of a job."""
+
+import os
+import socket
+import sys
+
+LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
+
+
+def gloo_interface(master: str) -> str | None:
+    """The interface that gloo is bound to: the one towards ``master``, the address of the first host.
+
+    On one host it is the loopback interface. None leaves the choice to gloo, which resolves the
+    host's own name, and fails where that name is not known or stands for the loopback address
+    (pytorch/pytorch#26049).
+    """
+    if master in ("127.0.0.1", "localhost") or int(os.environ.get("LOCAL_WORLD_SIZE", 0)) == int(
+        os.environ.get("WORLD_SIZE", 1)
+    ):
+        return LOOPBACK
+    own = _address_towards(master)
+    if own is None or own.startswith("127."):
+        return None
+    return _interface_of(own)
+
+
+def _address_towards(host: str) -> str | None:
+    """This host's address on the way to another; a connected datagram socket sends nothing."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)
+            return probe.getsockname()[0]
+    except OSError:
+        return None
+
+
+def _interface_of(address: str) -> str | None:
+    import psutil
+
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(found.address.split("%")[0] == address for found in addresses):
+            return name
+    return None
