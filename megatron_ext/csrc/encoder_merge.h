@@ -14,16 +14,20 @@ constexpr uint32_t kNone = 0xFFFFFFFFu;
 // A node number takes 20 bits of a pair table entry.
 constexpr uint32_t kMaxNodes = (1u << 20) - 1;
 
-// (left, right) -> merged node. Open addressing in 8 bytes an entry.
+// (left, right) -> merged node. Open addressing in 8 bytes an entry, behind a filter that fits the second-level cache:
+// most pairs asked for are not there.
 class PairTable {
  public:
   explicit PairTable(size_t expected = 0) {
     while ((size_t{1} << bits_) < expected * 2 + 16) ++bits_;
     entries_.assign(size_t{1} << bits_, 0);
+    filter_.assign((size_t{1} << kFilterBits) / 64, 0);
   }
 
   void insert(uint32_t left, uint32_t right, uint32_t merged) {
     const uint64_t key = key_of(left, right);
+    const uint64_t bit = filter_bit(key);
+    filter_[bit >> 6] |= uint64_t{1} << (bit & 63);
     size_t at = slot(key);
     while (entries_[at] != 0 && entries_[at] >> 20 != key) at = (at + 1) & (entries_.size() - 1);
     entries_[at] = key << 20 | merged;
@@ -31,6 +35,8 @@ class PairTable {
 
   uint32_t find(uint32_t left, uint32_t right) const {
     const uint64_t key = key_of(left, right);
+    const uint64_t bit = filter_bit(key);
+    if ((filter_[bit >> 6] >> (bit & 63) & 1) == 0) return kNone;
     for (size_t at = slot(key);; at = (at + 1) & (entries_.size() - 1)) {
       const uint64_t entry = entries_[at];
       if (entry >> 20 == key) return static_cast<uint32_t>(entry) & kMaxNodes;
@@ -45,7 +51,11 @@ class PairTable {
   }
   size_t slot(uint64_t key) const { return key * 0x9E3779B97F4A7C15u >> (64 - bits_); }
 
+  static constexpr uint32_t kFilterBits = 20;
+  static size_t filter_bit(uint64_t key) { return key * 0x9E3779B97F4A7C15u >> (64 - kFilterBits); }
+
   uint32_t bits_ = 4;
+  std::vector<uint64_t> filter_;
   std::vector<uint64_t> entries_;
 };
 

@@ -1,6 +1,7 @@
 // Encodes documents, one at a time; each thread has a worker of its own.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -54,14 +55,13 @@ class Buffer {
   size_t size_ = 0, capacity_ = 0;
 };
 
-// Results of short segments met before: fixed in size, two places a hash value, the older one is overwritten.
+// Results of segments met before: fixed in size, two places a hash value, the older one is overwritten.
+template <uint32_t kWords, uint32_t kMaxIds, uint32_t kBits>
 class SegmentCache {
  public:
-  static constexpr uint32_t kMaxBytes = 16, kMaxIds = 3;
+  static constexpr uint32_t kMaxBytes = 8 * kWords;
 
-  struct Key {
-    uint64_t low, high;
-  };
+  using Key = std::array<uint64_t, kWords>;
   struct alignas(32) Entry {
     Key key;
     uint16_t bytes;  // 0: empty
@@ -71,27 +71,52 @@ class SegmentCache {
 
   SegmentCache() : entries_(size_t{2} << kBits, Entry{}) {}
 
-  // The bytes of a segment; 16 bytes must be readable at `at`.
+  // The bytes of a segment; kMaxBytes must be readable at `at`.
   static Key key_of(const uint8_t* at, uint32_t bytes) {
     Key key;
-    std::memcpy(&key, at, 16);
-    if (bytes <= 8) return {key.low & ~uint64_t{0} >> (64 - 8 * bytes), 0};
-    return {key.low, key.high & ~uint64_t{0} >> (128 - 8 * bytes)};
+    std::memcpy(key.data(), at, kMaxBytes);
+    for (uint32_t i = 0; i < kWords; ++i) {
+      if (bytes < 8 * (i + 1)) key[i] &= bytes > 8 * i ? ~uint64_t{0} >> (64 * (i + 1) - 8 * bytes) : 0;
+    }
+    return key;
   }
-  static uint32_t slot_of(Key key, uint32_t bytes) {
-    const uint64_t mixed = (key.low ^ (key.high + bytes) * 0xD6E8FEB86659FD93u) * 0x9E3779B97F4A7C15u;
+  static uint32_t slot_of(const Key& key, uint32_t bytes) {
+    uint64_t mixed = key[0];
+    for (uint32_t i = 1; i < kWords; ++i) mixed ^= (key[i] + bytes) * (0xD6E8FEB86659FD93u + 2 * i);
+    mixed *= 0x9E3779B97F4A7C15u;
     return static_cast<uint32_t>((mixed ^ mixed >> 29) * 0xBF58476D1CE4E5B9u >> (64 - kBits));
   }
-  Entry* place(uint32_t slot) { return &entries_[size_t{2} * slot]; }
 
-  static bool holds(const Entry& entry, Key key, uint32_t bytes) {
-    return entry.bytes == bytes && entry.key.low == key.low && entry.key.high == key.high;
+  const Entry* place(uint32_t slot) const { return &entries_[size_t{2} * slot]; }
+
+  // nullptr if the segment is not there.
+  const Entry* find(const Key& key, uint32_t bytes, uint32_t slot) const {
+    const Entry* entry = place(slot);
+    for (uint32_t way = 0; way < 2; ++way, ++entry) {
+      uint64_t differs = entry->bytes ^ bytes;
+      for (uint32_t i = 0; i < kWords; ++i) differs |= entry->key[i] ^ key[i];
+      if (differs == 0) return entry;
+    }
+    return nullptr;
+  }
+
+  // Does nothing if there are too many ids.
+  void put(const Key& key, uint32_t bytes, uint32_t slot, const uint32_t* ids, size_t count) {
+    if (count > kMaxIds) return;
+    Entry* entry = &entries_[size_t{2} * slot];
+    entry[1] = entry[0];
+    entry->key = key;
+    entry->bytes = static_cast<uint16_t>(bytes);
+    entry->count = static_cast<uint16_t>(count);
+    std::memcpy(entry->ids, ids, count * sizeof(uint32_t));
   }
 
  private:
-  static constexpr uint32_t kBits = 15;
   std::vector<Entry> entries_;
 };
+
+using WordCache = SegmentCache<2, 3, 16>;    // entries of 32 bytes, 4 MiB
+using PhraseCache = SegmentCache<5, 5, 12>;  // entries of 64 bytes, half a MiB
 
 class Worker {
  public:
@@ -118,7 +143,7 @@ class Worker {
     uint32_t chars;  // 1, 2 or 3 for more
     union {
       uint32_t codes[2];  // of one or two characters
-      SegmentCache::Key key;
+      WordCache::Key key;
     };
     uint32_t slot;
   };
@@ -217,10 +242,10 @@ class Worker {
 
   void enqueue(Segment& segment, size_t bytes) {
     segment.bytes = static_cast<uint32_t>(bytes);
-    if (segment.chars > 2 && bytes <= SegmentCache::kMaxBytes) {
-      segment.key = SegmentCache::key_of(segment.at, segment.bytes);
-      segment.slot = SegmentCache::slot_of(segment.key, segment.bytes);
-      __builtin_prefetch(cache_.place(segment.slot));
+    if (segment.chars > 2 && bytes <= WordCache::kMaxBytes) {
+      segment.key = WordCache::key_of(segment.at, segment.bytes);
+      segment.slot = WordCache::slot_of(segment.key, segment.bytes);
+      __builtin_prefetch(words_.place(segment.slot));
     }
     if (++queued_ == kQueue) resolve_queue();
   }
@@ -236,20 +261,21 @@ class Worker {
   void resolve(const Segment& segment) {
     if (segment.chars <= 2) {
       resolve_chars(segment);
-      return;
-    }
-    if (segment.bytes > SegmentCache::kMaxBytes) {
-      merge(segment);
-      return;
-    }
-    SegmentCache::Entry* place = cache_.place(segment.slot);
-    if (SegmentCache::holds(place[0], segment.key, segment.bytes)) {
-      emit_cached(place[0]);
-    } else if (SegmentCache::holds(place[1], segment.key, segment.bytes)) {
-      emit_cached(place[1]);
+    } else if (segment.bytes <= WordCache::kMaxBytes) {
+      look_up(segment, words_, segment.key, segment.slot);
+    } else if (segment.bytes <= PhraseCache::kMaxBytes) {
+      const PhraseCache::Key key = PhraseCache::key_of(segment.at, segment.bytes);
+      look_up(segment, phrases_, key, PhraseCache::slot_of(key, segment.bytes));
     } else {
-      remember(segment, merge(segment));
+      merge(segment);
     }
+  }
+
+  template <typename Cache>
+  void look_up(const Segment& segment, Cache& cache, const typename Cache::Key& key, uint32_t slot) {
+    if (const auto* entry = cache.find(key, segment.bytes, slot)) return emit_cached(*entry);
+    const size_t begin = merge(segment);
+    cache.put(key, segment.bytes, slot, out_.data() + begin, out_.size() - begin);
   }
 
   void resolve_chars(const Segment& segment) {
@@ -283,7 +309,8 @@ class Worker {
     for (uint32_t i = 0; i < size; ++i) emit(static_cast<uint32_t>(t_.byte_ids[bytes[i]]));
   }
 
-  void emit_cached(const SegmentCache::Entry& entry) {
+  template <typename Entry>
+  void emit_cached(const Entry& entry) {
     uint32_t* to = out_.data() + out_.size();
     const bool after_unknown = !t_.byte_fallback && entry.ids[0] == static_cast<uint32_t>(t_.unknown_id) &&
                                out_.size() > 0 && to[-1] == entry.ids[0];
@@ -315,20 +342,10 @@ class Worker {
     return begin - swallowed;
   }
 
-  void remember(const Segment& segment, size_t begin) {
-    const size_t count = out_.size() - begin;
-    if (count > SegmentCache::kMaxIds) return;
-    SegmentCache::Entry* place = cache_.place(segment.slot);
-    place[1] = place[0];
-    place[0].key = segment.key;
-    place[0].bytes = static_cast<uint16_t>(segment.bytes);
-    place[0].count = static_cast<uint16_t>(count);
-    std::memcpy(place[0].ids, out_.data() + begin, count * sizeof(uint32_t));
-  }
-
   const Tables& t_;
   Merger merger_;
-  SegmentCache cache_;
+  WordCache words_;
+  PhraseCache phrases_;
   Buffer<uint8_t> text_;
   Buffer<uint32_t> out_;
   Segment queue_[kQueue];
