@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from megatron_ext.tokenizer import NativeEncoder
 from megatron_ext.tokenizer import encoder as encoder_module
-from megatron_ext.tokenizer.encoder import NativeEncoder
 from tests.unit.tokenizer import sample_models as samples
 from tests.unit.tokenizer.sample_models import BYTE, NORMAL, UNUSED, USER_DEFINED
 
