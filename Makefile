@@ -1,5 +1,5 @@
 # The commands of daily work; CI runs tests/run.sh.
-.PHONY: setup style lint test test-gpu smoke
+.PHONY: setup style lint test test-gpu test-long smoke
 BIN := .venv/bin
 
 setup:
@@ -16,6 +16,10 @@ lint: setup
 
 test:
 	bash tests/run.sh
+
+# Minutes of work that CI leaves out: every document of the corpus, twenty kills, a gigabyte.
+test-long: setup
+	LONG_TESTS=1 $(BIN)/python -m pytest -s tests/unit/data/test_preprocess_long.py tests/unit/tokenizer/test_encoder.py
 
 test-gpu: setup
 	TEST_DEVICE=cuda $(BIN)/python -m pytest tests/gpu

@@ -23,6 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron_ext.models.presets import PRESETS
 from megatron_ext.tokenizer.compress_run import compress
 
 
@@ -55,14 +56,32 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def problems(args: argparse.Namespace) -> list[str]:
+    """Everything that is wrong with the combination of flags."""
+    found = []
+    if not (args.input or args.dataset or args.counts):
+        found.append("nothing to count: give --input, --dataset or --counts")
+    if args.workers < 1:
+        found.append("--workers must be 1 or more")
+    if "-" in args.input and args.vocab_size is not None:
+        found.append("--input -: the text is read twice, which standard input does not allow; count it first")
+    if args.vocab_size is None and args.report:
+        found.append("--report needs --vocab-size")
+    if args.vocab_size is None and args.drop_fillers:
+        found.append("--drop-fillers needs --vocab-size")
+    if args.validation and not args.report:
+        found.append("--validation needs --report")
+    if args.model_preset not in PRESETS:
+        found.append(f"--model-preset {args.model_preset}: not one of {', '.join(PRESETS)}")
+    return found
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run; returns the exit code."""
     arguments = parser()
     args = arguments.parse_args(argv)
-    if not (args.input or args.dataset or args.counts):
-        arguments.error("nothing to count: give --input, --dataset or --counts")
-    if args.workers < 1:
-        arguments.error("--workers must be 1 or more")
+    if found := problems(args):
+        arguments.error("; ".join(found))
     try:
         summary = compress(args)
     except (ValueError, OSError, LookupError) as error:

@@ -173,22 +173,30 @@ def _add_output(out: argparse._ArgumentGroup) -> None:
     out.add_argument("--json", action="store_true", help="print the summary as one JSON object")
 
 
+def problems(args: argparse.Namespace) -> list[str]:
+    """Everything that is wrong with the combination of flags."""
+    keys, found = args.json_keys, []
+    if args.tokenizer_type == "NullTokenizer" and args.vocab_size is None:
+        found.append("--tokenizer-type NullTokenizer needs --vocab-size")
+    if args.tokenizer_type != "NullTokenizer" and args.tokenizer_model is None:
+        found.append(f"--tokenizer-type {args.tokenizer_type} needs --tokenizer-model")
+    if args.shard and args.dedup:
+        found.append("--dedup looks at all documents, --shard only at a part: give one of them")
+    if args.shard and "-" in args.input:
+        found.append("--shard needs input files, standard input cannot be divided")
+    if args.input.count("-") > 1:
+        found.append("--input: standard input can be read once")
+    if len(set(keys)) < len(keys):
+        found.append("--json-keys: a key is given twice")
+    if bad := [key for key in keys if not key or "/" in key]:
+        found.append(f"--json-keys {bad[0]!r}: becomes part of a file name, and cannot hold '/' or be empty")
+    return found
+
+
 def options(args: argparse.Namespace, p: argparse.ArgumentParser) -> Options:
     """The run that the flags ask for; flags that contradict each other exit with code 2."""
-    if args.tokenizer_type == "NullTokenizer" and args.vocab_size is None:
-        p.error("--tokenizer-type NullTokenizer needs --vocab-size")
-    if args.tokenizer_type != "NullTokenizer" and args.tokenizer_model is None:
-        p.error(f"--tokenizer-type {args.tokenizer_type} needs --tokenizer-model")
-    if args.shard and args.dedup:
-        p.error("--dedup looks at all documents, --shard only at a part: give one of them")
-    if args.shard and "-" in args.input:
-        p.error("--shard needs input files, standard input cannot be divided")
-    if args.input.count("-") > 1:
-        p.error("--input: standard input can be read once")
-    if len(set(args.json_keys)) < len(args.json_keys):
-        p.error("--json-keys: a key is given twice")
-    if bad := [key for key in args.json_keys if not key or "/" in key]:
-        p.error(f"--json-keys {bad[0]!r}: becomes part of a file name, and cannot hold '/' or be empty")
+    if found := problems(args):
+        p.error("; ".join(found))
     tokenizer = argparse.Namespace(
         **{name: value for name, value in vars(args).items() if name.startswith("tokenizer_")},
         vocab_size=args.vocab_size,

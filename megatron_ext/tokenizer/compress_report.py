@@ -154,6 +154,8 @@ def _markdown(report: dict, drawn: bool) -> str:
             share,
         )
         lines.append(f"| {' | '.join(row)} |")
+    lines += _by_group(report["curve"], "coverage", "{:.1%}")
+    lines += _by_group(report["curve"], "tokens_per_byte", "{:.3f}")
     if report["held_out"]:
         lines += [
             "",
@@ -173,6 +175,17 @@ def _markdown(report: dict, drawn: bool) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _by_group(points: list[dict], what: str, form: str) -> list[str]:
+    """A table of one number: groups of the counted text down, vocabulary sizes across."""
+    sizes = " | ".join(f"{point['vocab_size']:,}" for point in points)
+    lines = ["", f"## {what.replace('_', ' ').replace('per', 'a').capitalize()} of each group", ""]
+    lines += [f"| group | {sizes} |", f"| --- |{' --- |' * len(points)}"]
+    for group in points[0]["groups"]:
+        cells = " | ".join(form.format(point["groups"][group][what]) for point in points)
+        lines.append(f"| {group} | {cells} |")
+    return lines
+
+
 def _draw(report: dict, path: Path) -> bool:
     try:
         import matplotlib
@@ -183,20 +196,21 @@ def _draw(report: dict, path: Path) -> bool:
 
     points = report["curve"]
     sizes = [point["vocab_size"] for point in points]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4))
     left.plot(sizes, [point["coverage"] for point in points], "k.-", label="coverage, all")
     if "embedding_share" in points[0]:
         left.plot(sizes, [point["embedding_share"] for point in points], "r.--", label="embedding and head")
     left.axhline(MIN_COVERAGE, color="grey", linewidth=0.5)
     left.axhline(MAX_SHARE, color="grey", linewidth=0.5)
-    for group in list(points[0]["groups"])[:12]:
+    for number, group in enumerate(list(points[0]["groups"])[:20]):
         fertility = [point["groups"][group]["tokens_per_byte"] for point in points]
-        right.plot(sizes, fertility, ".-", label=group, linewidth=1)
+        right.plot(sizes, fertility, ".-", label=group, linewidth=1, color=plt.cm.tab20(number))
     right.set_ylabel("tokens a byte")
     for axis in (left, right):
         axis.axvline(report["new_size"], color="grey", linestyle=":")
         axis.set_xlabel("pieces")
-        axis.legend(fontsize=7)
+    left.legend(fontsize=7)
+    right.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)

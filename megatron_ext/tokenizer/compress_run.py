@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_ext.data.files import write_aside
+from megatron_ext.data.preprocess.progress import Progress
 from megatron_ext.data.preprocess.sources import chunks, find_sources
 from megatron_ext.tokenizer import compress_report, hf_export
 from megatron_ext.tokenizer.compress import (
@@ -91,16 +92,26 @@ def gather(args: Namespace, encoder: NativeEncoder, digest: str) -> Counts:
     for prefix in args.dataset:
         counts.merge(count_dataset(prefix, encoder, digest))
     if args.input:
-        counts.merge(count_text(args.input, encoder, digest, args.workers, args.json_key))
+        counts.merge(counted(args, encoder, digest))
     if counts.total.sum() == 0:
         raise CompressionError("the input holds no tokens; nothing says which pieces matter")
     say(f"counted {int(counts.total.sum()):,} tokens in {int(counts.text_bytes.sum()):,} bytes")
     return counts
 
 
+def counted(args: Namespace, encoder: NativeEncoder, digest: str) -> Counts:
+    """The text of --input, counted with progress."""
+    progress = Progress(None, log_interval=1000)
+    try:
+        return count_text(args.input, encoder, digest, args.workers, args.json_key, progress)
+    finally:
+        progress.close()
+
+
 def measure(args: Namespace, new: NativeEncoder, before: int) -> dict:
     """Tokens of --input with the new model."""
-    after = int(count_text(args.input, new, "", args.workers, args.json_key).total.sum())
+    say("counting again with the new model")
+    after = int(counted(args, new, "").total.sum())
     counted_elsewhere = bool(args.counts or args.dataset)
     return {"tokens": after} | ({} if counted_elsewhere else {"more_tokens": after / before - 1})
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from megatron_ext.data.files import write_aside
 from megatron_ext.data.indexed import check_layout, map_tokens
+from megatron_ext.data.preprocess.progress import Progress
 from megatron_ext.data.preprocess.sources import Chunk, Source, chunks, find_sources
 from megatron_ext.data.preprocess.worker import _lines as lines_of
 from megatron_ext.tokenizer.bits_per_byte import sentencepiece_bytes
@@ -169,9 +170,17 @@ def count_chunk(chunk: Chunk) -> list[tuple[str, np.ndarray, int, int]]:
 
 
 def count_text(
-    inputs: Sequence[str], encoder: NativeEncoder, tokenizer_sha256: str, workers: int = 1, key: str = "text"
+    inputs: Sequence[str],
+    encoder: NativeEncoder,
+    tokenizer_sha256: str,
+    workers: int = 1,
+    key: str = "text",
+    progress: Progress | None = None,
 ) -> Counts:
     """Counts JSON lines: files (.gz, .zst, .xz, .bz2 too), folders, globs.
+
+    Args:
+        progress: is told of text, documents and tokens.
 
     Raises:
         ValueError: a source cannot be read or a line cannot be used.
@@ -187,8 +196,10 @@ def count_text(
         else:
             results = map(count_chunk, parts)
         for result in results:
-            for group in result:
-                counts.add(*group)
+            for group, found, text_bytes, documents in result:
+                counts.add(group, found, text_bytes, documents)
+                if progress is not None:
+                    progress.add(text_bytes, text_bytes, documents, int(found.sum()))
     order = np.argsort(counts.groups)  # workers finish in any order
     counts.groups = [counts.groups[i] for i in order]
     counts.counts = counts.counts[order]

@@ -15,6 +15,7 @@ import numpy as np
 
 from megatron_ext.data.indexed import DatasetError, Index, check_layout, map_tokens, optimal_dtype
 from megatron_ext.data.manifest import read_manifest
+from megatron_ext.data.preprocess.progress import Progress
 from megatron_ext.data.writer import file_blocks, publish, write_dataset
 from megatron_ext.tokenizer.encoder import NativeEncoder
 
@@ -105,13 +106,16 @@ def retokenize(old_prefix: str, old_model: str, new_model: str, new_prefix: str)
     translator, dtype = Retokenizer(old, new), optimal_dtype(new.vocab_size)
     lengths = np.zeros(len(index.lengths), dtype=np.int32)
     Path(new_prefix).absolute().parent.mkdir(parents=True, exist_ok=True)
+    progress = Progress(index.num_tokens * index.dtype.itemsize, log_interval=1)
     with tempfile.NamedTemporaryFile(dir=Path(new_prefix).absolute().parent, suffix=".aside") as ids:
         for begin, end in _batches(index):
-            for at, sequence in enumerate(
-                _translated(translator, old_prefix, index, begin, end, dtype), begin
-            ):
+            sequences = _translated(translator, old_prefix, index, begin, end, dtype)
+            for at, sequence in enumerate(sequences, begin):
                 lengths[at] = len(sequence)
                 ids.write(sequence.tobytes())
+            size = int(index.lengths[begin:end].sum(dtype=np.int64)) * index.dtype.itemsize
+            progress.add(size, size, len(sequences), int(lengths[begin:end].sum(dtype=np.int64)))
+        progress.close()
         ids.flush()
         written = write_dataset(new_prefix, file_blocks(Path(ids.name)), dtype, lengths, index.documents)
     tokenizer = {

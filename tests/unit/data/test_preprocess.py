@@ -352,6 +352,7 @@ def test_a_killed_worker_ends_the_run_with_a_reason(model, tmp_path):
         (["--vocab-file", "x"], "--tokenizer-model"),
         (["--shard", "4/4"], "counts from 0"),
         (["--shard", "0/2", "--dedup"], "give one of them"),
+        (["--shard", "0/2", "--dedup", "--json-keys", "a", "a"], "give one of them; --json-keys"),
         (["--workers", "0"], "above 0"),
         (["--json-keys", "a/b"], "file name"),
         (["--append"], "unrecognized"),

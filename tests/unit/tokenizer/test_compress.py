@@ -203,7 +203,10 @@ def test_tool(model, corpus, tmp_path):
     check_hugging_face(tmp_path / "out" / "small_hf", native)
     wrong = run_tool(*common, "--counts", tmp_path / "full.model", "--vocab-size", 500)
     assert wrong.returncode == 1 and "not a file of token counts" in wrong.stderr
-    assert run_tool(*common, "--vocab-size", 500).returncode == 2
+    usage = run_tool(*common, "--report", "x", "--workers", 0, "--model-preset", "none")
+    assert usage.returncode == 2
+    for flag in ("nothing to count", "--workers", "--report needs --vocab-size", "--model-preset none"):
+        assert flag in usage.stderr
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"txt": 1}\n')
     bad = run_tool(*common, "--input", tmp_path / "bad.jsonl")
     assert bad.returncode == 1 and "bad.jsonl: line 2" in bad.stderr
