@@ -47,12 +47,15 @@ def _build_chunk(config: PanguProConfig, args: Namespace, vp_stage: int | None, 
     return model.to(platform.current_device())
 
 
+def half_precision(chunks: list[PanguModel], config: PanguProConfig) -> list[nn.Module]:
+    """Casts around each chunk where bf16 or fp16 is asked for."""
+    return [Float16Module(config, chunk) for chunk in chunks] if config.fp16 or config.bf16 else chunks
+
+
 def wrap_for_training(
     chunks: list[PanguModel], config: PanguProConfig, ddp_config: DistributedDataParallelConfig
 ) -> list[DistributedDataParallel]:
     """Half precision casts where asked for, and Megatron-Core's data parallelism around each chunk."""
-    if config.fp16 or config.bf16:
-        chunks = [Float16Module(config, chunk) for chunk in chunks]
     return [
         DistributedDataParallel(
             config=config,
@@ -61,7 +64,7 @@ def wrap_for_training(
             # Only the first chunk's buckets can be reduced while later ones still compute.
             disable_bucketing=index > 0,
         )
-        for index, chunk in enumerate(chunks)
+        for index, chunk in enumerate(half_precision(chunks, config))
     ]
 
 

@@ -1,7 +1,7 @@
 """A microbatch on its way through the model, and the loss at its end."""
 
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -21,6 +21,7 @@ class Batch:
     loss_mask: Tensor  # [b, s] float32
     position_ids: Tensor  # [b, s] int64
     attention_mask: Tensor | None  # [b, 1, s, s] bool, True = forbidden; None = causal
+    sample_ids: Tensor | None = None  # [b] int64, where the dataset numbers its samples
 
 
 def next_batch(iterator: Iterator[dict] | None) -> Batch | None:
@@ -29,7 +30,7 @@ def next_batch(iterator: Iterator[dict] | None) -> Batch | None:
         return None
     sample = next(iterator)
     device = platform.current_device()
-    fields = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
+    fields = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask", "sample_id")
     return Batch(*(sample[name].to(device, non_blocking=True) if name in sample else None for name in fields))
 
 
@@ -49,9 +50,11 @@ class LossCounter:
     ``token_bytes`` ([vocabulary] int32: UTF-8 bytes of each id, 0 for special tokens) turns on the
     count of bytes, for bits per byte. ``bad`` collects the microbatches of this step whose loss is
     "NaN" or "Inf"; raising here would leave the other ranks waiting in the middle of a schedule.
+    ``record`` is given every microbatch with its losses.
     """
 
     token_bytes: Tensor | None = None
+    record: Callable[[Batch, Tensor], None] | None = None
     bad: dict[int, str] = field(default_factory=dict)
     microbatch: int = 0
 
@@ -64,6 +67,8 @@ class LossCounter:
         loss = torch.sum(losses * mask)
         tokens = mask.sum().to(torch.int)
         self._note(loss.detach())
+        if self.record is not None:
+            self.record(batch, losses.detach())
         sums = [loss.detach(), tokens]
         if self.token_bytes is not None:
             text_bytes = self.token_bytes[batch.labels] * mask

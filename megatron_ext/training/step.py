@@ -1,7 +1,7 @@
 """One training step: forward and backward over the microbatches, then the update."""
 
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -36,13 +36,16 @@ def train_step(
     optimizer,
     scheduler,
     args: Namespace,
+    record: Callable | None = None,
 ) -> StepResult:
     """Accumulate the gradients of one global batch over all microbatches and ranks, and update.
+
+    ``record`` is given each microbatch and its losses (recording.py).
 
     Raises:
         BadNumbers: on every rank, before any parameter has changed.
     """
-    counter = batches.LossCounter()
+    counter = batches.LossCounter(record=record)
     for chunk in model:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()

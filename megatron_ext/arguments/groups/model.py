@@ -132,7 +132,17 @@ class PanguArguments:
     exactly; random: they start like any other weight."""
 
     round_index: str | None = flag(None, metavar="PATH")
-    """Train on the samples that this index selects (tools/build_round.py writes it)."""
+    """Train on the samples that this index selects (tools/build_round.py writes it), epoch after epoch."""
+
+    round_schedule: Literal["restart", "continue"] = "restart"
+    """What a round takes from the one before, where --load holds no checkpoint of it yet: restart takes
+    the weights of --pretrained-checkpoint, for a schedule from iteration 0; continue goes on with its
+    iteration, optimizer and learning rate, so that --train-iters counts all rounds."""
 
     record_sample_loss: str | None = flag(None, metavar="PATH")
-    """Do not train: write the loss of every training sample to this file."""
+    """Write the loss of every training sample to PATH (.npy) and its manifest: with the frozen model of
+    --load, without training (with the data flags of the run that trained it), or see --record-mode."""
+
+    record_mode: Literal["frozen", "online"] = "frozen"
+    """frozen: forward only with the loaded model; online: train, and write down each sample's loss as
+    it is trained on."""

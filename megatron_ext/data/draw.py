@@ -1,0 +1,108 @@
+"""Weighted sampling without replacement over any number of groups, exact, in a few passes.
+
+With scores s_i, p = softmax(s), the k largest of s_i + G_i (G_i independent standard Gumbel) are
+distributed as k draws without replacement, each with the remaining p renormalised (Gumbel top-k;
+Yellott 1977, Efraimidis and Spirakis 2006). Neither the sum of exponentials nor an array of all
+keys is needed: the keys come from a generator that each chunk of groups seeds anew, so they are made
+again in every pass. One pass counts them in 65,536 bins, the second gathers the keys of the bin
+that the k-th largest is in, which gives its value, and the last hands out the keys above it. Memory
+is that of a chunk and of one bin, about a hundredth of a float a group.
+
+Groups can lie in strata, from each of which a number of its own is drawn.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+#: Groups of one chunk; a chunk's number seeds its keys.
+CHUNK = 1 << 20
+BINS = 1 << 16
+
+#: One chunk: scores (float64 [n]) and strata (int [n]; None where there is one stratum).
+Chunk = tuple[np.ndarray, np.ndarray | None]
+
+
+def gumbel_keys(scores: np.ndarray, seed: tuple[int, ...], chunk: int) -> np.ndarray:
+    """``scores`` plus Gumbel noise, float64 [n]; -log of an exponential variable is Gumbel."""
+    generator = np.random.default_rng([*seed, chunk])
+    with np.errstate(divide="ignore"):
+        return scores - np.log(generator.standard_exponential(len(scores)))
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """The keys that are drawn: those above ``key``, and the first ``ties`` of those equal to it."""
+
+    key: float
+    ties: int = 0
+
+
+def thresholds(
+    chunks: Callable[[], Iterable[Chunk]], counts: list[int], seed: tuple[int, ...]
+) -> list[Threshold]:
+    """For each stratum the threshold above which ``counts[stratum]`` keys lie.
+
+    Args:
+        chunks: gives all groups, in chunks of ``CHUNK`` (the last may be shorter); called twice.
+        counts: how many to draw from each stratum, at least one and at most what it holds.
+    """
+    histogram = np.zeros(len(counts) * BINS, dtype=np.int64)
+    for bins, _ in _binned(chunks, seed):
+        histogram += np.bincount(bins, minlength=len(histogram))
+    found = [_bin_of(part, count) for part, count in zip(histogram.reshape(-1, BINS), counts, strict=True)]
+    border = np.array([stratum * BINS + bin_ for stratum, (bin_, _) in enumerate(found)])
+    gathered: list[list[np.ndarray]] = [[] for _ in counts]
+    for bins, keys in _binned(chunks, seed):
+        for stratum, place in enumerate(border):
+            gathered[stratum].append(keys[bins == place])
+    return [_threshold(np.concatenate(keys), rank) for keys, (_, rank) in zip(gathered, found, strict=True)]
+
+
+def draw(
+    chunks: Callable[[], Iterable[Chunk]], limits: list[Threshold], seed: tuple[int, ...]
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Chunk after chunk: scores [n], drawn (bool [n]), and the chance to lie above the threshold [n].
+
+    Given the threshold each group lies above it with probability 1 - exp(-exp(score - threshold)),
+    independently: what a report can compare the draw with.
+    """
+    keys_of = np.array([limit.key for limit in limits])
+    ties = [limit.ties for limit in limits]
+    for number, (scores, strata) in enumerate(chunks()):
+        keys = gumbel_keys(scores, seed, number)
+        limit = keys_of[0] if strata is None else keys_of[strata]
+        drawn = keys > limit
+        for place in np.flatnonzero(keys == limit).tolist():
+            stratum = 0 if strata is None else int(strata[place])
+            drawn[place] = ties[stratum] > 0
+            ties[stratum] -= 1
+        yield scores, drawn, -np.expm1(-np.exp(np.minimum(scores - limit, 50.0)))
+
+
+def _binned(chunks: Callable[[], Iterable[Chunk]], seed: tuple[int, ...]) -> Iterator[tuple]:
+    """(stratum * BINS + bin, key) of each group, chunk after chunk; a larger key has no smaller bin."""
+    for number, (scores, strata) in enumerate(chunks()):
+        keys = gumbel_keys(scores, seed, number)
+        bits = keys.astype(np.float32).view(np.uint32)
+        # Floats sort as integers do once the negative ones are turned over.
+        ordered = np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31)) >> 16
+        bins = ordered.astype(np.int64)
+        if strata is not None:
+            bins += strata.astype(np.int64) * BINS
+        yield bins, keys
+
+
+def _bin_of(histogram: np.ndarray, count: int) -> tuple[int, int]:
+    """The bin that the ``count``-th largest key is in, and which of the bin's largest it is (from 1)."""
+    if not 1 <= count <= histogram.sum():
+        raise ValueError(f"cannot draw {count} of {histogram.sum()}")
+    above = np.cumsum(histogram[::-1])[::-1]  # keys in this bin or a higher one
+    place = int(np.flatnonzero(above >= count)[-1])
+    return place, count - int(above[place] - histogram[place])
+
+
+def _threshold(keys: np.ndarray, rank: int) -> Threshold:
+    key = float(np.partition(keys, len(keys) - rank)[len(keys) - rank])
+    return Threshold(key, rank - int((keys > key).sum()))

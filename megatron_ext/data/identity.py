@@ -1,0 +1,124 @@
+"""Which training set a file of losses or an index of samples speaks of.
+
+A sample's number means something only together with what decides the samples and their order: the
+data, its share for training, sequence length, seed, tokenizer, and the number of samples drawn
+(Megatron-Core shuffles whole epochs, so it decides where one ends). Where the data lies does not
+matter: a source is known by its content.
+"""
+
+import hashlib
+import json
+import os
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from megatron_ext.data.indexed import DatasetError
+from megatron_ext.data.manifest import read_manifest
+
+#: What is read of each file of a source: this many pieces of this many bytes, spread evenly.
+PIECES, PIECE_BYTES = 64, 1 << 14
+#: Samples whose tokens are compared at the end.
+PROBES = 16
+
+
+def identify(args: Namespace, tokenizer, samples: int) -> dict:
+    """What decides the first ``samples`` samples of the training set that the flags describe.
+
+    Reads about a megabyte of each file, whatever its size. ``tokenizer`` is of build_tokenizer.
+    """
+    # Imported here, because it brings torch: tools/build_round.py only passes descriptions on.
+    from megatron_ext.data.datasets import dataset_config
+
+    config = dataset_config(args, tokenizer)
+    if config.mock:
+        blend, part = (["mock"], None), config.split_matrix[0]
+        fingerprints = ["mock"]
+    else:
+        blend = config.blend or config.blend_per_split[0]
+        part = config.split_matrix[0] if config.blend else (0.0, 1.0)
+        fingerprints = [fingerprint(prefix) for prefix in blend[0]]
+    weights = np.array(blend[1] or [1.0] * len(fingerprints))
+    return {
+        "sources": [Path(prefix).name for prefix in blend[0]],
+        "fingerprints": fingerprints,
+        # Without weights a blend takes what is there, which is not the same as equal weights.
+        "weights": None if blend[1] is None else (weights / weights.sum()).tolist(),
+        "documents": list(part) if part else None,
+        "seq_length": args.seq_length,
+        "seed": args.seed,
+        "tokenizer_sha256": tokenizer.sha256,
+        "samples": samples,
+    }
+
+
+def fingerprint(prefix: str) -> str:
+    """sha256 over size and evenly spread pieces of PREFIX.bin and .idx, and the manifest's checksums."""
+    digest = hashlib.sha256()
+    for suffix in ("bin", "idx"):
+        with open(f"{prefix}.{suffix}", "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            digest.update(f"{suffix} {size} ".encode())
+            for start in np.unique(np.linspace(0, max(size - PIECE_BYTES, 0), PIECES).astype(np.int64)):
+                file.seek(int(start))
+                digest.update(file.read(PIECE_BYTES))
+    files = (read_manifest(prefix) or {}).get("files", {})
+    digest.update(json.dumps(files, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def probe(dataset, samples: int) -> str:
+    """sha256 over the tokens of some samples: the order is Megatron-Core's and NumPy's to change."""
+    digest = hashlib.sha256()
+    for number in np.unique(np.linspace(0, samples - 1, PROBES).astype(np.int64)).tolist():
+        digest.update(np.ascontiguousarray(dataset[number]["tokens"], dtype=np.int64).tobytes())
+    return digest.hexdigest()
+
+
+def dataset_hash(identity: dict) -> str:
+    """One sha256 for all that decides the samples; names of files are left out."""
+    told = {name: value for name, value in identity.items() if name not in ("sources", "hash")}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def _share(part: list[float] | None) -> str:
+    return "none" if part is None else f"{part[0]:.4%} to {part[1]:.4%}"
+
+
+def _short(text: str | None) -> str:
+    return str(text)[:12]
+
+
+#: Field -> the flag that decides it, and how its value is told.
+_FIELDS: dict[str, tuple[str, Callable]] = {
+    "fingerprints": ("--data-path", lambda values: " ".join(map(_short, values))),
+    "weights": ("the weights of the blend", lambda values: values and [round(value, 6) for value in values]),
+    "documents": ("--split", _share),
+    "seq_length": ("--seq-length", str),
+    "seed": ("--seed", str),
+    "tokenizer_sha256": ("--tokenizer-model", _short),
+    "samples": ("samples drawn (--train-iters x --global-batch-size, or --train-samples)", str),
+    "probe": ("the order of the samples (another version of Megatron-Core?)", _short),
+}
+
+
+def require_same(theirs: dict, ours: dict, of: str, advice: str) -> None:
+    """Raise unless two descriptions agree in every field that ``ours`` has.
+
+    Args:
+        theirs, ours: of :func:`identify`, with or without a ``probe``.
+        of: what ``theirs`` was read from, such as the path of an index.
+        advice: what to do, the end of the message.
+
+    Raises:
+        DatasetError: naming every field that differs, with both values.
+    """
+    wrong = [
+        f"{flag}: {told(theirs.get(name))} there, {told(ours[name])} here"
+        for name, (flag, told) in _FIELDS.items()
+        if name in ours and theirs.get(name) != ours[name]
+    ]
+    if wrong:
+        raise DatasetError(f"{of} belongs to another training set: {'; '.join(wrong)}. {advice}")

@@ -1,0 +1,105 @@
+"""Losses of a training set -> the samples of the next round of training.
+
+    torchrun ... pretrain_pangu_pro.py FLAGS_OF_ROUND_1 --load ROUND_1 --record-sample-loss losses.npy
+    python tools/build_round.py --losses losses.npy --rate 0.5 --group-size 16 --output round2.npy
+    torchrun ... pretrain_pangu_pro.py FLAGS --pretrained-checkpoint ROUND_1 --round-index round2.npy ...
+
+Groups of --group-size samples, in training order, are drawn without replacement with p = softmax(group
+loss / temperature): exactly, in constant memory, for any number of samples. --output is an .npy of int64
+sample numbers; beside it lie the manifest (.json), which training checks, and a picture (.png).
+--losses may also be a plain .npy of floats: then nothing is known of the training set it is of.
+The paper keeps half (--rate 0.5) and finds that a third round gives nothing.
+--rate 1 --order training makes the index of all samples in their order.
+
+Exit code 0: everything is in place; 1: bad input; 2: bad usage.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron_ext.data import round_report
+from megatron_ext.data.build_round import RoundOptions, build_round
+from megatron_ext.data.rounds import round_paths
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    p.add_argument(
+        "--losses", required=True, metavar="PATH", help="written by --record-sample-loss, or an .npy"
+    )
+    p.add_argument("--rate", type=float, required=True, metavar="X", help="share of the groups to draw")
+    p.add_argument("--output", required=True, metavar="PATH", help="the .npy to write")
+    p.add_argument(
+        "--group-size", type=int, default=1, metavar="N", help="samples drawn together (default: 1)"
+    )
+    p.add_argument(
+        "--temperature", type=float, default=1.0, metavar="T", help="of the softmax (default: 1.0)"
+    )
+    p.add_argument("--seed", type=int, default=1234, metavar="N", help="of the draw (default: 1234)")
+    p.add_argument(
+        "--rounds-seen", type=int, default=1, metavar="N", help="rounds trained so far (default: 1)"
+    )
+    p.add_argument("--per-source", action="store_true", help="keep the shares of a blend as they are")
+    p.add_argument(
+        "--order",
+        choices=["shuffled", "training"],
+        default="shuffled",
+        help="how training takes the samples: shuffled, each epoch anew, or in training order (default: shuffled)",
+    )
+    p.add_argument("--no-plot", action="store_true", help="draw no picture")
+    p.add_argument("--json", action="store_true", help="print the summary as one JSON object")
+    return p
+
+
+def usage_problems(args: argparse.Namespace) -> list[str]:
+    """What is wrong with the numbers of the command line."""
+    rules = {
+        f"--rate {args.rate:g}: must be above 0 and at most 1": 0 < args.rate <= 1,
+        f"--temperature {args.temperature:g}: must be above 0": 0 < args.temperature < float("inf"),
+        f"--group-size {args.group_size}: must be at least 1": args.group_size >= 1,
+        f"--seed {args.seed}: must not be negative": args.seed >= 0,
+        f"--rounds-seen {args.rounds_seen}: must be at least 1": args.rounds_seen >= 1,
+    }
+    return [problem for problem, holds in rules.items() if not holds]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run; returns the exit code."""
+    p = parser()
+    args = p.parse_args(argv)
+    problems = usage_problems(args)
+    if problems:
+        p.error("; ".join(problems))
+    names = ("rate", "group_size", "temperature", "seed", "rounds_seen", "per_source", "order")
+    options = RoundOptions(**{name: getattr(args, name) for name in names})
+
+    def tell(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    try:
+        manifest, report = build_round(args.losses, options, args.output, tell)
+        paths = round_paths(args.output)
+        if not args.no_plot:
+            round_report.plot(manifest, report, paths.plot)
+    except ImportError:
+        tell("no picture: drawing needs matplotlib (pip install matplotlib)")
+    except (ValueError, OSError) as error:
+        print(f"build_round.py: error: {error}", file=sys.stderr)
+        return 1
+    if args.json:
+        print(json.dumps(manifest | {"output": str(paths.index)}))
+    else:
+        print(round_report.text(manifest, report))
+        print(f"wrote {paths.index} and {paths.manifest}; one epoch is {manifest['selected']:,} samples")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
