@@ -19,19 +19,23 @@ from megatron_ext.training.errors import RunError  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse, build and train."""
+    """Parse, build and train; or record the losses of a model that was trained."""
     args = parse_args(argv)
 
     # Imported after the flags are known to be right: these take seconds.
     from megatron_ext.training import distributed
+    from megatron_ext.training.recording import record_training_set
     from megatron_ext.training.setup import build_trainer
     from megatron_ext.training.watchdog import watching
 
     distributed.initialize(args)
     with watching(args) as watchdog:
-        trainer = build_trainer(args)
-        distributed.print_rank_0(f" set up in {time.time() - START:.1f} s")
-        trainer.train(watchdog)
+        if args.record_sample_loss and args.record_mode == "frozen":
+            record_training_set(args, watchdog)
+        else:
+            trainer = build_trainer(args)
+            distributed.print_rank_0(f" set up in {time.time() - START:.1f} s")
+            trainer.train(watchdog)
     distributed.finalize()
 
 

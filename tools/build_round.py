@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
         "--order",
         choices=["shuffled", "training"],
         default="shuffled",
-        help="how training takes the samples: shuffled, each epoch anew, or in training order (default: shuffled)",
+        help="in which training takes the samples: shuffled, each epoch anew (default), or training order",
     )
     p.add_argument("--no-plot", action="store_true", help="draw no picture")
     p.add_argument("--json", action="store_true", help="print the summary as one JSON object")

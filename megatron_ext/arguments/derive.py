@@ -118,6 +118,9 @@ def after_rules(args: Namespace) -> None:
 
     args.params_dtype = torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else torch.float32
     args.variable_seq_lengths = False
+    if args.round_index is not None and args.round_schedule == "continue":
+        # Its length grows with the rounds: the position is the checkpoint's, the shape this run's.
+        args.override_opt_param_scheduler = True
     args.consumed_train_samples = args.consumed_valid_samples = args.skipped_train_samples = 0
     if args.train_samples is not None:
         args.train_iters = iterations_of_samples(

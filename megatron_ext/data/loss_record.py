@@ -240,7 +240,8 @@ def read_losses(path: str | Path, allow_incomplete: bool = False) -> Losses:
     for array, file in ((losses, paths.losses), (tokens, paths.tokens), (sources, paths.sources)):
         if array is not None and len(array) != manifest["samples"]:
             raise DatasetError(
-                f"{file}: holds {len(array):,} samples, but {paths.manifest.name} says {manifest['samples']:,}"
+                f"{file}: holds {len(array):,} samples, but {paths.manifest.name} says "
+                f"{manifest['samples']:,}"
             )
     return Losses(paths.losses, losses, tokens, sources, manifest)
 

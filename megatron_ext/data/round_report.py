@@ -16,7 +16,8 @@ def text(manifest: dict, report: Report) -> str:
     known = f"{losses['kind']} losses" if manifest["dataset"] else "plain losses, no manifest: not checked"
     lines = [
         f"round {manifest['round']}: {manifest['selected']:,} of {manifest['samples']:,} samples, "
-        f"{manifest['groups_drawn']:,} of {manifest['groups']:,} groups of {manifest['group_size']} ({known})",
+        f"{manifest['groups_drawn']:,} of {manifest['groups']:,} groups of {manifest['group_size']} "
+        f"({known})",
         "",
         f"{'group loss':>19} {'groups':>12} {'expected':>12} {'drawn':>12} {'share':>7}",
     ]

@@ -1,7 +1,7 @@
 """The training set of a round: the samples that an index selects, epoch after epoch.
 
-    ROUND.npy     int64 [selected]: numbers of samples of the first round's training set, ascending
-    ROUND.json    the manifest (megatron_ext/data/build_round.py writes both)
+ROUND.npy     int64 [selected]: numbers of samples of the first round's training set, ascending
+ROUND.json    the manifest (megatron_ext/data/build_round.py writes both)
 """
 
 from collections.abc import Iterator
@@ -52,8 +52,8 @@ def read_round(path: str | Path) -> RoundIndex:
     paths = round_paths(path)
     if not paths.manifest.exists():
         raise DatasetError(
-            f"{paths.index}: has no manifest {paths.manifest.name}; an index is made by tools/build_round.py, "
-            "which writes it last"
+            f"{paths.index}: has no manifest {paths.manifest.name}; tools/build_round.py makes both, the "
+            "manifest last"
         )
     names = ("round", "samples", "selected", "sha256", "order", "dataset")
     manifest = read_json(paths.manifest, FORMAT, names)
@@ -86,14 +86,22 @@ class RoundDataset:
     """The selected samples of a dataset, for as many epochs as ``samples`` need.
 
     Place i is in epoch i // n, n being the number of selected samples; each epoch takes all of them in
-    an order of its own that seed and epoch decide, or all in the order of the index if not ``shuffled``.
+    an order of its own that seed and epoch decide, or in the order of the index where its manifest says so.
     No order is stored, so that ten billion samples cost no memory and a resumed run needs no more than
     the number of samples it has consumed. A sample says its number in ``dataset`` as ``sample_id``.
+
+    Args:
+        dataset: the first round's training set.
+        index: numbers of its samples.
+        samples: how many are wanted; the length is that of whole epochs.
+        seed: of the order.
     """
 
-    def __init__(self, dataset, ids: np.ndarray, samples: int, seed: int, shuffled: bool = True):
-        self.dataset, self.ids, self.seed, self.shuffled = dataset, ids, seed, shuffled
-        self.epochs = max(1, -(-samples // len(ids)))
+    def __init__(self, dataset, index: RoundIndex, samples: int, seed: int):
+        self.dataset, self.ids, self.seed = dataset, index.ids, seed
+        self.base_samples: int = index.manifest["samples"]
+        self.shuffled: bool = index.manifest["order"] == "shuffled"
+        self.epochs = max(1, -(-samples // len(self.ids)))
 
     def __len__(self) -> int:
         return self.epochs * len(self.ids)

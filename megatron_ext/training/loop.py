@@ -23,6 +23,7 @@ from megatron_ext.training.distributed import print_rank_0
 from megatron_ext.training.evaluation import evaluate
 from megatron_ext.training.metrics import params_norm
 from megatron_ext.training.profiling import Profiler
+from megatron_ext.training.recording import OnlineRecorder
 from megatron_ext.training.reporting import IterationReport, Reporter
 from megatron_ext.training.saving import Saver
 from megatron_ext.training.step import StepResult, train_step
@@ -32,7 +33,11 @@ from megatron_ext.training.watchdog import Watchdog
 
 @dataclass
 class Progress:
-    """How far a run is; stored in checkpoints."""
+    """How far a run is; stored in checkpoints.
+
+    ``round_sha256`` names the index of the round it is in, None in the first; ``round_start`` are the
+    samples consumed before this round.
+    """
 
     iteration: int = 0
     consumed_train_samples: int = 0
@@ -42,6 +47,8 @@ class Progress:
     validation_due: bool = False
     #: Iterations without an update because of NaN or Inf.
     bad_iterations: int = 0
+    round_sha256: str | None = None
+    round_start: int = 0
 
 
 @dataclass
@@ -49,7 +56,7 @@ class Trainer:
     """Everything a run works with, and the loop over it.
 
     ``datasets`` are the training, validation and test sets (None where absent); ``token_bytes``
-    the UTF-8 bytes of each token id.
+    the UTF-8 bytes of each token id; ``recorder`` writes down the losses of samples.
     """
 
     args: Namespace
@@ -59,6 +66,7 @@ class Trainer:
     datasets: tuple
     token_bytes: torch.Tensor
     progress: Progress = field(default_factory=Progress)
+    recorder: OnlineRecorder | None = None
 
     def train(self, watchdog: Watchdog | None = None) -> None:
         """Train to ``--train-iters``, or until a signal, a time limit or an interval says stop.
@@ -82,6 +90,8 @@ class Trainer:
             reason = None
             if not args.skip_train:
                 reason = self._train_iterations()
+                if self.recorder is not None:
+                    self.recorder.flush()
             self.saver.finish()
             if reason is None:
                 self._last_evaluations()
@@ -95,7 +105,8 @@ class Trainer:
     def _train_iterations(self) -> str | None:
         """Returns why the loop ended early, or None."""
         args, progress = self.args, self.progress
-        iterators = chunk_iterators(self.datasets[0], args, progress.consumed_train_samples)
+        consumed = progress.consumed_train_samples - progress.round_start
+        iterators = chunk_iterators(self.datasets[0], args, consumed)
         iterators = [self.watched(iterator) for iterator in iterators]
         if args.manual_gc:
             gc.disable()
@@ -107,6 +118,8 @@ class Trainer:
             started = time.perf_counter()
             self.note("a training step", progress.iteration)
             result = self._step(iterators)
+            if self.recorder is not None:
+                self.recorder.after_step()
             progress.iteration += 1
             progress.consumed_train_samples += get_current_global_batch_size()
             self._report(result, time.perf_counter() - started)
@@ -124,6 +137,8 @@ class Trainer:
             self.saver.poll()
             last = reason is not None or progress.iteration == args.train_iters
             if self.saver.due(progress.iteration, last):
+                if self.recorder is not None:
+                    self.recorder.flush()  # a run resumed from here does not train on these samples again
                 self.saver.save(progress)
             if reason:
                 print_rank_0(f"exiting program at iteration {progress.iteration}: {reason}")
@@ -135,7 +150,9 @@ class Trainer:
         if self.progress.iteration + 1 in self.args.iterations_to_skip:
             return self._skip_step(iterators)
         try:
-            return train_step(iterators, self.model, self.optimizer, self.scheduler, self.args)
+            return train_step(
+                iterators, self.model, self.optimizer, self.scheduler, self.args, self.recorder
+            )
         except BadNumbers as error:
             self.bad_numbers.pass_over(error, self.progress, get_num_microbatches())
             return StepResult(float("nan"), float("nan"), None, skipped=True, bad=True)

@@ -6,15 +6,15 @@ import torch
 
 from megatron_ext import platform
 from megatron_ext.arguments.configs import ddp_config, optimizer_config, padded_vocab_size, transformer_config
-from megatron_ext.data import build_datasets
 from megatron_ext.data.agree import on_every_rank
 from megatron_ext.models.builder import build_model, wrap_for_training
 from megatron_ext.tokenizer import build_tokenizer
 from megatron_ext.training.checkpointing import load_checkpoint
-from megatron_ext.training.data import dataset_sizes
 from megatron_ext.training.distributed import print_rank_0
 from megatron_ext.training.loop import Progress, Trainer
 from megatron_ext.training.optimizer import build_optimizer
+from megatron_ext.training.recording import online_recorder
+from megatron_ext.training.rounds import build_round_datasets, enter_round, open_round
 from megatron_ext.training.schedule import build_scheduler
 
 
@@ -32,39 +32,55 @@ def build_trainer(args: Namespace) -> Trainer:
     scheduler = build_scheduler(optimizer, args)
     print_rank_0(f" model: {count_parameters(model):,} parameters on this rank; device {platform.activate()}")
 
-    progress = load_progress(args, model, optimizer, scheduler)
-    datasets = build_datasets(args, tokenizer, dataset_sizes(args))
+    index = open_round(args, tokenizer)
+    progress, loaded_from = load_progress(args, model, optimizer, scheduler)
+    enter_round(progress, loaded_from, index, args)
+    datasets = build_round_datasets(args, tokenizer, progress, index)
+    recorder, datasets = online_recorder(args, tokenizer, datasets)
     token_bytes = torch.as_tensor(tokenizer.token_bytes(), device=platform.current_device())
-    return Trainer(args, model, optimizer, scheduler, datasets, token_bytes, progress)
+    return Trainer(args, model, optimizer, scheduler, datasets, token_bytes, progress, recorder)
 
 
-def load_progress(args: Namespace, model: list, optimizer, scheduler) -> Progress:
-    """Load the newest checkpoint if there is one; how far the run then is.
+def load_progress(args: Namespace, model: list, optimizer, scheduler) -> tuple[Progress, str | None]:
+    """Load the newest checkpoint if there is one; how far the run then is, and the folder that says so.
 
-    ``--pretrained-checkpoint`` gives weights to a run that has no checkpoint of its own yet.
+    ``--pretrained-checkpoint`` gives weights to a run that has no checkpoint of its own yet, and all
+    it holds to a round that continues (``--round-schedule continue``).
     """
     loaded = None
     if args.load is not None:
         loaded = load_checkpoint(args.load, model=model, optimizer=optimizer, scheduler=scheduler, args=args)
     if loaded is not None:
-        if args.finetune:
-            return Progress()
-        known = {name: loaded.run_state[name] for name in vars(Progress()) if name in loaded.run_state}
-        return Progress(**known | {"iteration": loaded.iteration})
+        return (Progress(), None) if args.finetune else (_progress_of(loaded), args.load)
     if args.load is not None and args.exit_on_missing_checkpoint:
         raise FileNotFoundError(f"--load {args.load}: no checkpoint found (--exit-on-missing-checkpoint)")
     if args.pretrained_checkpoint is not None:
-        weights = Namespace(**vars(args) | {"finetune": True})
-        if (
-            load_checkpoint(args.pretrained_checkpoint, model=model, optimizer=optimizer, args=weights)
-            is None
-        ):
-            raise FileNotFoundError(
-                f"--pretrained-checkpoint {args.pretrained_checkpoint}: no checkpoint found"
-            )
+        loaded = _load_pretrained(args, model, optimizer, scheduler)
+        if _round_continues(args):
+            return _progress_of(loaded), args.pretrained_checkpoint
     elif args.load is not None:
         print_rank_0(f" no checkpoint in {args.load}: starting from the initial weights")
-    return Progress()
+    return Progress(), None
+
+
+def _progress_of(loaded) -> Progress:
+    known = {name: loaded.run_state[name] for name in vars(Progress()) if name in loaded.run_state}
+    return Progress(**known | {"iteration": loaded.iteration})
+
+
+def _round_continues(args: Namespace) -> bool:
+    return args.round_index is not None and args.round_schedule == "continue"
+
+
+def _load_pretrained(args: Namespace, model: list, optimizer, scheduler):
+    """The weights of ``--pretrained-checkpoint``, or everything in it for a round that continues."""
+    folder, parts = args.pretrained_checkpoint, {"args": Namespace(**vars(args) | {"finetune": True})}
+    if _round_continues(args):
+        parts = {"args": args, "scheduler": scheduler}
+    loaded = load_checkpoint(folder, model=model, optimizer=optimizer, **parts)
+    if loaded is None:
+        raise FileNotFoundError(f"--pretrained-checkpoint {folder}: no checkpoint found")
+    return loaded
 
 
 def count_parameters(model: list) -> int:

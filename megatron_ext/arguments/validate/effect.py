@@ -31,6 +31,8 @@ DEPENDENCES = (
         lambda a: a.augmented_shortcuts or a.series_activation_order,
         "--series-activation-order or --augmented-shortcuts above 0",
     ),
+    Dependence(("round_schedule",), lambda a: a.round_index, "--round-index"),
+    Dependence(("record_mode",), lambda a: a.record_sample_loss, "--record-sample-loss"),
     Dependence(("adam_beta1", "adam_beta2", "adam_eps"), lambda a: a.optimizer == "adam", "--optimizer adam"),
     Dependence(("sgd_momentum",), lambda a: a.optimizer == "sgd", "--optimizer sgd"),
     Dependence(

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_ext.arguments.validate.numbers import flag_of
+from megatron_ext.data.indexed import DatasetError
+from megatron_ext.data.rounds import read_round
 
 SENTENCEPIECE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 SUPPORTED_TOKENIZERS = (*SENTENCEPIECE, "HuggingFaceTokenizer", "NullTokenizer")
@@ -133,12 +135,22 @@ def _is_number(word: str) -> bool:
 
 
 def named_files_exist(args, typed):
-    for name in ("data_args_path", "per_split_data_args_path", "round_index"):
+    for name in ("data_args_path", "per_split_data_args_path"):
         path = getattr(args, name)
         if path is not None and not os.access(path, os.R_OK):
             yield f"{flag_of(name)} {path}: there is no such file, or it cannot be read"
+    if args.round_index is not None:
+        yield from round_problems(args.round_index)
     if args.pretrained_checkpoint is not None and not os.path.isdir(args.pretrained_checkpoint):
         yield f"--pretrained-checkpoint {args.pretrained_checkpoint}: there is no such folder"
+
+
+def round_problems(path: str) -> Iterator[str]:
+    """What is wrong with the files of ``--round-index``; what is in them is compared with the data later."""
+    try:
+        read_round(path)
+    except DatasetError as error:
+        yield f"--round-index: {error}"
 
 
 def tokenizer_exists(args, typed):

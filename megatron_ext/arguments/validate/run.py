@@ -132,10 +132,37 @@ def profile_has_a_span(args, typed):
         )
 
 
-def rounds_are_not_there_yet(args, typed):
-    for name in ("round_index", "record_sample_loss"):
-        if getattr(args, name):
-            yield f"{flag_of(name)}: training in rounds is not part of this version yet"
+def round_has_its_own_order(args, typed):
+    if args.round_index and args.dataloader_type == "cyclic":
+        yield (
+            "--round-index goes through its samples epoch after epoch, each shuffled anew: "
+            "leave out --dataloader-type cyclic"
+        )
+    if args.round_index and args.round_schedule == "continue" and args.use_checkpoint_opt_param_scheduler:
+        yield (
+            "--round-schedule continue takes the schedule's length from the command line: leave out "
+            "--use-checkpoint-opt_param-scheduler"
+        )
+
+
+def recording_is_possible(args, typed):
+    if not args.record_sample_loss:
+        return
+    if args.context_parallel_size > 1:
+        yield "--record-sample-loss does not go with --context-parallel-size above 1; use another layout"
+    if args.record_mode == "frozen":
+        if args.load is None:
+            yield (
+                "--record-sample-loss records the losses of a trained model: give its checkpoint with --load "
+                "(or --record-mode online to record while training)"
+            )
+        if args.round_index:
+            yield (
+                "--record-sample-loss records the whole training set: leave out --round-index (or add "
+                "--record-mode online)"
+            )
+    elif args.skip_train:
+        yield "--record-mode online records while training: leave out --skip-train"
 
 
 RULES = (
@@ -152,5 +179,6 @@ RULES = (
     schedule_comes_from_one_place,
     exit_signal_can_be_caught,
     profile_has_a_span,
-    rounds_are_not_there_yet,
+    round_has_its_own_order,
+    recording_is_possible,
 )

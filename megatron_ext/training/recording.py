@@ -1,0 +1,269 @@
+"""The loss of every training sample, written down: of a frozen model, or while it is trained on."""
+
+import hashlib
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+from tqdm import tqdm
+
+from megatron_ext.arguments.configs import padded_vocab_size, transformer_config
+from megatron_ext.data import build_datasets
+from megatron_ext.data.agree import on_first_rank
+from megatron_ext.data.identity import dataset_hash, identify, probe
+from megatron_ext.data.loss_record import LossRecord, open_record
+from megatron_ext.data.rounds import NumberedDataset, RoundDataset
+from megatron_ext.models.builder import build_model, half_precision
+from megatron_ext.tokenizer import build_tokenizer
+from megatron_ext.training.batch import Batch, LossCounter
+from megatron_ext.training.checkpointing import load_checkpoint
+from megatron_ext.training.data import chunk_iterators, dataset_sizes
+from megatron_ext.training.distributed import print_rank_0
+from megatron_ext.training.step import evaluation_mode, forward_backward
+from megatron_ext.training.stopping import Stopping
+
+#: Microbatches of one pass through the pipeline, for each of its stages: the bubble is then small.
+MICROBATCHES_PER_STAGE = 16
+#: Options that change a sample's loss, though not its tokens.
+OPTIONS = ("params_dtype", "eod_mask_loss", "reset_position_ids", "reset_attention_mask", "fp8")
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class SampleLosses:
+    """Collects the losses of samples where they arise, and brings them to the one rank that writes.
+
+    They arise on the last pipeline stage, on its tensor parallel ranks alike: the first of these
+    collects. Call it with a microbatch and its losses [b, s].
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[Tensor] = []
+        self.collects = (
+            parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+            and parallel_state.get_tensor_model_parallel_rank() == 0
+        )
+        self.writes = self.collects and parallel_state.get_data_parallel_rank() == 0
+
+    def __call__(self, batch: Batch, losses: Tensor) -> None:
+        if self.collects:
+            mask = batch.loss_mask.double()
+            sums = (losses.double() * mask).sum(1)
+            self.rows.append(torch.stack([batch.sample_ids.double(), sums, mask.sum(1)], dim=1))
+
+    def take(self) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+        """(ids, mean losses, tokens) of all data parallel ranks on the rank that writes, else None.
+
+        A collective call of the ranks that collect, all of which have seen the same number of
+        samples. float64 holds ids exactly up to 2^53.
+        """
+        if not self.collects or not self.rows:
+            return None
+        own = torch.cat(self.rows)
+        self.rows = []
+        group = parallel_state.get_data_parallel_group()
+        everyones = [torch.empty_like(own) for _ in range(group.size())]
+        torch.distributed.all_gather(everyones, own, group=group)
+        if not self.writes:
+            return None
+        ids, sums, tokens = torch.cat(everyones).cpu().numpy().T
+        # A sample without a token to predict has no loss: 0, with 0 tokens.
+        return ids.astype(np.int64), sums / np.maximum(tokens, 1), tokens.astype(np.int32)
+
+
+class OnlineRecorder:
+    """Writes the loss of each sample as it is trained on; give it to train_step.
+
+    What was collected is on the disk before a checkpoint is, so that a run resumed from it has
+    recorded all it will not train on again. Losses of a model that changes from sample to sample
+    are not those of the frozen model at the end: the manifest says "online".
+    """
+
+    EVERY = 64  # microbatches between two gatherings
+
+    def __init__(self, path: str, manifest: dict):
+        self.losses = SampleLosses()
+        self.record = LossRecord(path, manifest) if self.losses.writes else None
+
+    def __call__(self, batch: Batch, losses: Tensor) -> None:
+        self.losses(batch, losses)
+
+    def after_step(self) -> None:
+        """Gather if enough came together; a collective call of the data parallel ranks."""
+        if len(self.losses.rows) >= self.EVERY:
+            self._write()
+
+    def flush(self) -> None:
+        """Bring everything to the disk; a collective call of the data parallel ranks."""
+        self._write()
+        if self.record is not None:
+            self.record.mark(force=True)
+
+    def _write(self) -> None:
+        taken = self.losses.take()
+        if taken is not None:
+            self.record.write(*taken)
+
+
+def describe(args: Namespace, tokenizer, dataset, samples: int, kind: str, model: dict) -> dict:
+    """The manifest of a recording before it begins; reads the data, so for one rank."""
+    identity = identify(args, tokenizer, samples) | {"probe": probe(dataset, samples)}
+    identity["hash"] = dataset_hash(identity)
+    options = {name: str(getattr(args, name, None)) for name in OPTIONS}
+    return {"kind": kind, "samples": samples, "dataset": identity, "model": model | options}
+
+
+def begin_record(args: Namespace, tokenizer, dataset, samples: int, kind: str, model: dict) -> dict:
+    """Create the files of ``--record-sample-loss``, or find what is there; a collective call.
+
+    ``dataset`` is Megatron-Core's, without a round around it. Returns the manifest on every rank.
+
+    Raises:
+        DatasetError: on every rank, if other losses lie there.
+    """
+
+    def begin() -> dict:
+        manifest = describe(args, tokenizer, dataset, samples, kind, model)
+        sources = getattr(dataset, "dataset_index", None)
+        return open_record(args.record_sample_loss, manifest, sources)
+
+    return on_first_rank(begin)
+
+
+def online_recorder(args: Namespace, tokenizer, datasets: tuple) -> tuple[OnlineRecorder | None, tuple]:
+    """The recorder of ``--record-mode online`` and the datasets with numbered samples; a collective call.
+
+    Without ``--record-sample-loss``: None, and the datasets as they are.
+    """
+    if args.record_sample_loss is None:
+        return None, datasets
+    train, *others = datasets
+    if isinstance(train, RoundDataset):  # its samples are numbered, and it holds the first round's set
+        base, samples = train.dataset, train.base_samples
+    else:
+        base, samples = train, min(dataset_sizes(args)[0], len(train))
+        train = NumberedDataset(train)
+    manifest = begin_record(args, tokenizer, base, samples, "online", {})
+    return OnlineRecorder(args.record_sample_loss, manifest), (train, *others)
+
+
+class _Span:
+    """Samples ``begin`` .. ``end`` - 1 of a dataset, made whole microbatches by repeating the last.
+
+    The repetitions have numbers from ``end`` on, which are not written down.
+    """
+
+    def __init__(self, dataset, begin: int, end: int, unit: int):
+        self.dataset, self.begin, self.end = dataset, begin, end
+        self.length = -(-(end - begin) // unit) * unit
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, place: int) -> dict:
+        number = self.begin + place
+        return {**self.dataset[min(number, self.end - 1)], "sample_id": number}
+
+
+def record_training_set(args: Namespace) -> dict:
+    """Run the frozen model of ``--load`` over the training set; returns the manifest. Collective.
+
+    Forward only, at any tensor, pipeline and data parallel layout, without an optimizer. Every sample
+    is seen once, in order; a recording that was stopped or killed goes on where it was.
+
+    Raises:
+        DatasetError: on every rank, if the file holds other losses.
+        FileNotFoundError: there is no checkpoint.
+    """
+    tokenizer = build_tokenizer(args)
+    args.padded_vocab_size = padded_vocab_size(tokenizer.vocab_size, args)
+    args.tokenizer_sha256 = tokenizer.sha256
+    config = transformer_config(args)
+    chunks = build_model(config, args)
+    model = half_precision(chunks, config)
+    loaded = load_checkpoint(args.load, model=model, args=Namespace(**vars(args) | {"no_load_rng": True}))
+    if loaded is None:
+        raise FileNotFoundError(f"--load {args.load}: no checkpoint found; losses are of a trained model")
+    sizes = dataset_sizes(args)
+    dataset = build_datasets(args, tokenizer, sizes)[0]
+    samples = min(sizes[0], len(dataset))
+    manifest = begin_record(args, tokenizer, dataset, samples, "frozen", checkpoint_identity(loaded))
+    done = manifest["recorded"]
+    print_rank_0(
+        f" recording {samples:,} losses of {loaded.path}" + (f", {done:,} are there" if done else "")
+    )
+    done = _record_from(done, samples, dataset, model, args, manifest)
+    print_rank_0(f" recorded {done:,} of {samples:,} losses in {args.record_sample_loss}")
+    return manifest
+
+
+def checkpoint_identity(loaded) -> dict:
+    """Iteration and content of a checkpoint, wherever it lies: the sha256 of the file that lists it."""
+    listings = (loaded.path / name for name in ("checksums.json", ".metadata", "metadata.json"))
+    listing = next(path for path in listings if Path(path).is_file())
+    return {"iteration": loaded.iteration, "sha256": hashlib.sha256(listing.read_bytes()).hexdigest()}
+
+
+@torch.no_grad()
+def _record_from(done: int, samples: int, dataset, model: list, args: Namespace, manifest: dict) -> int:
+    """Record from sample ``done`` on, until the end or a reason to stop; returns how many there are."""
+    losses = SampleLosses()
+    counter = LossCounter(record=losses)
+    record = LossRecord(args.record_sample_loss, manifest) if losses.writes else None
+    # An interleaved pipeline takes microbatches in multiples of its stages.
+    unit = args.micro_batch_size * args.data_parallel_size * args.pipeline_model_parallel_size
+    span = _Span(dataset, done, samples, unit)
+    iterators = chunk_iterators(span, Namespace(**vars(args) | {"dataloader_type": "single"}), 0)
+    stopping, progress = Stopping(args), _Progress(samples, done, losses.writes)
+    try:
+        with evaluation_mode(model):
+            while done < samples:
+                units = min(MICROBATCHES_PER_STAGE, -(-(samples - done) // unit))
+                microbatches = units * args.pipeline_model_parallel_size
+                forward_backward(iterators, model, args, counter, True, num_microbatches=microbatches)
+                done = min(done + units * unit, samples)
+                taken = losses.take()
+                if record is not None:
+                    record.write(*taken)
+                    record.mark(done, force=done == samples)
+                progress.at(done)
+                reason = stopping.reason(0)
+                if reason:
+                    print_rank_0(f"recording stops at sample {done:,}: {reason}; start again to go on")
+                    break
+        if record is not None:
+            record.mark(done, force=True)
+    finally:
+        stopping.restore()
+        progress.close()
+    return done
+
+
+class _Progress:
+    """A bar on a terminal, plain lines elsewhere; from the rank that writes."""
+
+    def __init__(self, total: int, done: int, active: bool):
+        self.total, self.first, self.active = total, done, active
+        self.started = self.said = time.monotonic()
+        # disable=None: only on a terminal.
+        disable = None if active else True
+        self.bar = tqdm(total=total, initial=done, unit=" samples", dynamic_ncols=True, disable=disable)
+
+    def at(self, done: int) -> None:
+        """So many samples are recorded."""
+        self.bar.update(done - self.bar.n) if not self.bar.disable else None
+        now = time.monotonic()
+        if self.active and self.bar.disable and now - self.said >= SECONDS_BETWEEN_LINES:
+            self.said = now
+            speed = (done - self.first) / (now - self.started)
+            left = (self.total - done) / speed
+            print(
+                f" recorded {done:,} of {self.total:,} losses, {speed:,.1f}/s, {left:,.0f} s left", flush=True
+            )
+
+    def close(self) -> None:
+        """Leave the terminal to others."""
+        self.bar.close()

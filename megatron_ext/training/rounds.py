@@ -1,0 +1,99 @@
+"""Where a run stands among its rounds, and the samples of its round."""
+
+from argparse import Namespace
+
+from megatron_ext.data import DatasetError, build_datasets
+from megatron_ext.data.agree import on_every_rank, on_first_rank
+from megatron_ext.data.identity import identify, probe, require_same
+from megatron_ext.data.rounds import RoundDataset, RoundIndex, read_round
+from megatron_ext.training.data import dataset_sizes
+from megatron_ext.training.distributed import print_rank_0
+
+
+def open_round(args: Namespace, tokenizer) -> RoundIndex | None:
+    """The index of ``--round-index``, checked against the flags of this run; None without one.
+
+    Raises:
+        DatasetError: on every rank, if it is damaged or of another training set.
+    """
+    if args.round_index is None:
+        return None
+    index = on_every_rank(lambda: read_round(args.round_index))
+
+    def check() -> None:
+        described = index.manifest["dataset"]
+        if described is None:
+            print_rank_0(
+                f"WARNING: --round-index {index.path} was made from plain losses: that it belongs to this "
+                "training set cannot be checked"
+            )
+            return
+        ours = identify(args, tokenizer, index.manifest["samples"])
+        require_same(described, ours, f"--round-index {index.path}", _ADVICE)
+
+    on_first_rank(check)
+    return index
+
+
+_ADVICE = "Train with the data flags and the seed of the run that was recorded, or build a round for this one"
+
+
+def enter_round(progress, loaded_from: str | None, index: RoundIndex | None, args: Namespace) -> None:
+    """Note in ``progress`` which round the run is in and how many samples were consumed before it.
+
+    Args:
+        progress: of the checkpoint that was loaded, or fresh.
+        loaded_from: the folder it was loaded from with its progress; None if it is fresh.
+
+    Raises:
+        DatasetError: the checkpoint is of another round, and the flags do not say to go on from it.
+    """
+    ours = None if index is None else index.manifest["sha256"]
+    if loaded_from is not None and progress.round_sha256 == ours:
+        return
+    if loaded_from is not None and index is None:
+        raise DatasetError(
+            f"the checkpoint in {loaded_from} was made in a round: give its --round-index, or --finetune to "
+            "take its weights alone"
+        )
+    if loaded_from is not None and args.round_schedule == "restart":
+        raise DatasetError(
+            f"the checkpoint in {loaded_from} is not of the round {index.path}. To begin the round from its "
+            f"weights: --pretrained-checkpoint {loaded_from}, with a folder of the round's own in --load and "
+            "--save; to go on with its iteration and learning rate: --round-schedule continue"
+        )
+    progress.round_sha256, progress.round_start = ours, progress.consumed_train_samples
+    if index is not None:
+        print_rank_0(
+            f" round {index.manifest['round']}: {len(index.ids):,} of {index.manifest['samples']:,} samples, "
+            f"from iteration {progress.iteration}"
+        )
+
+
+def build_round_datasets(args: Namespace, tokenizer, progress, index: RoundIndex | None) -> tuple:
+    """(train, valid, test) as build_datasets has them, with the round's samples to train on.
+
+    The order of the first round's samples depends on how many were drawn, so that many are drawn here.
+
+    Raises:
+        DatasetError: on every rank; also if the samples are not those that were recorded.
+    """
+    train_samples, *others = dataset_sizes(args)
+    if index is None:
+        return build_datasets(args, tokenizer, (train_samples, *others))
+    samples = index.manifest["samples"]
+    base, *rest = build_datasets(args, tokenizer, (samples, *others))
+
+    def check() -> None:
+        if base is None or len(base) < samples:
+            raise DatasetError(
+                f"--round-index {index.path}: is of {samples:,} samples, the training set has "
+                f"{0 if base is None else len(base):,}"
+            )
+        described = index.manifest["dataset"]
+        if described is not None:
+            ours = {"probe": probe(base, samples)}
+            require_same(described, ours, f"--round-index {index.path}", _ADVICE)
+
+    on_first_rank(check)
+    return RoundDataset(base, index, train_samples - progress.round_start, args.seed), *rest
