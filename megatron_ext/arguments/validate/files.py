@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_ext.arguments.validate.numbers import flag_of
-from megatron_ext.data.indexed import DatasetError
-from megatron_ext.data.rounds import read_round
 
 SENTENCEPIECE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 SUPPORTED_TOKENIZERS = (*SENTENCEPIECE, "HuggingFaceTokenizer", "NullTokenizer")
@@ -147,6 +145,10 @@ def named_files_exist(args, typed):
 
 def round_problems(path: str) -> Iterator[str]:
     """What is wrong with the files of ``--round-index``; what is in them is compared with the data later."""
+    # Imported late: parsing a command line needs no NumPy.
+    from megatron_ext.data.indexed import DatasetError
+    from megatron_ext.data.rounds import read_round
+
     try:
         read_round(path)
     except DatasetError as error:

@@ -17,7 +17,8 @@ from megatron_ext.data.rounds import NumberedDataset, Permutation, RoundDataset,
 from tools import build_round as tool
 
 LOSSES = np.array([1.2, 3.0, 0.3, 2.1, 2.2])
-SEEDS = range(20_000, 24_000)
+DRAWS = 4000
+SEEDS = range(20_000, 20_000 + DRAWS)
 #: Chi-square values exceeded with probability 0.01, by degrees of freedom.
 CRITICAL = {3: 11.34, 4: 13.28, 9: 21.67, 255: 310.46}
 
@@ -58,19 +59,19 @@ def chi_square(counts: dict, expected: dict) -> float:
 def test_subsets_have_their_exact_probabilities(count):
     counts = Counter(drawn_places(LOSSES, count, seed) for seed in SEEDS)
     subsets = list(itertools.combinations(range(len(LOSSES)), count))
-    expected = {subset: SEEDS * exact_subset(LOSSES, subset) for subset in subsets}
-    assert sum(expected.values()) == pytest.approx(SEEDS)
+    expected = {subset: DRAWS * exact_subset(LOSSES, subset) for subset in subsets}
+    assert sum(expected.values()) == pytest.approx(DRAWS)
     assert chi_square(counts, expected) < CRITICAL[len(subsets) - 1]
     for place in range(len(LOSSES)):  # and with them each group's inclusion frequency
-        chance = sum(value for subset, value in expected.items() if place in subset) / SEEDS
-        found = sum(value for subset, value in counts.items() if place in subset) / SEEDS
-        assert abs(found - chance) < 2.6 * math.sqrt(chance * (1 - chance) / SEEDS)
+        chance = sum(value for subset, value in expected.items() if place in subset) / DRAWS
+        found = sum(value for subset, value in counts.items() if place in subset) / DRAWS
+        assert abs(found - chance) < 2.6 * math.sqrt(chance * (1 - chance) / DRAWS)
 
 
 def test_first_draw_is_softmax():
     counts = Counter(drawn_places(LOSSES, 1, seed)[0] for seed in SEEDS)
     chances = np.exp(LOSSES) / np.exp(LOSSES).sum()
-    expected = {place: SEEDS * chance for place, chance in enumerate(chances)}
+    expected = {place: DRAWS * chance for place, chance in enumerate(chances)}
     assert chi_square(counts, expected) < CRITICAL[4]
 
 
@@ -248,8 +249,8 @@ def test_permutation_is_one(size):
 
 
 def test_permutation_is_even():
-    """Place 0 goes everywhere equally often; neighbours do not stay neighbours."""
-    counts = Counter(Permutation(256, (seed,))(0) for seed in range(8192))
+    """A place goes everywhere equally often; neighbours do not stay neighbours."""
+    counts = Counter(Permutation(256, (seed,))(17) for seed in range(8192))
     assert chi_square(counts, {place: 32.0 for place in range(256)}) < CRITICAL[255]
     order = np.array(list(Permutation(10_000, (1, 2))))
     assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.03
