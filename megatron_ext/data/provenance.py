@@ -3,13 +3,18 @@
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.gpt_dataset import GPTDataset, MockGPTDataset
 
+from megatron_ext.data.rounds import NumberedDataset
+
 
 def provenance(dataset, number: int) -> dict:
     """Where sample ``number`` of a dataset comes from.
 
-    ``{"number"}``, and of a GPTDataset, alone or in a blend, also ``"dataset"`` (its PREFIX) and
-    ``"documents"``, the numbers in it of the documents that the sample has tokens of.
+    ``{"number"}`` (in a round, that in the first round's training set), and of a GPTDataset, alone or
+    in a blend, also ``"dataset"`` (its PREFIX) and ``"documents"``, the numbers in it of the documents
+    that the sample has tokens of.
     """
+    if isinstance(dataset, NumberedDataset):
+        return provenance(dataset.dataset, dataset.sample_id(number))
     found = {"number": int(number)}
     if isinstance(dataset, BlendedDataset):
         part = dataset.datasets[int(dataset.dataset_index[number])]

@@ -70,7 +70,7 @@ def read_round(path: str | Path) -> RoundIndex:
 
 
 class NumberedDataset:
-    """A dataset whose samples say their own number, as ``sample_id``."""
+    """A dataset whose samples say their number in it, as ``sample_id``."""
 
     def __init__(self, dataset):
         self.dataset = dataset
@@ -78,17 +78,22 @@ class NumberedDataset:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, number: int) -> dict:
+    def sample_id(self, place: int) -> int:
+        """The number, in the underlying dataset, of the sample at a place: the place itself."""
+        return place
+
+    def __getitem__(self, place: int) -> dict:
+        number = self.sample_id(place)
         return {**self.dataset[number], "sample_id": number}
 
 
-class RoundDataset:
+class RoundDataset(NumberedDataset):
     """The selected samples of a dataset, for as many epochs as ``samples`` need.
 
     Place i is in epoch i // n, n being the number of selected samples; each epoch takes all of them in
     an order of its own that seed and epoch decide, or in the order of the index where its manifest says so.
     No order is stored, so that ten billion samples cost no memory and a resumed run needs no more than
-    the number of samples it has consumed. A sample says its number in ``dataset`` as ``sample_id``.
+    the number of samples it has consumed.
 
     Args:
         dataset: the first round's training set.
@@ -98,7 +103,8 @@ class RoundDataset:
     """
 
     def __init__(self, dataset, index: RoundIndex, samples: int, seed: int):
-        self.dataset, self.ids, self.seed = dataset, index.ids, seed
+        super().__init__(dataset)
+        self.ids, self.seed = index.ids, seed
         self.base_samples: int = index.manifest["samples"]
         self.shuffled: bool = index.manifest["order"] == "shuffled"
         self.epochs = max(1, -(-samples // len(self.ids)))
@@ -112,10 +118,6 @@ class RoundDataset:
         if self.shuffled:
             place = Permutation(len(self.ids), (self.seed, epoch))(place)
         return int(self.ids[place])
-
-    def __getitem__(self, place: int) -> dict:
-        number = self.sample_id(place)
-        return {**self.dataset[number], "sample_id": number}
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,8 @@ class BadNumberPolicy:
         To be called on all ranks alike, with the ``error`` that they all got.
         """
         iteration, limit = progress.iteration + 1, self.args.skip_bad_iterations
-        samples = self.samples(error.findings, progress.consumed_train_samples, microbatches)
+        consumed = progress.consumed_train_samples - progress.round_start
+        samples = self.samples(error.findings, consumed, microbatches)
         self._write({"iteration": iteration, "problems": str(error), "samples": samples})
         progress.bad_iterations += 1
         numbers = ", ".join(str(sample["number"]) for sample in samples[:8]) + ", ..." * (len(samples) > 8)

@@ -3,6 +3,7 @@
 import hashlib
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from megatron_ext.arguments.configs import padded_vocab_size, transformer_config
 from megatron_ext.data import build_datasets
-from megatron_ext.data.agree import on_first_rank
+from megatron_ext.data.agree import on_every_rank, on_first_rank
 from megatron_ext.data.identity import dataset_hash, identify, probe
 from megatron_ext.data.loss_record import LossRecord, open_record
 from megatron_ext.data.rounds import NumberedDataset, RoundDataset
@@ -25,6 +26,7 @@ from megatron_ext.training.data import chunk_iterators, dataset_sizes
 from megatron_ext.training.distributed import print_rank_0
 from megatron_ext.training.step import evaluation_mode, forward_backward
 from megatron_ext.training.stopping import Stopping
+from megatron_ext.training.watchdog import Watchdog
 
 #: Microbatches of one pass through the pipeline, for each of its stages: the bubble is then small.
 MICROBATCHES_PER_STAGE = 16
@@ -168,22 +170,22 @@ class _Span:
         return {**self.dataset[min(number, self.end - 1)], "sample_id": number}
 
 
-def record_training_set(args: Namespace) -> dict:
-    """Run the frozen model of ``--load`` over the training set; returns the manifest. Collective.
+def record_training_set(args: Namespace, watchdog: Watchdog | None = None) -> None:
+    """Run the frozen model of ``--load`` over the training set; a collective call.
 
     Forward only, at any tensor, pipeline and data parallel layout, without an optimizer. Every sample
-    is seen once, in order; a recording that was stopped or killed goes on where it was.
+    is seen once, in order; a recording that was stopped or killed goes on where it was. ``watchdog`` is
+    told how far it is.
 
     Raises:
         DatasetError: on every rank, if the file holds other losses.
         FileNotFoundError: there is no checkpoint.
     """
-    tokenizer = build_tokenizer(args)
+    tokenizer = on_every_rank(lambda: build_tokenizer(args))
     args.padded_vocab_size = padded_vocab_size(tokenizer.vocab_size, args)
     args.tokenizer_sha256 = tokenizer.sha256
     config = transformer_config(args)
-    chunks = build_model(config, args)
-    model = half_precision(chunks, config)
+    model = half_precision(build_model(config, args), config)
     loaded = load_checkpoint(args.load, model=model, args=Namespace(**vars(args) | {"no_load_rng": True}))
     if loaded is None:
         raise FileNotFoundError(f"--load {args.load}: no checkpoint found; losses are of a trained model")
@@ -191,13 +193,10 @@ def record_training_set(args: Namespace) -> dict:
     dataset = build_datasets(args, tokenizer, sizes)[0]
     samples = min(sizes[0], len(dataset))
     manifest = begin_record(args, tokenizer, dataset, samples, "frozen", checkpoint_identity(loaded))
-    done = manifest["recorded"]
-    print_rank_0(
-        f" recording {samples:,} losses of {loaded.path}" + (f", {done:,} are there" if done else "")
-    )
-    done = _record_from(done, samples, dataset, model, args, manifest)
+    there = f", {manifest['recorded']:,} are there" if manifest["recorded"] else ""
+    print_rank_0(f" recording the losses of {samples:,} samples with {loaded.path}{there}")
+    done = _record_from(dataset, model, args, manifest, watchdog.note if watchdog else lambda phase: None)
     print_rank_0(f" recorded {done:,} of {samples:,} losses in {args.record_sample_loss}")
-    return manifest
 
 
 def checkpoint_identity(loaded) -> dict:
@@ -208,8 +207,9 @@ def checkpoint_identity(loaded) -> dict:
 
 
 @torch.no_grad()
-def _record_from(done: int, samples: int, dataset, model: list, args: Namespace, manifest: dict) -> int:
-    """Record from sample ``done`` on, until the end or a reason to stop; returns how many there are."""
+def _record_from(dataset, model: list, args: Namespace, manifest: dict, note: Callable[[str], None]) -> int:
+    """Record what is missing, until the end or a reason to stop; returns how many there are."""
+    done, samples = manifest["recorded"], manifest["samples"]
     losses = SampleLosses()
     counter = LossCounter(record=losses)
     record = LossRecord(args.record_sample_loss, manifest) if losses.writes else None
@@ -217,10 +217,12 @@ def _record_from(done: int, samples: int, dataset, model: list, args: Namespace,
     unit = args.micro_batch_size * args.data_parallel_size * args.pipeline_model_parallel_size
     span = _Span(dataset, done, samples, unit)
     iterators = chunk_iterators(span, Namespace(**vars(args) | {"dataloader_type": "single"}), 0)
-    stopping, progress = Stopping(args), _Progress(samples, done, losses.writes)
+    stopping = Stopping(Namespace(**vars(args) | {"exit_interval": None}))
+    progress = _Progress(samples, done, losses.writes)
     try:
         with evaluation_mode(model):
             while done < samples:
+                note("recording")
                 units = min(MICROBATCHES_PER_STAGE, -(-(samples - done) // unit))
                 microbatches = units * args.pipeline_model_parallel_size
                 forward_backward(iterators, model, args, counter, True, num_microbatches=microbatches)

@@ -145,14 +145,13 @@ def named_files_exist(args, typed):
 
 def round_problems(path: str) -> Iterator[str]:
     """What is wrong with the files of ``--round-index``; what is in them is compared with the data later."""
-    # Imported late: parsing a command line needs no NumPy.
-    from megatron_ext.data.indexed import DatasetError
-    from megatron_ext.data.rounds import read_round
-
-    try:
-        read_round(path)
-    except DatasetError as error:
-        yield f"--round-index: {error}"
+    stem = path.removesuffix(".npy")
+    for name in (f"{stem}.npy", f"{stem}.json"):
+        if not os.access(name, os.R_OK):
+            yield (
+                f"--round-index {path}: there is no {name}, or it cannot be read; tools/build_round.py "
+                "writes the index and beside it the manifest"
+            )
 
 
 def tokenizer_exists(args, typed):
