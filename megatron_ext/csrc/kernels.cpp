@@ -149,6 +149,31 @@ void rope(bool bf16, Address in, Address cosine, Address sine, Address out, cons
   });
 }
 
+AttentionShape attention_shape(const std::array<int64_t, 5> &shape, float scale) {
+  return {shape[0], shape[1], shape[2], shape[3], shape[4], scale};
+}
+
+void attention_forward(bool bf16, Address qkv, Address cosine, Address sine, int64_t rot, Address out, Address lse,
+                       const std::array<int64_t, 5> &shape, float scale, int threads) {
+  Rotation rotation{at<const float>(cosine), at<const float>(sine), rot};
+  with_type(bf16, [&](auto t) {
+    using T = decltype(t);
+    RUN(attention_forward, at<const T>(qkv), rotation, at<T>(out), at<float>(lse), attention_shape(shape, scale),
+        threads);
+  });
+}
+
+void attention_backward(bool bf16, Address qkv, Address cosine, Address sine, int64_t rot, Address out, Address lse,
+                        Address grad, Address qkv_grad, const std::array<int64_t, 5> &shape, float scale,
+                        int threads) {
+  Rotation rotation{at<const float>(cosine), at<const float>(sine), rot};
+  with_type(bf16, [&](auto t) {
+    using T = decltype(t);
+    RUN(attention_backward, at<const T>(qkv), rotation, at<const T>(out), at<const float>(lse), at<const T>(grad),
+        at<T>(qkv_grad), attention_shape(shape, scale), threads);
+  });
+}
+
 void cross_entropy_forward(bool bf16, Address logits, Address target, int64_t first, Address top, Address total,
                            Address chosen, int64_t rows, int64_t v, int threads) {
   with_type(bf16, [&](auto t) {
@@ -212,6 +237,8 @@ PYBIND11_MODULE(_kernels, m) {
   m.def("rms_norm_forward", &rms_norm_forward, Unlocked());
   m.def("rms_norm_backward", &rms_norm_backward, Unlocked());
   m.def("rope", &rope, Unlocked());
+  m.def("attention_forward", &attention_forward, Unlocked());
+  m.def("attention_backward", &attention_backward, Unlocked());
   m.def("cross_entropy_forward", &cross_entropy_forward, Unlocked());
   m.def("cross_entropy_backward", &cross_entropy_backward, Unlocked());
   m.def("adamw", &adamw, Unlocked());

@@ -54,6 +54,41 @@ struct RopeShape {
   int64_t in[3], out[3];
 };
 
+// Causal self attention: s tokens, b samples, `groups` keys and values of r query heads each, width d.
+struct AttentionShape {
+  int64_t s, b, groups, r, d;
+  float scale;
+};
+
+// Cosines and sines [s, rot] of a rotary embedding; rot = 0 for none.
+struct Rotation {
+  const float *cosine = nullptr, *sine = nullptr;
+  int64_t rot = 0;
+};
+
+// Room for a task's temporaries, kept by the thread between tasks: fresh memory costs page faults.
+class Scratch {
+ public:
+  // `floats`: all that will be taken; each piece starts at a cache line.
+  explicit Scratch(int64_t floats) {
+    static thread_local std::vector<float> room;
+    if (room.size() < static_cast<size_t>(floats + kSlack)) room.resize(floats + kSlack);
+    next_ = align(room.data());
+  }
+  float *take(int64_t floats) {
+    float *piece = next_;
+    next_ = align(piece + floats);
+    return piece;
+  }
+
+ private:
+  static constexpr int64_t kLine = 16, kSlack = 16 * kLine;
+  static float *align(float *p) {
+    return reinterpret_cast<float *>((reinterpret_cast<uintptr_t>(p) + 4 * kLine - 1) & ~(4 * kLine - 1));
+  }
+  float *next_;
+};
+
 using Pointers = std::vector<uintptr_t>;
 
 struct Piece {

@@ -3,6 +3,7 @@
 #include "kernels_simd.h"
 //
 #include "kernels_activation.h"
+#include "kernels_attention.h"
 #include "kernels_cross_entropy.h"
 #include "kernels_norm.h"
 #include "kernels_optimizer.h"

@@ -6,9 +6,11 @@ import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from megatron_ext.models import fused_attention
 from megatron_ext.models.augmented_shortcut import AugmentedShortcut
 from megatron_ext.models.config import PanguProConfig
 
@@ -91,9 +93,48 @@ class AugmentedSelfAttention(SelfAttention):
         if config.augmented_shortcuts:
             self.augmented_shortcut = AugmentedShortcut(config)
 
-    def forward(self, hidden_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        rotary_pos_emb: Tensor | tuple[Tensor, Tensor] | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor | None]:
         """[s, b, h] -> ([s, b, h], bias to be added or None)."""
-        output, bias = super().forward(hidden_states, *args, **kwargs)
+        plain = attention_mask is None and all(value is None for value in kwargs.values())
+        if plain and self._in_one_pass(hidden_states):
+            output, bias = self._attend_in_one_pass(hidden_states, rotary_pos_emb)
+        else:
+            output, bias = super().forward(
+                hidden_states, attention_mask, rotary_pos_emb=rotary_pos_emb, **kwargs
+            )
         if self.config.augmented_shortcuts:
             output = output + self.augmented_shortcut(hidden_states)
         return output, bias
+
+    def _in_one_pass(self, hidden_states: Tensor) -> bool:
+        """Whether rotation and attention can run as one kernel: on a CPU, nothing between or beside them."""
+        config, core = self.config, self.core_attention
+        return (
+            isinstance(core, ScaledDotProductAttention)
+            and fused_attention.takes(hidden_states, config.kv_channels)
+            and self.attn_mask_type == AttnMaskType.causal
+            and isinstance(self.q_layernorm, IdentityOp)
+            and isinstance(self.k_layernorm, IdentityOp)
+            and config.num_query_groups >= self.world_size
+            and not (config.attention_output_gate or config.no_rope_freq or config.test_mode)
+            and not (self.checkpoint_core_attention or (self.training and core.dropout))
+        )
+
+    def _attend_in_one_pass(self, hidden_states: Tensor, freqs) -> tuple[Tensor, Tensor | None]:
+        """Project, attend, project back; the angles are the same for queries and keys."""
+        mixed, _ = self.get_query_key_value_tensors(hidden_states, split_qkv=False)
+        heads_per_group = self.num_attention_heads_per_partition // self.num_query_groups_per_partition
+        context = fused_attention.causal_attention(
+            mixed,  # [s, b, ng, (np / ng + 2) * hn]
+            heads_per_group,
+            self.hidden_size_per_attention_head,
+            freqs[0] if isinstance(freqs, tuple) else freqs,
+            self.core_attention.scale,
+        )  # [s, b, np * hn]
+        return self.linear_proj(context)

@@ -1,0 +1,240 @@
+"""One contender of benchmarks/train_step.py in processes of its own: builds a model, takes steps when told.
+
+Reads commands from standard input, one a line ("step N", "end"), and answers each with a line of JSON.
+Everything that libraries print goes to standard error.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+# Before all else: on the path, this folder's tokenize.py would hide the standard library's module.
+sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
+SHAPES = {
+    "tiny": "--model-preset tiny",
+    "small": "--model-preset small",
+    "wide": "--model-preset 1.5b-pro --num-layers 1 --seq-length 1024",
+}
+VOCABULARY = {"tiny": 4096, "small": 8192, "wide": 8192}
+PI_OFF = "--series-activation-order 0 --augmented-shortcuts 0"
+LEARNING_RATE, BETAS, EPSILON, WEIGHT_DECAY, CLIP = 1e-4, (0.9, 0.95), 1e-8, 0.1, 1.0
+
+Step = Callable[[], float]
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """What the parent says to a worker."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--contender", choices=list(CONTENDERS), required=True)
+    parser.add_argument("--shape", choices=list(SHAPES), required=True)
+    parser.add_argument("--precision", choices=["fp32", "bf16"], required=True)
+    parser.add_argument("--rank", type=int, required=True)
+    parser.add_argument("--world", type=int, required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--micro-batch-size", type=int, required=True)
+    parser.add_argument("--micro-batches", type=int, required=True)
+    parser.add_argument("--meeting-file", required=True, help="where the ranks of a contender meet")
+    return parser
+
+
+def samples(case: argparse.Namespace, sequence: int, rank: int = 0):
+    """Microbatches of random tokens without end, [micro batch, sequence + 1]."""
+    import torch
+
+    generator = torch.Generator().manual_seed(rank)
+    shape = (case.micro_batch_size, sequence + 1)
+    while True:
+        yield torch.randint(VOCABULARY[case.shape], shape, generator=generator)
+
+
+def join(case: argparse.Namespace) -> None:
+    """The process group of this contender's ranks."""
+    import torch.distributed as dist
+
+    store = dist.FileStore(case.meeting_file, case.world)
+    dist.init_process_group(
+        "gloo", store=store, rank=case.rank, world_size=case.world, timeout=timedelta(minutes=10)
+    )
+
+
+# ------------------------------------------------------------------- Megatron-Core: ours, and stock
+
+
+def megatron_arguments(case: argparse.Namespace, extra: str) -> argparse.Namespace:
+    """The trainer's own arguments for this case."""
+    from megatron_ext.arguments.parser import read_args
+
+    batch = case.micro_batch_size * case.micro_batches
+    flags = (
+        f"{SHAPES[case.shape]} {extra} --mock-data --tokenizer-type NullTokenizer "
+        f"--vocab-size {VOCABULARY[case.shape] - 1} --padded-vocab-size {VOCABULARY[case.shape]} "
+        f"--tensor-model-parallel-size {case.world} --micro-batch-size {case.micro_batch_size} "
+        f"--global-batch-size {batch} --train-iters 1000 --lr {LEARNING_RATE} --lr-decay-style constant "
+        f"--adam-beta1 {BETAS[0]} --adam-beta2 {BETAS[1]} --adam-eps {EPSILON} "
+        f"--weight-decay {WEIGHT_DECAY} --clip-grad {CLIP}"
+    )
+    if case.precision == "bf16":
+        flags += " --bf16"
+    os.environ |= {"RANK": str(case.rank), "WORLD_SIZE": str(case.world), "LOCAL_RANK": str(case.rank)}
+    args = read_args(flags.split(), world_size=case.world, device="cpu")
+    args.padded_vocab_size = VOCABULARY[case.shape]
+    return args
+
+
+def stock_model(config, args: argparse.Namespace) -> list:
+    """Megatron-Core's GPTModel with its local layers, as its own training script builds it."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    from megatron_ext.models.initialization import initialize, mark_split_parameters
+
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=get_gpt_layer_local_spec(normalization=args.normalization),
+        vocab_size=args.padded_vocab_size,
+        max_sequence_length=args.max_position_embeddings,
+        share_embeddings_and_output_weights=False,
+        position_embedding_type="rope",
+        rotary_base=args.rotary_base,
+    )
+    mark_split_parameters(model)
+    initialize(model, config, args.seed)
+    return [model]
+
+
+def megatron(case: argparse.Namespace, extra: str, stock: bool = False) -> tuple[Step, dict]:
+    """A step of the trainer over our model, or over the stock one."""
+    from megatron_ext.arguments.configs import ddp_config, optimizer_config, transformer_config
+    from megatron_ext.models.builder import build_model, wrap_for_training
+    from megatron_ext.training import distributed
+    from megatron_ext.training.loop import connect
+    from megatron_ext.training.metrics import flops_per_token
+    from megatron_ext.training.optimizer import build_optimizer
+    from megatron_ext.training.schedule import build_scheduler
+    from megatron_ext.training.step import train_step
+
+    args = megatron_arguments(case, extra)
+    before = resident_bytes()
+    distributed.initialize(args)
+    config = transformer_config(args)
+    chunks = stock_model(config, args) if stock else build_model(config, args)
+    model = wrap_for_training(chunks, config, ddp_config(args))
+    optimizer = build_optimizer(optimizer_config(args), model)
+    scheduler = build_scheduler(optimizer, args)
+    connect(model, optimizer, args)
+    model[0].train()
+    iterator = (as_sample(ids) for ids in samples(case, args.seq_length))
+    count = sum(p.numel() for p in model[0].parameters())
+    info = {"before": before, "parameters": count, "flops_per_token": flops_per_token(args)}
+    return lambda: train_step([iterator], model, optimizer, scheduler, args).lm_loss, info
+
+
+def as_sample(ids) -> dict:
+    """A microbatch as the data loader gives it to the trainer."""
+    import torch
+
+    tokens = ids[:, :-1].contiguous()
+    positions = torch.arange(tokens.size(1)).expand_as(tokens)
+    labels = ids[:, 1:].contiguous()
+    mask = torch.ones(tokens.shape)
+    return {"tokens": tokens, "labels": labels, "loss_mask": mask, "position_ids": positions}
+
+
+# ------------------------------------------------------------------------------------- transformers
+
+
+def llama(case: argparse.Namespace) -> tuple[Step, dict]:
+    """transformers' Llama, SDPA, torch's fused AdamW; data parallel over several processes."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    args = megatron_arguments(case, PI_OFF)
+    before = resident_bytes()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=args.padded_vocab_size,
+        hidden_size=args.hidden_size,
+        intermediate_size=args.ffn_hidden_size,
+        num_hidden_layers=args.num_layers,
+        num_attention_heads=args.num_attention_heads,
+        max_position_embeddings=args.max_position_embeddings,
+        rms_norm_eps=args.layernorm_epsilon,
+        use_cache=False,
+        attn_implementation="sdpa",
+    )
+    model = LlamaForCausalLM(config).train()
+    count = sum(p.numel() for p in model.parameters())
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    plain = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=BETAS, eps=EPSILON, fused=True)
+    wrapped = torch.nn.parallel.DistributedDataParallel(model) if case.world > 1 else model
+    batches = samples(case, args.seq_length, case.rank)
+    from megatron_ext.training.metrics import flops_per_token
+
+    def step() -> float:
+        total = 0.0
+        for _ in range(case.micro_batches):
+            ids = next(batches)[:, : args.seq_length][case.rank :: case.world]
+            with torch.autocast("cpu", torch.bfloat16, enabled=case.precision == "bf16"):
+                loss = wrapped(input_ids=ids, labels=ids).loss / case.micro_batches
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return total
+
+    return step, {"before": before, "parameters": count, "flops_per_token": flops_per_token(args)}
+
+
+CONTENDERS: dict[str, Callable] = {
+    "ours, pi on": lambda case: megatron(case, ""),
+    "ours, pi off": lambda case: megatron(case, PI_OFF),
+    "stock GPTModel": lambda case: megatron(case, PI_OFF, stock=True),
+    "transformers Llama": llama,
+}
+
+
+def resident_bytes() -> int:
+    """Memory that this process holds now."""
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
+def main() -> None:
+    """Build, say what was built, and take steps until told to end."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    case = make_parser().parse_args()
+    import torch
+
+    torch.set_num_threads(case.threads)
+    from megatron_ext import platform
+
+    platform.activate("cpu")
+    join(case)
+    step, info = CONTENDERS[case.contender](case)
+    print(json.dumps(info), file=answers)
+    for line in sys.stdin:
+        command, *numbers = line.split()
+        if command == "end":
+            break
+        start, cpu = time.perf_counter(), time.process_time()
+        losses = [step() for _ in range(int(numbers[0]))]
+        answer = {"seconds": time.perf_counter() - start, "cpu": time.process_time() - cpu, "loss": losses[-1]}
+        print(json.dumps(answer), file=answers)
+    print(json.dumps({"peak": platform.max_memory_bytes()}), file=answers)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,262 @@
+// Causal self attention straight from the joint QKV projection, rotary embedding included (no include
+// guard: once per instruction set). No [s, s] matrix is held: scores come in blocks of kBlock x kBlock.
+//   qkv: [s, b, groups, (r + 2) d], the r query heads of a group, then its key, then its value
+//   out: [s, b, groups r d];  lse: [b, groups r, s], the logarithm of each softmax's denominator
+// Scores are kept transposed, [key, query]: a vector holds one key's scores of W queries, so that
+// maxima and sums over keys need no exchange between lanes. Everything inside is float32.
+
+constexpr int64_t kBlock = 64;
+constexpr int kRows = 4;                     // rows and vectors of a tile of `product`: all
+constexpr int kVectors = W == 16 ? 4 : 2;    // accumulators fit the registers
+
+INLINE F broadcast(float value) { return value - F{}; }
+
+// c[i][j] (+)= sum_k a[i * a_row + k * a_step] b[k * ldb + j] for Rows rows and Vectors vectors.
+template <int Rows, int Vectors>
+INLINE void product_tile(const float *a, int64_t a_row, int64_t a_step, const float *b, int64_t ldb, float *c,
+                         int64_t ldc, int64_t depth, bool add) {
+  F total[Rows][Vectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < Vectors; ++j) total[i][j] = add ? load(c + i * ldc + j * W) : F{};
+  for (int64_t k = 0; k < depth; ++k) {
+    F right[Vectors];
+#pragma GCC unroll 8
+    for (int j = 0; j < Vectors; ++j) right[j] = load(b + k * ldb + j * W);
+#pragma GCC unroll 8
+    for (int i = 0; i < Rows; ++i) {
+      F left = broadcast(a[i * a_row + k * a_step]);
+#pragma GCC unroll 8
+      for (int j = 0; j < Vectors; ++j) total[i][j] += left * right[j];
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < Vectors; ++j) store(c + i * ldc + j * W, total[i][j]);
+}
+
+template <int Vectors>
+static void product_panel(const float *a, int64_t a_row, int64_t a_step, const float *b, int64_t ldb, float *c,
+                          int64_t ldc, int64_t m, int64_t depth, bool add) {
+  int64_t i = 0;
+  for (; i + kRows <= m; i += kRows)
+    product_tile<kRows, Vectors>(a + i * a_row, a_row, a_step, b, ldb, c + i * ldc, ldc, depth, add);
+  for (; i < m; ++i)
+    product_tile<1, Vectors>(a + i * a_row, a_row, a_step, b, ldb, c + i * ldc, ldc, depth, add);
+}
+
+// c [m, n] (+)= a [m, depth] b [depth, n]; n a multiple of W, a by its two strides.
+static void product(const float *a, int64_t a_row, int64_t a_step, const float *b, int64_t ldb, float *c, int64_t ldc,
+                    int64_t m, int64_t n, int64_t depth, bool add) {
+  int64_t j = 0;
+  for (; j + kVectors * W <= n; j += kVectors * W)
+    product_panel<kVectors>(a, a_row, a_step, b + j, ldb, c + j, ldc, m, depth, add);
+  for (; j < n; j += W) product_panel<1>(a, a_row, a_step, b + j, ldb, c + j, ldc, m, depth, add);
+}
+
+// dst [rows, d] = src, rotated by the angles of rows first, first + 1, ... if there are any.
+template <class T>
+static void gather(const T *src, int64_t stride, int64_t rows, const Rotation &by, int64_t first, float *dst, int64_t d) {
+  for (int64_t i = 0; i < rows; ++i, src += stride, dst += d) {
+    const int64_t half = by.rot / 2;
+    const float *c = by.cosine + (first + i) * by.rot, *s = by.sine + (first + i) * by.rot;
+    FOR_LANES(j, half, {
+      F t1 = load(src + j, lanes);
+      F t2 = load(src + half + j, lanes);
+      store(dst + j, t1 * load(c + j, lanes) - t2 * load(s + j, lanes), lanes);
+      store(dst + half + j, t2 * load(c + half + j, lanes) + t1 * load(s + half + j, lanes), lanes);
+    })
+    const T *rest = src + by.rot;
+    FOR_LANES(j, d - by.rot, { store(dst + by.rot + j, load(rest + j, lanes), lanes); })
+  }
+}
+
+// The gradient's way back: dst = factor * src [rows, d], rotated by the opposite angles.
+template <class T>
+static void scatter(const float *src, int64_t rows, const Rotation &by, int64_t first, float factor, T *dst,
+                    int64_t stride, int64_t d) {
+  for (int64_t i = 0; i < rows; ++i, src += d, dst += stride) {
+    const int64_t half = by.rot / 2;
+    const float *c = by.cosine + (first + i) * by.rot, *s = by.sine + (first + i) * by.rot;
+    FOR_LANES(j, half, {
+      F y1 = load(src + j, lanes) * factor;
+      F y2 = load(src + half + j, lanes) * factor;
+      store(dst + j, y1 * load(c + j, lanes) + y2 * load(s + half + j, lanes), lanes);
+      store(dst + half + j, y2 * load(c + half + j, lanes) - y1 * load(s + j, lanes), lanes);
+    })
+    FOR_LANES(j, d - by.rot, { store(dst + by.rot + j, load(src + by.rot + j, lanes) * factor, lanes); })
+  }
+}
+
+// dst [d, kBlock] = factor * transpose of src [rows, d]; columns past `rows` are zero.
+static void transpose_block(const float *src, int64_t rows, int64_t d, float factor, float *dst) {
+  for (int64_t c = 0; c < d; ++c) {
+    float *to = dst + c * kBlock;
+    for (int64_t r = 0; r < rows; ++r) to[r] = src[r * d + c] * factor;
+    std::fill(to + rows, to + kBlock, 0.0f);
+  }
+}
+
+// Scores [keys, kBlock] of keys k0.. for queries q0..: -inf where the key comes after the query.
+static void mask_block(float *scores, int64_t keys, int64_t k0, int64_t q0) {
+  for (int64_t r = std::max<int64_t>(0, q0 - k0); r < keys; ++r)
+    std::fill_n(scores + r * kBlock, std::min(kBlock, k0 + r - q0), -std::numeric_limits<float>::infinity());
+}
+
+// Turns scores into exp(score - top) with a running maximum `top` and sum `total` of each query;
+// `decay` is what earlier sums are multiplied by.
+static void softmax_block(float *scores, int64_t keys, float *top, float *total, float *decay) {
+  for (int64_t j = 0; j < kBlock; j += W) {
+    F before = load(top + j);
+    F tops[2] = {before, before};
+    for (int64_t r = 0; r < keys; ++r) tops[r & 1] = larger(load(scores + r * kBlock + j), tops[r & 1]);
+    F now = larger(tops[0], tops[1]);
+    F shrink = exp(before - now);
+    F sums[2] = {load(total + j) * shrink, F{}};
+    for (int64_t r = 0; r < keys; ++r) {
+      F p = exp(load(scores + r * kBlock + j) - now);
+      store(scores + r * kBlock + j, p);
+      sums[r & 1] += p;
+    }
+    store(top + j, now);
+    store(total + j, sums[0] + sums[1]);
+    store(decay + j, shrink);
+  }
+}
+
+struct AttentionBlock {  // what one task holds of a block of queries
+  float *q, *q_t, *scores, *out, *grad, *grad_t, *score_grads;
+};
+
+// One head, queries q0 .. q0 + n: their outputs in `w.out`, not yet divided by `total`.
+static void attend_queries(const float *keys, const float *values, int64_t q0, int64_t n, int64_t d, AttentionBlock w,
+                           float *top, float *total) {
+  alignas(64) float decay[kBlock];
+  std::fill_n(top, kBlock, -std::numeric_limits<float>::infinity());
+  std::fill_n(total, kBlock, 0.0f);
+  for (int64_t k0 = 0; k0 < q0 + n; k0 += kBlock) {
+    int64_t count = std::min(kBlock, q0 + n - k0);
+    product(keys + k0 * d, d, 1, w.q_t, kBlock, w.scores, kBlock, count, kBlock, d, false);
+    if (k0 + count > q0) mask_block(w.scores, count, k0, q0);
+    softmax_block(w.scores, count, top, total, decay);
+    for (int64_t i = 0; k0 > 0 && i < n; ++i) FOR_LANES(j, d, { store(w.out + i * d + j, load(w.out + i * d + j, lanes) * decay[i], lanes); })
+    product(w.scores, 1, kBlock, values + k0 * d, d, w.out, d, n, d, count, k0 > 0);
+  }
+}
+
+template <class T>
+static void attention_forward(const T *qkv, const Rotation &rotation, T *out, float *lse, const AttentionShape &s,
+                              int threads) {
+  const int64_t d = s.d, heads = s.groups * s.r, width = (s.r + 2) * d;
+  const int64_t in_row = s.b * s.groups * width, out_row = s.b * heads * d;
+  const Rotation none{};
+  parallel_for(s.b * heads, threads, [&](int64_t task) {
+    const int64_t batch = task / heads, head = task % heads, group = head / s.r;
+    Scratch scratch(2 * s.s * d + 3 * kBlock * d + kBlock * kBlock);
+    float *keys = scratch.take(s.s * d), *values = scratch.take(s.s * d);
+    AttentionBlock w{};
+    w.q = scratch.take(kBlock * d), w.q_t = scratch.take(kBlock * d), w.out = scratch.take(kBlock * d);
+    w.scores = scratch.take(kBlock * kBlock);
+    const T *from = qkv + (batch * s.groups + group) * width;
+    gather(from + s.r * d, in_row, s.s, rotation, 0, keys, d);
+    gather(from + (s.r + 1) * d, in_row, s.s, none, 0, values, d);
+    for (int64_t q0 = 0; q0 < s.s; q0 += kBlock) {
+      alignas(64) float top[kBlock], total[kBlock];
+      const int64_t n = std::min(kBlock, s.s - q0);
+      gather(from + head % s.r * d + q0 * in_row, in_row, n, rotation, q0, w.q, d);
+      transpose_block(w.q, n, d, s.scale, w.q_t);
+      attend_queries(keys, values, q0, n, d, w, top, total);
+      for (int64_t i = 0; i < n; ++i) {
+        T *to = out + (q0 + i) * out_row + (batch * heads + head) * d;
+        FOR_LANES(j, d, { store(to + j, load(w.out + i * d + j, lanes) * (1.0f / total[i]), lanes); })
+        lse[task * s.s + q0 + i] = top[i] + std::log(total[i]);
+      }
+    }
+  });
+}
+
+// p = exp(score - lse);  score_grads = p (score_grads - delta), queries in lanes.
+static void softmax_block_backward(AttentionBlock w, int64_t keys, const float *lse, const float *delta) {
+  for (int64_t j = 0; j < kBlock; j += W) {
+    F base = load(lse + j);
+    F mean = load(delta + j);
+    for (int64_t r = 0; r < keys; ++r) {
+      int64_t at = r * kBlock + j;
+      F p = exp(load(w.scores + at) - base);
+      store(w.scores + at, p);
+      store(w.score_grads + at, p * (load(w.score_grads + at) - mean));
+    }
+  }
+}
+
+// Adds what queries q0 .. q0 + n give to the gradients of keys and values; their own in `w.out`.
+static void attend_queries_backward(const float *keys, const float *values, int64_t q0, int64_t n, int64_t d,
+                                    AttentionBlock w, const float *lse, const float *delta, float *key_grads,
+                                    float *value_grads) {
+  for (int64_t k0 = 0; k0 < q0 + n; k0 += kBlock) {
+    int64_t count = std::min(kBlock, q0 + n - k0);
+    product(keys + k0 * d, d, 1, w.q_t, kBlock, w.scores, kBlock, count, kBlock, d, false);
+    if (k0 + count > q0) mask_block(w.scores, count, k0, q0);
+    product(values + k0 * d, d, 1, w.grad_t, kBlock, w.score_grads, kBlock, count, kBlock, d, false);
+    softmax_block_backward(w, count, lse, delta);
+    product(w.scores, kBlock, 1, w.grad, d, value_grads + k0 * d, d, count, d, n, true);
+    product(w.score_grads, kBlock, 1, w.q, d, key_grads + k0 * d, d, count, d, n, true);
+    product(w.score_grads, 1, kBlock, keys + k0 * d, d, w.out, d, n, d, count, k0 > 0);
+  }
+}
+
+// delta_i = sum_j grad_ij out_ij, one number a query.
+template <class T>
+static void row_dots(const float *grad, const T *out, int64_t stride, int64_t rows, int64_t d, float *delta) {
+  std::fill_n(delta, kBlock, 0.0f);
+  for (int64_t i = 0; i < rows; ++i) {
+    F total = F{};
+    FOR_LANES(j, d, { total += load(grad + i * d + j, lanes) * load(out + i * stride + j, lanes); })
+    delta[i] = sum(total);
+  }
+}
+
+template <class T>
+static void attention_backward(const T *qkv, const Rotation &rotation, const T *out, const float *lse, const T *grad,
+                               T *qkv_grad, const AttentionShape &s, int threads) {
+  const int64_t d = s.d, heads = s.groups * s.r, width = (s.r + 2) * d;
+  const int64_t in_row = s.b * s.groups * width, out_row = s.b * heads * d;
+  const Rotation none{};
+  expect_large_write(qkv_grad, s.s * in_row * sizeof(T));
+  parallel_for(s.b * s.groups, threads, [&](int64_t task) {
+    const int64_t batch = task / s.groups, group = task % s.groups;
+    Scratch scratch(4 * s.s * d + 5 * kBlock * d + 2 * kBlock * kBlock);
+    float *keys = scratch.take(s.s * d), *values = scratch.take(s.s * d);
+    float *key_grads = scratch.take(s.s * d), *value_grads = scratch.take(s.s * d);
+    AttentionBlock w{};
+    w.q = scratch.take(kBlock * d), w.q_t = scratch.take(kBlock * d), w.out = scratch.take(kBlock * d);
+    w.grad = scratch.take(kBlock * d), w.grad_t = scratch.take(kBlock * d);
+    w.scores = scratch.take(kBlock * kBlock), w.score_grads = scratch.take(kBlock * kBlock);
+    const T *from = qkv + task * width;
+    T *to = qkv_grad + task * width;
+    gather(from + s.r * d, in_row, s.s, rotation, 0, keys, d);
+    gather(from + (s.r + 1) * d, in_row, s.s, none, 0, values, d);
+    std::fill_n(key_grads, s.s * d, 0.0f);
+    std::fill_n(value_grads, s.s * d, 0.0f);
+    for (int64_t head = 0; head < s.r; ++head) {
+      const int64_t column = (batch * heads + group * s.r + head) * d;
+      const float *head_lse = lse + (batch * heads + group * s.r + head) * s.s;
+      for (int64_t q0 = 0; q0 < s.s; q0 += kBlock) {
+        alignas(64) float denominators[kBlock] = {}, delta[kBlock];
+        const int64_t n = std::min(kBlock, s.s - q0);
+        gather(from + head * d + q0 * in_row, in_row, n, rotation, q0, w.q, d);
+        transpose_block(w.q, n, d, s.scale, w.q_t);
+        gather(grad + q0 * out_row + column, out_row, n, none, 0, w.grad, d);
+        transpose_block(w.grad, n, d, 1.0f, w.grad_t);
+        row_dots(w.grad, out + q0 * out_row + column, out_row, n, d, delta);
+        std::copy_n(head_lse + q0, n, denominators);
+        attend_queries_backward(keys, values, q0, n, d, w, denominators, delta, key_grads, value_grads);
+        scatter(w.out, n, rotation, q0, s.scale, to + head * d + q0 * in_row, in_row, d);
+      }
+    }
+    scatter(key_grads, s.s, rotation, 0, s.scale, to + s.r * d, in_row, d);
+    scatter(value_grads, s.s, none, 0, 1.0f, to + (s.r + 1) * d, in_row, d);
+  });
+}
