@@ -19,8 +19,8 @@ thread each; transformers has no tensor parallelism on a CPU and splits the batc
 
 Every step is forward, backward, clipping and AdamW. tokens/s is from the median over rounds; the spread is
 half the distance between the quartiles. MFU counts matmuls (causal attention as half) over the rate of a
-1024 x 1024 matmul measured by the parent in every round. Memory is the peak of all a contender's processes, less
-what they held after imports.
+1024 x 1024 matmul measured by the parent in every round. Memory is the peak of all a contender's processes,
+less what they held after imports.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ from benchmarks.train_step_worker import CONTENDERS, SHAPES
 
 WORKER = Path(__file__).with_name("train_step_worker.py")
 OURS_ON, OURS_OFF, STOCK, LLAMA = CONTENDERS
+QUIET = {"GLOO_SOCKET_IFNAME": "lo", "PYTHONWARNINGS": "ignore"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -123,7 +124,7 @@ def start(name: str, case: Case, args: argparse.Namespace, folder: Path) -> Cont
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | {"OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": "lo", "PYTHONWARNINGS": "ignore"},
+            env=os.environ | QUIET | {"OMP_NUM_THREADS": str(threads)},
         )
         for rank in range(case.processes)
     ]
@@ -226,7 +227,8 @@ def ratios(seconds: dict[str, list[float]], rows: dict[str, dict]) -> dict[str, 
 
 def table(result: dict) -> str:
     """A case as text."""
-    lines = [f"{result['case']}: {result['tokens_per_step']} tokens a step, matmul {result['matmul_gflops']:.0f} GFLOP/s"]
+    tokens, rate = result["tokens_per_step"], result["matmul_gflops"]
+    lines = [f"{result['case']}: {tokens} tokens a step, matmul {rate:.0f} GFLOP/s"]
     lines.append(f"  {'contender':20} {'ms/step':>9} {'spread':>7} {'tokens/s':>9} {'MFU':>5} {'MiB':>7}")
     for name, row in result["contenders"].items():
         lines.append(

@@ -229,9 +229,9 @@ def main() -> None:
         command, *numbers = line.split()
         if command == "end":
             break
-        start, cpu = time.perf_counter(), time.process_time()
+        start = time.perf_counter()
         losses = [step() for _ in range(int(numbers[0]))]
-        answer = {"seconds": time.perf_counter() - start, "cpu": time.process_time() - cpu, "loss": losses[-1]}
+        answer = {"seconds": time.perf_counter() - start, "loss": losses[-1]}
         print(json.dumps(answer), file=answers)
     print(json.dumps({"peak": platform.max_memory_bytes()}), file=answers)
 

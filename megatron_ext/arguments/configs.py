@@ -20,12 +20,11 @@ from megatron.core.transformer.enums import AttnBackend
 
 from megatron_ext.models.config import PanguProConfig
 
-#: Fused forms that Megatron-LM uses unless told not to; none of them runs on a CPU.
+#: Fused forms that Megatron-LM uses unless told not to, and that a CPU does not have.
 CUDA_FUSIONS = (
     "apply_rope_fusion",
     "bias_activation_fusion",
     "bias_dropout_fusion",
-    "gradient_accumulation_fusion",
     "masked_softmax_fusion",
     "persist_layer_norm",
 )

@@ -4,6 +4,7 @@ from argparse import Namespace
 
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.module import Float16Module
 from torch import nn
 
@@ -44,6 +45,7 @@ def _build_chunk(config: PanguProConfig, args: Namespace, vp_stage: int | None, 
     )
     mark_split_parameters(model)
     initialize(model, config, args.seed)
+    sum_weight_gradients_in_place(model)
     return model.to(platform.current_device())
 
 
@@ -56,7 +58,7 @@ def wrap_for_training(
     chunks: list[PanguModel], config: PanguProConfig, ddp_config: DistributedDataParallelConfig
 ) -> list[DistributedDataParallel]:
     """Half precision casts where asked for, and Megatron-Core's data parallelism around each chunk."""
-    return [
+    wrapped = [
         DistributedDataParallel(
             config=config,
             ddp_config=ddp_config,
@@ -66,6 +68,21 @@ def wrap_for_training(
         )
         for index, chunk in enumerate(half_precision(chunks, config))
     ]
+    for chunk in wrapped:
+        sum_weight_gradients_in_place(chunk)
+    return wrapped
+
+
+def sum_weight_gradients_in_place(model: nn.Module) -> None:
+    """Let Megatron-Core's linear layers add their weights' gradients straight to where they are summed.
+
+    That is data parallelism's buffer; a model without one (or ``--no-gradient-accumulation-fusion``)
+    gets its gradients from autograd, as any other.
+    """
+    for module in model.modules():
+        if isinstance(module, ColumnParallelLinear | RowParallelLinear):
+            wanted = module.config.gradient_accumulation_fusion
+            module.gradient_accumulation_fusion = wanted and hasattr(module.weight, "main_grad")
 
 
 def unwrap(module: nn.Module) -> PanguModel:

@@ -95,6 +95,8 @@ def causal_attention(
     fits = qkv.dim() == 4 and qkv.size(3) == (heads_per_group + 2) * head_width
     if not fits or rot > head_width or rot % 2 or (rot and freqs.shape != (qkv.size(0), 1, 1, rot)):
         shapes = f"{tuple(qkv.shape)}, r = {heads_per_group}, d = {head_width}, {rot} rotated channels"
-        raise ValueError(f"causal_attention needs qkv [s, b, groups, (r + 2) d] and even rot <= d; got {shapes}")
+        raise ValueError(
+            f"causal_attention needs qkv [s, b, groups, (r + 2) d] and even rot <= d; got {shapes}"
+        )
     arguments = (qkv, heads_per_group, head_width, freqs, scale)
     return (_CausalAttention.apply if takes(qkv, head_width) else causal_attention_reference)(*arguments)

@@ -1,4 +1,4 @@
-"""What Megatron-Core leaves to Apex or Transformer Engine, done exactly on a CPU."""
+"""What Megatron-Core leaves to Apex or Transformer Engine, done on a CPU."""
 
 import torch
 
@@ -17,14 +17,23 @@ def sum_of_squares(tensor: torch.Tensor) -> float:
     return total
 
 
-def l2_norm(chunk_size, overflow_buffer, tensor_lists, per_parameter, *args):
-    """L2 norm over all tensors of ``tensor_lists[0]``; the signature of Apex's multi_tensor_l2norm.
+class WeightGradients:
+    """Stands for ``fused_weight_gradient_mlp_cuda``: a weight's gradient added where gradients are summed.
 
-    torch's fp32 norm of a tensor of four million elements on a CPU is up to 4.5e-4 too small,
-    and this norm feeds the factor by which every gradient is clipped.
-
-    Serves megatron.core.utils.local_multi_tensor_l2_norm (utils.py:1192), used by clip_grads.py.
+    The product of a linear layer's backward goes straight into the data parallel buffer, instead of
+    into a tensor of its own that is then added to it. Serves tensor_parallel/layers.py 569 and 573.
     """
-    squares = [sum_of_squares(tensor) for tensor in tensor_lists[0]]
-    total = torch.tensor([sum(squares)], dtype=torch.float64).sqrt().float()
-    return total, None
+
+    @staticmethod
+    def wgrad_gemm_accum_fp32(inputs: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor):
+        """main_grad [out, in] += grad_output [tokens, out]^T inputs [tokens, in]."""
+        if inputs.dtype == main_grad.dtype:
+            main_grad.addmm_(grad_output.t(), inputs)
+        else:
+            main_grad.add_(grad_output.t() @ inputs)
+
+    wgrad_gemm_accum_fp16 = wgrad_gemm_accum_fp32
+
+
+#: Stands for ``_grad_accum_fusion_available``, which says that the extension above was imported.
+WEIGHT_GRADIENTS_AVAILABLE = True

@@ -23,7 +23,7 @@ TENSOR_TYPES = {
 class Seam:
     """What is replaced in one module: string constants, attribute names, or whole functions.
 
-    ``functions`` maps a function's name to ``"module:function"`` of ours.
+    ``functions`` maps the name of a function, or of another object, to ``"module:name"`` of ours.
     """
 
     module: str
@@ -55,15 +55,26 @@ SEAMS = (
         DEVICE | TENSOR_TYPES,
     ),
     Seam("distributed.param_and_grad_buffer", "768: warm-up of the reduction", DEVICE),
-    Seam("tensor_parallel.layers", "68-69: device type of custom_fwd and custom_bwd", DEVICE),
+    Seam(
+        "tensor_parallel.layers",
+        "68-69: device type of custom_fwd and custom_bwd; 44-48: weight gradients summed in place",
+        DEVICE,
+        functions={
+            "fused_weight_gradient_mlp_cuda": "megatron_ext.platform.numerics:WeightGradients",
+            "_grad_accum_fusion_available": "megatron_ext.platform.numerics:WEIGHT_GRADIENTS_AVAILABLE",
+        },
+    ),
     Seam("tensor_parallel.data", "37: broadcast of the sizes of a batch", DEVICE),
     Seam("tensor_parallel.random", "42, 61, 93-97: device of the generator", DEVICE),
     Seam("transformer.utils", "35, 40: default attention masks", DEVICE),
     Seam(
         "utils",
-        "1207: norm without Apex, and its precision",
+        "1192-1215: norm without Apex, and its precision; clipping without a copy",
         DEVICE,
-        functions={"local_multi_tensor_l2_norm": "megatron_ext.platform.numerics:l2_norm"},
+        functions={
+            "local_multi_tensor_l2_norm": "megatron_ext.models.fused_optimizer:multi_tensor_l2_norm",
+            "local_multi_tensor_scale": "megatron_ext.models.fused_optimizer:multi_tensor_scale",
+        },
     ),
     Seam(
         "models.common.embeddings.rope_utils",

@@ -36,7 +36,8 @@ def microbatches(seed: int):
 
 def gradients(tied: bool, random_pi: bool, overlap: bool = False, **config_changes) -> tuple[float, list]:
     """Loss of the step, and (name, offset, gradient) of every shard this rank holds."""
-    config = small_config(num_layers=4, pangu_init="random" if random_pi else "identity", **config_changes)
+    values = {"num_layers": 4, "pangu_init": "random" if random_pi else "identity"}
+    config = small_config(**values | {"gradient_accumulation_fusion": True} | config_changes)
     chunks = small_model(config, tied=tied)
     ddp = DistributedDataParallelConfig(overlap_grad_reduce=overlap)
     model = wrap_for_training(chunks, config, ddp)
@@ -97,6 +98,7 @@ LAYOUTS = {
     "pp2-interleaved": (Layout(pp=2, vpp=2), {}),
     "dp2": (Layout(dp=2), {}),
     "dp2-overlap": (Layout(dp=2), {"overlap": True}),
+    "tp2-separate-weight-gradients": (Layout(tp=2), {"gradient_accumulation_fusion": False}),
     "tp2-pp2-dp2-sp": (Layout(tp=2, pp=2, dp=2), {"sequence_parallel": True}),
 }
 OPTIONS = {

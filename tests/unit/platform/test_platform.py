@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from megatron_ext import platform
+from megatron_ext.models.fused_optimizer import multi_tensor_l2_norm
 from megatron_ext.platform import loader, seams
-from megatron_ext.platform.numerics import l2_norm, sum_of_squares
+from megatron_ext.platform.numerics import sum_of_squares
 
 cpu_only = pytest.mark.skipif(platform.on_gpu(), reason="the seams serve the CPU; a GPU needs none")
 
@@ -70,7 +71,7 @@ def test_sum_of_squares_is_exact_where_fp32_is_not():
     values = torch.full((4_000_003,), 0.1)
     exact = values.double().square().sum().item()
     assert sum_of_squares(values) == pytest.approx(exact, rel=1e-12)
-    norm, _ = l2_norm(0, None, [[values, torch.zeros(0), 2 * values]], False)
+    norm, _ = multi_tensor_l2_norm(0, None, [[values, torch.zeros(0), 2 * values]], False)
     assert norm.item() == pytest.approx((5 * exact) ** 0.5, rel=1e-7)
 
 
