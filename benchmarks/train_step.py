@@ -18,7 +18,8 @@ sequence 1024, vocabulary 8192). With two processes Megatron-Core's contenders s
 thread each; transformers has no tensor parallelism on a CPU and splits the batch instead.
 
 Every step is forward, backward, clipping and AdamW. tokens/s is from the median over rounds; the spread is
-half the distance between the quartiles. MFU counts matmuls (causal attention as half) over the rate of a
+half the distance between the quartiles. "CPU" is processor time over all threads, the fairer number on a machine
+that others use too (with --threads 1: threads that wait spin). MFU counts matmuls (causal attention as half) over the rate of a
 1024 x 1024 matmul measured by the parent in every round. Memory is the peak of all a contender's processes,
 less what they held after imports.
 """
@@ -72,6 +73,7 @@ class Contender:
     ranks: list[subprocess.Popen]
     info: list[dict] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     memory: float = 0.0
 
@@ -89,11 +91,11 @@ class Contender:
             rank.stdin.flush()
         return self.hear()
 
-    def run(self, steps: int) -> float:
-        """Seconds a step."""
+    def run(self, steps: int) -> tuple[float, float]:
+        """Seconds a step: of the slowest rank, and of processor time over all ranks and threads."""
         answers = self.tell(f"step {steps}")
         self.losses.append(answers[-1]["loss"])
-        return max(answer["seconds"] for answer in answers) / steps
+        return max(a["seconds"] for a in answers) / steps, sum(a["cpu"] for a in answers) / steps
 
     def end(self) -> None:
         """Take the peak of memory and let the processes go."""
@@ -164,13 +166,15 @@ def take_turns(contenders: list[Contender], case: Case, args: argparse.Namespace
     """Every contender in turn, round after round, in rotating order; the best matmul rate seen."""
     for contender in contenders:
         contender.run(1)
-    steps = max(1, round(args.turn_seconds / contenders[0].run(1)))
+    steps = max(1, round(args.turn_seconds / contenders[0].run(1)[0]))
     peak = 0.0
     for i in tqdm(range(args.rounds), desc=str(case), leave=False, disable=None):
         peak = max(peak, matmul_rate(DTYPES[case.precision]))
         turn = i % len(contenders)
         for contender in contenders[turn:] + contenders[:turn]:
-            contender.seconds.append(contender.run(steps))
+            seconds, cpu = contender.run(steps)
+            contender.seconds.append(seconds)
+            contender.cpu.append(cpu)
     return peak
 
 
@@ -188,13 +192,13 @@ def summary(case: Case, contenders: list[Contender], peak: float, args: argparse
             "ms_per_step": median * 1e3,
             "spread_ms": (quartiles[2] - quartiles[0]) / 2 * 1e3,
             "fastest_ms": min(c.seconds) * 1e3,
+            "cpu_ms": statistics.median(c.cpu) * 1e3,
             "tokens_per_second": tokens / median,
             "mfu": c.info[0]["flops_per_token"] * tokens / median / peak,
             "memory_mib": c.memory / 2**20,
             "parameters": c.info[0]["parameters"],
             "last_loss": c.losses[-1],
         }
-    seconds = {c.name: c.seconds for c in contenders}
     return {
         "case": str(case),
         "shape": case.shape,
@@ -203,7 +207,8 @@ def summary(case: Case, contenders: list[Contender], peak: float, args: argparse
         "tokens_per_step": tokens,
         "matmul_gflops": peak / 1e9,
         "contenders": rows,
-        "ratios": ratios(seconds, rows),
+        "ratios": ratios({c.name: c.seconds for c in contenders}, rows),
+        "cpu_ratios": ratios({c.name: c.cpu for c in contenders}, {}),
     }
 
 
@@ -229,13 +234,17 @@ def table(result: dict) -> str:
     """A case as text."""
     tokens, rate = result["tokens_per_step"], result["matmul_gflops"]
     lines = [f"{result['case']}: {tokens} tokens a step, matmul {rate:.0f} GFLOP/s"]
-    lines.append(f"  {'contender':20} {'ms/step':>9} {'spread':>7} {'tokens/s':>9} {'MFU':>5} {'MiB':>7}")
+    lines.append(
+        f"  {'contender':20} {'ms/step':>9} {'spread':>7} {'CPU ms':>9} {'tokens/s':>9} {'MFU':>5} {'MiB':>7}"
+    )
     for name, row in result["contenders"].items():
         lines.append(
-            f"  {name:20} {row['ms_per_step']:9.1f} {row['spread_ms']:7.1f} {row['tokens_per_second']:9.0f} "
-            f"{row['mfu']:5.2f} {row['memory_mib']:7.0f}"
+            f"  {name:20} {row['ms_per_step']:9.1f} {row['spread_ms']:7.1f} {row['cpu_ms']:9.1f} "
+            f"{row['tokens_per_second']:9.0f} {row['mfu']:5.2f} {row['memory_mib']:7.0f}"
         )
-    lines += [f"  {name}: {value:.3f}" for name, value in result["ratios"].items()]
+    for name, value in result["ratios"].items():
+        cpu = result["cpu_ratios"].get(name)
+        lines.append(f"  {name}: {value:.3f}" + ("" if cpu is None else f" (CPU time {cpu:.3f})"))
     return "\n".join(lines)
 
 
