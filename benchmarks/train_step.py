@@ -18,10 +18,10 @@ sequence 1024, vocabulary 8192). With two processes Megatron-Core's contenders s
 thread each; transformers has no tensor parallelism on a CPU and splits the batch instead.
 
 Every step is forward, backward, clipping and AdamW. tokens/s is from the median over rounds; the spread is
-half the distance between the quartiles. "CPU" is processor time over all threads, the fairer number on a machine
-that others use too (with --threads 1: threads that wait spin). MFU counts matmuls (causal attention as half) over the rate of a
-1024 x 1024 matmul measured by the parent in every round. Memory is the peak of all a contender's processes,
-less what they held after imports.
+half the distance between the quartiles. "CPU" is processor time over all threads, the fairer number on a
+machine that others use too (with --threads 1: threads that wait spin). MFU counts matmuls (causal attention
+as half) over the rate of a 1024 x 1024 matmul measured by the parent in every round. Memory is the peak of
+all a contender's processes, less what they held after imports.
 """
 
 from __future__ import annotations
