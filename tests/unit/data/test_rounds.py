@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 
 from megatron_ext.data import draw as drawing
+from megatron_ext.data import forgetting
 from megatron_ext.data.build_round import Groups, RoundOptions, build_round
 from megatron_ext.data.identity import require_same
 from megatron_ext.data.indexed import DatasetError
 from megatron_ext.data.loss_record import Losses, LossRecord, open_record, read_losses, record_paths
 from megatron_ext.data.rounds import NumberedDataset, Permutation, RoundDataset, read_round
 from tools import build_round as tool
+from tools import plot_forgetting
 
 LOSSES = np.array([1.2, 3.0, 0.3, 2.1, 2.2])
 DRAWS = 4000
@@ -291,3 +293,23 @@ def test_index_without_its_manifest_is_refused(tmp_path):
     np.save(tmp_path / "round.npy", np.arange(7))
     with pytest.raises(DatasetError, match="holds 7 samples, but round.json says 50"):
         read_round(tmp_path / "round.npy")
+
+
+def test_forgetting_curve(tmp_path, capsys):
+    """Means over stretches, weighted by tokens; what is not finite is passed over."""
+    losses = np.linspace(5, 3, 100)
+    losses[99] = np.nan
+    found = forgetting.curve(read_losses(recording(tmp_path, losses=losses)), 10)
+    weights = np.arange(100) % 5 + 1
+    first = (losses[:10] * weights[:10]).sum() / weights[:10].sum()
+    last = (losses[90:99] * weights[90:99]).sum() / weights[90:99].sum()
+    assert found.ends() == pytest.approx((first, last), abs=1e-6)
+    assert found.place[:2].tolist() == [5, 15]
+    assert found.error[0] == pytest.approx(np.std(losses[:10]) / 10**0.5, rel=1e-3)
+    assert (
+        plot_forgetting.main([str(tmp_path / "losses"), "--output", str(tmp_path / "f.png"), "--json"]) == 0
+    )
+    told = json.loads(capsys.readouterr().out)["losses"]
+    assert next(iter(told.values()))["first_tenth"] > 4.7
+    assert (tmp_path / "f.png").stat().st_size > 1000
+    assert plot_forgetting.main([str(tmp_path / "absent"), "--output", str(tmp_path / "g.png")]) == 1
