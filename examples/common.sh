@@ -47,16 +47,16 @@ SMOKE_ARGS=(
 
 # launch FLAG...: start pretrain_pangu_pro.py with the flags on the processes of DISTRIBUTED_ARGS.
 launch() {
-  local flags=("$@") device=cuda
+  local flags=("$@") machine=${MACHINE:-h100}
   if [ "$SMOKE" = 1 ]; then
     flags+=("${SMOKE_ARGS[@]}")
-    [ "$GPUS_HERE" != 0 ] || device=cpu
+    [ "$GPUS_HERE" != 0 ] || machine=cpu
   fi
   if [ "$DRY_RUN" = 1 ]; then
     printf 'torchrun'
     printf ' %q' "${DISTRIBUTED_ARGS[@]}" "$HERE/pretrain_pangu_pro.py" "${flags[@]}"
     printf '\n\n'
-    exec python "$HERE/tools/plan_run.py" --world-size $((NUM_NODES * GPUS_PER_NODE)) --device "$device" \
+    exec python "$HERE/tools/plan_run.py" --world-size $((NUM_NODES * GPUS_PER_NODE)) --machine "$machine" \
       --check-files -- "${flags[@]}"
   fi
   exec torchrun "${DISTRIBUTED_ARGS[@]}" "$HERE/pretrain_pangu_pro.py" "${flags[@]}"

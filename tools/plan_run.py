@@ -1,15 +1,20 @@
 #!/usr/bin/env python3
-"""Check a command line before it is started: every flag, and the memory a device needs.
+"""Check a command line before it is started: flags, memory of a device, time of a step.
 
-    python tools/plan_run.py --world-size 8 -- --model-preset pangu-pi-1.5b-pro --bf16 ...
+    python tools/plan_run.py --world-size 8 --machine h100 -- --model-preset pangu-pi-1.5b-pro --bf16 ...
+    python tools/plan_run.py --world-size 64 --machine h200 --suggest -- --model-preset pangu-pi-7b --bf16 ...
 
 After -- come the flags of pretrain_pangu_pro.py as they would be started with. They are read by its
-own parser, for the machine that is asked about and not for this one. Memory is an estimate.
+own parser, for the machine that is asked about and not for this one. --suggest lists the fastest
+layouts of so many devices that fit. Memory and time are estimates (docs/scaling.md says from what);
+tools/doctor.py --speed measures a machine for --matmul-tflops and --link-gbytes.
 
-Exit code 0: the run can start; 1: it does not fit into --device-memory; 2: the flags are wrong.
+Exit code 0: the run can start; 1: it does not fit into the device; 2: the flags are wrong.
 """
 
 import argparse
+import dataclasses
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -17,7 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_ext.arguments.parser import CommandLineError, read_args
-from megatron_ext.models import describe
+from megatron_ext.models import communication, describe, plan
 
 GIB = 2**30
 
@@ -31,10 +36,14 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     p.add_argument("--world-size", type=int, default=1, metavar="N", help="processes (default: 1)")
-    p.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where it runs (default: cuda)")
     p.add_argument(
-        "--device-memory", type=float, default=80.0, metavar="GIB", help="of a device (default: 80)"
+        "--machine", choices=tuple(plan.MACHINES), default="h100", help="where it runs (default: h100)"
     )
+    p.add_argument("--device-memory", type=float, metavar="GIB", help="of a device, if not the machine's")
+    p.add_argument("--matmul-tflops", type=float, metavar="X", help="TFLOP/s that a device sustains")
+    p.add_argument("--link-gbytes", type=float, metavar="X", help="GB/s one way between devices of a host")
+    p.add_argument("--network-gbytes", type=float, metavar="X", help="GB/s one way between hosts, a device")
+    p.add_argument("--suggest", action="store_true", help="list the fastest layouts that fit")
     p.add_argument(
         "--check-files", action="store_true", help="data, tokenizer and folders must be on this machine"
     )
@@ -50,21 +59,38 @@ def main(argv: list[str] | None = None) -> int:
         args = read_args(
             options.flags,
             world_size=options.world_size,
-            device=options.device,
+            device="cpu" if options.machine == "cpu" else "cuda",
             check_files=options.check_files,
         )
+        shape = describe.shape_of(args, describe.vocabulary_of(args))
     except CommandLineError as error:
         print(f"plan_run.py: the command line has problems:\n{error}", file=sys.stderr)
         return 2
-    summary = plan(args, options)
+    except ValueError as error:
+        print(f"plan_run.py: error: {error}", file=sys.stderr)
+        return 2
+    machine = machine_of(options)
+    summary = planned(args, shape, machine)
+    if options.suggest:
+        summary["suggestions"] = suggested(args, shape, machine)
     print(json.dumps(summary) if options.json else "\n".join(lines(summary)))
-    return 0 if summary["fits"] else 1
+    return 0 if summary["fits"] or options.suggest and summary["suggestions"] else 1
 
 
-def plan(args: argparse.Namespace, options: argparse.Namespace) -> dict:
+def machine_of(options: argparse.Namespace) -> plan.Machine:
+    """The named machine with what was measured in its place."""
+    machine = plan.MACHINES[options.machine]
+    if options.device_memory:
+        machine = dataclasses.replace(machine, memory=options.device_memory * GIB)
+    scale = ((options.matmul_tflops, 1e12), (options.link_gbytes, 1e9), (options.network_gbytes, 1e9))
+    return machine.scaled(*(value and value * unit for value, unit in scale))
+
+
+def planned(args: argparse.Namespace, shape: describe.Shape, machine: plan.Machine) -> dict:
     """What the run is, and what it needs."""
-    shape, layout = describe.shape_of(args, describe.vocabulary_of(args)), describe.layout_of(args)
-    needed = describe.memory(shape, layout)
+    layout = describe.layout_of(args)
+    seconds = plan.step_seconds(shape, layout, machine, args.overlap_grad_reduce)
+    tokens = args.global_batch_size * args.seq_length
     return {
         "processes": args.world_size,
         "tensor": layout.tensor,
@@ -72,30 +98,71 @@ def plan(args: argparse.Namespace, options: argparse.Namespace) -> dict:
         "data": layout.data,
         "parameters": describe.total_parameters(shape),
         "iterations": args.train_iters,
-        "tokens": args.train_iters * args.global_batch_size * args.seq_length,
-        "memory_bytes": needed,
-        "device_memory_bytes": options.device_memory * GIB,
-        "fits": sum(needed.values()) < options.device_memory * GIB,
+        "tokens": args.train_iters * tokens,
+        "memory_bytes": describe.memory(shape, layout),
+        "device_memory_bytes": machine.memory,
+        "fits": plan.fits(shape, layout, machine),
+        "bytes_sent": communication.bytes_sent(shape, layout),
+        "step_seconds": seconds,
+        "tokens_per_second_per_device": tokens / sum(seconds.values()) / args.world_size,
     }
+
+
+def suggested(args: argparse.Namespace, shape: describe.Shape, machine: plan.Machine) -> list[dict]:
+    """The ten fastest layouts that fit, as flags, the best micro batch of each division."""
+    found, seen = [], set()
+    each = 2 if args.bf16 or args.fp16 else 4
+    layouts = plan.suggestions(shape, args.world_size, args.global_batch_size, machine, each)
+    for seconds, layout in layouts:
+        division = (layout.tensor, layout.pipeline)
+        if division not in seen:
+            seen.add(division)
+            used = sum(describe.memory(shape, layout).values())
+            found.append({"seconds": seconds, "memory_bytes": used, "flags": flags(layout), **vars(layout)})
+    return list(itertools.islice(found, 10))
+
+
+def flags(layout: describe.Layout) -> str:
+    """The layout as flags of the trainer."""
+    words = f"--tensor-model-parallel-size {layout.tensor} --pipeline-model-parallel-size {layout.pipeline}"
+    words += f" --micro-batch-size {layout.micro_batch}"
+    words += " --sequence-parallel" * layout.sequence_parallel
+    words += " --use-distributed-optimizer" * layout.distributed_optimizer
+    full = " --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+    return words + full * layout.recompute
 
 
 def lines(summary: dict) -> list[str]:
     """The summary to read."""
     memory, limit = summary["memory_bytes"], summary["device_memory_bytes"]
+    seconds = summary["step_seconds"]
     found = [
         "every flag is understood",
         f"{summary['parameters']:,} parameters on {summary['processes']} devices: "
         f"tensor {summary['tensor']} x pipeline {summary['pipeline']} x data {summary['data']}",
         f"{summary['iterations']:,} iterations, {summary['tokens']:,} tokens",
         "memory of the fullest device (activations are an estimate)",
-        *(f"  {part:<12}{size / GIB:>9.2f} GiB" for part, size in memory.items()),
-        f"  {'total':<12}{sum(memory.values()) / GIB:>9.2f} GiB of {limit / GIB:.0f}",
+        *(f"  {part:<18}{size / GIB:>9.2f} GiB" for part, size in memory.items()),
+        f"  {'total':<18}{sum(memory.values()) / GIB:>9.2f} GiB of {limit / GIB:.0f}",
+        "time of a step (an estimate)",
+        *(f"  {part:<18}{1000 * value:>9.1f} ms" for part, value in seconds.items()),
+        f"  {'total':<18}{1000 * sum(seconds.values()):>9.1f} ms, "
+        f"{summary['tokens_per_second_per_device']:,.0f} tokens/s a device, "
+        f"{sum(seconds.values()) * summary['iterations'] / 3600:,.1f} hours in all",
     ]
     if not summary["fits"]:
         found.append(
             "this does not fit: lower --micro-batch-size, use --recompute-granularity full, "
-            "--use-distributed-optimizer, or a larger tensor or pipeline parallel size"
+            "--use-distributed-optimizer, or a larger tensor or pipeline parallel size (--suggest)"
         )
+    for number, layout in enumerate(summary.get("suggestions", ()), 1):
+        head = "layouts that fit, fastest first\n" if number == 1 else ""
+        size = layout["memory_bytes"] / GIB
+        found.append(
+            f"{head}{number:>3}. {1000 * layout['seconds']:>8.1f} ms {size:>6.1f} GiB  {layout['flags']}"
+        )
+    if summary.get("suggestions") == []:
+        found.append("no layout of so many devices fits")
     return found
 
 

@@ -102,6 +102,21 @@ def current_device():
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu() else torch.device("cpu")
 
 
+def use_rank_device(local_rank: int) -> None:
+    """Let a process compute on the GPU of its number; with fewer GPUs, or none, nothing changes."""
+    if on_gpu():
+        import torch
+
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
+
+
+def link_backend() -> str:
+    """The backend that two processes of this machine measure a link with: nccl needs a GPU each."""
+    import torch
+
+    return "nccl" if on_gpu() and torch.cuda.device_count() > 1 else "gloo"
+
+
 def default_backend() -> str:
     """The backend of torch.distributed that belongs to the device: nccl or gloo."""
     return "nccl" if on_gpu() else "gloo"
@@ -185,6 +200,17 @@ def max_memory_bytes() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def device_memory_bytes() -> int:
+    """Memory that a process has: its GPU's, or its share of the host's that is free."""
+    if on_gpu():
+        import torch
+
+        return torch.cuda.mem_get_info()[1]
+    import psutil
+
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def empty_cache() -> None:

@@ -7,6 +7,7 @@ import torch
 from megatron_ext import platform
 from megatron_ext.arguments.configs import ddp_config, optimizer_config, padded_vocab_size, transformer_config
 from megatron_ext.data.agree import on_every_rank
+from megatron_ext.models import describe
 from megatron_ext.models.builder import build_model, wrap_for_training
 from megatron_ext.tokenizer import build_tokenizer
 from megatron_ext.training.checkpointing import load_checkpoint
@@ -24,6 +25,8 @@ def build_trainer(args: Namespace) -> Trainer:
     args.padded_vocab_size = padded_vocab_size(tokenizer.vocab_size, args)
     args.tokenizer_sha256 = tokenizer.sha256
 
+    warn_about_memory(args)
+
     if args.deterministic_mode:
         torch.use_deterministic_algorithms(True)
     config = transformer_config(args)
@@ -39,6 +42,18 @@ def build_trainer(args: Namespace) -> Trainer:
     recorder, datasets = online_recorder(args, tokenizer, datasets)
     token_bytes = torch.as_tensor(tokenizer.token_bytes(), device=platform.current_device())
     return Trainer(args, model, optimizer, scheduler, datasets, token_bytes, progress, recorder)
+
+
+def warn_about_memory(args: Namespace) -> None:
+    """Say so before the start where the model, its optimizer and its activations look too large."""
+    shape = describe.shape_of(args, args.padded_vocab_size)
+    needed = sum(describe.memory(shape, describe.layout_of(args)).values()) / 2**30
+    there = platform.device_memory_bytes() / 2**30
+    if needed > there:
+        print_rank_0(
+            f"WARNING: this layout needs about {needed:.1f} GiB a device, and {there:.1f} GiB are there; "
+            "tools/plan_run.py --suggest lists layouts that fit"
+        )
 
 
 def load_progress(args: Namespace, model: list, optimizer, scheduler) -> tuple[Progress, str | None]:

@@ -127,3 +127,20 @@ def test_generation_with_a_cache_is_generation_without(pool, tmp_path):
     assert cached == recomputed
     for ranks in pool.run(2, _generate, str(tmp_path)):  # tensor parallel, from the same checkpoint
         assert ranks[0] == cached
+
+
+def _memory_warning(argv: list[str]) -> str:
+    import contextlib
+    import io
+
+    from megatron_ext import platform
+
+    said, platform.device_memory_bytes = io.StringIO(), lambda: 1 << 20
+    with contextlib.redirect_stdout(said):
+        _pretrain(argv)
+    return said.getvalue()
+
+
+def test_a_layout_that_cannot_fit_is_warned_of(pool):
+    [said] = pool.run(1, _memory_warning, flags(**BASE | dict(train_iters=1)))
+    assert "WARNING: this layout needs about" in said and "0.0 GiB are there" in said

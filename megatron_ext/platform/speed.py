@@ -1,0 +1,50 @@
+"""How fast two processes of this machine exchange bytes, and how fast its disk takes them."""
+
+import os
+import tempfile
+import time
+
+from megatron_ext.platform import network
+
+
+def link_bytes_per_second(size: int = 64 << 20, times: int = 5) -> float:
+    """Bytes a second that an all-reduce between two processes sends one way; the best of a few."""
+    import torch.multiprocessing as mp
+
+    with tempfile.TemporaryDirectory() as folder:
+        result = mp.get_context("spawn").SimpleQueue()
+        mp.spawn(_all_reduce, (f"{folder}/store", size, times, result), nprocs=2)
+        return result.get()
+
+
+def _all_reduce(rank: int, store: str, size: int, times: int, result) -> None:
+    import torch
+    import torch.distributed as dist
+
+    from megatron_ext import platform
+
+    platform.use_rank_device(rank)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", network.LOOPBACK)
+    dist.init_process_group(platform.link_backend(), store=dist.FileStore(store, 2), rank=rank, world_size=2)
+    tensor = torch.zeros(size // 4, device=platform.current_device())
+    best = float("inf")
+    for _ in range(times):
+        platform.synchronize()
+        start = time.perf_counter()
+        dist.all_reduce(tensor)
+        platform.synchronize()
+        best = min(best, time.perf_counter() - start)
+    if rank == 0:
+        result.put(size / best)  # 2 (p - 1) / p of the tensor is one whole for two ranks
+    dist.destroy_process_group()
+
+
+def disk_bytes_per_second(size: int = 64 << 20) -> float:
+    """Bytes a second written here and brought to the disk."""
+    block = os.urandom(size)
+    with tempfile.NamedTemporaryFile(dir=".") as file:
+        start = time.perf_counter()
+        file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+        return size / (time.perf_counter() - start)

@@ -1,0 +1,78 @@
+"""tools/doctor.py: what it finds here, and what it says of machines that lack things."""
+
+import importlib.util
+import json
+import sys
+
+import pytest
+
+from megatron_ext.platform import machine, speed
+from tests.conftest import REPOSITORY
+
+SPEC = importlib.util.spec_from_file_location("doctor", REPOSITORY / "tools" / "doctor.py")
+doctor = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(doctor)
+
+
+def test_this_machine_can_run(capsys):
+    assert doctor.main(["--json"]) == 0
+    found = {finding["name"]: finding for finding in json.loads(capsys.readouterr().out)["findings"]}
+    assert {"Python", "torch", "Megatron-Core", "GPU", "Transformer Engine", "SLURM"} < set(found)
+    assert found["Megatron-Core"]["found"] == "0.16.1"
+
+
+def test_one_screen(capsys):
+    doctor.main([])
+    screen = capsys.readouterr().out.splitlines()
+    assert len(screen) <= 40 and max(map(len, screen)) <= 140
+
+
+def test_missing_things_come_with_commands(monkeypatch):
+    monkeypatch.setattr(machine, "version_of", lambda package: None)
+    monkeypatch.setattr(machine.shutil, "which", lambda name: None)
+    monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: None)
+    found = {finding.name: finding for finding in machine.findings()}
+    assert found["torch"].state == found["Megatron-Core"].state == "problem"
+    assert found["extensions"].command == "apt install g++"
+    screen = "\n".join(doctor.lines(list(found.values())))
+    assert "to get what is missing:" in screen and "pip install megatron-core==" in screen
+
+
+@pytest.fixture
+def with_gpu(monkeypatch):
+    """A machine that has a GPU, as far as the checks can tell, and no network of packages."""
+    monkeypatch.setattr(machine, "_gpu_count", lambda: 1)
+    monkeypatch.setattr(machine, "gpu_capability", lambda: (9, 0))
+
+
+@pytest.mark.parametrize(
+    ("version", "module", "state", "said"),
+    [
+        (None, None, "absent", "not installed"),
+        ("1.13.0", None, "problem", "1.13.0 is too old"),
+        ("2.11.0+abc", "raise OSError('no libcudnn')", "problem", "does not import: OSError: no libcudnn"),
+        ("2.11.0", "", "ok", "2.11.0"),
+    ],
+)
+def test_transformer_engine_on_a_gpu(with_gpu, monkeypatch, tmp_path, version, module, state, said):
+    """The package is imported for real, in a process of its own, from a folder made here."""
+    if module is not None:
+        (tmp_path / "transformer_engine").mkdir()
+        (tmp_path / "transformer_engine" / "__init__.py").touch()
+        (tmp_path / "transformer_engine" / "pytorch.py").write_text(module)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(machine, "version_of", lambda package: version)
+    found = machine.transformer_engine()
+    assert found.state == state and said in found.found
+    assert bool(found.command) == (state != "ok")
+    assert "transformer_engine" not in sys.modules
+
+
+def test_versions():
+    assert machine.engine_version("2.11.0+cu12") == (2, 11)
+    assert machine.engine_version("1.9rc1") == (1, 9)
+
+
+def test_link_and_disk_are_measured():
+    assert speed.link_bytes_per_second(size=1 << 20, times=2) > 1e6
+    assert speed.disk_bytes_per_second(1 << 20) > 1e5
