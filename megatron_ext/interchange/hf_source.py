@@ -24,6 +24,8 @@ _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 class HuggingFaceSource(Source):
     """Tensors are views of memory-mapped files; of several parts one is open at a time."""
 
+    kind = "hf"
+
     def __init__(self, path: Path, allow_pickle: bool = False, tokenizer_model: str | Path | None = None):
         self.path = path
         if (path / CHECKSUMS).exists() and (problem := damage(path)):
@@ -35,7 +37,7 @@ class HuggingFaceSource(Source):
         self._entries = {entry.ours: entry for entry in architecture.entries_of(self.shape)}
         self._require_names()
         self.tokenizer = self._find_tokenizer(tokenizer_model)
-        self.description = f"{architecture.class_name} in {path}"
+        self.origin = f"a {architecture.class_name}"
 
     def _require_names(self) -> None:
         """Raise unless the files hold the tensors of the configuration, in their sizes, and no others."""

@@ -32,6 +32,8 @@ _NORMS = {
 class MegatronSource(Source):
     """One checkpoint, whatever layout saved it."""
 
+    kind = "megatron"
+
     def __init__(self, folder: Path, tokenizer_model: str | Path | None = None):
         self.path = folder
         try:
@@ -49,7 +51,7 @@ class MegatronSource(Source):
         self.shape = ModelShape.from_args(self.args, self._vocab_size(), self._dtype())
         if self.tokenizer:
             tokenizer_files.require_fit(self.tokenizer, self.shape.vocab_size, folder)
-        self.description = f"checkpoint of iteration {self.iteration} in {folder}"
+        self.origin = f"a checkpoint of iteration {self.iteration}"
 
     def _find_tokenizer(self, given, saved_sha256: str | None) -> tokenizer_files.TokenizerFiles | None:
         """The tokenizer given, or the one that the args name if it is still the same."""

@@ -23,15 +23,23 @@ class Source(ABC):
         tokenizer: its tokenizer's files; None where there are none.
         args: a checkpoint's arguments; None for a Hugging Face folder.
         iteration: the training iteration of a checkpoint, else 0.
-        description: one line on what was opened.
+        kind: "hf" or "megatron".
+        origin: one line on what was opened.
     """
+
+    kind: str
 
     path: Path
     shape: ModelShape
     tokenizer: TokenizerFiles | None
     args: Namespace | None = None
     iteration: int = 0
-    description: str = ""
+    origin: str = ""
+
+    @property
+    def description(self) -> str:
+        """What was opened, and where."""
+        return f"{self.origin} in {self.path}"
 
     def keys(self) -> list[str]:
         """The names of all tensors, layers numbered, in the order of the forward pass."""

@@ -12,6 +12,9 @@ from pathlib import Path
 from megatron_ext.interchange.errors import InterchangeError
 from megatron_ext.tokenizer.build import HUGGINGFACE_FILES, SENTENCEPIECE_TYPES, folder_sha256
 
+#: Files of a Hugging Face folder that go with a tokenizer without deciding its ids.
+_BESIDE = ("chat_template.jinja", "generation_config.json")
+
 
 @dataclass(frozen=True)
 class TokenizerFiles:
@@ -38,10 +41,23 @@ class TokenizerFiles:
             return [self.model]
         return [self.model / name for name in HUGGINGFACE_FILES if (self.model / name).is_file()]
 
+    @property
+    def companions(self) -> list[Path]:
+        """What transformers wants beside the files; [] for a SentencePiece model that stands alone."""
+        if self.model is None:
+            return []
+        folder = self.model.parent if self.model.is_file() else self.model
+        if self.model.is_file() and not (
+            self.model.name == "tokenizer.model" and (folder / "tokenizer_config.json").is_file()
+        ):
+            return []
+        names = (*HUGGINGFACE_FILES, *_BESIDE)
+        return [path for name in names if (path := folder / name).is_file() and path not in self.files]
+
     def copy_into(self, folder: Path) -> None:
-        """Copy the files, under their names; a SentencePiece model becomes ``tokenizer.model``."""
+        """Copy files and companions, under their names; a SentencePiece model becomes ``tokenizer.model``."""
         folder.mkdir(parents=True, exist_ok=True)
-        for file in self.files:
+        for file in (*self.files, *self.companions):
             shutil.copyfile(file, folder / ("tokenizer.model" if file is self.model else file.name))
 
     def moved_to(self, folder: Path) -> TokenizerFiles:
@@ -76,7 +92,7 @@ def of_folder(folder: Path) -> TokenizerFiles | None:
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         return None
     if size is None:
-        size = max(len(_json(folder / "vocab.json")), _added(folder, 0), plain.size if plain else 0)
+        size = max(len(read_json(folder / "vocab.json")), _added(folder, 0), plain.size if plain else 0)
     return TokenizerFiles("HuggingFaceTokenizer", folder, size, folder_sha256(folder))
 
 
@@ -122,7 +138,7 @@ def _sentencepiece(path: Path) -> TokenizerFiles:
 
 def _described_size(path: Path) -> int:
     """Ids that ``tokenizer.json`` knows, those of added tokens among them."""
-    content = _json(path)
+    content = read_json(path)
     try:
         vocabulary = content["model"]["vocab"]
         ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
@@ -135,11 +151,12 @@ def _described_size(path: Path) -> int:
 def _added(folder: Path, size: int) -> int:
     """One more than the largest id of ``added_tokens.json`` from ``size`` on; 0 if there is none."""
     path = folder / "added_tokens.json"
-    ids = _json(path).values() if path.is_file() else ()
+    ids = read_json(path).values() if path.is_file() else ()
     return max((1 + token for token in ids if token >= size), default=0)
 
 
-def _json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
+    """A JSON object, {} where there is no such file; raises InterchangeError naming the file."""
     if not path.is_file():
         return {}
     try:

@@ -53,6 +53,11 @@ def describe(data: bytes) -> dict:
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
+def describe_file(path: Path) -> dict:
+    """The entry in ``checksums.json`` of a file that is on the disk."""
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+
 def marker(iteration: int, files: dict[str, dict]) -> bytes:
     """The content of ``checksums.json``; its own checksum is of iteration and files."""
     content = {"format": 1, "iteration": iteration, "files": files}

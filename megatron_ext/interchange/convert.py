@@ -1,0 +1,77 @@
+"""tools/convert_checkpoint.py from flags to files."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from megatron_ext.interchange.errors import InterchangeError
+from megatron_ext.interchange.export import export_folder
+from megatron_ext.interchange.progress import Progress
+from megatron_ext.interchange.source import Source, open_source
+from megatron_ext.interchange.target import write_checkpoint
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def convert(options: Namespace) -> dict:
+    """Open, convert tensor by tensor, write; the summary of what was done. ``options``: see the tool.
+
+    Raises:
+        InterchangeError: bad input, nothing was written.
+    """
+    started = time.monotonic()
+    source = open_source(
+        options.load,
+        options.allow_pickle,
+        iteration=options.ckpt_step,
+        tokenizer_model=options.tokenizer_model,
+    )
+    if source.kind != options.source:
+        raise InterchangeError(f"--from {options.source}: {options.load} is a {source.kind} folder")
+    if options.target == "hf" and source.tokenizer is None and not options.tokenizer_model:
+        _say_no_tokenizer(source)
+    shape = replace(source.shape, dtype=DTYPES.get(options.dtype, source.shape.dtype))
+    progress = Progress(shape.num_parameters * source.shape.dtype.itemsize, quiet=options.json)
+    try:
+        written = _write(options, source, shape, progress)
+    finally:
+        progress.close()
+    return {
+        "from": source.description,
+        "to": str(written),
+        "parameters": shape.num_parameters,
+        "dtype": str(shape.dtype).removeprefix("torch."),
+        "tokenizer": source.tokenizer.kind if source.tokenizer else None,
+        "seconds": round(time.monotonic() - started, 2),
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def _write(options: Namespace, source: Source, shape, progress: Progress) -> Path:
+    get = progress.watch(source.get)
+    if options.target == "megatron":
+        return write_checkpoint(options.save, shape, get, tokenizer=source.tokenizer)
+    return export_folder(
+        options.save,
+        shape,
+        get,
+        tokenizer=source.tokenizer,
+        architecture=options.hf_architecture,
+        origin=source.origin,
+        shard_bytes=options.max_shard_size,
+    )
+
+
+def _say_no_tokenizer(source: Source) -> None:
+    print(
+        f"WARNING: {source.path} has no tokenizer (or its files moved): the folder is written without one, "
+        f"with all {source.shape.vocab_size} rows of the embedding; --tokenizer-model gives it",
+        file=sys.stderr,
+    )

@@ -1,0 +1,137 @@
+"""Writes a Hugging Face folder that stands alone: weights, configuration, tokenizer, code, model card."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_ext.interchange import hf_pangu_pi
+from megatron_ext.interchange.errors import InterchangeError
+from megatron_ext.interchange.hf_tokenizer import SpecialIds, write_tokenizer
+from megatron_ext.interchange.mapping import Architecture, architecture_named, architecture_of
+from megatron_ext.interchange.model_card import model_card
+from megatron_ext.interchange.shape import ModelShape
+from megatron_ext.interchange.tokenizer_files import TokenizerFiles
+from megatron_ext.training.checkpointing.folders import fsync_dir, write_durably
+from megatron_ext.training.checkpointing.integrity import CHECKSUMS, describe_file, marker
+
+SHARD_BYTES = 2 << 30
+#: What a user may edit without making the weights suspect.
+_NOT_CHECKED = ("README.md", "generation_config.json")
+
+
+def export_folder(
+    save_dir: str | Path,
+    shape: ModelShape,
+    get: Callable[[str], Tensor],
+    *,
+    tokenizer: TokenizerFiles | None = None,
+    architecture: str | None = None,
+    origin: str = "",
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Write a model as a folder that ``from_pretrained`` loads; it appears when it is complete.
+
+    Args:
+        save_dir: a folder that is empty or not there.
+        shape: what the model is; tensors are stored as ``shape.dtype``.
+        get: name -> tensor, as of :class:`source.Source`.
+        tokenizer: the model's tokenizer, if it has one.
+        architecture: ``model_type`` to write; by default the plainest that holds the model.
+        origin: where the model comes from, for the model card.
+        shard_bytes: a file of weights ends before it passes this many bytes; so much memory is used.
+
+    Raises:
+        InterchangeError: the folder is taken, or the architecture has no place for a tensor.
+    """
+    save_dir = Path(save_dir)
+    if save_dir.exists() and (not save_dir.is_dir() or any(save_dir.iterdir())):
+        raise InterchangeError(f"--save {save_dir} is taken; give a folder that is empty or not there")
+    kind = architecture_named(architecture) if architecture else architecture_of(shape)
+    config = shape.to_hf_config(kind.model_type)
+    aside = save_dir.absolute().parent / f".incomplete_{save_dir.name}"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        _write_weights(aside, kind, shape, get, shard_bytes)
+        special = write_tokenizer(tokenizer, aside)
+        _write_texts(aside, shape, config, special, origin)
+        _seal(aside)
+        os.replace(aside, save_dir)
+        fsync_dir(save_dir.absolute().parent)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    return save_dir
+
+
+def _write_weights(
+    folder: Path, kind: Architecture, shape: ModelShape, get: Callable[[str], Tensor], shard_bytes: int
+) -> None:
+    """``model.safetensors``, or several files of it and their index."""
+    shards = list(_shards(kind, shape, shard_bytes))
+    names = {}
+    for number, entries in enumerate(shards, 1):
+        one = len(shards) == 1
+        file = "model.safetensors" if one else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        tensors = {}
+        for entry in entries:
+            parts = entry.layout.split(get(entry.ours).to(shape.dtype), shape)
+            tensors |= {
+                name: part.clone(memory_format=torch.contiguous_format)
+                for name, part in zip(entry.theirs, parts, strict=True)
+            }
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        names |= dict.fromkeys(tensors, file)
+    if len(shards) > 1:
+        size = shape.num_parameters * shape.dtype.itemsize
+        index = {"metadata": {"total_size": size}, "weight_map": names}
+        write_json(folder / "model.safetensors.index.json", index)
+
+
+def _shards(kind: Architecture, shape: ModelShape, shard_bytes: int) -> Iterator[list]:
+    """The entries of each file."""
+    sizes, entries, used = shape.parameters(), [], 0
+    for entry in kind.entries_of(shape):
+        size = sizes[entry.ours].numel() * shape.dtype.itemsize
+        if entries and used + size > shard_bytes:
+            yield entries
+            entries, used = [], 0
+        entries.append(entry)
+        used += size
+    yield entries
+
+
+def _write_texts(folder: Path, shape: ModelShape, config: dict, special: SpecialIds, origin: str) -> None:
+    """Configuration, generation settings, the code of the pi modules, the model card."""
+    write_json(folder / "config.json", config | special.of_config())
+    if not (folder / "generation_config.json").exists():
+        write_json(folder / "generation_config.json", special.of_generation())
+    if config["model_type"] == "pangu_pi":
+        for name in ("configuration_pangu_pi.py", "modeling_pangu_pi.py"):
+            shutil.copyfile(Path(hf_pangu_pi.__file__).parent / name, folder / name)
+    write_durably(folder / "README.md", model_card(shape, config, special, origin).encode())
+
+
+def _seal(folder: Path) -> None:
+    """Checksums of everything that decides what the model says, then all of it to the disk."""
+    files = {}
+    for path in sorted(folder.iterdir()):
+        with open(path, "rb") as stream:
+            os.fsync(stream.fileno())
+        if path.name not in _NOT_CHECKED:
+            files[path.name] = describe_file(path)
+    write_durably(folder / CHECKSUMS, marker(0, files))
+    fsync_dir(folder)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """A JSON file for people to read."""
+    write_durably(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())

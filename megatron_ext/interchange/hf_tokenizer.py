@@ -1,0 +1,76 @@
+"""The tokenizer of an exported folder, and the ids that generation must know."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_ext.interchange.errors import InterchangeError
+from megatron_ext.interchange.tokenizer_files import TokenizerFiles, read_json
+
+
+@dataclass(frozen=True)
+class SpecialIds:
+    """Ids with a meaning of their own; None where the tokenizer has none."""
+
+    bos: int | None = None
+    eos: int | None = None
+    pad: int | None = None
+    has_tokenizer: bool = False
+
+    def of_config(self) -> dict:
+        """For ``config.json``; None is said too, for transformers has defaults of its own."""
+        return {"bos_token_id": self.bos, "eos_token_id": self.eos, "pad_token_id": self.pad}
+
+    def of_generation(self) -> dict:
+        """For ``generation_config.json``; a batch is padded with the end of a text where nothing else is."""
+        pad = self.eos if self.pad is None else self.pad
+        ids = {"bos_token_id": self.bos, "eos_token_id": self.eos, "pad_token_id": pad}
+        return {"do_sample": False} | {name: value for name, value in ids.items() if value is not None}
+
+
+def write_tokenizer(tokenizer: TokenizerFiles | None, folder: Path) -> SpecialIds:
+    """Put the tokenizer into ``folder`` as transformers loads it; the ids that it says are special."""
+    if tokenizer is None or tokenizer.model is None:
+        return SpecialIds()
+    if tokenizer.companions:
+        for file in (*tokenizer.files, *tokenizer.companions):
+            shutil.copyfile(file, folder / file.name)
+    else:
+        _describe(tokenizer.model, folder)
+    return _special_ids(folder, tokenizer)
+
+
+def _describe(model: Path, folder: Path) -> None:
+    """A SentencePiece model, described for transformers."""
+    from megatron_ext.tokenizer.encoder import NativeEncoder
+    from megatron_ext.tokenizer.hf_export import write_folder
+
+    proto = model.read_bytes()
+    if not write_folder(NativeEncoder(model_proto=proto), proto, folder):
+        raise InterchangeError(
+            f"{model} cannot be described for transformers: it is not a BPE model, or the package tokenizers "
+            "is missing (pip install tokenizers)"
+        )
+
+
+def _special_ids(folder: Path, tokenizer: TokenizerFiles) -> SpecialIds:
+    if tokenizer.kind == "SentencePieceTokenizer":
+        from megatron_ext.tokenizer.build import SentencePieceTokenizer
+
+        built = SentencePieceTokenizer(folder / "tokenizer.model")
+        ids = [token if token >= 0 else None for token in (built.bos, built.eos, built.pad)]
+        return SpecialIds(*ids, has_tokenizer=True)
+    names = read_json(folder / "tokenizer_config.json")
+    described = read_json(folder / "tokenizer.json")
+    vocabulary = described.get("model", {}).get("vocab") or read_json(folder / "vocab.json")
+    known = dict(vocabulary) if isinstance(vocabulary, dict) else {}
+    known |= {token["content"]: token["id"] for token in described.get("added_tokens") or ()}
+    known |= read_json(folder / "added_tokens.json")
+
+    def id_of(role: str) -> int | None:
+        token = names.get(f"{role}_token")
+        return known.get(token["content"] if isinstance(token, dict) else token)
+
+    return SpecialIds(id_of("bos"), id_of("eos"), id_of("pad"), has_tokenizer=True)

@@ -1,0 +1,51 @@
+"""The table of names and layouts: its two directions are inverses."""
+
+import random
+
+import pytest
+import torch
+
+from megatron_ext.interchange.errors import InterchangeError
+from megatron_ext.interchange.mapping import ARCHITECTURES, architecture_of
+from tests.unit.interchange.toys import pi_shape, random_entry_shape
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_splitting_and_joining_are_inverses(seed):
+    shape, entry = random_entry_shape(random.Random(seed))
+    ours = torch.randn(shape.parameters()[entry.ours])
+    theirs = entry.layout.split(ours, shape)
+    assert [t.size() for t in theirs] == entry.layout.sizes(ours.size(), shape)
+    assert len(theirs) == len(entry.theirs)
+    assert torch.equal(entry.layout.join(theirs, shape), ours)
+
+
+def test_queries_keys_and_values_lie_by_group():
+    shape = pi_shape(num_attention_heads=4, num_query_groups=2, kv_channels=1, hidden_size=8)
+    entry = next(e for e in ARCHITECTURES["llama"].entries_of(_plain(shape)) if "qkv.weight" in e.ours)
+    q, k, v = (torch.tensor(rows)[:, None].expand(-1, 8) for rows in ([0, 1, 2, 3], [10, 11], [20, 21]))
+    assert entry.layout.join([q, k, v], shape)[:, 0].tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
+
+
+def test_every_tensor_has_one_place():
+    for shape in (pi_shape(), pi_shape(tied=True, qkv_bias=True), _plain(pi_shape())):
+        names = [name for entry in architecture_of(shape).entries_of(shape) for name in entry.theirs]
+        assert len(names) == len(set(names))
+        assert [e.ours for e in architecture_of(shape).entries_of(shape)] == list(shape.parameters())
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "internlm2"])
+def test_no_place_for_biases(kind):
+    with pytest.raises(InterchangeError, match="no place for decoder.layers.0.*linear_qkv.bias"):
+        list(ARCHITECTURES[kind].entries_of(_plain(pi_shape(qkv_bias=True))))
+
+
+def test_qwen2_needs_its_biases():
+    with pytest.raises(InterchangeError, match="has biases that this model lacks"):
+        _plain(pi_shape()).to_hf_config("qwen2")
+
+
+def _plain(shape):
+    from dataclasses import replace
+
+    return replace(shape, series_activation_order=0, augmented_shortcuts=0)

@@ -1,0 +1,95 @@
+"""Models of other makers, through every layout of ours and back: same logits, same bits."""
+
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from megatron.core import parallel_state
+
+from megatron_ext.arguments.configs import transformer_config
+from megatron_ext.interchange.convert import convert
+from megatron_ext.interchange.source import open_source
+from megatron_ext.interchange.target import write_checkpoint
+from megatron_ext.models.builder import build_model
+from megatron_ext.training.checkpointing import load_checkpoint, read_checkpoint_args, save_checkpoint
+from tests.helpers.parallel import Layout
+
+toys = pytest.importorskip("tests.unit.interchange.toys", reason="needs transformers")
+LAYOUTS = [Layout(), Layout(tp=2), Layout(pp=2), Layout(tp=2, pp=2)]
+IDS = torch.randint(0, 300, (2, 32), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory) -> Path:
+    """For each toy its maker's folder, NAME/hf, and a checkpoint of ours, NAME/ours."""
+    base = tmp_path_factory.mktemp("toys")
+    for number, (name, toy) in enumerate(toys.TOYS.items()):
+        theirs = toys.folder(base / name / "hf", *toy, shards=number % 2 == 0 and toy[0] != "internlm2")
+        source = open_source(theirs)
+        write_checkpoint(base / name / "ours", source.shape, source.get)
+    return base
+
+
+def through(layout: Layout, base: Path, out: Path) -> dict[str, torch.Tensor | None]:
+    """Load every toy at this layout, compute its logits, save it again from here; one rank's part."""
+    return {name: _through_one(layout, base / name / "ours", out / name) for name in toys.TOYS}
+
+
+@torch.no_grad()
+def _through_one(layout: Layout, load: Path, save: Path) -> torch.Tensor | None:
+    args = read_checkpoint_args(load)
+    args.tensor_model_parallel_size, args.pipeline_model_parallel_size = layout.tp, layout.pp
+    model = build_model(transformer_config(args), args)
+    assert load_checkpoint(load, model=model, args=args) is not None
+    save_checkpoint(save, 7, model=model, optimizer=None, scheduler=None, run_state={}, args=args)
+    return _logits(model[0].eval())
+
+
+def _logits(model) -> torch.Tensor | None:
+    """[b, s, v] on the ranks of the last pipeline stage, None on the others."""
+    positions = torch.arange(IDS.size(1)).expand_as(IDS)
+    group = parallel_state.get_pipeline_model_parallel_group()
+    if not parallel_state.is_pipeline_first_stage():
+        hidden = torch.empty(IDS.size(1), IDS.size(0), 64)
+        torch.distributed.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank(), group=group)
+        model.set_input_tensor(hidden)
+    output = model(IDS, positions, None, runtime_gather_output=True)
+    if parallel_state.is_pipeline_last_stage():
+        return output
+    torch.distributed.send(output, parallel_state.get_pipeline_model_parallel_next_rank(), group=group)
+    return None
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_through_a_layout_and_back(pool, imported, tmp_path, layout):
+    ranks = pool.run(layout, through, layout, imported, tmp_path, timeout=240)
+    for name, (maker, groups, tied) in toys.TOYS.items():
+        with torch.no_grad():
+            expected = toys.model(maker, groups, tied)(IDS).logits
+        found = [rank[name] for rank in ranks if rank[name] is not None]
+        assert len(found) == layout.tp
+        for logits in found:
+            torch.testing.assert_close(logits[..., : toys.VOCABULARY], expected, rtol=1e-5, atol=1e-5)
+        convert(options(tmp_path / name, tmp_path / f"{name}-hf", hf_architecture=maker))
+        back, original = (toys.tensors_of(p) for p in (tmp_path / f"{name}-hf", imported / name / "hf"))
+        assert back.keys() == original.keys()
+        assert all(torch.equal(back[key], original[key]) for key in original), name
+
+
+def options(load: Path, save: Path, **changes) -> Namespace:
+    """The tool's options for an export."""
+    values = dict(
+        source="megatron",
+        target="hf",
+        load=str(load),
+        save=str(save),
+        ckpt_step=None,
+        tokenizer_model=None,
+        dtype="source",
+        hf_architecture=None,
+        max_shard_size=1 << 30,
+        allow_pickle=False,
+        json=True,
+    )
+    return Namespace(**values | changes)
