@@ -1,0 +1,164 @@
+"""A PanGu-pi model in transformers: the same logits, the same text, the same tokenizer."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_ext.arguments.configs import transformer_config
+from megatron_ext.interchange.export import export_folder
+from megatron_ext.interchange.source import open_source
+from megatron_ext.interchange.tokenizer_files import of_path
+from megatron_ext.models.builder import build_model
+from megatron_ext.tokenizer import build_tokenizer
+from megatron_ext.tokenizer.encoder import NativeEncoder
+from megatron_ext.training.checkpointing import load_checkpoint, read_checkpoint_args
+from tests.unit.tokenizer.sample_models import corpus_lines, trained
+
+toys = pytest.importorskip("tests.unit.interchange.toys", reason="needs transformers")
+transformers = toys.transformers
+SHAPES = {
+    "series and shortcut": toys.pi_shape(),
+    "series alone, tied, biases": toys.pi_shape(augmented_shortcuts=0, tied=True, qkv_bias=True),
+    "shortcut alone, every head its own group": toys.pi_shape(series_activation_order=0, num_query_groups=4),
+}
+
+
+def export(load: Path, save: Path, **options) -> Path:
+    """The folder of a checkpoint."""
+    source = open_source(load)
+    return export_folder(save, source.shape, source.get, tokenizer=source.tokenizer, **options)
+
+
+def in_transformers(folder: Path):
+    """The model as a user loads it."""
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+
+
+def ours(load: Path):
+    """The model as this project loads it; in a world of one."""
+    args = read_checkpoint_args(load)
+    model = build_model(transformer_config(args), args)
+    assert load_checkpoint(load, model=model, args=args) is not None
+    return model[0].eval()
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@torch.no_grad()
+def test_logits_text_and_way_back(single_process, tmp_path, name):
+    shape = SHAPES[name]
+    load = toys.checkpoint(tmp_path / "ours", shape)
+    folder = export(load, tmp_path / name.split()[0], shard_bytes=50_000)
+    theirs, ids = in_transformers(folder), torch.randint(0, 300, (3, 40))
+    assert type(theirs).__name__ == "PanguPiForCausalLM"
+    expected = ours(load)(ids, torch.arange(40).expand_as(ids), None)[..., : shape.vocab_size]
+    torch.testing.assert_close(theirs(ids).logits, expected, rtol=1e-5, atol=1e-5)
+
+    options = dict(max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+    cached, computed = (theirs.generate(ids[:, :9], use_cache=use, **options) for use in (True, False))
+    assert torch.equal(cached, computed) and cached.size(1) == 29
+    assert toys.same(load, folder)
+
+
+@torch.no_grad()
+def test_padded_batch_generates_what_each_prompt_does(tmp_path):
+    folder = export(toys.checkpoint(tmp_path / "ours", toys.pi_shape()), tmp_path / "padded")
+    model, options = in_transformers(folder), dict(max_new_tokens=8, do_sample=False, pad_token_id=0)
+    short, long = torch.randint(1, 300, (1, 5)), torch.randint(1, 300, (1, 9))
+    batch = torch.cat([torch.nn.functional.pad(short, (4, 0)), long])
+    mask = torch.ones_like(batch)
+    mask[0, :4] = 0
+    together = model.generate(batch, attention_mask=mask, **options)[:, 9:]
+    alone = [model.generate(p, attention_mask=torch.ones_like(p), **options)[:, -8:] for p in (short, long)]
+    assert torch.equal(together, torch.cat(alone))
+
+
+def test_fresh_model_starts_as_plain_silu(tmp_path):
+    folder = export(toys.checkpoint(tmp_path / "ours", toys.pi_shape()), tmp_path / "fresh")
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+    series = model.model.layers[1].mlp.series_activation
+    x = torch.randn(4, 96)
+    torch.testing.assert_close(series(x), torch.nn.functional.silu(x), rtol=0, atol=0)
+
+
+@pytest.fixture(scope="module")
+def with_tokenizer(tmp_path_factory) -> Path:
+    """A checkpoint whose tokenizer is a SentencePiece model, and its exported folder."""
+    base = tmp_path_factory.mktemp("tokenizer")
+    (base / "small.model").write_bytes(trained())
+    tokenizer = of_path(base / "small.model")
+    shape = toys.pi_shape(vocab_size=tokenizer.size, padded_vocab_size=1024)
+    load = toys.checkpoint(base / "ours", shape, tokenizer)
+    (base / "small.model").unlink()  # the checkpoint has its own copy
+    export(load, base / "hf")
+    return base
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_tokenizer_gives_our_ids(with_tokenizer, fast):
+    theirs = transformers.AutoTokenizer.from_pretrained(with_tokenizer / "hf", use_fast=fast)
+    encoder = NativeEncoder(model_proto=trained())
+    for line in corpus_lines(toys.random.Random(11), 200):
+        ids = theirs(line).input_ids
+        assert ids == encoder.encode(line).tolist()
+        assert theirs.decode(ids) == line
+    assert (theirs.eos_token_id, theirs.bos_token_id) == (
+        encoder.processor.eos_id(),
+        encoder.processor.bos_id(),
+    )
+
+
+def test_folder_is_complete(with_tokenizer):
+    folder = with_tokenizer / "hf"
+    generation = json.loads((folder / "generation_config.json").read_text())
+    config = json.loads((folder / "config.json").read_text())
+    assert generation["eos_token_id"] == config["eos_token_id"] == 2
+    card = (folder / "README.md").read_text()
+    assert "trust_remote_code=True" in card and "AutoTokenizer" in card
+    back = open_source(folder)
+    assert back.tokenizer.sha256 == open_source(with_tokenizer / "ours").tokenizer.sha256
+    assert back.tokenizer.kind == "SentencePieceTokenizer"
+
+
+def test_lm_eval_runs_on_it(with_tokenizer, tmp_path):
+    lm_eval = pytest.importorskip("lm_eval", reason="needs lm_eval (pip install lm_eval)")
+    documents = [{"text": "the model of", "label": 0}, {"text": "import numpy", "label": 1}]
+    (tmp_path / "items.json").write_text("\n".join(json.dumps(item) for item in documents))
+    task = {
+        "task": "two_words",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "items.json")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{text}}",
+        "doc_to_target": "{{label}}",
+        "doc_to_choice": [" tokens", " encoder"],
+        "metric_list": [{"metric": "acc"}],
+    }
+    results = lm_eval.simple_evaluate(
+        model="hf",
+        model_args=f"pretrained={with_tokenizer / 'hf'},trust_remote_code=True,device=cpu,dtype=float32",
+        tasks=[task],
+        bootstrap_iters=0,
+    )
+    samples = results["samples"]["two_words"]
+    assert len(samples) == 2 and results["results"]["two_words"]["acc,none"] in (0.0, 0.5, 1.0)
+    # lm_eval's log likelihoods are the model's own.
+    model = in_transformers(with_tokenizer / "hf")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(with_tokenizer / "hf")
+    ids = torch.tensor([tokenizer("the model of tokens").input_ids])
+    context = len(tokenizer("the model of").input_ids)
+    with torch.no_grad():
+        logs = torch.log_softmax(model(ids[:, :-1]).logits, -1)[0]
+    expected = sum(logs[i - 1, ids[0, i]].item() for i in range(context, ids.size(1)))
+    first = next(s for s in samples if s["doc"]["text"] == "the model of")
+    assert first["filtered_resps"][0][0] == pytest.approx(expected, abs=1e-4)
+
+
+def test_args_build_tokenizer_and_vocabulary(with_tokenizer):
+    args = read_checkpoint_args(with_tokenizer / "ours")
+    tokenizer = build_tokenizer(args)
+    assert tokenizer.sha256 == args.tokenizer_sha256
+    assert (args.vocab_size, args.padded_vocab_size) == (tokenizer.vocab_size, 1024)
