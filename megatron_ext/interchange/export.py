@@ -60,8 +60,8 @@ def export_folder(
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
+        special = write_tokenizer(tokenizer, aside)  # first, for it may be refused
         _write_weights(aside, kind, shape, get, shard_bytes)
-        special = write_tokenizer(tokenizer, aside)
         _write_texts(aside, shape, config, special, origin)
         _seal(aside)
         os.replace(aside, save_dir)

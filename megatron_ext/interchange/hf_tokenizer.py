@@ -50,8 +50,8 @@ def _describe(model: Path, folder: Path) -> None:
     proto = model.read_bytes()
     if not write_folder(NativeEncoder(model_proto=proto), proto, folder):
         raise InterchangeError(
-            f"{model} cannot be described for transformers: it is not a BPE model, or the package tokenizers "
-            "is missing (pip install tokenizers)"
+            f"{model} cannot be described for transformers: it must be a BPE model that the native encoder "
+            "reads, or a unigram model without a normalizer, and the package tokenizers must be there"
         )
 
 

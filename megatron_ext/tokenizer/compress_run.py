@@ -124,7 +124,7 @@ def write_files(output: str, model: bytes, new: NativeEncoder, ids: IdMap) -> No
     lines = [f"{processor.id_to_piece(i)}\t{processor.get_score(i):g}\n" for i in range(new.vocab_size)]
     write_aside(Path(f"{output}.vocab"), lambda file: file.write("".join(lines).encode()))
     if not hf_export.write_folder(new, model, Path(f"{output}_hf")):
-        say("tokenizer.json is left out: it needs the tokenizers package and a BPE model")
+        say("tokenizer.json is left out: it needs the tokenizers package, and a BPE or unigram model")
     write_aside(Path(f"{output}.model"), lambda file: file.write(model))
 
 

@@ -30,21 +30,19 @@ def merges_of(encoder: NativeEncoder) -> list[tuple[str, str]]:
 
 
 def fast_tokenizer(encoder: NativeEncoder) -> tokenizers.Tokenizer | None:
-    """The equivalent ``tokenizers.Tokenizer``; None without that package or for models that are not BPE."""
+    """The equivalent ``tokenizers.Tokenizer``; None without that package, or for a model that is neither a
+    BPE one that the native encoder reads nor a unigram one.
+    """
     try:
         import tokenizers
         from tokenizers import decoders, normalizers
     except ImportError:
         return None
-    if not encoder.native:
-        return None
     processor = encoder.processor
-    vocab = {processor.id_to_piece(i): i for i in range(encoder.vocab_size)}
     byte_fallback = any(processor.is_byte(i) for i in range(encoder.vocab_size))
-    unknown = processor.id_to_piece(processor.unk_id())
-    model = tokenizers.models.BPE(
-        vocab, merges_of(encoder), unk_token=unknown, fuse_unk=True, byte_fallback=byte_fallback
-    )
+    model = (_bpe if encoder.native else _unigram)(encoder, byte_fallback)
+    if model is None:
+        return None
     tokenizer = tokenizers.Tokenizer(model)
     prefix = encoder.adds_dummy_prefix
     steps = [normalizers.Prepend("▁")] if prefix else []
@@ -58,6 +56,32 @@ def fast_tokenizer(encoder: NativeEncoder) -> tokenizers.Tokenizer | None:
         [tokenizers.AddedToken(processor.id_to_piece(i), special=True) for i in special]
     )
     return tokenizer
+
+
+def _bpe(encoder: NativeEncoder, byte_fallback: bool) -> tokenizers.models.BPE:
+    from tokenizers.models import BPE
+
+    processor = encoder.processor
+    vocab = {processor.id_to_piece(i): i for i in range(encoder.vocab_size)}
+    unknown = processor.id_to_piece(processor.unk_id())
+    return BPE(vocab, merges_of(encoder), unk_token=unknown, fuse_unk=True, byte_fallback=byte_fallback)
+
+
+def _unigram(encoder: NativeEncoder, byte_fallback: bool) -> tokenizers.models.Unigram | None:
+    """Pieces with their scores; None for a model of another kind, or whose normalizer rewrites characters."""
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
+    from tokenizers.models import Unigram
+
+    processor = encoder.processor
+    proto = ModelProto.FromString(processor.serialized_model_proto())
+    unigram = proto.trainer_spec.model_type == TrainerSpec.UNIGRAM
+    if not unigram or proto.normalizer_spec.precompiled_charsmap:
+        return None
+    # A user-defined piece always wins in sentencepiece; its score here is above what its parts can reach.
+    scores = [
+        (piece.piece, 0.0 if piece.type == piece.USER_DEFINED else piece.score) for piece in proto.pieces
+    ]
+    return Unigram(scores, processor.unk_id(), byte_fallback)
 
 
 def write_folder(encoder: NativeEncoder, model_proto: bytes, folder: Path) -> bool:

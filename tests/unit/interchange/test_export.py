@@ -8,6 +8,7 @@ import torch
 
 from megatron_ext.arguments.configs import transformer_config
 from megatron_ext.interchange.export import export_folder
+from megatron_ext.interchange.hf_tokenizer import write_tokenizer
 from megatron_ext.interchange.source import open_source
 from megatron_ext.interchange.tokenizer_files import of_path
 from megatron_ext.models.builder import build_model
@@ -97,9 +98,13 @@ def with_tokenizer(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("fast", [True, False])
-def test_tokenizer_gives_our_ids(with_tokenizer, fast):
-    theirs = transformers.AutoTokenizer.from_pretrained(with_tokenizer / "hf", use_fast=fast)
-    encoder = NativeEncoder(model_proto=trained())
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_tokenizer_gives_our_ids(tmp_path, kind, fast):
+    (tmp_path / "small.model").write_bytes(trained(kind))
+    (tmp_path / "hf").mkdir()
+    write_tokenizer(of_path(tmp_path / "small.model"), tmp_path / "hf")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf", use_fast=fast)
+    encoder = NativeEncoder(model_proto=trained(kind))
     for line in corpus_lines(toys.random.Random(11), 200):
         ids = theirs(line).input_ids
         assert ids == encoder.encode(line).tolist()
@@ -134,7 +139,7 @@ def test_lm_eval_runs_on_it(with_tokenizer, tmp_path):
         "output_type": "multiple_choice",
         "doc_to_text": "{{text}}",
         "doc_to_target": "{{label}}",
-        "doc_to_choice": [" tokens", " encoder"],
+        "doc_to_choice": ["tokens", "encoder"],
         "metric_list": [{"metric": "acc"}],
     }
     results = lm_eval.simple_evaluate(
