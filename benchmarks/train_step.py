@@ -10,7 +10,8 @@ round, so that all meet the same machine:
 
   ours, pi on         this project's model and trainer with series activation and augmented shortcut
   ours, pi off        the same without the two modules: a plain Llama
-  stock GPTModel      Megatron-Core's model with its local layers, in the same trainer
+  stock GPTModel      Megatron-Core's model with its local layers, rotary embedding and choice of optimizer
+                      (torch's AdamW), in the same trainer
   transformers Llama  LlamaForCausalLM with SDPA and torch's fused AdamW (bf16: autocast)
 
 Shapes: `tiny` and `small` as in the presets, `wide` is one layer of 1.5b-pro (hidden 2048, FFN 6912,

@@ -25,6 +25,7 @@ SHAPES = {
 }
 VOCABULARY = {"tiny": 4096, "small": 8192, "wide": 8192}
 PI_OFF = "--series-activation-order 0 --augmented-shortcuts 0"
+NO_FUSION = "--no-gradient-accumulation-fusion"
 LEARNING_RATE, BETAS, EPSILON, WEIGHT_DECAY, CLIP = 1e-4, (0.9, 0.95), 1e-8, 0.1, 1.0
 
 Step = Callable[[], float]
@@ -90,12 +91,15 @@ def megatron_arguments(case: argparse.Namespace, extra: str) -> argparse.Namespa
 
 
 def stock_model(config, args: argparse.Namespace) -> list:
-    """Megatron-Core's GPTModel with its local layers, as its own training script builds it."""
+    """Megatron-Core's GPTModel with its local layers and its own rotary embedding."""
+    from megatron.core.models.common.embeddings import rope_utils
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
     from megatron_ext.models.initialization import initialize, mark_split_parameters
 
+    for name, upstream in rope_utils.__loader__.replaced.items():
+        setattr(rope_utils, name, upstream)
     model = GPTModel(
         config=config,
         transformer_layer_spec=get_gpt_layer_local_spec(normalization=args.normalization),
@@ -112,6 +116,8 @@ def stock_model(config, args: argparse.Namespace) -> list:
 
 def megatron(case: argparse.Namespace, extra: str, stock: bool = False) -> tuple[Step, dict]:
     """A step of the trainer over our model, or over the stock one."""
+    from megatron.core.optimizer import get_megatron_optimizer
+
     from megatron_ext.arguments.configs import ddp_config, optimizer_config, transformer_config
     from megatron_ext.models.builder import build_model, wrap_for_training
     from megatron_ext.training import distributed
@@ -127,7 +133,9 @@ def megatron(case: argparse.Namespace, extra: str, stock: bool = False) -> tuple
     config = transformer_config(args)
     chunks = stock_model(config, args) if stock else build_model(config, args)
     model = wrap_for_training(chunks, config, ddp_config(args))
-    optimizer = build_optimizer(optimizer_config(args), model)
+    # Without Transformer Engine and Apex, Megatron-Core takes torch's AdamW.
+    build = get_megatron_optimizer if stock else build_optimizer
+    optimizer = build(optimizer_config(args), model)
     scheduler = build_scheduler(optimizer, args)
     connect(model, optimizer, args)
     model[0].train()
@@ -199,7 +207,7 @@ def llama(case: argparse.Namespace) -> tuple[Step, dict]:
 CONTENDERS: dict[str, Callable] = {
     "ours, pi on": lambda case: megatron(case, ""),
     "ours, pi off": lambda case: megatron(case, PI_OFF),
-    "stock GPTModel": lambda case: megatron(case, PI_OFF, stock=True),
+    "stock GPTModel": lambda case: megatron(case, f"{PI_OFF} {NO_FUSION}", stock=True),
     "transformers Llama": llama,
 }
 

@@ -4,7 +4,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.utils import get_pg_rank
 from torch import Tensor
 
-from megatron_ext.models import fused
+from megatron_ext.models import fused, fused_linear
 from megatron_ext.models.fused_cross_entropy import vocab_parallel_cross_entropy
 
 
@@ -12,8 +12,13 @@ class PanguModel(GPTModel):
     """GPTModel; on a CPU the cross entropy turns the logits into their gradient in place.
 
     The logits are the largest tensor of a small model's step ([s, b, vocabulary / tp]); Megatron's
-    own loss makes several copies of them.
+    own loss makes several copies of them. The products of all linear layers, the output layer's
+    among them, go through ``fused_linear``.
     """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        fused_linear.speed_up(self)
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Labels [b, s] and logits [s, b, v / tp] -> losses [b, s] in nats, fp32."""

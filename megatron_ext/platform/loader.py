@@ -53,6 +53,7 @@ class CpuLoader(importlib.machinery.SourceFileLoader):
     def __init__(self, fullname: str, path: str, torch_view: ModuleType):
         super().__init__(fullname, path)
         self.torch_view = torch_view
+        self.replaced: dict[str, object] = {}  # name -> upstream's own, for comparisons
 
     def get_code(self, fullname: str) -> CodeType | None:
         code = super().get_code(fullname)
@@ -64,6 +65,7 @@ class CpuLoader(importlib.machinery.SourceFileLoader):
         super().exec_module(module)
         seam = SEAM_OF.get(module.__name__)
         for name, ours in (seam.functions or {} if seam else {}).items():
+            self.replaced[name] = getattr(module, name, None)
             setattr(module, name, pkgutil.resolve_name(ours))
 
     def _import(self, name, globals=None, locals=None, fromlist=(), level=0):

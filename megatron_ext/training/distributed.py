@@ -13,6 +13,7 @@ from megatron_ext import platform
 
 def initialize(args: Namespace) -> None:
     """Process group, tensor x pipeline x data parallel groups, seeds and microbatch counter."""
+    platform.keep_freed_memory()
     platform.init_process_group(
         args.distributed_backend,
         args.rank,

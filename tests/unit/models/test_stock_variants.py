@@ -10,7 +10,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
 from megatron_ext.arguments.configs import transformer_config
 from megatron_ext.arguments.parser import read_args
-from megatron_ext.models.builder import build_model
+from megatron_ext.models.builder import build_model, sum_weight_gradients_in_place
 from tests.helpers.models import positions, tokens
 
 SHAPE = (
@@ -55,6 +55,7 @@ def test_layers_are_the_stock_layers(single_process, flags):
         rotary_percent=args.rotary_percent,
         rotary_base=args.rotary_base,
     )
+    sum_weight_gradients_in_place(theirs)  # there is no buffer to sum them in
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in ours.parameters():  # biases and gains that do something
