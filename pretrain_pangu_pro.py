@@ -35,6 +35,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             trainer = build_trainer(args)
             distributed.print_rank_0(f" set up in {time.time() - START:.1f} s")
+            distributed.shorten_timeout(args)
             trainer.train(watchdog)
     distributed.finalize()
 

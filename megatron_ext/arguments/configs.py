@@ -73,6 +73,7 @@ def _renamed(args: Namespace) -> dict[str, Any]:
         "deallocate_pipeline_outputs": args.device == "cuda" or not args.overlap_p2p_comm,
         "persist_layer_norm": not args.no_persist_layer_norm,
         "fp8_param": args.fp8_param_gather,
+        "cuda_graph_scope": [],  # the whole layer
         "perform_initialization": False,
         "use_cpu_initialization": bool(args.use_cpu_initialization),
         # The local attention never makes a masked softmax that could be fused.

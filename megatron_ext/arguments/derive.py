@@ -4,6 +4,7 @@ import os
 from argparse import Namespace
 
 from megatron_ext import platform
+from megatron_ext.platform import engine
 
 LEGACY_SPLIT = "969, 30, 1"
 
@@ -19,19 +20,23 @@ def from_environment(args: Namespace, world_size: int | None) -> None:
 def device(args: Namespace, assumed: str | None) -> list[str]:
     """Settle ``args.device`` as cpu or cuda, the backend and the layers; returns problems."""
     found = []
+    args.engine_problem = args.engine_version = args.gpu_capability = None
     if assumed is not None:
-        args.device, has_engine = assumed, assumed == "cuda"
+        args.device = assumed
+        args.engine_problem = None if assumed == "cuda" else "it needs a GPU"
     else:
         try:
             args.device = platform.activate(args.device)
-            has_engine = platform.has_transformer_engine()
         except platform.PlatformError as error:
             return [str(error)]
-    args.has_transformer_engine = has_engine
+        args.engine_problem = engine.problem(args.device == "cuda")
+        if args.engine_problem is None:
+            args.engine_version, args.gpu_capability = engine.installed_version(), engine.gpu_capability()
+    args.has_transformer_engine = args.engine_problem is None
     if args.distributed_backend is None:
         args.distributed_backend = "nccl" if args.device == "cuda" else "gloo"
     if args.transformer_impl is None:
-        args.transformer_impl = "transformer_engine" if has_engine else "local"
+        args.transformer_impl = "local" if args.engine_problem else "transformer_engine"
     return found
 
 

@@ -112,20 +112,33 @@ def initialize(model: nn.Module, config: PanguProConfig, seed: int) -> None:
         LookupError: a parameter has no rule, and would have kept whatever was in memory.
     """
     rules = draws(config)
-    for shard in shards(model):
-        draw = _rule_for(shard.key, rules)
-        if draw is None:
+    for parameter, found in described(model):
+        drawn = [_drawn(shard, rules, seed) for shard in found]
+        if drawn[0] is None:
             continue
-        full = torch.empty(shard.global_shape)
-        if draw is nn.init.zeros_:
-            full.zero_()
-        else:
-            draw(full, generator=torch.Generator().manual_seed(parameter_seed(seed, shard.key)))
-        window = tuple(
-            slice(offset, offset + length)
-            for offset, length in zip(shard.global_offset, shard.local_shape, strict=True)
-        )
-        shard.data.copy_(full[window])
+        # As a whole: the halves of a parameter in FP8 are copies, not views.
+        whole = torch.cat(drawn) if len(drawn) > 1 else drawn[0]
+        parameter.copy_(whole)
+        if hasattr(parameter, "_high_precision_init_val"):
+            # What Transformer Engine kept from before the rounding to FP8, and the optimizer starts from.
+            parameter._high_precision_init_val = whole
+
+
+def _drawn(shard: ShardedTensor, rules: dict[str, Draw | None], seed: int) -> torch.Tensor | None:
+    """This rank's window of a parameter that is drawn at its full shape; None keeps what is there."""
+    draw = _rule_for(shard.key, rules)
+    if draw is None:
+        return None
+    full = torch.empty(shard.global_shape)
+    if draw is nn.init.zeros_:
+        full.zero_()
+    else:
+        draw(full, generator=torch.Generator().manual_seed(parameter_seed(seed, shard.key)))
+    window = tuple(
+        slice(offset, offset + length)
+        for offset, length in zip(shard.global_offset, shard.local_shape, strict=True)
+    )
+    return full[window]
 
 
 def parameter_seed(seed: int, name: str) -> int:

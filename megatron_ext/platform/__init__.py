@@ -6,16 +6,14 @@ they say CUDA (``loader.py``, ``seams.py``). Where a GPU is used nothing is chan
 overrides what is found on the machine.
 """
 
-import contextlib
 import importlib.metadata
 import importlib.util
 import os
 import random
 import sys
 from datetime import timedelta
-from functools import cache
 
-from megatron_ext.platform import loader, network
+from megatron_ext.platform import engine, loader, network
 from megatron_ext.platform.seams import SUPPORTED_MEGATRON_CORE
 
 _device_type: str | None = None
@@ -146,16 +144,9 @@ def init_process_group(backend: str | None, rank: int, world_size: int, local_ra
     )
 
 
-@cache
 def has_transformer_engine() -> bool:
-    """Whether Transformer Engine can be used: on a GPU, and imports without error."""
-    if not on_gpu() or importlib.util.find_spec("transformer_engine") is None:
-        return False
-    with contextlib.suppress(Exception):
-        import transformer_engine.pytorch  # noqa: F401
-
-        return True
-    return False
+    """Whether Transformer Engine can be used: on a GPU, new enough, and imports without error."""
+    return engine.problem(on_gpu()) is None
 
 
 def synchronize() -> None:

@@ -8,7 +8,6 @@ import importlib.metadata
 import importlib.util
 import os
 import platform as python_platform
-import re
 import shutil
 import socket
 import subprocess
@@ -17,12 +16,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_ext.platform import network
+from megatron_ext.platform import engine, network
 from megatron_ext.platform.seams import SUPPORTED_MEGATRON_CORE
-
-#: The oldest Transformer Engine that Megatron-Core 0.16 gives every recipe to, and the GPUs that do FP8.
-OLDEST_ENGINE = (2, 0)
-FP8_CAPABILITY = (8, 9)
 
 
 @dataclass(frozen=True)
@@ -96,33 +91,22 @@ def gpu() -> Finding:
 def transformer_engine() -> Finding:
     """Transformer Engine: installed, new enough, imports."""
     version, name = version_of("transformer-engine"), "Transformer Engine"
-    install = "pip install --no-build-isolation 'transformer-engine[pytorch]'"
+    install = engine.INSTALL
     if version is None:
         use = "--transformer-impl local; no FP8, no context parallelism"
         return Finding(name, "absent", "not installed", use, install if _gpu_count() else "")
     if not _gpu_count():
         return Finding(name, "absent", version, "not imported without a GPU; --transformer-impl local")
-    if engine_version(version) < OLDEST_ENGINE:
+    if engine.parse_version(version) < engine.OLDEST:
         return Finding(name, "problem", f"{version} is too old", "needs 2.0 or newer", install)
     done = _run([sys.executable, "-c", "import transformer_engine.pytorch"])
     if done is None or done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1] if done else "it hangs"
         return Finding(name, "problem", f"{version} does not import: {reason}", "local layers", install)
-    fp8 = "FP8 and bf16" if gpu_capability() >= FP8_CAPABILITY else "bf16; this GPU has no FP8"
+    here = engine.parse_version(version), engine.gpu_capability()
+    recipes = [recipe for recipe in engine.RECIPES if engine.recipe_problem(recipe, *here) is None]
+    fp8 = f"FP8 recipes {', '.join(recipes)}" if recipes else "this GPU has no FP8"
     return Finding(name, "ok", version, f"--transformer-impl transformer_engine; {fp8}")
-
-
-def engine_version(text: str) -> tuple[int, int]:
-    """'2.11.0+abc' -> (2, 11)."""
-    major, minor = re.match(r"(\d+)(?:\.(\d+))?", text).groups(default="0")
-    return int(major), int(minor)
-
-
-def gpu_capability() -> tuple[int, int]:
-    """Compute capability of the first GPU, (0, 0) without one."""
-    import torch
-
-    return torch.cuda.get_device_capability(0) if _gpu_count() else (0, 0)
 
 
 def apex() -> Finding:

@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -31,7 +31,32 @@ def next_batch(iterator: Iterator[dict] | None) -> Batch | None:
     sample = next(iterator)
     device = platform.current_device()
     fields = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask", "sample_id")
-    return Batch(*(sample[name].to(device, non_blocking=True) if name in sample else None for name in fields))
+    found = [sample[name].to(device, non_blocking=True) if name in sample else None for name in fields]
+    return of_context_rank(
+        Batch(*found),
+        parallel_state.get_context_parallel_rank(),
+        parallel_state.get_context_parallel_world_size(),
+    )
+
+
+def of_context_rank(batch: Batch, rank: int, size: int) -> Batch:
+    """The tokens of one context parallel rank: of 2 x size pieces of the sequence, one from each end.
+
+    So causal attention costs every rank the same; Transformer Engine's attention expects this order
+    (Megatron-LM: get_batch_on_this_cp_rank).
+    """
+    if size == 1:
+        return batch
+
+    def part(tensor: Tensor, axis: int) -> Tensor:
+        pieces = tensor.chunk(2 * size, axis)
+        return torch.cat((pieces[rank], pieces[2 * size - 1 - rank]), axis)
+
+    sequences = ("tokens", "labels", "loss_mask", "position_ids")
+    changes: dict[str, Tensor] = {name: part(getattr(batch, name), 1) for name in sequences}
+    if batch.attention_mask is not None:
+        changes["attention_mask"] = part(batch.attention_mask, 2)
+    return replace(batch, **changes)
 
 
 def needs_data(args: Namespace, vp_stage: int | None = None) -> bool:

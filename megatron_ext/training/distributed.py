@@ -39,6 +39,12 @@ def initialize(args: Namespace) -> None:
     )
 
 
+def shorten_timeout(args: Namespace) -> None:
+    """From here on a collective fails after --distributed-timeout-seconds-after-init; a collective call."""
+    if args.distributed_timeout_seconds_after_init:
+        parallel_state.update_pg_timeout(timedelta(seconds=args.distributed_timeout_seconds_after_init))
+
+
 def seed(args: Namespace) -> None:
     """Seed every generator as Megatron-LM does: by pipeline stage, by tensor parallel rank in its tracker.
 
@@ -48,7 +54,8 @@ def seed(args: Namespace) -> None:
     if args.data_parallel_random_init:
         value += 10 * parallel_state.get_data_parallel_rank()
     platform.seed_all(value)
-    model_parallel_cuda_manual_seed(value)
+    # Generators whose state a CUDA graph can carry on from one replay to the next.
+    model_parallel_cuda_manual_seed(value, use_cudagraphable_rng=args.cuda_graph_impl != "none")
 
 
 def finalize() -> None:

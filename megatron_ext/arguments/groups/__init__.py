@@ -32,6 +32,7 @@ def sections() -> dict[str, list[Option]]:
         "precision": own_options(training.PrecisionArguments)
         + core_options(*TRANSFORMER, training.FP8_FIELDS)
         + own_options(training.Fp8Arguments),
+        "CUDA graphs": core_options(*TRANSFORMER, parallel.GRAPH_FIELDS),
         "fused kernels to switch off": own_options(model.FusionArguments),
         "random numbers": own_options(training.RandomArguments),
         "processes": own_options(parallel.ProcessArguments),

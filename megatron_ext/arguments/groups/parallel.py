@@ -20,6 +20,7 @@ PIPELINE_SPLIT_FIELDS = (
     "account_for_embedding_in_pipeline_split",
     "account_for_loss_in_pipeline_split",
 )
+GRAPH_FIELDS = ("cuda_graph_impl", "cuda_graph_warmup_steps")
 RECOMPUTE_FIELDS = (
     "recompute_granularity",
     "recompute_method",
@@ -110,6 +111,10 @@ class ProcessArguments:
     watchdog_minutes: float | None = None
     """Minutes without progress after which the ranks report where they stand; by default half of
     --distributed-timeout-minutes, 0 never."""
+
+    distributed_timeout_seconds_after_init: int | None = None
+    """Seconds after which a collective fails once training has begun; set-up keeps
+    --distributed-timeout-minutes, because reading data and checkpoints takes its time."""
 
     local_rank: int | None = None
     """Rank within the host; by default what the launcher put in the environment."""

@@ -63,6 +63,9 @@ DEPENDENCES = (
         lambda a: a.first_last_layers_bf16,
         "--first-last-layers-bf16",
     ),
+    Dependence(
+        ("cuda_graph_warmup_steps",), lambda a: a.cuda_graph_impl != "none", "--cuda-graph-impl local"
+    ),
     Dependence(("fp4_recipe",), lambda a: a.fp4, "--fp4-format"),
     Dependence(
         ("skip_bad_iterations",),

@@ -62,39 +62,6 @@ def half_precision_needs_a_gpu(args, typed):
         yield "--fp16 needs a GPU; on a CPU use fp32 (the default) or --bf16"
 
 
-def engine_is_there(args, typed):
-    if args.transformer_impl == "inference_optimized":
-        yield "--transformer-impl inference_optimized is for inference; use local or transformer_engine"
-    if args.transformer_impl == "transformer_engine" and not args.has_transformer_engine:
-        yield (
-            "--transformer-impl transformer_engine needs a GPU and the package transformer-engine, "
-            "which are not here; use --transformer-impl local"
-        )
-
-
-def engine_features(args, typed):
-    if args.transformer_impl == "transformer_engine":
-        return
-    for given, spelled in (
-        (args.fp8, "--fp8-format"),
-        (args.fp4, "--fp4-format"),
-        (args.context_parallel_size > 1, "--context-parallel-size above 1"),
-    ):
-        if given:
-            yield f"{spelled} needs --transformer-impl transformer_engine, on a GPU"
-
-
-def eight_bit_formats_agree(args, typed):
-    if args.fp8 and args.fp4:
-        yield "--fp8-format and --fp4-format exclude each other"
-    if args.fp8_param_gather and not args.use_distributed_optimizer:
-        yield "--fp8-param-gather needs --use-distributed-optimizer"
-    if args.fp8 and args.first_last_layers_bf16 and args.fp8_recipe == "delayed":
-        yield "--first-last-layers-bf16 does not go with --fp8-recipe delayed; use another recipe"
-    if args.fp8_recipe == "custom" and args.fp8 or args.fp4_recipe == "custom" and args.fp4:
-        yield "a custom recipe for FP8 or FP4 needs code of its own and is not supported here"
-
-
 def reduction_formats_agree(args, typed):
     if args.grad_reduce_in_bf16 and typed.get("accumulate_allreduce_grads_in_fp32"):
         yield "--grad-reduce-in-bf16 and --accumulate-allreduce-grads-in-fp32 exclude each other"
@@ -110,8 +77,5 @@ RULES = (
     shortcut_divides_hidden,
     one_precision,
     half_precision_needs_a_gpu,
-    engine_is_there,
-    engine_features,
-    eight_bit_formats_agree,
     reduction_formats_agree,
 )

@@ -19,6 +19,7 @@ POSITIVE = (
     *("save_interval", "save_retain_interval", "eval_interval", "log_interval", "exit_interval"),
     *("exit_duration_in_mins", "tensorboard_log_interval", "tensorboard_queue_size", "world_size"),
     *("make_vocab_size_divisible_by", "vocab_size", "padded_vocab_size", "rotary_base"),
+    *("distributed_timeout_seconds_after_init",),
     *("distributed_timeout_minutes", "num_dataset_builder_threads", "hysteresis", "train_iters"),
     *("train_samples", "augmented_shortcut_reduction", "rotary_seq_len_interpolation_factor"),
     *("lr_decay_iters", "lr_decay_samples", "lr_wsd_decay_iters", "lr_wsd_decay_samples"),

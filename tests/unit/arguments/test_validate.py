@@ -77,7 +77,7 @@ BROKEN = [
     ("--loss-scale 8", 1, "--loss-scale cannot take effect: needs --fp16"),
     ("--fp8-format hybrid", 1, "--fp8-format needs --transformer-impl transformer_engine"),
     ("--fp8-recipe tensorwise", 1, "--fp8-recipe cannot take effect: needs --fp8-format"),
-    ("--transformer-impl transformer_engine", 1, "needs a GPU and the package transformer-engine"),
+    ("--transformer-impl transformer_engine", 1, "transformer_engine: it needs a GPU"),
     ("--attention-backend flash", 1, "--attention-backend flash cannot take effect"),
     ("--series-activation-order 2", 1, "add --swiglu"),
     ("--augmented-shortcuts 1 --augmented-shortcut-reduction 24", 1, "is not divisible by --augmented"),

@@ -1,0 +1,136 @@
+"""Rules of Transformer Engine: that it is there, FP8's recipes and shapes, CUDA graphs."""
+
+from collections.abc import Iterator
+
+from megatron_ext.platform.engine import RECIPES, recipe_problem
+
+
+def engine_is_there(args, typed):
+    if args.transformer_impl == "inference_optimized":
+        yield "--transformer-impl inference_optimized is for inference; use local or transformer_engine"
+    if args.transformer_impl == "transformer_engine" and args.engine_problem:
+        yield f"--transformer-impl transformer_engine: {args.engine_problem}; or use --transformer-impl local"
+
+
+def engine_features(args, typed):
+    if args.transformer_impl == "transformer_engine":
+        return
+    for given, spelled in (
+        (args.fp8, "--fp8-format"),
+        (args.fp4, "--fp4-format"),
+        (args.context_parallel_size > 1, "--context-parallel-size above 1"),
+    ):
+        if given:
+            yield f"{spelled} needs --transformer-impl transformer_engine, on a GPU"
+
+
+def eight_bit_formats_agree(args, typed):
+    if args.fp8 and args.fp4:
+        yield "--fp8-format and --fp4-format exclude each other"
+    if args.fp8_param_gather and not args.use_distributed_optimizer:
+        yield "--fp8-param-gather needs --use-distributed-optimizer"
+    if args.fp8_recipe == "custom" and args.fp8 or args.fp4_recipe == "custom" and args.fp4:
+        yield "a custom recipe for FP8 or FP4 needs code of its own and is not supported here"
+
+
+def recipe_suits_the_machine(args, typed):
+    """Only where the run will be: a command line that is checked for another machine has no GPU yet."""
+    if args.fp8 and args.fp8_recipe in RECIPES and args.engine_version is not None:
+        problem = recipe_problem(args.fp8_recipe, args.engine_version, args.gpu_capability)
+        if problem is not None:
+            yield f"--fp8-recipe {args.fp8_recipe} needs {problem}"
+
+
+def layers_in_bf16_are_possible(args, typed):
+    if not (args.fp8 and args.first_last_layers_bf16):
+        return
+    if args.fp8_recipe == "delayed":
+        yield "--first-last-layers-bf16 does not go with --fp8-recipe delayed; use another recipe"
+    most = args.num_layers // args.pipeline_model_parallel_size
+    for where in ("start", "end"):
+        count = getattr(args, f"num_layers_at_{where}_in_bf16")
+        if count > most:
+            yield f"--num-layers-at-{where}-in-bf16 {count} exceeds the {most} layers of a pipeline stage"
+
+
+def recomputed_norms_and_delayed_scaling(args, typed):
+    if args.fp8 and args.fp8_recipe == "delayed" and "layernorm" in (args.recompute_modules or ()):
+        yield "--recompute-modules layernorm does not go with --fp8-recipe delayed; use another recipe"
+
+
+def shapes_suit_fp8(args, typed):
+    """Every matrix that is multiplied in FP8, as a rank holds it, is made of whole blocks.
+
+    A shard's columns are another matmul's rows in the backward pass, so a weight's both sides are
+    multiples of the columns' unit; the tokens of a micro batch are rows.
+    """
+    if not args.fp8 or args.fp8_recipe not in RECIPES or args.kv_channels is None:
+        return
+    rows, columns = RECIPES[args.fp8_recipe][3]
+    tensor = args.tensor_model_parallel_size
+    yield from _uneven("--hidden-size", args.hidden_size, columns, 1, args.fp8_recipe)
+    yield from _uneven("--ffn-hidden-size", args.ffn_hidden_size, columns, tensor, args.fp8_recipe)
+    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    for count, what in (
+        (args.num_attention_heads, "query"),
+        (args.num_attention_heads + 2 * groups, "query, key and value"),
+    ):
+        width = count * args.kv_channels
+        if width % (columns * tensor):
+            yield (
+                f"--fp8-recipe {args.fp8_recipe}: the {width} {what} channels of {count} heads of "
+                f"{args.kv_channels} must be a multiple of {columns} on each of "
+                f"--tensor-model-parallel-size {tensor}; heads of 64 or 128 channels are"
+            )
+            break
+    yield from _uneven_tokens(args, rows)
+
+
+def _uneven(flag: str, size: int, unit: int, shards: int, recipe: str) -> Iterator[str]:
+    step = unit * shards
+    if size % step:
+        below, above = size // step * step, -(-size // step) * step
+        nearest = " or ".join(str(legal) for legal in (below, above) if legal)
+        shard = f" on each of --tensor-model-parallel-size {shards}" if shards > 1 else ""
+        yield f"--fp8-recipe {recipe}: {flag} {size} must be a multiple of {unit}{shard}: {nearest}"
+
+
+def _uneven_tokens(args, rows: int) -> Iterator[str]:
+    shards = args.tensor_model_parallel_size if args.sequence_parallel else 1
+    shards *= args.context_parallel_size
+    tokens = args.micro_batch_size * args.seq_length
+    if tokens % (rows * shards):
+        step = rows * shards
+        length = next(n for n in range(args.seq_length, args.seq_length + step + 1)
+                      if n * args.micro_batch_size % step == 0 and n % shards == 0)  # fmt: skip
+        yield (
+            f"--fp8-recipe {args.fp8_recipe}: --micro-batch-size {args.micro_batch_size} x --seq-length "
+            f"{args.seq_length} = {tokens} tokens must be a multiple of {rows} on each of the "
+            f"{shards} ranks that share the sequence: --seq-length {length}"
+        )
+
+
+def graphs_are_possible(args, typed):
+    if args.cuda_graph_impl == "none":
+        return
+    if args.cuda_graph_impl == "transformer_engine":
+        yield (
+            "--cuda-graph-impl transformer_engine needs a training loop that captures; "
+            "use --cuda-graph-impl local, which captures each layer at its first steps"
+        )
+    if args.device == "cpu":
+        yield "--cuda-graph-impl needs a GPU"
+    if args.recompute_granularity is not None:
+        yield "--cuda-graph-impl does not go with recomputation (--recompute-granularity)"
+
+
+RULES = (
+    engine_is_there,
+    engine_features,
+    eight_bit_formats_agree,
+    recipe_suits_the_machine,
+    layers_in_bf16_are_possible,
+    recomputed_norms_and_delayed_scaling,
+    shapes_suit_fp8,
+    graphs_are_possible,
+)

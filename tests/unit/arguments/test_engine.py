@@ -1,0 +1,189 @@
+"""Transformer Engine's options: shapes, recipes, refusals that say what to install, the way to the config."""
+
+from argparse import Namespace
+
+import pytest
+import torch
+
+from megatron_ext.arguments.configs import optimizer_config, transformer_config
+from megatron_ext.arguments.parser import read_args
+from megatron_ext.arguments.validate import engine as rules
+from megatron_ext.models.presets import PRESETS
+from megatron_ext.platform import engine
+from megatron_ext.training.batch import Batch, of_context_rank
+from tests.unit.arguments.test_validate import problems_of
+
+RUN = (
+    "--mock-data --tokenizer-type NullTokenizer --vocab-size 99 --lr 1e-3 --train-iters 10 "
+    "--micro-batch-size 2"
+)
+SHAPE = (
+    "--num-layers 4 --hidden-size 128 --ffn-hidden-size 512 --num-attention-heads 4 --seq-length 256 "
+    "--max-position-embeddings 512"
+)
+FP8 = f"{RUN} {SHAPE} --bf16 --fp8-format hybrid --fp8-recipe tensorwise"
+
+#: (flags added to FP8, processes, part of the one problem)
+BROKEN = [
+    ("--hidden-size 124 --kv-channels 32", 1, "--hidden-size 124 must be a multiple of 16: 112 or 128"),
+    (
+        "--tensor-model-parallel-size 2 --ffn-hidden-size 520",
+        2,
+        "--ffn-hidden-size 520 must be a multiple of 16 on each of --tensor-model-parallel-size 2: 512 or",
+    ),
+    ("--ffn-hidden-size 8", 1, "--ffn-hidden-size 8 must be a multiple of 16: 16"),
+    ("--kv-channels 20 --num-attention-heads 6", 1, "the 120 query channels of 6 heads of 20"),
+    ("--micro-batch-size 1 --seq-length 250", 1, "1 x --seq-length 250 = 250 tokens must be a multiple of 8"),
+    (
+        "--tensor-model-parallel-size 4 --sequence-parallel --micro-batch-size 1 --seq-length 240",
+        4,
+        "on each of the 4 ranks that share the sequence: --seq-length 256",
+    ),
+    ("--fp8-recipe mxfp8 --ffn-hidden-size 528", 1, "multiple of 32: 512 or 544"),
+    ("--fp8-recipe blockwise --hidden-size 192 --kv-channels 32", 1, "multiple of 128: 128 or 256"),
+    ("--fp8-recipe delayed --first-last-layers-bf16", 1, "does not go with --fp8-recipe delayed"),
+    ("--first-last-layers-bf16 --num-layers-at-end-in-bf16 5", 1, "exceeds the 4 layers"),
+    ("--fp8-param-gather", 1, "--fp8-param-gather needs --use-distributed-optimizer"),
+    ("--cuda-graph-impl transformer_engine", 1, "use --cuda-graph-impl local"),
+    ("--cuda-graph-impl local --recompute-activations", 1, "does not go with recomputation"),
+    ("--cuda-graph-warmup-steps 2", 1, "--cuda-graph-warmup-steps cannot take effect"),
+]
+
+
+@pytest.mark.parametrize(("flags", "world_size", "expected"), BROKEN)
+def test_each_rule_is_broken_alone(flags, world_size, expected):
+    (problem,) = problems_of(f"{FP8} {flags}", world_size, "cuda")
+    assert expected in problem
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--hidden-size 112",
+        "--hidden-size 256 --fp8-recipe blockwise",
+        "--ffn-hidden-size 544 --fp8-recipe mxfp8",
+        "--tensor-model-parallel-size 4 --sequence-parallel --micro-batch-size 1 --seq-length 256",
+    ],
+)
+def test_the_sizes_that_errors_name_are_legal(flags):
+    assert problems_of(f"{FP8} {flags}", 4 if "parallel" in flags else 1, "cuda") == []
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("pangu")])
+@pytest.mark.parametrize("recipe", engine.RECIPES)
+def test_presets_suit_every_recipe(name, recipe):
+    line = f"{RUN} --model-preset {name} --bf16 --fp8-format e4m3 --fp8-recipe {recipe}"
+    assert problems_of(line, 1, "cuda") == []
+
+
+def test_graphs_and_context_parallelism_are_taken():
+    line = (
+        f"{RUN} {SHAPE} --bf16 --cuda-graph-impl local --cuda-graph-warmup-steps 2 --context-parallel-size 2"
+    )
+    assert problems_of(line, 2, "cuda") == []
+    assert len(problems_of(line, 2, "cpu")) == 2
+
+
+def test_flags_reach_the_configuration(single_process):
+    line = (
+        f"{FP8} --use-distributed-optimizer --fp8-param-gather --first-last-layers-bf16 "
+        "--num-layers-at-start-in-bf16 2 --num-layers-at-end-in-bf16 1 --cuda-graph-impl local"
+    )
+    args = read_args(line.split(), world_size=1, device="cuda")
+    assert args.transformer_impl == "transformer_engine"
+    config = transformer_config(args)
+    assert (config.fp8, config.fp8_recipe, config.fp8_param) == ("hybrid", "tensorwise", True)
+    assert config.first_last_layers_bf16 and config.cuda_graph_impl == "local"
+    assert (config.num_layers_at_start_in_bf16, config.num_layers_at_end_in_bf16) == (2, 1)
+    assert config.params_dtype == torch.bfloat16
+    assert optimizer_config(args).fp8_recipe == "tensorwise"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "version", "capability", "expected"),
+    [
+        ("tensorwise", (2, 1), (9, 0), "Transformer Engine 2.2 or newer (2.1 is here): pip install"),
+        (
+            "delayed",
+            (2, 8),
+            (8, 0),
+            "a GPU of compute capability 8.9 (Ada, Hopper or newer), this one has 8.0",
+        ),
+        ("mxfp8", (2, 8), (9, 0), "Blackwell"),
+        ("mxfp8", (2, 8), (10, 0), None),
+        ("blockwise", (2, 8), (8, 9), "Hopper"),
+        ("delayed", (2, 0), (9, 0), None),
+    ],
+)
+def test_recipes_need_versions_and_gpus(recipe, version, capability, expected):
+    args = Namespace(fp8="hybrid", fp8_recipe=recipe, engine_version=version, gpu_capability=capability)
+    problems = list(rules.recipe_suits_the_machine(args, {}))
+    assert (expected is None) == (problems == [])
+    if expected:
+        assert problems[0].startswith(f"--fp8-recipe {recipe} needs ") and expected in problems[0]
+
+
+@pytest.fixture
+def engine_module(monkeypatch, tmp_path):
+    """Make a package of that name, version and content, seen by the checks as Transformer Engine."""
+
+    def make(version: str | None, content: str) -> None:
+        engine.problem.cache_clear()
+        monkeypatch.setattr("megatron_ext.platform.machine.version_of", lambda package: version)
+        (tmp_path / "transformer_engine").mkdir(exist_ok=True)
+        (tmp_path / "transformer_engine" / "__init__.py").touch()
+        (tmp_path / "transformer_engine" / "pytorch.py").write_text(content)
+        monkeypatch.syspath_prepend(str(tmp_path))
+
+    yield make
+    import sys
+
+    engine.problem.cache_clear()
+    for name in [name for name in sys.modules if name.split(".")[0] == "transformer_engine"]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize(
+    ("version", "content", "expected"),
+    [
+        (None, "", "the package is not installed: pip install"),
+        ("1.13.0", "", "1.13 is too old, 2.0 or newer is needed: pip install"),
+        ("2.8.0", "raise ImportError('libcudnn.so.9')", "its import fails (ImportError: libcudnn.so.9)"),
+        ("2.8.0", "", None),
+    ],
+)
+def test_an_engine_that_cannot_be_used_says_what_to_install(engine_module, version, content, expected):
+    engine_module(version, content)
+    problem = engine.problem(True)
+    assert problem is None if expected is None else expected in problem
+    args = Namespace(transformer_impl="transformer_engine", engine_problem=problem)
+    refusals = list(rules.engine_is_there(args, {}))
+    assert len(refusals) == bool(expected) and all(expected in refusal for refusal in refusals)
+
+
+def test_the_engine_is_not_imported_without_a_gpu(engine_module):
+    engine_module("2.8.0", "raise SystemExit('imported')")
+    assert engine.problem(False) == "it needs a GPU"
+
+
+def test_versions():
+    assert engine.parse_version("2.11.0+cu12") == (2, 11)
+    assert engine.parse_version("1.9rc1") == (1, 9)
+
+
+def test_context_ranks_share_the_sequence():
+    """Each token is on one rank; rank 0 has the first and the last piece, its neighbour the next ones."""
+    size, length = 2, 16
+    ids = torch.arange(2 * length).view(2, length)
+    mask = torch.arange(length * length).view(1, 1, length, length)
+    whole = Batch(ids, ids + 1, torch.ones(2, length), ids % length, mask, torch.tensor([5, 6]))
+    parts = [of_context_rank(whole, rank, size) for rank in range(size)]
+    assert parts[0].position_ids[0].tolist() == [0, 1, 2, 3, 12, 13, 14, 15]
+    assert parts[1].position_ids[0].tolist() == [4, 5, 6, 7, 8, 9, 10, 11]
+    for part in parts:
+        assert torch.equal(part.labels, part.tokens + 1)
+        assert part.loss_mask.shape == (2, length // size)
+        rows = part.attention_mask[0, 0, :, 0] // length
+        assert torch.equal(rows, part.position_ids[0])
+        assert torch.equal(part.sample_ids, whole.sample_ids)
+    assert of_context_rank(whole, 0, 1) is whole
