@@ -139,7 +139,7 @@ class Encoder {
   // Forgets what was met before (for measuring).
   void clear_cache() {
     const std::lock_guard<std::mutex> lock(mutex_);
-    idle_.clear();
+    for (const std::unique_ptr<Worker>& worker : idle_) worker->forget();
   }
 
  private:

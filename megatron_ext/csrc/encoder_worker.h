@@ -1,6 +1,7 @@
 // Encodes documents, one at a time; each thread has a worker of its own.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <cstdlib>
@@ -87,6 +88,7 @@ class SegmentCache {
     return static_cast<uint32_t>((mixed ^ mixed >> 29) * 0xBF58476D1CE4E5B9u >> (64 - kBits));
   }
 
+  void clear() { std::fill(entries_.begin(), entries_.end(), Entry{}); }
   const Entry* place(uint32_t slot) const { return &entries_[size_t{2} * slot]; }
 
   // nullptr if the segment is not there.
@@ -129,6 +131,12 @@ class Worker {
     prepare(text);
     scan();
     return out_;
+  }
+
+  // Empties the caches.
+  void forget() {
+    words_.clear();
+    phrases_.clear();
   }
 
  private:

@@ -19,7 +19,7 @@ import sentencepiece
 
 from megatron_ext.data.files import write_aside
 from megatron_ext.data.preprocess.records import BadLine, parse_line
-from megatron_ext.data.preprocess.sources import Source, find_sources
+from megatron_ext.data.preprocess.sources import Source, find_sources, open_zstd
 
 #: sentencepiece skips longer lines; a longer line of ours is cut.
 MAX_LINE_CHARACTERS = 2000
@@ -133,9 +133,7 @@ def _texts(sources: list[Source], key: str) -> Iterator[bytes]:
 
 def _open(source: Source) -> BinaryIO:
     if source.kind == "zstd":
-        import zstandard
-
-        return zstandard.open(source.path, "rb")
+        return open_zstd(open(source.path, "rb"))  # noqa: SIM115 - closed with its reader
     if source.kind == "pipe":
         raise TrainingTextError(f"--input {source.path}: the text is read twice, which a pipe does not allow")
     openers = {"plain": open, "gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}

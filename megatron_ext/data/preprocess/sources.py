@@ -8,6 +8,7 @@ import bz2
 import glob
 import gzip
 import hashlib
+import io
 import lzma
 import os
 import sys
@@ -19,6 +20,7 @@ from typing import BinaryIO
 
 STDIN = "-"
 BLOCK = 1 << 20
+ZSTD_BLOCK = 1 << 12  # small: a few packed bytes may be much text
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 COMPRESSED_SUFFIXES = ("", ".gz", ".zst", ".xz", ".bz2")
 MAGICS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\x00": "xz", b"BZh": "bzip2"}
@@ -200,9 +202,51 @@ def _open_stream(source: Source) -> tuple[BinaryIO, BinaryIO]:
     if source.kind == "bzip2":
         return raw, bz2.BZ2File(raw)
     if source.kind == "zstd":
-        reader = _zstandard(source.path).ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-        return raw, reader
+        return raw, open_zstd(raw)
     return raw, raw
+
+
+class _ZstdFrames(io.RawIOBase):
+    """The text of zstd frames; zstandard's own reader takes a file that was cut off for one that ended."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        import zstandard
+
+        self.raw, self.decompressor = raw, zstandard.ZstdDecompressor()
+        self.frame = None
+        self.packed, self.text = b"", memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self.raw.close()
+        super().close()
+
+    def readinto(self, buffer) -> int:
+        while not self.text:
+            self.packed = self.packed or self.raw.read(ZSTD_BLOCK)
+            if not self.packed:
+                if self.frame is not None:
+                    raise EOFError("the file ends within a zstd frame")
+                return 0
+            self._decompress()
+        size = min(len(buffer), len(self.text))
+        buffer[:size] = self.text[:size]
+        self.text = self.text[size:]
+        return size
+
+    def _decompress(self) -> None:
+        self.frame = self.frame or self.decompressor.decompressobj()
+        self.text = memoryview(self.frame.decompress(self.packed))
+        self.packed = b""
+        if self.frame.eof:
+            self.packed, self.frame = self.frame.unused_data, None
+
+
+def open_zstd(raw: BinaryIO) -> BinaryIO:
+    """The text of a zstd file; reading raises EOFError where the file was cut off."""
+    return io.BufferedReader(_ZstdFrames(raw), BLOCK)
 
 
 def _tell(raw: BinaryIO) -> int:

@@ -1,7 +1,9 @@
 """tools/preprocess_data.py: the same bytes as upstream, always; clear errors; nothing half-written."""
 
+import bz2
 import gzip
 import json
+import lzma
 import os
 import random
 import signal
@@ -217,6 +219,45 @@ def test_a_truncated_archive(model, tmp_path, how):
     assert corpora.hashes(tmp_path / "out_text_document") == corpora.upstream(
         tmp_path / "upstream", texts[:kept], model
     )
+
+
+def packed(kind: str, text: bytes) -> bytes:
+    """Compressed text, in two members or frames."""
+    if kind == "zst":
+        compress = pytest.importorskip("zstandard").compress
+    else:
+        compress = {"gz": gzip.compress, "xz": lzma.compress, "bz2": bz2.compress}[kind]
+    half = len(text) // 2
+    return compress(text[:half]) + compress(text[half:])
+
+
+@pytest.mark.parametrize("kind", ["gz", "xz", "bz2", "zst"])
+def test_compressed_input(model, tmp_path, kind):
+    """Recognised by content, not by name; cut off anywhere, it is not taken for the whole."""
+    texts = corpora.documents(300)
+    text = corpora.write_jsonl(tmp_path / "plain", texts).read_bytes()
+    data, source = packed(kind, text), tmp_path / "in.jsonl"
+    source.write_bytes(data)
+    run(model, source, tmp_path / "out", chunk_bytes=20_000)
+    expected = corpora.upstream(tmp_path / "upstream", texts, model)
+    assert corpora.hashes(tmp_path / "out_text_document") == expected
+    for cut in (len(data) - 1, len(data) // 3):
+        source.write_bytes(data[:cut])
+        with pytest.raises(PreprocessError, match="data is damaged or cut off"):
+            run(model, source, tmp_path / "out", workers=1, chunk_bytes=len(text))
+
+
+def test_a_zstd_file_cut_off_behind_a_whole_line(model, tmp_path):
+    """What can be unpacked looks whole; only the end of the frame is missing."""
+    zstandard = pytest.importorskip("zstandard")
+    source = corpora.write_jsonl(tmp_path / "in.jsonl", corpora.documents(20))
+    frame = zstandard.ZstdCompressor().compressobj()
+    block = frame.compress(source.read_bytes()) + frame.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
+    source.write_bytes(block)
+    with pytest.raises(PreprocessError, match="ends within a zstd frame"):
+        run(model, source, tmp_path / "out")
+    source.write_bytes(block + frame.flush())
+    run(model, source, tmp_path / "out")
 
 
 def test_inputs_that_are_not_there(model, tmp_path):

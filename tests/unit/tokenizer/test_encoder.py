@@ -73,6 +73,17 @@ def test_long_runs(unit):
 
 
 @needs_extension
+def test_remembered_words_and_phrases(shared_encoder):
+    """Letters that stay together, of every length around the caches' limits, met twice in another order."""
+    rng = random.Random(11)
+    words = ["".join(rng.choices("aeinot", k=45)) for _ in range(4)]
+    texts = [word[:size] + last for word in words for size in range(45) for last in ("", "a", "的")]
+    for _ in range(2):
+        rng.shuffle(texts)
+        assert_same_ids(shared_encoder, texts)
+
+
+@needs_extension
 def test_run_of_a_million(shared_encoder):
     assert_same_ids(shared_encoder, ["a" * 1_000_000, " " * 1_000_000])
 
