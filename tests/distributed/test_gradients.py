@@ -34,12 +34,17 @@ def microbatches(seed: int):
         }
 
 
-def gradients(tied: bool, random_pi: bool, overlap: bool = False, **config_changes) -> tuple[float, list]:
-    """Loss of the step, and (name, offset, gradient) of every shard this rank holds."""
+def gradients(
+    tied: bool, random_pi: bool, overlap: bool = False, sharded: bool = False, **config_changes
+) -> tuple[float | None, list, float]:
+    """Loss of the step, (name, offset, gradient) of every shard here, and this rank's share of the norm.
+
+    ``sharded``: gradients are reduced as for the distributed optimizer.
+    """
     values = {"num_layers": 4, "pangu_init": "random" if random_pi else "identity"}
     config = small_config(**values | {"gradient_accumulation_fusion": True} | config_changes)
     chunks = small_model(config, tied=tied)
-    ddp = DistributedDataParallelConfig(overlap_grad_reduce=overlap)
+    ddp = DistributedDataParallelConfig(overlap_grad_reduce=overlap, use_distributed_optimizer=sharded)
     model = wrap_for_training(chunks, config, ddp)
     config.finalize_model_grads_func = finalize_model_grads
     for chunk in model:
@@ -54,8 +59,19 @@ def gradients(tied: bool, random_pi: bool, overlap: bool = False, **config_chang
         forward_only=False,
         num_microbatches=MICROBATCHES // parallel_state.get_data_parallel_world_size(),
     )
+    if sharded:
+        _gather_reduced_shards(model)
     loss = None if sums is None else (sums[0] / sums[1]).item()
     return loss, _gradient_shards(model), _counted_squares(model)
+
+
+def _gather_reduced_shards(model) -> None:
+    """Make every rank's gradients whole: after the reduction each holds one share of a bucket."""
+    group, rank = parallel_state.get_data_parallel_group(), parallel_state.get_data_parallel_rank()
+    buckets = [bucket for chunk in model for buffer in chunk.buffers for bucket in buffer.buckets]
+    for bucket in buckets:
+        share = bucket.grad_data.chunk(group.size())[rank].clone()
+        torch.distributed.all_gather_into_tensor(bucket.grad_data, share, group=group)
 
 
 def _counted_squares(model) -> float:
@@ -99,7 +115,8 @@ LAYOUTS = {
     "dp2": (Layout(dp=2), {}),
     "dp2-overlap": (Layout(dp=2), {"overlap": True}),
     "tp2-separate-weight-gradients": (Layout(tp=2), {"gradient_accumulation_fusion": False}),
-    "tp2-pp2-dp2-sp": (Layout(tp=2, pp=2, dp=2), {"sequence_parallel": True}),
+    "dp2-distributed-optimizer": (Layout(dp=2), {"sharded": True}),
+    "tp2-pp2-dp2-sp": (Layout(tp=2, pp=2, dp=2), {"sequence_parallel": True, "sharded": True}),
 }
 OPTIONS = {
     "plain": {"series_activation_order": 0, "augmented_shortcuts": 0, "random_pi": False, "tied": False},

@@ -26,7 +26,7 @@ FLAGS = f"""
     --micro-batch-size 1 --global-batch-size {GLOBAL_BATCH} --lr 1e-2 --min-lr 1e-3 --lr-decay-style cosine
     --lr-warmup-iters 2 --train-iters 20 --weight-decay 0.1 --clip-grad 1.0 --adam-beta2 0.95
     --tokenizer-type NullTokenizer --vocab-size {VOCABULARY} --mock-data --make-vocab-size-divisible-by 16
-    --no-gradient-accumulation-fusion --eval-iters 0
+    --eval-iters 0
 """
 
 PI_MODULES = """
