@@ -80,16 +80,13 @@ def main(argv: list[str] | None = None) -> int:
     names = ("rate", "group_size", "temperature", "seed", "rounds_seen", "per_source", "order")
     options = RoundOptions(**{name: getattr(args, name) for name in names})
 
-    def tell(line: str) -> None:
-        print(line, file=sys.stderr)
-
     try:
-        manifest, report = build_round(args.losses, options, args.output, tell)
+        manifest, report = build_round(args.losses, options, args.output, show_progress=True)
         paths = round_paths(args.output)
         if not args.no_plot:
             round_report.plot(manifest, report, paths.plot)
     except ImportError:
-        tell("no picture: drawing needs matplotlib (pip install matplotlib)")
+        print("no picture: drawing needs matplotlib (pip install matplotlib)", file=sys.stderr)
     except (ValueError, OSError) as error:
         print(f"build_round.py: error: {error}", file=sys.stderr)
         return 1

@@ -7,7 +7,7 @@ replacement: what the model does badly, often what it saw early and forgot, is l
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from megatron_ext.data import draw as drawing
 from megatron_ext.data.files import write_aside
 from megatron_ext.data.indexed import DatasetError
 from megatron_ext.data.loss_record import Losses, read_losses
+from megatron_ext.data.progress import Progress
 from megatron_ext.data.rounds import FORMAT, round_paths
 
 HISTOGRAM_BINS = 60
@@ -118,11 +119,9 @@ def build_round(
     losses_path: str | Path,
     options: RoundOptions,
     output: str | Path,
-    tell: Callable[[str], None] = lambda line: None,
+    show_progress: bool = False,
 ) -> tuple[dict, Report]:
     """Draw a round and write its index and manifest; returns the manifest and the report.
-
-    ``tell`` hears about the passes over the losses.
 
     Raises:
         DatasetError: the losses are not complete, hold NaN or Inf, or cannot be drawn from like this.
@@ -134,27 +133,29 @@ def build_round(
     if options.per_source and (sources is None or options.group_size > 1):
         why = "groups mix sources: leave --group-size at 1" if sources is not None else "there is one source"
         raise DatasetError(f"--per-source: {why} ({source.path})")
-    tell(f"{source.path}: {len(source.losses):,} samples, {len(groups):,} groups")
     low, high = check_finite(source)
     stratum_of, counts = _strata(source, groups, options)
+
+    # The losses are gone through twice to find the threshold and once to write.
+    progress = Progress("drawing a round: read", 3 * len(source.losses), active=show_progress)
 
     def chunks() -> Iterator[drawing.Chunk]:
         for (begin, end), losses in zip(groups.spans(), groups.losses(), strict=True):
             strata = None if stratum_of is None else stratum_of[sources[begin:end]]
             yield losses / options.temperature, strata
+            progress.at(progress.done + end - begin)
 
-    tell(f"drawing {sum(counts):,} groups")
     limits = drawing.thresholds(chunks, counts, options.key)
     report = _empty_report(low, high, names)
     paths = round_paths(output)
     paths.index.parent.mkdir(parents=True, exist_ok=True)
     paths.manifest.unlink(missing_ok=True)  # until the new index is whole there is none
-    tell(f"writing {paths.index}")
     drawn = drawing.draw(chunks, limits, options.key)
     selected, sha256 = _write_index(paths.index, _ids(drawn, groups, options, report))
     manifest = _manifest(source, options, selected, sha256, len(groups), sum(counts), report)
     text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
     write_aside(paths.manifest, lambda file: file.write(text.encode()))
+    progress.close()
     return manifest, report
 
 

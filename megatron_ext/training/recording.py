@@ -1,7 +1,6 @@
 """The loss of every training sample, written down: of a frozen model, or while it is trained on."""
 
 import hashlib
-import time
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -10,13 +9,13 @@ import numpy as np
 import torch
 from megatron.core import parallel_state
 from torch import Tensor
-from tqdm import tqdm
 
 from megatron_ext.arguments.configs import padded_vocab_size, transformer_config
 from megatron_ext.data import build_datasets
 from megatron_ext.data.agree import on_every_rank, on_first_rank
 from megatron_ext.data.identity import dataset_hash, identify, probe
 from megatron_ext.data.loss_record import LossRecord, open_record
+from megatron_ext.data.progress import Progress
 from megatron_ext.data.rounds import NumberedDataset, RoundDataset
 from megatron_ext.models.builder import build_model, half_precision
 from megatron_ext.tokenizer import build_tokenizer
@@ -32,7 +31,6 @@ from megatron_ext.training.watchdog import Watchdog
 MICROBATCHES_PER_STAGE = 16
 #: Options that change a sample's loss, though not its tokens.
 OPTIONS = ("params_dtype", "eod_mask_loss", "reset_position_ids", "reset_attention_mask", "fp8")
-SECONDS_BETWEEN_LINES = 10.0
 
 
 class SampleLosses:
@@ -218,7 +216,7 @@ def _record_from(dataset, model: list, args: Namespace, manifest: dict, note: Ca
     span = _Span(dataset, done, samples, unit)
     iterators = chunk_iterators(span, Namespace(**vars(args) | {"dataloader_type": "single"}), 0)
     stopping = Stopping(Namespace(**vars(args) | {"exit_interval": None}))
-    progress = _Progress(samples, done, losses.writes)
+    progress = Progress("recorded", samples, done, losses.writes)
     try:
         with evaluation_mode(model):
             while done < samples:
@@ -242,30 +240,3 @@ def _record_from(dataset, model: list, args: Namespace, manifest: dict, note: Ca
         stopping.restore()
         progress.close()
     return done
-
-
-class _Progress:
-    """A bar on a terminal, plain lines elsewhere; from the rank that writes."""
-
-    def __init__(self, total: int, done: int, active: bool):
-        self.total, self.first, self.active = total, done, active
-        self.started = self.said = time.monotonic()
-        # disable=None: only on a terminal.
-        disable = None if active else True
-        self.bar = tqdm(total=total, initial=done, unit=" samples", dynamic_ncols=True, disable=disable)
-
-    def at(self, done: int) -> None:
-        """So many samples are recorded."""
-        self.bar.update(done - self.bar.n) if not self.bar.disable else None
-        now = time.monotonic()
-        if self.active and self.bar.disable and now - self.said >= SECONDS_BETWEEN_LINES:
-            self.said = now
-            speed = (done - self.first) / (now - self.started)
-            left = (self.total - done) / speed
-            print(
-                f" recorded {done:,} of {self.total:,} losses, {speed:,.1f}/s, {left:,.0f} s left", flush=True
-            )
-
-    def close(self) -> None:
-        """Leave the terminal to others."""
-        self.bar.close()

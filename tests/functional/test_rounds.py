@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -129,16 +130,17 @@ def test_online_recording_resumes(pool, home, tmp_path):
 
 
 def test_killed_recording_goes_on(home, frozen, tmp_path):
-    """SIGKILL at several moments, each time started again: the same bytes as without a kill."""
+    """SIGKILL at RECORDING_KILLS random moments, each time started again: the same bytes as without."""
     path = tmp_path / "losses.npy"
     command = [sys.executable, "-c", _SLOW_RECORDING, *flags(**home.data, load=home.path / "round1")]
     command += ["--record-sample-loss", str(path)]
-    kills, seen = int(os.environ.get("RECORDING_KILLS", 2)), []
+    kills, seen, rest = int(os.environ.get("RECORDING_KILLS", 2)), [], random.Random()
     for _ in range(kills):
         process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
         before, deadline = recorded(path), time.monotonic() + 180
         while recorded(path) < before + 4 and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
+        time.sleep(rest.uniform(0, 0.3))
         process.send_signal(signal.SIGKILL)
         process.communicate()
         seen.append(recorded(path))

@@ -14,6 +14,7 @@ from megatron_ext.data.build_round import Groups, RoundOptions, build_round
 from megatron_ext.data.identity import require_same
 from megatron_ext.data.indexed import DatasetError
 from megatron_ext.data.loss_record import Losses, LossRecord, open_record, read_losses, record_paths
+from megatron_ext.data.provenance import provenance
 from megatron_ext.data.rounds import NumberedDataset, Permutation, RoundDataset, read_round
 from tools import build_round as tool
 from tools import plot_forgetting
@@ -283,6 +284,13 @@ def test_round_dataset(tmp_path):
     dataset = RoundDataset(Letters(), read_round(tmp_path / "round"), samples=8, seed=1)
     assert [dataset.sample_id(place) for place in range(8)] == index.ids.tolist() * 2
     assert NumberedDataset(Letters())[3] == {"tokens": "d", "sample_id": 3}
+
+
+def test_provenance_looks_through_a_round(tmp_path):
+    np.save(tmp_path / "plain.npy", np.ones(10, np.float32))
+    build_round(tmp_path / "plain.npy", RoundOptions(rate=0.4), tmp_path / "round")
+    dataset = RoundDataset(Letters(), read_round(tmp_path / "round"), samples=8, seed=1)
+    assert provenance(dataset, 6) == {"number": dataset[6]["sample_id"]}
 
 
 def test_index_without_its_manifest_is_refused(tmp_path):
