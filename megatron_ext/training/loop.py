@@ -99,6 +99,9 @@ class Trainer:
             self.saver.finish()  # every rank is here, and what is being written is from before
             raise
         finally:
+            # Frees the processes that read data. The watchdog knows this object and this object the
+            # watchdog, so both outlive the run, and Python waits at its end for processes that do not.
+            self.valid_iterators = []
             self.reporter.close()
             self.stopping.restore()
 

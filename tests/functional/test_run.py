@@ -71,6 +71,23 @@ def test_exit_interval_saves(pool, tmp_path):
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text().strip() == "4"
 
 
+def _processes_left(argv: list[str]) -> list[str]:
+    import gc
+    import multiprocessing
+
+    gc.disable()  # what only a collection of cycles would end is still there when Python exits
+    try:
+        _pretrain(argv)
+        return [process.name for process in multiprocessing.active_children()]
+    finally:
+        gc.enable()
+
+
+def test_processes_that_read_data_end_with_the_run(pool):
+    """Python joins them at its exit: one that is left hangs the job after its last line."""
+    assert pool.run(1, _processes_left, flags(**BASE | dict(num_workers=1))) == [[]]
+
+
 def test_batch_grows(pool):
     records = run(
         pool, train_iters=None, train_samples=40, rampup_batch_size=[4, 4, 16], global_batch_size=12,
