@@ -7,7 +7,7 @@ replacement: what the model does badly, often what it saw early and forgot, is l
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,8 @@ from megatron_ext.data.progress import Progress
 from megatron_ext.data.rounds import FORMAT, round_paths
 
 HISTOGRAM_BINS = 60
+#: Bins in which losses are counted to work out what is to be expected of a draw.
+FINE_BINS = 6000
 #: Samples with a bad loss that an error names.
 NAMED = 10
 
@@ -90,7 +92,7 @@ class Report:
     edges: np.ndarray  # [bins + 1] group losses
     groups: np.ndarray  # int [bins]
     kept: np.ndarray  # int [bins]
-    expected: np.ndarray  # float [bins], groups expected above the threshold
+    expected: np.ndarray  # float [bins], groups expected to be drawn
     source_names: list[str]
     source_before: np.ndarray  # int [sources]
     source_after: np.ndarray  # int [sources]
@@ -133,11 +135,11 @@ def build_round(
     if options.per_source and (sources is None or options.group_size > 1):
         why = "groups mix sources: leave --group-size at 1" if sources is not None else "there is one source"
         raise DatasetError(f"--per-source: {why} ({source.path})")
-    low, high = check_finite(source)
+    check_finite(source)
     stratum_of, counts = _strata(source, groups, options)
 
-    # The losses are gone through twice to find the threshold and once to write.
-    progress = Progress("drawing a round: read", 3 * len(source.losses), active=show_progress)
+    # The losses are gone through once to count them, twice to find the threshold and once to write.
+    progress = Progress("drawing a round: read", 4 * len(source.losses), active=show_progress)
 
     def chunks() -> Iterator[drawing.Chunk]:
         for (begin, end), losses in zip(groups.spans(), groups.losses(), strict=True):
@@ -145,13 +147,14 @@ def build_round(
             yield losses / options.temperature, strata
             progress.at(progress.done + end - begin)
 
+    report = _empty_report(*_range(groups), names)
+    levels = _expected_levels(chunks, counts, report.edges / options.temperature)
     limits = drawing.thresholds(chunks, counts, options.key)
-    report = _empty_report(low, high, names)
     paths = round_paths(output)
     paths.index.parent.mkdir(parents=True, exist_ok=True)
     paths.manifest.unlink(missing_ok=True)  # until the new index is whole there is none
     drawn = drawing.draw(chunks, limits, options.key)
-    selected, sha256 = _write_index(paths.index, _ids(drawn, groups, options, report))
+    selected, sha256 = _write_index(paths.index, _ids(drawn, levels, groups, options, report))
     manifest = _manifest(source, options, selected, sha256, len(groups), sum(counts), report)
     text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
     write_aside(paths.manifest, lambda file: file.write(text.encode()))
@@ -159,22 +162,19 @@ def build_round(
     return manifest, report
 
 
-def check_finite(source: Losses) -> tuple[float, float]:
-    """Smallest and largest loss.
+def check_finite(source: Losses) -> None:
+    """Refuse losses that are NaN or Inf.
 
     Raises:
-        DatasetError: with the number of NaN or Inf losses, and the first samples that have them.
+        DatasetError: with their number, and the first samples that have them.
     """
-    low, high, bad, named = np.inf, -np.inf, 0, []
+    bad, named = 0, []
     for begin in range(0, len(source.losses), drawing.CHUNK):
         values = source.losses[begin : begin + drawing.CHUNK]
-        smallest, largest = float(values.min()), float(values.max())  # NaN if there is any
-        if not (np.isfinite(smallest) and np.isfinite(largest)):
+        if not (np.isfinite(values.min()) and np.isfinite(values.max())):
             places = np.flatnonzero(~np.isfinite(values))
             bad += len(places)
             named += (places[: NAMED - len(named)] + begin).tolist()
-            continue
-        low, high = min(low, smallest), max(high, largest)
     if bad:
         more = ", ..." if bad > len(named) else ""
         raise DatasetError(
@@ -182,7 +182,6 @@ def check_finite(source: Losses) -> tuple[float, float]:
             f"{', '.join(map(str, named))}{more}: the model or these samples are broken; record with a sound "
             "checkpoint"
         )
-    return low, high
 
 
 def _strata(source: Losses, groups: Groups, options: RoundOptions) -> tuple[np.ndarray | None, list[int]]:
@@ -200,6 +199,28 @@ def _strata(source: Losses, groups: Groups, options: RoundOptions) -> tuple[np.n
     return stratum_of, [count(int(held[i])) for i in present]
 
 
+def _range(groups: Groups) -> tuple[float, float]:
+    """Smallest and largest group loss."""
+    ends = [(losses.min(), losses.max()) for losses in groups.losses()]
+    return float(min(low for low, _ in ends)), float(max(high for _, high in ends))
+
+
+def _expected_levels(
+    chunks: Callable[[], Iterator[drawing.Chunk]], counts: list[int], edges: np.ndarray
+) -> np.ndarray:
+    """For each stratum the level that ``counts[stratum]`` noisy scores are expected above."""
+    low, width = edges[0], (edges[-1] - edges[0]) / FINE_BINS
+    numbers = np.zeros(len(counts) * FINE_BINS, dtype=np.int64)
+    for scores, strata in chunks():
+        bins = ((scores - low) / width).astype(np.int64).clip(0, FINE_BINS - 1)
+        if strata is not None:
+            bins += strata * FINE_BINS
+        numbers += np.bincount(bins, minlength=len(numbers))
+    centers = low + (np.arange(FINE_BINS) + 0.5) * width
+    parts = zip(numbers.reshape(-1, FINE_BINS), counts, strict=True)
+    return np.array([drawing.expected_level(centers, part, count) for part, count in parts])
+
+
 def _empty_report(low: float, high: float, names: list[str]) -> Report:
     def zeros(length: int, dtype: type = np.int64) -> np.ndarray:
         return np.zeros(length, dtype=dtype)
@@ -212,10 +233,13 @@ def _empty_report(low: float, high: float, names: list[str]) -> Report:
     )  # fmt: skip
 
 
-def _ids(drawn: Iterator, groups: Groups, options: RoundOptions, report: Report) -> Iterator[np.ndarray]:
+def _ids(
+    drawn: Iterator, levels: np.ndarray, groups: Groups, options: RoundOptions, report: Report
+) -> Iterator[np.ndarray]:
     """Sample numbers of each chunk's drawn groups, ascending; fills in the report on the way."""
     low, width = report.edges[0], report.edges[1] - report.edges[0]
-    for (begin, end), (scores, is_drawn, chance) in zip(groups.spans(), drawn, strict=True):
+    for (begin, end), (scores, strata, is_drawn) in zip(groups.spans(), drawn, strict=True):
+        chance = drawing.chance_above(levels[0] if strata is None else levels[strata], scores)
         bins = ((scores * options.temperature - low) / width).astype(np.int64).clip(0, HISTOGRAM_BINS - 1)
         report.groups += np.bincount(bins, minlength=HISTOGRAM_BINS)
         report.kept += np.bincount(bins[is_drawn], minlength=HISTOGRAM_BINS)

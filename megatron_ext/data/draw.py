@@ -62,12 +62,8 @@ def thresholds(
 
 def draw(
     chunks: Callable[[], Iterable[Chunk]], limits: list[Threshold], seed: tuple[int, ...]
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Chunk after chunk: scores [n], drawn (bool [n]), and the chance to lie above the threshold [n].
-
-    Given the threshold each group lies above it with probability 1 - exp(-exp(score - threshold)),
-    independently: what a report can compare the draw with.
-    """
+) -> Iterator[tuple[np.ndarray, np.ndarray | None, np.ndarray]]:
+    """Chunk after chunk: scores [n], strata ([n] or None), and which groups are drawn (bool [n])."""
     keys_of = np.array([limit.key for limit in limits])
     ties = [limit.ties for limit in limits]
     for number, (scores, strata) in enumerate(chunks()):
@@ -78,7 +74,32 @@ def draw(
             stratum = 0 if strata is None else int(strata[place])
             drawn[place] = ties[stratum] > 0
             ties[stratum] -= 1
-        yield scores, drawn, -np.expm1(-np.exp(np.minimum(scores - limit, 50.0)))
+        yield scores, strata, drawn
+
+
+def chance_above(level: float | np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """The probability that a score with Gumbel noise is above ``level``, float64 [n]."""
+    return -np.expm1(-np.exp(np.minimum(scores - level, 50.0)))
+
+
+def expected_level(scores: np.ndarray, numbers: np.ndarray, count: int) -> float:
+    """The level above which ``count`` of the noisy scores are expected (by bisection).
+
+    Args:
+        scores: [bins] of groups with about the same score.
+        numbers: [bins] how many groups these are.
+
+    :func:`chance_above` at this level is a group's chance to be drawn, but for a term of the order of
+    1 / count (Rosen 1972): what a report can compare a draw with.
+    """
+    if count >= numbers.sum():
+        return -np.inf
+    low, high = float(scores.min()) - 50.0, float(scores.max()) + 50.0
+    for _ in range(100):
+        middle = (low + high) / 2
+        enough = (numbers * chance_above(middle, scores)).sum() >= count
+        low, high = (middle, high) if enough else (low, middle)
+    return low
 
 
 def _binned(chunks: Callable[[], Iterable[Chunk]], seed: tuple[int, ...]) -> Iterator[tuple]:

@@ -38,7 +38,7 @@ def drawn_places(scores: np.ndarray, count: int, seed: int) -> tuple[int, ...]:
             yield scores[begin : begin + drawing.CHUNK], None
 
     limits = drawing.thresholds(chunks, [count], (seed,))
-    parts = [drawn for _, drawn, _ in drawing.draw(chunks, limits, (seed,))]
+    parts = [drawn for _, _, drawn in drawing.draw(chunks, limits, (seed,))]
     return tuple(np.flatnonzero(np.concatenate(parts)).tolist())
 
 
@@ -97,8 +97,11 @@ def test_equal_keys_are_drawn_to_the_number(monkeypatch):
 def test_expected_counts_are_those_drawn():
     scores = np.random.default_rng(1).normal(2, 1, 200_000)
     limits = drawing.thresholds(lambda: [(scores, None)], [60_000], (3,))
-    [(_, drawn, chance)] = drawing.draw(lambda: [(scores, None)], limits, (3,))
-    assert drawn.sum() == 60_000
+    [(_, _, drawn)] = drawing.draw(lambda: [(scores, None)], limits, (3,))
+    level = drawing.expected_level(scores, np.ones(len(scores)), 60_000)
+    chance = drawing.chance_above(level, scores)
+    assert drawn.sum() == 60_000 and chance.sum() == pytest.approx(60_000)
+    assert limits[0].key == pytest.approx(level, abs=0.05)
     bins = np.digitize(scores, [0, 1, 2, 3, 4])
     for bin_ in range(6):
         here = bins == bin_
@@ -128,6 +131,7 @@ def test_build_round(tmp_path):
     assert len(groups) == manifest["groups_drawn"] == round(0.5 * 13)  # the last of 13 has 4 samples
     assert np.isin(np.arange(100), ids).tolist() == np.isin(np.arange(100) // 8, groups).tolist()
     assert report.groups.sum() == 13 and report.kept.sum() == len(groups)
+    assert report.expected.sum() == pytest.approx(len(groups), rel=0.01)
     assert report.source_before.tolist() == [50, 50] and report.source_after.sum() == len(ids)
     assert manifest["dataset"] == IDENTITY and manifest["losses"]["model"] == MODEL
     again, _ = build_round(path, RoundOptions(rate=0.5, group_size=8, seed=3), tmp_path / "again")
@@ -153,12 +157,15 @@ def test_per_source_keeps_the_shares(tmp_path):
     _, kept = build_round(path, RoundOptions(rate=0.4, per_source=True), tmp_path / "kept")
     assert free.source_after[1] > 35
     assert kept.source_after.tolist() == [20, 20]
+    assert kept.source_expected == pytest.approx([20, 20], rel=0.01)
 
 
 def test_rate_one_is_everything(tmp_path):
-    manifest, _ = build_round(recording(tmp_path), RoundOptions(rate=1.0, group_size=7), tmp_path / "round")
+    options = RoundOptions(rate=1.0, group_size=7)
+    manifest, report = build_round(recording(tmp_path), options, tmp_path / "round")
     assert read_round(tmp_path / "round").ids.tolist() == list(range(100))
     assert manifest["selected"] == 100
+    assert report.expected.tolist() == report.kept.tolist() == report.groups.tolist()
 
 
 def test_plain_losses(tmp_path, capsys):
