@@ -22,7 +22,7 @@ test-long: setup
 	LONG_TESTS=1 $(BIN)/python -m pytest -s tests/unit/data/test_preprocess_long.py tests/unit/tokenizer/test_encoder.py
 
 test-gpu: setup
-	TEST_DEVICE=cuda $(BIN)/python -m pytest tests/gpu
+	bash tests/gpu/run.sh
 
 # The quickstart from corpus to sample, too short to learn much.
 smoke: setup

@@ -193,6 +193,15 @@ def max_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def device_name() -> str:
+    """The GPU's name, or cpu."""
+    if on_gpu():
+        import torch
+
+        return torch.cuda.get_device_name()
+    return "cpu"
+
+
 def device_memory_bytes() -> int:
     """Memory that a process has: its GPU's, or its share of the host's that is free."""
     if on_gpu():

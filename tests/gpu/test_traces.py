@@ -1,0 +1,97 @@
+"""The same run on CPU and GPU, local layers and Transformer Engine's, bf16 and FP8, and across a resume."""
+
+import pytest
+
+from tests.gpu.traces import column, needs_engine, needs_gpu, recipe_problem, run
+
+ITERATIONS = 16
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("traces")
+
+
+@pytest.fixture(scope="module")
+def reference(folder):
+    """fp32 on the CPU."""
+    return run(folder, "cpu", ITERATIONS, device="cpu")
+
+
+@needs_gpu
+def test_fp32_on_a_gpu_is_fp32_on_a_cpu(folder, reference):
+    found = run(folder, "cuda", ITERATIONS)
+    assert column(found) == pytest.approx(column(reference), rel=1e-4)
+    assert column(found, "grad_norm") == pytest.approx(column(reference, "grad_norm"), rel=1e-3)
+
+
+@needs_gpu
+@needs_engine
+def test_fp32_with_transformer_engine(folder, reference):
+    """Its matmuls of fp32 may take TF32 units, with 10 bits of fraction."""
+    found = run(folder, "engine", ITERATIONS, impl="transformer_engine")
+    assert column(found) == pytest.approx(column(reference), rel=2e-3)
+
+
+@needs_gpu
+@pytest.mark.parametrize("impl", ["local", pytest.param("transformer_engine", marks=needs_engine)])
+def test_bf16_is_near_fp32(folder, reference, impl):
+    found = run(folder, f"bf16-{impl}", ITERATIONS, impl=impl, bf16=True)
+    assert column(found) == pytest.approx(column(reference), rel=2e-2)
+
+
+@needs_gpu
+def test_modules_off_and_on_are_the_same_at_step_0(folder, reference):
+    plain = run(folder, "plain", 1, bf16=False, series_activation_order=0, augmented_shortcuts=0)
+    assert column(plain)[0] == pytest.approx(column(reference)[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
+def test_fp8_ends_within_a_percent_of_bf16(folder, recipe):
+    reason = recipe_problem(recipe)
+    if reason:
+        pytest.skip(f"--fp8-recipe {recipe} needs {reason}")
+    values = dict(impl="transformer_engine", bf16=True, seq_length=512, hidden_size=512, ffn_hidden_size=1536,
+                  num_attention_heads=4)  # fmt: skip
+    half = run(folder, f"{recipe}-half", 200, **values)
+    eight = run(folder, f"{recipe}-eight", 200, fp8_format="hybrid", fp8_recipe=recipe, **values)
+    ends = [sum(column(records)[-20:]) / 20 for records in (half, eight)]
+    assert ends[0] < column(half)[0] - 0.5  # it learned something
+    assert ends[1] == pytest.approx(ends[0], rel=0.01)
+
+
+def test_fp8_parameters_start_from_the_same_weights(folder):
+    reason = recipe_problem("tensorwise")
+    if reason:
+        pytest.skip(f"--fp8-param-gather: {reason}")
+    values = dict(impl="transformer_engine", bf16=True, use_distributed_optimizer=True)
+    eight = dict(fp8_format="hybrid", fp8_recipe="tensorwise")
+    whole, gathered = (
+        run(folder, f"gather-{on}", ITERATIONS, **values, **eight, fp8_param_gather=on)
+        for on in (False, True)
+    )
+    assert column(gathered) == pytest.approx(column(whole), rel=1e-2)
+
+
+@needs_gpu
+@pytest.mark.parametrize("impl", ["local", pytest.param("transformer_engine", marks=needs_engine)])
+@pytest.mark.parametrize("first", ["cpu", "cuda"])
+def test_a_checkpoint_goes_on_on_the_other_device(folder, reference, first, impl):
+    second = "cuda" if first == "cpu" else "cpu"
+    impls = {"cpu": "local", "cuda": impl}
+    place = folder / f"from-{first}-{impl}"
+    places = dict(save=place, save_interval=8)
+    run(folder, f"begin-{first}-{impl}", 8, device=first, impl=impls[first], **places)
+    found = run(folder, f"end-{second}-{impl}", ITERATIONS, device=second, impl=impls[second], load=place)
+    assert [record["iteration"] for record in found] == list(range(9, ITERATIONS + 1))
+    tolerance = 1e-4 if impl == "local" else 2e-3
+    assert column(found) == pytest.approx(column(reference)[8:], rel=tolerance)
+
+
+@needs_gpu
+@needs_engine
+def test_captured_layers_compute_the_same(folder):
+    values = dict(impl="transformer_engine", bf16=True)
+    plain = run(folder, "eager", ITERATIONS, **values)
+    graphs = run(folder, "graphs", ITERATIONS, cuda_graph_impl="local", cuda_graph_warmup_steps=2, **values)
+    assert column(graphs) == pytest.approx(column(plain), rel=1e-3)

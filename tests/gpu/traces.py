@@ -1,0 +1,62 @@
+"""Runs of the real program on one device, in processes of their own, for the tests of this folder.
+
+TEST_DEVICE=cuda (tests/gpu/run.sh sets it) runs them on a GPU. GPU_REHEARSAL=1 takes the CPU's local layers
+in place of every GPU run instead, to check that the tests themselves work; it shows nothing about a GPU.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_ext.platform import engine
+from tests.conftest import REPOSITORY
+from tests.helpers.training import flags
+
+REHEARSAL = os.environ.get("GPU_REHEARSAL") == "1"
+GPU = torch.cuda.is_available()
+no_gpu = None if GPU or REHEARSAL else "torch sees no GPU"
+no_engine = (
+    None if REHEARSAL else f"Transformer Engine: {engine.problem(GPU)}" if engine.problem(GPU) else None
+)
+needs_gpu = pytest.mark.skipif(no_gpu is not None, reason=no_gpu or "")
+needs_engine = pytest.mark.skipif(no_engine is not None, reason=no_engine or "")
+
+MODEL = dict(
+    model_preset="small", num_layers=2, mock_data=True, tokenizer_type="NullTokenizer", vocab_size=8191,
+    seq_length=128, micro_batch_size=2, global_batch_size=4, lr=1e-3, lr_decay_style="constant", eval_iters=0,
+    log_interval=1000, num_workers=0, seed=7,
+)  # fmt: skip
+
+
+def recipe_problem(recipe: str) -> str | None:
+    """Why an FP8 recipe cannot run here, or None."""
+    if no_engine or REHEARSAL:
+        return no_engine
+    return engine.recipe_problem(recipe, engine.installed_version(), engine.gpu_capability())
+
+
+def run(folder: Path, name: str, iterations: int, device: str = "cuda", impl: str = "local", **changes):
+    """Train; the records of every iteration."""
+    if REHEARSAL:
+        device, impl = "cpu", "local"
+        changes = {key: value for key, value in changes.items() if not key.startswith(("fp8", "cuda"))}
+    metrics = folder / f"{name}.jsonl"
+    values = MODEL | dict(train_iters=iterations, device=device, transformer_impl=impl, metrics_file=metrics)
+    done = subprocess.run(
+        [sys.executable, str(REPOSITORY / "pretrain_pangu_pro.py"), *flags(**values | changes)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONWARNINGS": "ignore"},
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return [json.loads(line) for line in metrics.read_text().splitlines()]
+
+
+def column(records: list[dict], name: str = "lm_loss") -> list[float]:
+    """One value of each iteration."""
+    return [record[name] for record in records]
