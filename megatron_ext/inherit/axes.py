@@ -1,0 +1,104 @@
+"""What the axes of a model's tensors count, at tensor parallel size 1.
+
+One table says it for every tensor; slicing and magnitude scores both read it. Units are what is kept or
+dropped as a whole: a hidden channel of the residual stream, a channel of a layer's FFN, a query group of
+a layer (its query heads, key and value), a unit of a layer's shortcut bottleneck.
+"""
+
+import re
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from megatron_ext.interchange.shape import ModelShape
+
+
+class Axis(Enum):
+    """What an axis counts; the value names the kind of unit that owns its entries."""
+
+    VOCABULARY = "vocabulary"
+    HIDDEN = "hidden"
+    QKV = "groups"
+    """Rows of linear_qkv: per query group its query heads, its key, its value, hn channels each."""
+    HEADS = "groups of heads"
+    """Columns of linear_proj: the query heads, those of a group side by side."""
+    GATE_UP = "ffn twice"
+    """Rows of linear_fc1: all gates, then all ups."""
+    FFN = "ffn"
+    BOTTLENECK = "bottleneck"
+    TERM = "term"
+    """Terms of the series activation, which inheritance never drops."""
+
+
+#: Name of a tensor in checkpoints (without ``decoder.layers.N.``) -> its axes.
+AXES: dict[str, tuple[Axis, ...]] = {
+    "embedding.word_embeddings.weight": (Axis.VOCABULARY, Axis.HIDDEN),
+    "output_layer.weight": (Axis.VOCABULARY, Axis.HIDDEN),
+    "decoder.final_layernorm.weight": (Axis.HIDDEN,),
+    "self_attention.linear_qkv.layer_norm_weight": (Axis.HIDDEN,),
+    "self_attention.linear_qkv.weight": (Axis.QKV, Axis.HIDDEN),
+    "self_attention.linear_qkv.bias": (Axis.QKV,),
+    "self_attention.linear_proj.weight": (Axis.HIDDEN, Axis.HEADS),
+    "self_attention.augmented_shortcut.down": (Axis.BOTTLENECK, Axis.HIDDEN),
+    "self_attention.augmented_shortcut.up": (Axis.HIDDEN, Axis.BOTTLENECK),
+    "mlp.linear_fc1.layer_norm_weight": (Axis.HIDDEN,),
+    "mlp.linear_fc1.weight": (Axis.GATE_UP, Axis.HIDDEN),
+    "mlp.series_activation.scale": (Axis.TERM, Axis.FFN),
+    "mlp.series_activation.bias": (Axis.TERM, Axis.FFN),
+    "mlp.linear_fc2.weight": (Axis.HIDDEN, Axis.FFN),
+}
+
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+
+
+def layer_of(key: str) -> int | None:
+    """The layer of a tensor, from 0; None for those outside the layers."""
+    found = _LAYER.fullmatch(key)
+    return int(found[1]) if found else None
+
+
+def axes_of(key: str) -> tuple[Axis, ...]:
+    """The axes of the tensor ``key``.
+
+    Raises:
+        LookupError: no such tensor is known; slicing it by guesswork would break the model silently.
+    """
+    found = _LAYER.fullmatch(key)
+    name = found[2] if found else key
+    if name not in AXES:
+        raise LookupError(f"{key}: inheritance does not know what the axes of this tensor count")
+    return AXES[name]
+
+
+def heads_per_group(shape: ModelShape) -> int:
+    """Query heads that share a key and a value."""
+    return shape.num_attention_heads // shape.num_query_groups
+
+
+def bottleneck(shape: ModelShape) -> int:
+    """Bottleneck units of a layer's augmented shortcuts, all T of them together."""
+    return shape.augmented_shortcuts * (shape.hidden_size // shape.augmented_shortcut_reduction)
+
+
+def _entries_a_group(axis: Axis, shape: ModelShape) -> int:
+    return (heads_per_group(shape) + (2 if axis is Axis.QKV else 0)) * shape.kv_channels
+
+
+def entries(axis: Axis, units: Tensor, shape: ModelShape) -> Tensor:
+    """The entries of an axis of the source that ``units`` own; both int64, shape is the source's."""
+    if axis in (Axis.QKV, Axis.HEADS):
+        size = _entries_a_group(axis, shape)
+        return (units[:, None] * size + torch.arange(size)).flatten()
+    if axis is Axis.GATE_UP:
+        return torch.cat([units, units + shape.ffn_hidden_size])
+    return units
+
+
+def unit_sums(axis: Axis, values: Tensor, shape: ModelShape) -> Tensor:
+    """Values per entry of an axis -> their sum per unit."""
+    if axis in (Axis.QKV, Axis.HEADS):
+        return values.unflatten(0, (-1, _entries_a_group(axis, shape))).sum(1)
+    if axis is Axis.GATE_UP:
+        return values.unflatten(0, (2, -1)).sum(0)
+    return values

@@ -1,0 +1,138 @@
+"""Running a model on text: the model itself, fixed windows to compare losses on, and a stream to learn from.
+
+Each rank holds the whole model; ranks share the text (data parallelism).
+"""
+
+import math
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+from torch import Tensor, nn
+
+from megatron_ext import platform
+from megatron_ext.arguments.configs import transformer_config
+from megatron_ext.data.indexed import check_layout, map_tokens
+from megatron_ext.models.builder import build_model
+from megatron_ext.models.layer_specs import CHECKPOINT_NAMES
+from megatron_ext.tokenizer.build import Tokenizer
+from megatron_ext.training.batch import Batch
+
+
+def build_source(args: Namespace, get: Callable[[str], Tensor]) -> nn.Module:
+    """The model that ``args`` describe, frozen, with the tensors that ``get`` gives by checkpoint name.
+
+    The embedding has the rows of the tokenizer alone: padding would take part in the softmax.
+    """
+    model = build_model(transformer_config(args), args)[0].eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        for ours, saved in CHECKPOINT_NAMES.items():
+            name = name.replace(ours, saved)
+        parameter.copy_(get(name))
+    return model
+
+
+def forward(model: nn.Module, batch: Batch) -> Tensor:
+    """Losses in nats of a batch's tokens, [b, s] fp32; 0 where the loss mask is."""
+    losses = model(batch.tokens, batch.position_ids, batch.attention_mask, labels=batch.labels)
+    return losses.float() * batch.loss_mask
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Text in windows of ``length`` tokens, each token predicted once but the first of all.
+
+    ``tokens`` [n, length + 1]: the windows overlap by the token that one predicts and the next reads.
+    The last one is filled up; ``counted`` [n, length] says which labels are text.
+    """
+
+    tokens: np.ndarray
+    counted: np.ndarray
+
+    @classmethod
+    def of(cls, documents: Sequence[Sequence[int]], length: int) -> "Windows":
+        """The documents, each with its end, one after the other."""
+        ids = np.concatenate([np.asarray(document, dtype=np.int64) for document in documents])
+        count = max(1, math.ceil((len(ids) - 1) / length))
+        filled = np.zeros(count * length + 1, dtype=np.int64)
+        filled[: len(ids)] = ids
+        counted = np.arange(count * length) < len(ids) - 1
+        at = np.arange(count)[:, None] * length + np.arange(length + 1)
+        return cls(filled[at], counted.reshape(count, length))
+
+    def batches(self, size: int, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
+        """The share of one data parallel rank, ``size`` windows at a time."""
+        device = platform.current_device()
+        for start in range(rank * size, len(self.tokens), ranks * size):
+            tokens = torch.from_numpy(self.tokens[start : start + size]).to(device)
+            counted = torch.from_numpy(self.counted[start : start + size]).float().to(device)
+            positions = torch.arange(tokens.size(1) - 1, device=device).expand(len(tokens), -1)
+            yield Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), counted, positions, None)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Mean over tokens in nats, and in bits per byte of text, which tokenizers can be compared by."""
+
+    nats: float
+    bits_per_byte: float
+    tokens: int
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, windows: Windows, size: int, token_bytes: np.ndarray) -> Loss:
+    """The loss over all windows, ``size`` at a time; a collective call."""
+    rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    bytes_of = torch.as_tensor(token_bytes, device=platform.current_device())
+    sums = torch.zeros(4, dtype=torch.float64)  # loss, tokens, loss of text, bytes of text
+    for batch in windows.batches(size, rank, ranks):
+        losses = forward(model, batch)
+        text = bytes_of[batch.labels] * batch.loss_mask
+        sums += torch.stack(
+            [losses.sum(), batch.loss_mask.sum(), losses[text > 0].sum(), text.sum()]
+        ).double().cpu()
+    sums = _summed(sums)
+    loss, tokens, text_loss, text_bytes = sums.tolist()
+    per_byte = text_loss / math.log(2) / text_bytes if text_bytes else math.nan
+    return Loss(loss / tokens, per_byte, int(tokens))
+
+
+def average(values: Tensor) -> Tensor:
+    """The mean over data parallel ranks; a collective call."""
+    return _summed(values) / parallel_state.get_data_parallel_world_size()
+
+
+def _summed(values: Tensor) -> Tensor:
+    if parallel_state.get_data_parallel_world_size() == 1:
+        return values
+    moved = values.to(platform.current_device())
+    torch.distributed.all_reduce(moved, group=parallel_state.get_data_parallel_group())
+    return moved.to(values.device)
+
+
+def read_documents(prefixes: Sequence[str], tokens: int) -> list[list[int]]:
+    """The first documents of each dataset, about ``tokens`` ids in all; at least one of each."""
+    documents = []
+    for prefix in prefixes:
+        index = check_layout(prefix)
+        ids, left = map_tokens(prefix, index), tokens / len(prefixes)
+        starts = index.pointers // index.dtype.itemsize
+        for start, length in zip(starts.tolist(), index.lengths.tolist(), strict=True):
+            documents.append(ids[start : start + min(length, int(left) + 1)].tolist())
+            left -= length
+            if left <= 0:
+                break
+    return documents
+
+
+def translated(documents: Sequence[Sequence[int]], source: Tokenizer, target: Tokenizer) -> list[list[int]]:
+    """The same texts in the target's ids, with the target's end of document where the source's was."""
+    out = []
+    for ids in documents:
+        ended = len(ids) > 0 and ids[-1] == source.eod
+        text = source.detokenize(ids[:-1] if ended else ids)
+        out.append(list(target.tokenize(text)) + [target.eod] * ended)
+    return out

@@ -1,0 +1,40 @@
+"""What a target model keeps of its source."""
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Indices into the source, ascending, int64. L', h', f', g', b': the target's counts.
+
+    ``ffn``, ``groups`` and ``bottleneck`` have a row for each layer that is kept, in the order of ``layers``.
+    """
+
+    layers: Tensor  # [L']
+    hidden: Tensor  # [h'], one choice for the whole residual stream
+    ffn: Tensor  # [L', f']
+    groups: Tensor  # [L', g']
+    bottleneck: Tensor  # [L', b'], units of the augmented shortcuts; b' = 0 where the source has none
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not (value.diff(dim=-1) > 0).all():
+                raise ValueError(f"{field.name} must be ascending, each index once")
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """By name, for a file."""
+        return {field.name: getattr(self, field.name).numpy() for field in fields(self)}
+
+
+def top(scores: Tensor, count: int) -> Tensor:
+    """The indices of the ``count`` highest scores along the last axis, ascending; of equals the first.
+
+    [..., n] -> [..., count].
+    """
+    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
+    return order[..., :count].sort(dim=-1).values

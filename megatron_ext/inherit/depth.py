@@ -1,0 +1,41 @@
+"""Which layers a shallower model keeps (arXiv 2402.02791, section 3.3)."""
+
+import torch
+from torch import Tensor
+
+from megatron_ext.inherit.choice import top
+
+
+def ends(layers: int, keep: int) -> Tensor:
+    """The first and the last layers, the middle dropped; of an odd number the first get one more.
+
+    The paper finds the first two or three layers and the last few the most important.
+    """
+    first = (keep + 1) // 2
+    return torch.cat([torch.arange(first), torch.arange(layers - (keep - first), layers)])
+
+
+def uniform(layers: int, keep: int) -> Tensor:
+    """Layers at even distances, the first and the last among them."""
+    if keep == 1:
+        return torch.zeros(1, dtype=torch.int64)
+    return torch.tensor([round(i * (layers - 1) / (keep - 1)) for i in range(keep)])
+
+
+def by_importance(losses_without: Tensor, keep: int) -> Tensor:
+    """The layers whose absence costs most; ``losses_without`` [L]: the loss with each layer skipped."""
+    return top(losses_without, keep)
+
+
+def listed(wanted: list[int], layers: int, keep: int) -> Tensor:
+    """Layers that the user names, from 0.
+
+    Raises:
+        ValueError: another number of layers than the target has, or a layer that the source lacks.
+    """
+    chosen = sorted(set(wanted))
+    if len(chosen) != len(wanted) or len(wanted) != keep:
+        raise ValueError(f"--layers names {len(chosen)} different layers, the target has {keep}")
+    if chosen[0] < 0 or chosen[-1] >= layers:
+        raise ValueError(f"--layers: the source has the layers 0 to {layers - 1}, not {wanted}")
+    return torch.tensor(chosen)

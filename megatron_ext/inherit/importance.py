@@ -1,0 +1,52 @@
+"""What units are worth, measured on text: layers by skipping them, the rest by first-order Taylor."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from megatron_ext import platform
+from megatron_ext.inherit.calibration import average, forward
+from megatron_ext.inherit.masks import Masks, attached
+from megatron_ext.interchange.shape import ModelShape
+from megatron_ext.training.batch import Batch
+
+
+def losses_without_each_layer(
+    model: nn.Module, shape: ModelShape, loss: Callable[[], float], note: Callable[[int], None]
+) -> Tensor:
+    """The loss with each layer skipped in turn, float64 [L]; ``note`` hears of each layer done.
+
+    The paper's measure of a layer: skipping it leaves the residual stream as it is.
+    """
+    losses = torch.zeros(shape.num_layers, dtype=torch.float64)
+    masks = Masks.ones(shape, platform.current_device())
+    with attached(model, masks):
+        for layer in range(shape.num_layers):
+            masks.layers = torch.ones_like(masks.layers)
+            masks.layers[layer] = 0.0
+            losses[layer] = loss()
+            note(layer)
+    return losses
+
+
+def taylor(model: nn.Module, shape: ModelShape, batches: Iterable[Batch]) -> Masks:
+    """First-order importance of every unit: the mean over microbatches of (dL/dmask)^2.
+
+    With every mask at 1, dL/dmask is the sum of weight times gradient over what the unit computes: the
+    change of the loss, to first order, if the unit were gone (arXiv 1906.10771, equation 8, there over
+    weights). Returned in the places of the masks, float64; a collective call.
+    """
+    masks = Masks.ones(shape, platform.current_device())
+    for mask in vars(masks).values():
+        mask.requires_grad_(True)
+    totals = {name: torch.zeros(mask.shape, dtype=torch.float64) for name, mask in vars(masks).items()}
+    count = 0
+    with attached(model, masks):
+        for batch in batches:
+            loss = forward(model, batch).sum() / batch.loss_mask.sum()
+            gradients = torch.autograd.grad(loss, list(vars(masks).values()))
+            for total, gradient in zip(totals.values(), gradients, strict=True):
+                total += gradient.double().cpu() ** 2
+            count += 1
+    return Masks(**{name: average(total / count) for name, total in totals.items()})

@@ -1,0 +1,126 @@
+"""The source model with some of its units switched off: what a slice of it computes, at full size.
+
+With masks of 0 and 1 the masked model's logits are the sliced model's, which the tests hold to 1e-5. With
+masks of 1 that ask for gradients, dL/dmask is the first-order effect of a unit (width criterion taylor).
+With masks between both it is what learned masks train.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megatron_ext.inherit.axes import bottleneck
+from megatron_ext.inherit.choice import Choice
+from megatron_ext.interchange.shape import ModelShape
+
+
+@dataclass
+class Masks:
+    """A factor for every unit. L layers, h hidden channels, f FFN channels, g query groups, b bottleneck units.
+
+    They may be replaced while they are attached: each forward pass reads them anew.
+    """
+
+    hidden: Tensor  # [h]
+    ffn: Tensor  # [L, f]
+    groups: Tensor  # [L, g]
+    layers: Tensor  # [L]
+
+    @classmethod
+    def ones(cls, shape: ModelShape, device: torch.device | str = "cpu") -> "Masks":
+        """Everything on."""
+        layers = shape.num_layers
+        sizes = ((shape.hidden_size,), (layers, shape.ffn_hidden_size), (layers, shape.num_query_groups))
+        return cls(*(torch.ones(size, device=device) for size in (*sizes, (layers,))))
+
+    @classmethod
+    def of(cls, choice: Choice, shape: ModelShape) -> "Masks":
+        """What ``choice`` keeps is on; ``shape`` is the source's."""
+        masks = cls.ones(shape)
+        for mask in vars(masks).values():
+            mask.zero_()
+        masks.hidden[choice.hidden] = 1.0
+        masks.layers[choice.layers] = 1.0
+        masks.ffn[choice.layers[:, None], choice.ffn] = 1.0
+        masks.groups[choice.layers[:, None], choice.groups] = 1.0
+        return masks
+
+
+@contextmanager
+def attached(model: nn.Module, masks: Masks, hidden_kept: int | None = None) -> Iterator[None]:
+    """Within it ``model`` (a GPTModel at tensor and pipeline size 1) computes with ``masks``.
+
+    The residual stream is masked where it is written: after the embedding, the attention (with its
+    shortcuts) and the MLP. A query group is masked before linear_proj, an FFN channel before linear_fc2.
+    ``hidden_kept`` is the number k of hidden channels of the slice: RMSNorm then divides by the mean
+    square over k channels instead of all h, that is x / sqrt(sum(x^2) / k + eps). As sum(x^2) / k is
+    mean(x^2) * h / k, scaling the gain by sqrt(k / h) and eps by k / h does it.
+    """
+    with ExitStack() as stack:
+
+        def hook(handle) -> None:
+            stack.callback(handle.remove)
+
+        hook(model.embedding.register_forward_hook(lambda _, __, out: out * masks.hidden.to(out)))
+        for index, layer in enumerate(model.decoder.layers):
+            _hook_layer(hook, index, layer, masks)
+        if hidden_kept is not None:
+            stack.enter_context(_narrower_norms(model, hidden_kept))
+        yield
+
+
+def _hook_layer(hook, index: int, layer: nn.Module, masks: Masks) -> None:
+    """Mask one layer's groups and FFN channels where they enter a matmul, and what it writes."""
+
+    def written(_, __, output):
+        value, bias = output
+        return value * (masks.hidden * masks.layers[index]).to(value), bias
+
+    def groups(_, inputs):
+        mask = masks.groups[index].to(inputs[0])
+        return inputs[0] * mask.repeat_interleave(inputs[0].size(-1) // mask.numel()), *inputs[1:]
+
+    def ffn(_, inputs):
+        return inputs[0] * masks.ffn[index].to(inputs[0]), *inputs[1:]
+
+    hook(layer.self_attention.linear_proj.register_forward_pre_hook(groups))
+    hook(layer.mlp.linear_fc2.register_forward_pre_hook(ffn))
+    hook(layer.self_attention.register_forward_hook(written))
+    hook(layer.mlp.register_forward_hook(written))
+
+
+@contextmanager
+def _narrower_norms(model: nn.Module, kept: int) -> Iterator[None]:
+    norms = [model.decoder.final_layernorm]
+    norms += [norm for layer in model.decoder.layers for norm in (layer.input_layernorm, layer.pre_mlp_layernorm)]
+    before = [(norm.weight.detach().clone(), norm.eps) for norm in norms]
+    share = kept / before[0][0].numel()
+    with torch.no_grad():
+        for norm in norms:
+            norm.weight.mul_(share**0.5)
+            norm.eps *= share
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for norm, (weight, eps) in zip(norms, before, strict=True):
+                norm.weight.copy_(weight)
+                norm.eps = eps
+
+
+@torch.no_grad()
+def drop_bottleneck(model: nn.Module, choice: Choice) -> None:
+    """Zero the ``up`` weights of the shortcut units that ``choice`` drops, in place."""
+    if not choice.bottleneck.size(1):
+        return
+    for row, index in enumerate(choice.layers.tolist()):
+        up = model.decoder.layers[index].self_attention.augmented_shortcut.up
+        dropped = torch.ones(up.size(1), dtype=torch.bool, device=up.device)
+        dropped[choice.bottleneck[row]] = False
+        up[:, dropped] = 0
+
+
+__all__ = ["Masks", "attached", "bottleneck", "drop_bottleneck"]

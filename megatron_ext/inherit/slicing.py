@@ -1,0 +1,62 @@
+"""The target's tensors, cut out of the source's one at a time."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from megatron_ext.inherit.axes import Axis, axes_of, entries, layer_of
+from megatron_ext.inherit.choice import Choice
+from megatron_ext.inherit.vocabulary import Rows
+from megatron_ext.interchange.shape import ModelShape
+
+_UNITS = {
+    Axis.QKV: "groups",
+    Axis.HEADS: "groups",
+    Axis.GATE_UP: "ffn",
+    Axis.FFN: "ffn",
+    Axis.BOTTLENECK: "bottleneck",
+}
+
+
+def source_key(target_key: str, choice: Choice) -> str:
+    """The source's name of a target's tensor: its layer is another one."""
+    layer = layer_of(target_key)
+    if layer is None:
+        return target_key
+    return target_key.replace(f".layers.{layer}.", f".layers.{int(choice.layers[layer])}.", 1)
+
+
+def cut(target_key: str, weights: Tensor, choice: Choice, source: ModelShape, rows: Rows | None) -> Tensor:
+    """The target's tensor ``target_key`` from the source's, a tensor of its own.
+
+    ``rows`` says which rows of the vocabulary to take; None takes all. Values are copied bit for bit, but
+    for pieces that start from the mean of several.
+    """
+    layer = layer_of(target_key)
+    for number, axis in enumerate(axes_of(target_key)):
+        if axis is Axis.VOCABULARY:
+            weights = weights if rows is None else rows.take(weights)
+        elif axis is not Axis.TERM:
+            units = choice.hidden if axis is Axis.HIDDEN else getattr(choice, _UNITS[axis])[layer]
+            weights = weights.index_select(number, entries(axis, units, source))
+    return weights.clone(memory_format=torch.contiguous_format)
+
+
+def grown(
+    key: str, weights: Tensor | None, size: torch.Size, draw: Callable[[torch.Size], Tensor]
+) -> Tensor:
+    """A tensor of the pi modules at the target's size; what the source has not starts as the identity.
+
+    Further terms of the series activation are 0, but the first, where the source has no series, has scale
+    1. Further bottleneck units have an ``up`` of 0 and a ``down`` from ``draw(size)``: they change nothing
+    and learn from the first step on.
+    """
+    fresh = draw(size) if key.endswith(".down") else torch.zeros(size)
+    if weights is None:
+        if key.endswith("series_activation.scale"):
+            fresh[0] = 1.0
+        return fresh
+    fresh = fresh.to(weights.dtype)
+    fresh[tuple(slice(0, length) for length in weights.shape)] = weights
+    return fresh

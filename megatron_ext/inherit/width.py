@@ -1,0 +1,81 @@
+"""Scores of hidden channels, FFN channels, query groups and bottleneck units: the higher, the rather kept."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_ext.inherit.axes import Axis, axes_of, bottleneck, layer_of, unit_sums
+from megatron_ext.inherit.choice import Choice, top
+from megatron_ext.interchange.shape import ModelShape
+
+#: Whose score the entries of an axis add to; the vocabulary is chosen by its tokenizer.
+_SCORED = {
+    Axis.HIDDEN: "hidden",
+    Axis.QKV: "groups",
+    Axis.HEADS: "groups",
+    Axis.GATE_UP: "ffn",
+    Axis.FFN: "ffn",
+    Axis.BOTTLENECK: "bottleneck",
+}
+
+
+@dataclass
+class Scores:
+    """One score a unit, of a source of L layers."""
+
+    hidden: Tensor  # [h]
+    ffn: Tensor  # [L, f]
+    groups: Tensor  # [L, g]
+    bottleneck: Tensor  # [L, b]
+
+    @classmethod
+    def zeros(cls, source: ModelShape) -> "Scores":
+        """All 0, float64: sums of millions of squares go in."""
+        return cls(*(torch.zeros(size, dtype=torch.float64) for size in _sizes(source)))
+
+
+def _sizes(shape: ModelShape) -> list[tuple[int, ...]]:
+    layers = shape.num_layers
+    per_layer = (shape.ffn_hidden_size, shape.num_query_groups, bottleneck(shape))
+    return [(shape.hidden_size,), *((layers, count) for count in per_layer)]
+
+
+def choose(scores: Scores, layers: Tensor, target: ModelShape) -> Choice:
+    """The best units of the layers that are kept."""
+    available = scores.bottleneck.size(1)
+    return Choice(
+        layers=layers,
+        hidden=top(scores.hidden, target.hidden_size),
+        ffn=top(scores.ffn[layers], target.ffn_hidden_size),
+        groups=top(scores.groups[layers], target.num_query_groups),
+        bottleneck=top(scores.bottleneck[layers], min(bottleneck(target), available)),
+    )
+
+
+def random(source: ModelShape, seed: int) -> Scores:
+    """Scores without meaning: a choice by lot, the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return Scores(*(torch.rand(size, generator=generator) for size in _sizes(source)))
+
+
+def magnitude(keys: Iterable[str], get: Callable[[str], Tensor], source: ModelShape, power: int) -> Scores:
+    """Sum of |w|^power over all weights of a unit: ``power`` 1 is l1, 2 is l2.
+
+    One tensor is in memory at a time. Only matrices count: a norm's gains, biases and the scales of the
+    series activation have another meaning, and another size.
+    """
+    scores = Scores.zeros(source)
+    for key in keys:
+        axes = axes_of(key)
+        if len(axes) < 2 or Axis.TERM in axes:
+            continue
+        weights = get(key).float().abs().pow_(power)
+        for number, axis in enumerate(axes):
+            if axis is Axis.VOCABULARY:
+                continue
+            sums = unit_sums(axis, weights.sum(1 - number, dtype=torch.float64), source)
+            of_kind = getattr(scores, _SCORED[axis])
+            (of_kind if axis is Axis.HIDDEN else of_kind[layer_of(key)]).add_(sums)
+    return scores
