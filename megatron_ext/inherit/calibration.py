@@ -22,17 +22,17 @@ from megatron_ext.tokenizer.build import Tokenizer
 from megatron_ext.training.batch import Batch
 
 
-def build_source(args: Namespace, get: Callable[[str], Tensor]) -> nn.Module:
-    """The model that ``args`` describe, frozen, with the tensors that ``get`` gives by checkpoint name.
+def frozen_model(args: Namespace) -> nn.Module:
+    """The model that ``args`` describe, to be filled and run as it is."""
+    return build_model(transformer_config(args), args)[0].eval().requires_grad_(False)
 
-    The embedding has the rows of the tokenizer alone: padding would take part in the softmax.
-    """
-    model = build_model(transformer_config(args), args)[0].eval().requires_grad_(False)
+
+def fill(model: nn.Module, get: Callable[[str], Tensor]) -> None:
+    """Fill every parameter with the tensor that ``get`` gives for its name in checkpoints."""
     for name, parameter in model.named_parameters():
         for ours, saved in CHECKPOINT_NAMES.items():
             name = name.replace(ours, saved)
         parameter.copy_(get(name))
-    return model
 
 
 def forward(model: nn.Module, batch: Batch) -> Tensor:
@@ -91,9 +91,11 @@ def mean_loss(model: nn.Module, windows: Windows, size: int, token_bytes: np.nda
     for batch in windows.batches(size, rank, ranks):
         losses = forward(model, batch)
         text = bytes_of[batch.labels] * batch.loss_mask
-        sums += torch.stack(
-            [losses.sum(), batch.loss_mask.sum(), losses[text > 0].sum(), text.sum()]
-        ).double().cpu()
+        sums += (
+            torch.stack([losses.sum(), batch.loss_mask.sum(), losses[text > 0].sum(), text.sum()])
+            .double()
+            .cpu()
+        )
     sums = _summed(sums)
     loss, tokens, text_loss, text_bytes = sums.tolist()
     per_byte = text_loss / math.log(2) / text_bytes if text_bytes else math.nan
@@ -118,10 +120,10 @@ def read_documents(prefixes: Sequence[str], tokens: int) -> list[list[int]]:
     documents = []
     for prefix in prefixes:
         index = check_layout(prefix)
-        ids, left = map_tokens(prefix, index), tokens / len(prefixes)
+        ids, left = map_tokens(prefix, index), -(-tokens // len(prefixes))
         starts = index.pointers // index.dtype.itemsize
         for start, length in zip(starts.tolist(), index.lengths.tolist(), strict=True):
-            documents.append(ids[start : start + min(length, int(left) + 1)].tolist())
+            documents.append(ids[start : start + min(length, left)].tolist())
             left -= length
             if left <= 0:
                 break

@@ -30,14 +30,16 @@ def losses_without_each_layer(
     return losses
 
 
-def taylor(model: nn.Module, shape: ModelShape, batches: Iterable[Batch]) -> Masks:
-    """First-order importance of every unit: the mean over microbatches of (dL/dmask)^2.
+def taylor(model: nn.Module, shape: ModelShape, layers: Tensor, batches: Iterable[Batch]) -> Masks:
+    """First-order importance of every unit of the model with ``layers`` alone.
 
-    With every mask at 1, dL/dmask is the sum of weight times gradient over what the unit computes: the
-    change of the loss, to first order, if the unit were gone (arXiv 1906.10771, equation 8, there over
-    weights). Returned in the places of the masks, float64; a collective call.
+    The mean over microbatches of (dL/dmask)^2: with a mask at 1, dL/dmask is the sum of activation times
+    gradient over what the unit computes, that is, to first order, the change of the loss if the unit were
+    gone (arXiv 1906.10771, equation 8, there with weights in the place of masks). Returned in the places
+    of the masks, float64; a collective call.
     """
     masks = Masks.ones(shape, platform.current_device())
+    masks.layers.zero_()[layers] = 1.0
     for mask in vars(masks).values():
         mask.requires_grad_(True)
     totals = {name: torch.zeros(mask.shape, dtype=torch.float64) for name, mask in vars(masks).items()}

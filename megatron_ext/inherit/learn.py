@@ -8,12 +8,13 @@ of the step (straight through). Its temperature falls from start to end, and wit
 logits, by which early steps try units beside the best ones.
 """
 
-import math
+import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 
 import torch
+from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from megatron_ext import platform
@@ -30,7 +31,7 @@ class Recipe:
     steps: int = 200
     learning_rate: float = 0.05
     temperature: tuple[float, float] = (1.0, 0.1)
-    noise: float = 0.5
+    noise: float = 0.1
     patience: int = 30
     seed: int = 1234
 
@@ -71,22 +72,20 @@ class Learned:
 _COUNTERS = ("step", "unchanged", "tokens", "seconds", "losses")
 
 
-def begin(start: Masks, recipe: Recipe) -> Learned:
+def begin(start: Masks, recipe: Recipe, settled: Collection[str] = ()) -> Learned:
     """Logits from the ranks of first scores: a unit's share of those below it, as a normal quantile.
 
     Ranks have the same spread for every kind of unit, whatever the unit of the score, so one learning
-    rate and one temperature fit all.
+    rate and one temperature fit all. The masks named in ``settled`` stay at the first scores' choice.
     """
     device = platform.current_device()
     logits = {name: _normal_ranks(score).float().to(device) for name, score in vars(start).items()}
-    for value in logits.values():
-        value.requires_grad_(True)
-    optimizer = torch.optim.Adam(logits.values(), lr=recipe.learning_rate, betas=(0.9, 0.95))
-    return Learned(logits, optimizer)
+    free = [value.requires_grad_(True) for name, value in logits.items() if name not in settled]
+    return Learned(logits, torch.optim.Adam(free, lr=recipe.learning_rate, betas=(0.9, 0.95)))
 
 
 def _normal_ranks(scores: Tensor) -> Tensor:
-    ranks = scores.argsort(-1, stable=True).argsort(-1, stable=True).double()
+    ranks = scores.argsort(dim=-1, stable=True).argsort(dim=-1, stable=True).double()
     return torch.special.ndtri((ranks + 0.5) / scores.size(-1))
 
 
@@ -101,15 +100,14 @@ def straight_through(logits: Tensor, count: int, temperature: float) -> Tensor:
     threshold = ordered[..., count - 1 : count + 1].mean(-1, keepdim=True)
     soft = torch.sigmoid((logits - threshold) / temperature)
     hard = torch.zeros_like(logits).scatter_(-1, top(logits.detach(), count), 1.0)
-    return hard + soft - soft.detach()
+    return hard + (soft - soft.detach())
 
 
 def train(
     model: nn.Module,
     counts: dict[str, int],
-    fixed: dict[str, Tensor],
     learned: Learned,
-    batches: Callable[[int], Iterator[list[Batch]]],
+    steps: Callable[[int], Iterator[list[Batch]]],
     recipe: Recipe,
     note: Callable[[Learned], None],
 ) -> None:
@@ -118,43 +116,55 @@ def train(
     Args:
         model: the source, frozen.
         counts: name of a mask -> number of units to keep.
-        fixed: masks that are settled already, by name.
-        batches: step -> this rank's microbatches of each step from there on.
+        steps: step -> this rank's microbatches of each step from there on.
         note: hears of every step done; where progress is shown and states are saved.
 
     It stops early when the choice without noise has been the same for ``patience`` steps. A collective
     call; all ranks end with the same logits, bit for bit.
     """
-    masks, device = Masks(**fixed | learned.logits), platform.current_device()
-    free = [name for name in learned.logits if name not in fixed]
+    masks = Masks(**learned.logits)
     before = choice_of(learned, counts)
     with attached(model, masks, hidden_kept=counts["hidden"]):
-        for microbatches in batches(learned.step):
+        for microbatches in steps(learned.step):
             if learned.step >= recipe.steps or learned.unchanged >= recipe.patience:
                 return
-            temperature = recipe.temperature_at(learned.step)
-            noise = _noise(learned, recipe, temperature)
-            loss = torch.zeros((), dtype=torch.float64)
-            learned.optimizer.zero_grad()
-            for batch in microbatches:
-                for name in free:
-                    noisy = learned.logits[name] + noise[name].to(device)
-                    setattr(masks, name, straight_through(noisy, counts[name], temperature))
-                part = forward(model, batch).sum() / batch.loss_mask.sum() / len(microbatches)
-                part.backward()
-                loss += part.item()
-                learned.tokens += batch.tokens.numel()
-            for name in free:
-                gradient = learned.logits[name].grad
-                if gradient is not None:
-                    gradient.copy_(average(gradient))
-            learned.optimizer.step()
-            learned.step += 1
+            started = time.perf_counter()
+            loss = _step(model, masks, counts, learned, microbatches, recipe)
             learned.losses.append(average(loss).item())
+            learned.step += 1
             now = choice_of(learned, counts)
             same = all(torch.equal(now[name], before[name]) for name in now)
             learned.unchanged, before = learned.unchanged + 1 if same else 0, now
+            learned.seconds += time.perf_counter() - started
             note(learned)
+
+
+def _step(
+    model: nn.Module,
+    masks: Masks,
+    counts: dict[str, int],
+    learned: Learned,
+    microbatches: list[Batch],
+    recipe: Recipe,
+) -> Tensor:
+    """One update of the logits; the mean loss of this rank's microbatches, float64."""
+    temperature = recipe.temperature_at(learned.step)
+    noise = _noise(learned, recipe, temperature)
+    loss = torch.zeros((), dtype=torch.float64)
+    learned.optimizer.zero_grad()
+    for batch in microbatches:
+        for name, logits in learned.logits.items():
+            noisy = logits + noise[name] if logits.requires_grad else logits
+            setattr(masks, name, straight_through(noisy, counts[name], temperature))
+        part = forward(model, batch).sum() / batch.loss_mask.sum() / len(microbatches)
+        part.backward()
+        loss += part.item()
+        learned.tokens += batch.tokens.numel() * parallel_state.get_data_parallel_world_size()
+    for logits in learned.logits.values():
+        if logits.grad is not None:
+            logits.grad.copy_(average(logits.grad))
+    learned.optimizer.step()
+    return loss
 
 
 def choice_of(learned: Learned, counts: dict[str, int]) -> dict[str, Tensor]:
@@ -166,21 +176,20 @@ def _noise(learned: Learned, recipe: Recipe, temperature: float) -> dict[str, Te
     """Gumbel noise of one step: the same on every rank and in a run that was resumed."""
     generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + learned.step)
     scale = recipe.noise * temperature / recipe.temperature[0]
-    return {
-        name: scale * -torch.log(-torch.log(torch.rand(logits.shape, generator=generator).clamp(1e-9, 1 - 1e-7)))
-        for name, logits in learned.logits.items()
-    }
+    noise = {}
+    for name, logits in learned.logits.items():
+        uniform = torch.rand(logits.shape, generator=generator).clamp(1e-9, 1 - 1e-7)
+        noise[name] = (-scale * torch.log(-torch.log(uniform))).to(logits.device)
+    return noise
 
 
-def recipe_from(args: Namespace) -> Recipe:
-    """The recipe that the tool's flags give.
-
-    Raises:
-        ValueError: a value that no training can have.
-    """
-    start, end = args.mask_temperature
-    if not (math.isfinite(start) and start >= end > 0):
-        raise ValueError("--mask-temperature must fall from START to END, both above 0")
+def recipe_from(options: Namespace) -> Recipe:
+    """The recipe that the tool's flags give."""
     return Recipe(
-        args.mask_steps, args.mask_lr, (start, end), args.mask_noise, args.mask_patience, args.seed
+        steps=options.mask_steps,
+        learning_rate=options.mask_lr,
+        temperature=tuple(options.mask_temperature),
+        noise=options.mask_noise,
+        patience=options.mask_patience,
+        seed=options.seed,
     )

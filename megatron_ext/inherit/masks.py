@@ -19,7 +19,7 @@ from megatron_ext.interchange.shape import ModelShape
 
 @dataclass
 class Masks:
-    """A factor for every unit. L layers, h hidden channels, f FFN channels, g query groups, b bottleneck units.
+    """A factor for every unit. L layers, h hidden channels, f FFN channels, g query groups.
 
     They may be replaced while they are attached: each forward pass reads them anew.
     """
@@ -95,7 +95,9 @@ def _hook_layer(hook, index: int, layer: nn.Module, masks: Masks) -> None:
 @contextmanager
 def _narrower_norms(model: nn.Module, kept: int) -> Iterator[None]:
     norms = [model.decoder.final_layernorm]
-    norms += [norm for layer in model.decoder.layers for norm in (layer.input_layernorm, layer.pre_mlp_layernorm)]
+    norms += [
+        norm for layer in model.decoder.layers for norm in (layer.input_layernorm, layer.pre_mlp_layernorm)
+    ]
     before = [(norm.weight.detach().clone(), norm.eps) for norm in norms]
     share = kept / before[0][0].numel()
     with torch.no_grad():

@@ -43,9 +43,7 @@ def cut(target_key: str, weights: Tensor, choice: Choice, source: ModelShape, ro
     return weights.clone(memory_format=torch.contiguous_format)
 
 
-def grown(
-    key: str, weights: Tensor | None, size: torch.Size, draw: Callable[[torch.Size], Tensor]
-) -> Tensor:
+def grown(key: str, weights: Tensor | None, size: torch.Size, draw: Callable[[torch.Size], Tensor]) -> Tensor:
     """A tensor of the pi modules at the target's size; what the source has not starts as the identity.
 
     Further terms of the series activation are 0, but the first, where the source has no series, has scale

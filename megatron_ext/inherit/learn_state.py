@@ -1,0 +1,66 @@
+"""The state of the masks' training on disk: written aside and replaced, resumed bit for bit."""
+
+import dataclasses
+import pickle
+import time
+from pathlib import Path
+
+import torch
+
+from megatron_ext.data.files import write_aside
+from megatron_ext.inherit.learn import Learned, Recipe
+from megatron_ext.interchange.source import Source
+
+SECONDS_BETWEEN_SAVES = 60.0
+
+
+class StateFile:
+    """One file; the first rank writes it, every rank reads it.
+
+    Args:
+        path: None saves nothing.
+        recipe, counts, source: what the state belongs to; another's state is refused.
+    """
+
+    def __init__(self, path: str | None, recipe: Recipe, counts: dict[str, int], source: Source):
+        self.path = None if path is None else Path(path)
+        shape = {name: str(value) for name, value in vars(source.shape).items()}
+        self.identity = {
+            "recipe": dataclasses.asdict(recipe),
+            "counts": counts,
+            "source": shape | {"iteration": source.iteration},
+        }
+        self.saved = time.monotonic()
+
+    def resume(self, learned: Learned) -> None:
+        """Go on from the file if it is there.
+
+        Raises:
+            ValueError: it is damaged, or the state of another training.
+        """
+        if self.path is None or not self.path.exists():
+            return
+        try:
+            content = torch.load(self.path, weights_only=True)
+            identity, state = content["identity"], content["state"]
+        except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+            raise ValueError(
+                f"--mask-state {self.path}: not a state of learned masks ({type(error).__name__}); "
+                "remove it to start over"
+            ) from error
+        if identity != self.identity:
+            differ = [name for name in self.identity if identity.get(name) != self.identity[name]]
+            raise ValueError(
+                f"--mask-state {self.path}: made with another {' and '.join(differ)}; give the same flags, "
+                "or another file"
+            )
+        learned.restore(state)
+
+    def save(self, learned: Learned, always: bool = False) -> None:
+        """Write the state, once a minute unless ``always``."""
+        due = always or time.monotonic() - self.saved >= SECONDS_BETWEEN_SAVES
+        if self.path is None or not due or torch.distributed.get_rank():
+            return
+        content = {"identity": self.identity, "state": learned.state()}
+        write_aside(self.path, lambda file: torch.save(content, file))
+        self.saved = time.monotonic()

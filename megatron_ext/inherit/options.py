@@ -1,0 +1,145 @@
+"""The flags of tools/inherit_checkpoint.py."""
+
+import argparse
+
+EXAMPLES = """A smaller model that starts from a larger one's weights, as a checkpoint of iteration 0.
+
+    python tools/inherit_checkpoint.py --load big --save small --target-num-layers 8 \\
+        --target-hidden-size 192 --target-ffn-hidden-size 640 --target-num-query-groups 3
+    python tools/inherit_checkpoint.py --load llama-2-7b --save pro --model-preset pangu-pi-1b-pro \\
+        --target-tokenizer-model compact.model --width-criterion learned --data-path calibration_text_document
+    torchrun --nproc-per-node 4 tools/inherit_checkpoint.py ...   # the ranks share the calibration text
+    python pretrain_pangu_pro.py --pretrained-checkpoint small ...
+
+The source is a Hugging Face folder (Llama, Mistral, Qwen2, InternLM2) or a checkpoint, of any layout. Hidden
+channels are chosen once for the residual stream, FFN channels and query groups in every layer. Rows of the
+vocabulary go by piece; a piece that the source lacks starts from the mean of the pieces of its text.
+
+--depth-policy and --width-criterion that look at text (importance, taylor, learned) need --data-path, a
+dataset made with the source's tokenizer; with it, the loss is measured before and after.
+
+Exit code 0: the checkpoint is in place; 1: bad input; 2: bad usage."""
+
+DEPTH = ("ends", "importance", "uniform", "list", "learned")
+WIDTH = ("random", "l1", "l2", "taylor", "learned")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        description=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    _add_source(p.add_argument_group("source"))
+    _add_target(p.add_argument_group("target (what is not given is as in the source)"))
+    _add_choice(p.add_argument_group("choice"))
+    _add_calibration(p.add_argument_group("calibration"))
+    _add_learned(p.add_argument_group("learned masks"))
+    p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    p.add_argument("--json", action="store_true", help="print the report as one JSON object")
+    return p
+
+
+def _add_source(g) -> None:
+    g.add_argument("--load", required=True, metavar="DIR", help="Hugging Face folder or checkpoint")
+    g.add_argument(
+        "--ckpt-step", type=int, metavar="N", help="iteration of a checkpoint (default: the newest)"
+    )
+    g.add_argument(
+        "--tokenizer-model", metavar="PATH", help="the source's tokenizer, if it moved since the training"
+    )
+    g.add_argument("--allow-pickle", action="store_true", help="read pytorch_model.bin too, weights only")
+
+
+def _add_target(g) -> None:
+    g.add_argument("--save", required=True, metavar="DIR", help="a folder without checkpoints")
+    g.add_argument("--model-preset", metavar="NAME", help="shape by name; flags that are typed win")
+    for name, what in (
+        ("num-layers", "layers"),
+        ("hidden-size", "hidden channels"),
+        ("ffn-hidden-size", "FFN channels"),
+        ("num-attention-heads", "query heads; the source's number of heads a group is kept"),
+        ("num-query-groups", "query groups"),
+    ):
+        g.add_argument(f"--target-{name}", type=int, metavar="N", help=what)
+    g.add_argument("--target-tokenizer-model", metavar="PATH", help="its tokenizer, often a compressed one")
+    g.add_argument("--series-activation-order", type=int, metavar="N", help="new terms start at zero")
+    g.add_argument("--augmented-shortcuts", type=int, metavar="N", help="new shortcuts start without effect")
+    g.add_argument("--augmented-shortcut-reduction", type=int, metavar="N", help="hidden / bottleneck")
+    g.add_argument(
+        "--untie-embeddings-and-output-weights", action="store_true", help="of a source that ties them"
+    )
+    g.add_argument("--report", metavar="DIR", help="for report.json, .png and choice.npz (SAVE/inheritance)")
+
+
+def _add_choice(g) -> None:
+    g.add_argument("--depth-policy", choices=DEPTH, default="ends", help="which layers stay (default ends)")
+    g.add_argument("--layers", type=int, nargs="+", metavar="N", help="for --depth-policy list, from 0")
+    g.add_argument("--width-criterion", choices=WIDTH, default="l2", help="which channels stay (default l2)")
+    g.add_argument("--seed", type=int, default=1234, help="of random choices, new weights and noise")
+
+
+def _add_calibration(g) -> None:
+    g.add_argument("--data-path", nargs="+", metavar="PREFIX", help="datasets of the source's tokenizer")
+    g.add_argument("--data-cache-path", metavar="DIR", help="where indices of datasets are kept")
+    g.add_argument("--seq-length", type=int, default=512, metavar="N", help="tokens a sample (default 512)")
+    g.add_argument("--micro-batch-size", type=int, default=4, metavar="N", help="samples a pass (default 4)")
+    g.add_argument(
+        "--calibration-samples",
+        type=int,
+        default=64,
+        metavar="N",
+        help="samples for importance, taylor, and the losses before and after (default 64)",
+    )
+
+
+def _add_learned(g) -> None:
+    g.add_argument("--mask-steps", type=int, default=200, metavar="N", help="at most (default 200)")
+    g.add_argument("--mask-batch-size", type=int, default=8, metavar="N", help="samples a step (default 8)")
+    g.add_argument("--mask-lr", type=float, default=0.05, metavar="X", help="Adam's rate (default 0.05)")
+    g.add_argument(
+        "--mask-temperature",
+        type=float,
+        nargs=2,
+        default=(1.0, 0.1),
+        metavar=("START", "END"),
+        help="of the sigmoid that gradients pass through (default 1.0 0.1)",
+    )
+    g.add_argument("--mask-noise", type=float, default=0.1, metavar="X", help="Gumbel noise at the start")
+    g.add_argument(
+        "--mask-patience", type=int, default=30, metavar="N", help="stop after N steps without a change"
+    )
+    g.add_argument(
+        "--mask-state", metavar="FILE", help="save the state here, and go on from it if it is there"
+    )
+
+
+def problems(options: argparse.Namespace) -> list[str]:
+    """What is wrong with a command line by itself, one sentence each."""
+    found = []
+    learned = options.width_criterion == "learned"
+    if options.depth_policy == "learned" and not learned:
+        found.append("--depth-policy learned needs --width-criterion learned")
+    if (options.depth_policy == "list") != bool(options.layers):
+        found.append("--layers and --depth-policy list belong together")
+    needs = [f"--depth-policy {options.depth_policy}"] * (options.depth_policy in ("importance", "learned"))
+    needs += [f"--width-criterion {options.width_criterion}"] * (options.width_criterion in WIDTH[3:])
+    if needs and not options.data_path:
+        found.append(f"{' and '.join(needs)} looks at text: give --data-path")
+    if options.mask_state and not learned:
+        found.append("--mask-state cannot take effect: needs --width-criterion learned")
+    for name in (
+        "seq_length",
+        "micro_batch_size",
+        "calibration_samples",
+        "mask_steps",
+        "mask_batch_size",
+        "mask_patience",
+    ):
+        if getattr(options, name) < 1:
+            found.append(f"--{name.replace('_', '-')} must be at least 1")
+    start, end = options.mask_temperature
+    if not float("inf") > start >= end > 0:
+        found.append("--mask-temperature must fall from START to END, both above 0")
+    if not options.mask_lr > 0 or not options.mask_noise >= 0:
+        found.append("--mask-lr must be above 0 and --mask-noise at least 0")
+    return found

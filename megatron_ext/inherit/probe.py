@@ -1,0 +1,126 @@
+"""The source model on its calibration text, within a job of data parallel ranks."""
+
+import dataclasses
+from argparse import Namespace
+from collections.abc import Iterator
+from itertools import islice
+
+import torch
+
+from megatron_ext import platform
+from megatron_ext.arguments.parser import read_args
+from megatron_ext.data import build_data_loader, build_datasets
+from megatron_ext.inherit.calibration import (
+    Loss,
+    Windows,
+    fill,
+    frozen_model,
+    mean_loss,
+    read_documents,
+    translated,
+)
+from megatron_ext.interchange.shape import ModelShape
+from megatron_ext.interchange.source import Source
+from megatron_ext.interchange.tokenizer_files import TokenizerFiles
+from megatron_ext.tokenizer import build_tokenizer
+from megatron_ext.tokenizer.build import Tokenizer
+from megatron_ext.training import distributed
+from megatron_ext.training.batch import Batch, next_batch
+from megatron_ext.training.checkpointing import load_checkpoint
+
+
+def tokenizer_of(files: TokenizerFiles) -> Tokenizer:
+    """The tokenizer in these files."""
+    model = None if files.model is None else str(files.model)
+    return build_tokenizer(
+        Namespace(tokenizer_type=files.kind, tokenizer_model=model, vocab_size=files.size - 1)
+    )
+
+
+class Probe:
+    """Runs the source, frozen, on windows of text and on streams of samples; every call is collective.
+
+    Args:
+        options: of tools/inherit_checkpoint.py.
+        source: its tensors are read once, into a model on this rank's device.
+        files: the source's tokenizer.
+
+    Raises:
+        ValueError: the dataset is missing, damaged, too small or of another tokenizer, or a flag does
+            not fit the model.
+    """
+
+    def __init__(self, options: Namespace, source: Source, files: TokenizerFiles):
+        self.options, self.shape = options, source.shape
+        self.tokenizer = tokenizer_of(files)
+        self.args = self._arguments(source.shape, files)
+        distributed.initialize(self.args)
+        self.ranks = self.args.data_parallel_size
+        self.dataset = build_datasets(self.args, self.tokenizer, (self._samples(), 0, 0))[0]
+        self.documents = read_documents(
+            options.data_path, options.calibration_samples * options.seq_length + 1
+        )
+        self.windows = Windows.of(self.documents, options.seq_length)
+        self.model = frozen_model(self.args)
+        fill(self.model, source.get)
+
+    def _samples(self) -> int:
+        options = self.options
+        learned = options.mask_steps * options.mask_batch_size * (options.width_criterion == "learned")
+        return max(options.calibration_samples, learned)
+
+    def _arguments(self, shape: ModelShape, files: TokenizerFiles) -> Namespace:
+        """The trainer's arguments for this model and this data."""
+        options = self.options
+        if not platform.on_gpu():
+            shape = dataclasses.replace(shape, dtype=torch.float32)  # bf16 is slow on a CPU
+        flags = [*shape.flags(), "--seq-length", str(options.seq_length)]
+        # Padding rows would take part in the softmax.
+        flags += ["--padded-vocab-size", str(shape.vocab_size), "--make-vocab-size-divisible-by", "1"]
+        flags += ["--tokenizer-type", files.kind, "--vocab-size", str(shape.vocab_size)]
+        flags += ["--tokenizer-model", str(files.model)] if files.model else []
+        flags += ["--data-path", *options.data_path, "--split", "100,0,0"]
+        flags += ["--data-cache-path", options.data_cache_path] if options.data_cache_path else []
+        flags += ["--micro-batch-size", str(options.micro_batch_size), "--seed", str(options.seed)]
+        return read_args([*flags, "--train-iters", "1", "--lr", "1e-4"])
+
+    def loss(self) -> Loss:
+        """The loss of the model as it is now on the calibration windows."""
+        return mean_loss(
+            self.model, self.windows, self.options.micro_batch_size, self.tokenizer.token_bytes()
+        )
+
+    def batches(self) -> Iterator[Batch]:
+        """This rank's microbatches of the calibration samples, for criteria that need gradients."""
+        count = self.options.calibration_samples // (self.options.micro_batch_size * self.ranks)
+        return islice(self._stream(0), max(1, count))
+
+    def steps(self, step: int) -> Iterator[list[Batch]]:
+        """This rank's microbatches of each step of the masks' training, from ``step`` on."""
+        size = self.options.mask_batch_size
+        stream = self._stream(step * size)
+        while microbatches := list(islice(stream, size // (self.options.micro_batch_size * self.ranks))):
+            yield microbatches
+
+    def _stream(self, consumed: int) -> Iterator[Batch]:
+        loader = iter(build_data_loader(self.dataset, self.args, consumed))
+        while True:
+            try:
+                yield next_batch(loader)
+            except StopIteration:
+                return
+
+    def loss_of_checkpoint(self, save: str, shape: ModelShape, files: TokenizerFiles) -> Loss:
+        """The loss of a checkpoint on the same text, in the ids of its own tokenizer.
+
+        The source model is given up first: both need not fit into memory.
+        """
+        self.model = None
+        args = self._arguments(shape, files)
+        tokenizer = tokenizer_of(files)
+        model = frozen_model(args)
+        if load_checkpoint(save, model=[model], args=Namespace(**vars(args) | {"finetune": True})) is None:
+            raise FileNotFoundError(f"--save {save}: the checkpoint is not to be seen on this rank")
+        documents = translated(self.documents, self.tokenizer, tokenizer)
+        windows = Windows.of(documents, self.options.seq_length)
+        return mean_loss(model, windows, self.options.micro_batch_size, tokenizer.token_bytes())

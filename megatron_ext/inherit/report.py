@@ -1,0 +1,141 @@
+"""What an inheritance says of itself: progress while it runs, numbers and a chart afterwards."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from megatron_ext.data.files import write_aside
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Progress:
+    """A bar on a terminal, plain lines elsewhere; on stderr, by the first rank alone."""
+
+    def __init__(self, what: str, total: int | None):
+        self.what, self.total, self.done = what, total, 0
+        self.quiet = os.environ.get("RANK", "0") != "0"
+        self.last = time.monotonic()
+        self.bar = None
+        if not self.quiet and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total, desc=what, dynamic_ncols=True)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def advance(self, text: str = "", steps: int = 1) -> None:
+        """``steps`` more are done; ``text`` says what of."""
+        self.done += steps
+        if self.bar is not None:
+            self.bar.set_postfix_str(text)
+            self.bar.update(steps)
+        elif not self.quiet and time.monotonic() - self.last >= SECONDS_BETWEEN_LINES:
+            self.last = time.monotonic()
+            of = f" of {self.total}" if self.total else ""
+            print(f"{self.what}: {self.done}{of} {text}", file=sys.stderr, flush=True)
+
+
+def write(folder: Path, summary: dict, selection) -> None:
+    """report.json, choice.npz (the indices kept) and, where matplotlib is installed, report.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_aside(folder / "choice.npz", lambda file: np.savez_compressed(file, **selection.choice.arrays()))
+    try:
+        import matplotlib
+    except ImportError:
+        print("report.png is left out: it needs pip install matplotlib", file=sys.stderr)
+    else:
+        matplotlib.use("Agg")
+        write_aside(folder / "report.png", lambda file: draw(file, summary, selection))
+    text = json.dumps(summary, indent=1) + "\n"
+    write_aside(folder / "report.json", lambda file: file.write(text.encode()))
+
+
+def draw(file, summary: dict, selection) -> None:
+    """Layers with what they are worth, the channels kept, and the masks' training where there was one."""
+    from matplotlib import pyplot
+
+    learned = summary.get("learned")
+    figure, axes = pyplot.subplots(1, 3 if learned else 2, figsize=(15 if learned else 10, 4.2))
+    _draw_layers(axes[0], summary)
+    _draw_channels(axes[1], summary, selection.choice)
+    if learned:
+        axes[2].plot(learned["losses"], linewidth=1)
+        axes[2].set(title="Learned masks", xlabel="step", ylabel="loss of the masked model, nats a token")
+    figure.tight_layout()
+    figure.savefig(file, format="png", dpi=120)
+    pyplot.close(figure)
+
+
+def _draw_layers(axis, summary: dict) -> None:
+    depth, count = summary["depth"], summary["source"]["num_layers"]
+    kept = np.isin(np.arange(count), depth["kept"])
+    heights, label = np.where(kept, 1.0, 0.0), "kept"
+    if "loss_without" in depth:
+        base = summary.get("loss_before", {}).get("nats", min(depth["loss_without"]))
+        heights, label = np.array(depth["loss_without"]) - base, "loss when it is skipped, nats more a token"
+        if heights.min() > 0 and heights.max() > 20 * np.median(heights):
+            axis.set_yscale("log")
+    axis.bar(np.arange(count), heights, color=np.where(kept, "tab:blue", "lightgray"))
+    axis.set(title=f"Layers: {depth['policy']} (blue is kept)", xlabel="layer of the source", ylabel=label)
+
+
+def _draw_channels(axis, summary: dict, choice) -> None:
+    """A line for the residual stream and one for each layer's FFN: how densely channels are kept."""
+    source, bins = summary["source"], 128
+    rows = [_density(choice.hidden.numpy(), source["hidden_size"], bins)]
+    rows += [_density(ffn.numpy(), source["ffn_hidden_size"], bins) for ffn in choice.ffn]
+    picture = axis.imshow(
+        np.stack(rows), aspect="auto", cmap="Blues", vmin=0, vmax=1, extent=(0, 1, len(rows), 0)
+    )
+    names = ["hidden", *(f"layer {layer}" for layer in choice.layers.tolist())]
+    axis.set_yticks(np.arange(len(rows)) + 0.5, names, fontsize=7)
+    criterion = summary["width"]["criterion"]
+    axis.set(title=f"Channels: {criterion}", xlabel="position among the source's channels")
+    axis.figure.colorbar(picture, ax=axis, label="share kept")
+
+
+def _density(kept: np.ndarray, count: int, bins: int) -> np.ndarray:
+    """Share of channels kept in each of ``bins`` parts of them."""
+    edges = np.linspace(0, count, min(bins, count) + 1)
+    share = np.histogram(kept, edges)[0] / np.histogram(np.arange(count), edges)[0]
+    return np.repeat(share, -(-bins // len(share)))[:bins]
+
+
+def lines(summary: dict) -> list[str]:
+    """The report in a few lines of text."""
+    source, target, vocabulary = (summary[name] for name in ("source", "target", "vocabulary"))
+    said = [
+        f"{source['parameters']:,} parameters -> {target['parameters']:,}: layers {source['num_layers']} -> "
+        f"{target['num_layers']}, hidden {source['hidden_size']} -> {target['hidden_size']}, FFN "
+        f"{source['ffn_hidden_size']} -> {target['ffn_hidden_size']}, query groups "
+        f"{source['num_query_groups']} -> {target['num_query_groups']}, pieces {source['vocab_size']} -> "
+        f"{target['vocab_size']}",
+        f"layers kept ({summary['depth']['policy']}): {' '.join(map(str, summary['depth']['kept']))}",
+        f"channels kept by {summary['width']['criterion']}; pieces copied {vocabulary['copied']}, "
+        f"started from a mean {vocabulary['averaged']}, dropped {vocabulary['dropped']}",
+    ]
+    if "learned" in summary:
+        learned = summary["learned"]
+        early = ", the choice had come to rest" if learned["stopped_early"] else ""
+        said.append(
+            f"masks: {learned['step']} steps, {learned['tokens']:,} tokens, {learned['seconds']:.1f} s{early}"
+        )
+    for name in ("loss_before", "loss_after"):
+        if name in summary:
+            loss = summary[name]
+            said.append(
+                f"{name.replace('_', ' ')}: {loss['nats']:.4f} nats a token, "
+                f"{loss['bits_per_byte']:.4f} bits per byte ({loss['tokens']:,} tokens)"
+            )
+    said.append(f"{summary['seconds']} s, at most {summary['peak_memory_gib']} GiB of memory")
+    return said

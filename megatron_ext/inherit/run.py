@@ -1,0 +1,180 @@
+"""The whole of tools/inherit_checkpoint.py: open, choose, cut, write, measure, report."""
+
+import dataclasses
+import resource
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from megatron_ext.inherit import report
+from megatron_ext.inherit.choice import Choice
+from megatron_ext.inherit.selection import Selection, select
+from megatron_ext.inherit.slicing import cut, grown, source_key
+from megatron_ext.inherit.target import InheritanceError, target_shape
+from megatron_ext.inherit.vocabulary import Rows, match_tokenizers
+from megatron_ext.interchange import tokenizer_files
+from megatron_ext.interchange.shape import ModelShape
+from megatron_ext.interchange.source import Source, open_source
+from megatron_ext.interchange.target import write_checkpoint
+from megatron_ext.interchange.tokenizer_files import TokenizerFiles
+from megatron_ext.training.checkpointing import folders
+
+#: Tensors of the pi modules: a target may have more of them than its source.
+_PI = (".series_activation.", ".augmented_shortcut.")
+_INIT_STD = 0.02
+
+
+def inherit(options: Namespace) -> dict:
+    """Make the target's checkpoint in ``options.save``; returns the report.
+
+    Raises:
+        ValueError, OSError: an input cannot be used; nothing is left behind then.
+    """
+    started = time.perf_counter()
+    source = open_source(
+        options.load,
+        options.allow_pickle,
+        iteration=options.ckpt_step,
+        tokenizer_model=options.tokenizer_model,
+    )
+    if there := folders.list_iterations(Path(options.save)):
+        raise InheritanceError(
+            [f"--save {options.save} holds checkpoints already ({there}): give a new folder"]
+        )
+    files, rows = _target_tokenizer(options, source)
+    vocab_size = source.shape.vocab_size if rows is None else len(rows)
+    shape = target_shape(options, source.shape, vocab_size)
+    probe = _probe(options, source)
+    before = probe and probe.loss()
+    selection = select(options, source, shape, probe)
+    _write(options, source, shape, files, rows, selection.choice)
+    after = probe and probe.loss_of_checkpoint(options.save, shape, files)
+    summary = _summary(source, shape, rows, selection, before, after)
+    summary["seconds"] = round(time.perf_counter() - started, 2)
+    summary["peak_memory_gib"] = round(_peak_memory() / 2**30, 3)
+    if _is_first_rank():
+        report.write(Path(options.report or Path(options.save) / "inheritance"), summary, selection)
+    return summary
+
+
+def _target_tokenizer(options: Namespace, source: Source) -> tuple[TokenizerFiles | None, Rows | None]:
+    """The target's tokenizer, and the source's rows that its pieces start from (None: the same rows)."""
+    if not options.target_tokenizer_model:
+        return source.tokenizer, None
+    if source.tokenizer is None:
+        raise InheritanceError(
+            [
+                f"{source.path} does not say where its tokenizer is: give --tokenizer-model, or leave out "
+                "--target-tokenizer-model"
+            ]
+        )
+    from megatron_ext.inherit.probe import tokenizer_of
+
+    files = tokenizer_files.of_path(options.target_tokenizer_model)
+    if files.sha256 == source.tokenizer.sha256:
+        return files, None
+    return files, match_tokenizers(tokenizer_of(files), tokenizer_of(source.tokenizer))
+
+
+def _probe(options: Namespace, source: Source):
+    """What runs the source on text; None without --data-path."""
+    if not options.data_path:
+        return None
+    if source.tokenizer is None:
+        raise InheritanceError([f"{source.path} does not say where its tokenizer is: give --tokenizer-model"])
+    from megatron_ext.inherit.probe import Probe
+
+    return Probe(options, source, source.tokenizer)
+
+
+def target_tensor(
+    key: str, source: Source, shape: ModelShape, choice: Choice, rows: Rows | None, seed: int
+) -> Tensor:
+    """One tensor of the target, by its name in checkpoints."""
+    from_key = source_key(key, choice)
+    there = source.shape.parameters()
+    if key == "output_layer.weight" and key not in there:  # the source ties it to the embedding
+        from_key = "embedding.word_embeddings.weight"
+    weights = cut(key, source.get(from_key), choice, source.shape, rows) if from_key in there else None
+    size = shape.parameters()[key]
+    if any(name in key for name in _PI) and (weights is None or weights.shape != size):
+        return grown(key, weights, size, lambda size: _drawn(key, size, seed))
+    return weights
+
+
+def _drawn(key: str, size: torch.Size, seed: int) -> Tensor:
+    from megatron_ext.models.initialization import parameter_seed
+
+    generator = torch.Generator().manual_seed(parameter_seed(seed, key))
+    return nn.init.normal_(torch.empty(size), std=_INIT_STD, generator=generator)
+
+
+def _write(options: Namespace, source: Source, shape: ModelShape, files, rows, choice: Choice) -> None:
+    """Let the first rank write the checkpoint, tensor by tensor; raises on all ranks if it could not."""
+
+    def write() -> None:
+        with report.Progress("writing", len(shape.parameters())) as progress:
+
+            def tensor(key: str) -> Tensor:
+                progress.advance(key)
+                return target_tensor(key, source, shape, choice, rows, options.seed)
+
+            write_checkpoint(options.save, shape, tensor, tokenizer=files)
+
+    _on_first_rank(write)
+
+
+def _on_first_rank(action: Callable[[], None]) -> None:
+    if not torch.distributed.is_initialized():
+        return action()
+    from megatron_ext.training.distributed import all_or_raise
+
+    error = None
+    if torch.distributed.get_rank() == 0:
+        try:
+            action()
+        except Exception as problem:
+            error = problem
+    all_or_raise(error)
+
+
+def _is_first_rank() -> bool:
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def _summary(
+    source: Source, shape: ModelShape, rows: Rows | None, selection: Selection, before, after
+) -> dict:
+    """The report's numbers."""
+    kept = dataclasses.asdict(shape) | {"dtype": str(shape.dtype), "parameters": shape.num_parameters}
+    of = dataclasses.asdict(source.shape)
+    summary = {
+        "source": {"path": str(source.path), "description": source.description}
+        | of
+        | {"dtype": str(source.shape.dtype), "parameters": source.shape.num_parameters},
+        "target": kept,
+        "vocabulary": _vocabulary(source.shape.vocab_size, rows),
+        **selection.summary(),
+    }
+    if before is not None:
+        summary["loss_before"], summary["loss_after"] = vars(before), vars(after)
+    return summary
+
+
+def _vocabulary(size: int, rows: Rows | None) -> dict:
+    if rows is None:
+        return {"copied": size, "averaged": 0, "dropped": 0}
+    copied = rows.counts == 1
+    used = set(rows.ids[rows.starts[:-1][copied]].tolist())
+    return {"copied": int(copied.sum()), "averaged": int((~copied).sum()), "dropped": size - len(used)}
+
+
+def _peak_memory() -> int:
+    """Bytes of memory this process held at most."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,118 @@
+"""Which layers, channels and rows: functions from arrays to indices."""
+
+import pytest
+import torch
+
+from megatron_ext.inherit import axes, depth, width
+from megatron_ext.inherit.axes import Axis
+from megatron_ext.inherit.choice import top
+from megatron_ext.inherit.vocabulary import Rows, match, match_tokenizers
+from megatron_ext.tokenizer.build import SentencePieceTokenizer
+from tests.unit.inherit import toy
+from tests.unit.tokenizer.sample_models import trained
+
+
+def test_ends_and_uniform():
+    assert depth.ends(10, 5).tolist() == [0, 1, 2, 8, 9]
+    assert depth.ends(4, 4).tolist() == [0, 1, 2, 3]
+    assert depth.ends(4, 1).tolist() == [0]
+    assert depth.uniform(10, 4).tolist() == [0, 3, 6, 9]
+    assert depth.uniform(5, 1).tolist() == [0]
+    for layers in range(1, 12):
+        for keep in range(1, layers + 1):
+            assert depth.uniform(layers, keep).unique().numel() == keep
+            assert depth.ends(layers, keep).unique().numel() == keep
+
+
+def test_importance_keeps_what_costs_most_to_skip():
+    assert depth.by_importance(torch.tensor([5.0, 2.0, 1.0, 4.0]), 2).tolist() == [0, 3]
+
+
+def test_listed_layers_are_checked():
+    assert depth.listed([3, 0], 4, 2).tolist() == [0, 3]
+    with pytest.raises(ValueError, match="names 1 different layers, the target has 2"):
+        depth.listed([1, 1], 4, 2)
+    with pytest.raises(ValueError, match="layers 0 to 3"):
+        depth.listed([1, 4], 4, 2)
+
+
+def test_of_equal_scores_the_first_win():
+    assert top(torch.tensor([[1.0, 2.0, 2.0, 2.0], [0.0, 0.0, 0.0, 0.0]]), 2).tolist() == [[1, 2], [0, 1]]
+
+
+def test_entries_of_units():
+    shape = toy.shape(num_attention_heads=4, num_query_groups=2, kv_channels=2, ffn_hidden_size=5)
+    units = torch.tensor([1])
+    assert axes.entries(Axis.QKV, units, shape).tolist() == list(range(8, 16))  # q q k v, 2 channels each
+    assert axes.entries(Axis.HEADS, units, shape).tolist() == [4, 5, 6, 7]
+    assert axes.entries(Axis.GATE_UP, torch.tensor([0, 3]), shape).tolist() == [0, 3, 5, 8]
+    sums = axes.unit_sums(Axis.QKV, torch.arange(16.0), shape)
+    assert sums.tolist() == [sum(range(8)), sum(range(8, 16))]
+
+
+def test_every_tensor_of_a_model_is_known():
+    shape = toy.shape(qkv_bias=True)
+    for key, size in shape.parameters().items():
+        assert len(axes.axes_of(key)) == len(size)
+    with pytest.raises(LookupError, match="does not know"):
+        axes.axes_of("decoder.layers.0.mlp.router.weight")
+
+
+@pytest.mark.parametrize("power", [1, 2])
+def test_magnitude_is_the_sum_over_all_weights_of_a_unit(power):
+    shape = toy.shape()
+    generator = torch.Generator().manual_seed(0)
+    values = {key: torch.randn(size, generator=generator) for key, size in shape.parameters().items()}
+    scores = width.magnitude(values, values.__getitem__, shape, power)
+    weight = {key: value.double().abs() ** power for key, value in values.items()}
+    layer = "decoder.layers.1."
+    fc1, fc2 = weight[layer + "mlp.linear_fc1.weight"], weight[layer + "mlp.linear_fc2.weight"]
+    assert scores.ffn[1, 7].item() == pytest.approx((fc1[7] + fc1[48 + 7] + fc2[:, 7]).sum().item(), rel=1e-5)
+    rows = slice(2 * 32, 3 * 32)  # group 2 of 4: two query heads, key, value of 8 channels
+    group = weight[layer + "self_attention.linear_qkv.weight"][rows].sum()
+    group += weight[layer + "self_attention.linear_proj.weight"][:, 32:48].sum()
+    assert scores.groups[1, 2].item() == pytest.approx(group.item(), rel=1e-5)
+    hidden = sum(
+        value.select(number, 3).sum()
+        for key, value in weight.items()
+        for number, axis in enumerate(axes.axes_of(key))
+        if axis is Axis.HIDDEN and value.dim() == 2
+    )
+    assert scores.hidden[3].item() == pytest.approx(hidden.item(), rel=1e-5)
+
+
+def test_random_scores_depend_on_the_seed_alone():
+    one, same, other = (width.random(toy.shape(), seed) for seed in (1, 1, 2))
+    assert torch.equal(one.ffn, same.ffn) and not torch.equal(one.hidden, other.hidden)
+
+
+def test_rows_copy_bit_for_bit_or_take_the_mean():
+    weights = torch.randn(4, 3)
+    taken = Rows.of([[2], [0, 3], [1]]).take(weights)
+    assert torch.equal(taken[0], weights[2]) and torch.equal(taken[2], weights[1])
+    torch.testing.assert_close(taken[1], (weights[0] + weights[3]) / 2)
+
+
+def test_pieces_are_matched_by_string_and_role():
+    encoded = {"new": [0, 1]}
+    rows = match(["<end>", "b", "new"], ["a", "b", "</s>"], {0: 2}, encoded.__getitem__)
+    assert [rows.ids[rows.starts[i] : rows.starts[i + 1]].tolist() for i in range(3)] == [[2], [1], [0, 1]]
+    with pytest.raises(ValueError, match="'x' has no text|has no text"):
+        match(["x"], ["a"], {}, lambda piece: [])
+
+
+def test_tokenizers_are_matched(tmp_path):
+    """To a smaller model every piece is there; back, pieces start from those of their text."""
+    tokenizers = []
+    for size in (900, 500):
+        path = tmp_path / f"{size}.model"
+        path.write_bytes(trained(vocab_size=size))
+        tokenizers.append(SentencePieceTokenizer(path))
+    big, small = tokenizers
+    down, up = match_tokenizers(small, big), match_tokenizers(big, small)
+    for i in (big.eod, 400, big.vocab_size - 1):
+        piece = big.processor.id_to_piece(i)
+        ids = up.ids[up.starts[i] : up.starts[i + 1]].tolist()
+        assert "".join(small.processor.id_to_piece(j) for j in ids) == piece
+    assert (up.counts > 1).any() and (down.counts == 1).mean() > 0.9
+    assert down.ids[down.starts[small.eod]] == big.eod

@@ -1,0 +1,219 @@
+"""The whole tool: from a checkpoint and a tokenizer to a smaller checkpoint, and what it refuses."""
+
+import json
+import random
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_ext.arguments.configs import transformer_config
+from megatron_ext.data.indexed import write_index
+from megatron_ext.inherit.choice import Choice
+from megatron_ext.inherit.slicing import cut, source_key
+from megatron_ext.interchange.source import open_source
+from megatron_ext.interchange.target import write_checkpoint
+from megatron_ext.interchange.tokenizer_files import of_path
+from megatron_ext.models.builder import build_model
+from megatron_ext.tokenizer.encoder import NativeEncoder
+from megatron_ext.training.checkpointing import load_checkpoint
+from tests.helpers.parallel import Layout
+from tests.unit.inherit import toy
+from tests.unit.tokenizer import sample_models as samples
+
+TOOL = Path(__file__).resolve().parents[3] / "tools" / "inherit_checkpoint.py"
+SMALLER = (
+    "--target-num-layers 2 --target-hidden-size 24 --target-ffn-hidden-size 30 --target-num-query-groups 3"
+).split()
+CALIBRATION = "--seq-length 32 --micro-batch-size 2 --calibration-samples 8".split()
+
+
+def tool(argv: list) -> int:
+    """Run the tool; its exit code."""
+    try:
+        return runpy.run_path(str(TOOL))["main"]([str(word) for word in argv])
+    except SystemExit as leaving:
+        return leaving.code
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A source checkpoint with its tokenizer, a smaller tokenizer, and a dataset."""
+    path = tmp_path_factory.mktemp("inherit")
+    for name, size in (("big", 900), ("small", 500)):
+        (path / f"{name}.model").write_bytes(samples.trained(vocab_size=size))
+    tokenizer = of_path(path / "big.model")
+    shape = source_shape(tokenizer.size)
+    generator = torch.Generator().manual_seed(0)
+    write_checkpoint(path / "source", shape, lambda key: weights(key, shape, generator), tokenizer=tokenizer)
+    encoder = NativeEncoder(str(path / "big.model"))
+    flat, sizes = encoder.encode_batch_into(samples.corpus_lines(random.Random(1), 200), append_eod=True)
+    (path / "text.bin").write_bytes(flat.tobytes())
+    with open(path / "text.idx", "wb") as file:
+        write_index(file, flat.dtype, sizes, np.arange(len(sizes) + 1))
+    return path
+
+
+def source_shape(vocab_size: int):
+    rows = -(-vocab_size // 128) * 128
+    return toy.shape(vocab_size=vocab_size, padded_vocab_size=rows, max_position_embeddings=64)
+
+
+def weights(key: str, shape, generator: torch.Generator) -> torch.Tensor:
+    """Small weights around 0, or around 1 for gains and scales."""
+    around = 1.0 if "norm" in key or key.endswith("scale") else 0.0
+    return around + 0.1 * torch.randn(shape.parameters()[key], generator=generator)
+
+
+def values(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint."""
+    opened = open_source(checkpoint)
+    return {key: opened.get(key) for key in opened.keys()}
+
+
+def test_slices_a_checkpoint_and_its_vocabulary(folder, tmp_path, capsys):
+    save = tmp_path / "out"
+    argv = ["--load", folder / "source", "--save", save, *SMALLER, "--depth-policy", "ends", "--json"]
+    assert tool([*argv, "--target-tokenizer-model", folder / "small.model", "--width-criterion", "l1"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary == json.loads((save / "inheritance" / "report.json").read_text())
+    assert summary["depth"]["kept"] == [0, 2] and summary["target"]["num_attention_heads"] == 6
+    assert (save / "inheritance" / "report.png").stat().st_size > 10_000
+
+    kept = np.load(save / "inheritance" / "choice.npz")
+    choice = Choice(**{name: torch.from_numpy(kept[name]) for name in kept.files})
+    full, small, source = values(folder / "source"), values(save), open_source(folder / "source").shape
+    for key, value in small.items():
+        if key not in ("embedding.word_embeddings.weight", "output_layer.weight"):
+            assert torch.equal(value, cut(key, full[source_key(key, choice)], choice, source, None)), key
+    big, little = (NativeEncoder(str(folder / f"{name}.model")).processor for name in ("big", "small"))
+    rows = full["output_layer.weight"][:, choice.hidden]
+    for i, row in enumerate(small["output_layer.weight"]):
+        if (there := big.piece_to_id(little.id_to_piece(i))) != big.unk_id() or i == little.unk_id():
+            assert torch.equal(row, rows[there])
+    assert tool(argv) == 1 and "holds checkpoints already" in capsys.readouterr().err
+
+
+def loads(save: str, layout: Layout, shape) -> None:
+    """The checkpoint loads into the trainer's model at this layout."""
+    args = toy.arguments(shape, tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp)
+    args.padded_vocab_size, args.finetune = shape.padded_vocab_size, True
+    model = build_model(transformer_config(args), args)
+    assert load_checkpoint(save, model=model, args=args) is not None
+
+
+def test_loads_at_another_layout(folder, tmp_path, pool):
+    assert tool(["--load", folder / "source", "--save", tmp_path / "out", "--target-num-layers", "2"]) == 0
+    layout = Layout(tp=2, pp=2)
+    pool.run(layout, loads, str(tmp_path / "out"), layout, open_source(tmp_path / "out").shape)
+
+
+def test_new_pi_modules_change_nothing(folder, tmp_path):
+    """More terms and shortcuts than the source: the same model at step 0, and fresh weights by the seed."""
+    more = ["--series-activation-order", "3", "--augmented-shortcuts", "2", "--seed", "7"]
+    assert tool(["--load", folder / "source", "--save", tmp_path / "more", *more]) == 0
+    before, after = values(folder / "source"), values(tmp_path / "more")
+    layer = "decoder.layers.1."
+    scale, up = layer + "mlp.series_activation.scale", layer + "self_attention.augmented_shortcut.up"
+    down = layer + "self_attention.augmented_shortcut.down"
+    assert torch.equal(after[scale][:2], before[scale]) and not after[scale][2].any()
+    assert torch.equal(after[up][:, :4], before[up]) and not after[up][:, 4:].any()
+    assert torch.equal(after[down][:4], before[down]) and after[down][4:].std() > 0.01
+    for key in before.keys() - {scale, up, down}:
+        if "series_activation" not in key and "augmented_shortcut" not in key:
+            assert torch.equal(before[key], after[key])
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["--target-hidden-size", "40"], "--target-hidden-size 40: the source has only 32"),
+        (["--target-num-layers", "0"], "--target-num-layers 0: must be at least 1"),
+        (["--target-num-attention-heads", "3"], "3 heads in 4 query groups: the source has 2 query heads"),
+        (["--model-preset", "tiny"], "heads of 32 channels, but the source's have 8"),
+        (["--model-preset", "huge"], "there is no such preset"),
+        (["--augmented-shortcuts", "0"], "--augmented-shortcuts 0: the source has shortcuts"),
+        (["--series-activation-order", "1"], "the source's series has 2 terms"),
+        (["--target-hidden-size", "25"], "25 hidden channels are no multiple of 8"),
+        (["--depth-policy", "list", "--layers", "0", "5", "1"], "the source has the layers 0 to 2"),
+        (["--tokenizer-model", "SMALL"], "not the tokenizer that"),
+        (["--target-tokenizer-model", "NONE"], "neither a SentencePiece file"),
+        (["--data-path", "NONE", "--width-criterion", "taylor"], "NONE"),
+    ],
+)
+def test_what_is_refused(folder, tmp_path, capsys, flags, says):
+    flags = [str(folder / "small.model") if word == "SMALL" else word for word in flags]
+    assert tool(["--load", folder / "source", "--save", tmp_path / "out", *flags]) in (1, 2)
+    assert says in capsys.readouterr().err
+    assert not list(tmp_path.glob("out/iter*"))
+
+
+def test_a_command_line_has_all_its_problems_reported(folder, capsys):
+    argv = [
+        "--load",
+        folder,
+        "--save",
+        "x",
+        "--depth-policy",
+        "learned",
+        "--mask-state",
+        "x",
+        "--layers",
+        "1",
+    ]
+    assert tool([*argv, "--mask-steps", "0"]) == 2
+    said = capsys.readouterr().err
+    for problem in (
+        "needs --width-criterion learned",
+        "--layers and --depth",
+        "--mask-state",
+        "--mask-steps",
+    ):
+        assert problem in said
+    assert tool(["--load", folder, "--save", "x", "--width-criterion", "taylor"]) == 2
+    assert "--width-criterion taylor looks at text: give --data-path" in capsys.readouterr().err
+
+
+def calibrated(folder: str, save: str, flags: list[str]) -> None:
+    """A run of the tool that looks at text, on each rank of the job."""
+    argv = ["--load", f"{folder}/source", "--save", save, *SMALLER, *CALIBRATION]
+    argv += ["--target-tokenizer-model", f"{folder}/small.model", "--data-path", f"{folder}/text"]
+    assert tool([*argv, "--data-cache-path", f"{save}_cache", *flags]) == 0
+
+
+LEARNED = "--width-criterion learned --depth-policy learned --mask-steps 6 --mask-batch-size 4".split()
+
+
+def test_ranks_share_the_text(folder, tmp_path, pool):
+    """Taylor and learned masks on two ranks choose what one rank chooses; its losses come out the same."""
+    reports = []
+    for ranks in (1, 2):
+        save = tmp_path / str(ranks)
+        pool.run(ranks, calibrated, str(folder), str(save), LEARNED, timeout=200)
+        reports.append(json.loads((save / "inheritance" / "report.json").read_text()))
+    one, two = reports
+    assert one["depth"]["kept"] == two["depth"]["kept"]
+    assert one["learned"]["losses"] == pytest.approx(two["learned"]["losses"], rel=1e-4)
+    assert one["learned"]["tokens"] == two["learned"]["tokens"] == 6 * 4 * 32
+    for name in ("loss_before", "loss_after"):
+        assert one[name]["nats"] == pytest.approx(two[name]["nats"], rel=1e-4)
+        assert one[name]["tokens"] == two[name]["tokens"]
+    overlap = np.intersect1d(one["width"]["hidden"], two["width"]["hidden"]).size
+    assert overlap >= 23
+
+
+def test_masks_resume_from_their_state(folder, tmp_path, pool):
+    """Stopped after its steps and asked again, nothing is trained; another recipe's state is refused."""
+    state = ["--mask-state", str(tmp_path / "state")]
+    pool.run(1, calibrated, str(folder), str(tmp_path / "a"), LEARNED + state, timeout=200)
+    pool.run(1, calibrated, str(folder), str(tmp_path / "b"), LEARNED + state, timeout=200)
+    a, b = (json.loads((tmp_path / n / "inheritance" / "report.json").read_text()) for n in "ab")
+    assert (
+        a["learned"]["losses"] == b["learned"]["losses"]
+        and a["learned"]["seconds"] == b["learned"]["seconds"]
+    )
+    assert a["width"] == b["width"] and a["loss_after"] == b["loss_after"]
+    with pytest.raises(AssertionError, match="assert 1 == 0"):
+        pool.run(1, calibrated, str(folder), str(tmp_path / "c"), [*LEARNED, *state, "--seed", "5"])
