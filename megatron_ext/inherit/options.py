@@ -54,13 +54,13 @@ def _add_target(g) -> None:
     g.add_argument("--save", required=True, metavar="DIR", help="a folder without checkpoints")
     g.add_argument("--model-preset", metavar="NAME", help="shape by name; flags that are typed win")
     for name, what in (
-        ("num-layers", "layers"),
-        ("hidden-size", "hidden channels"),
-        ("ffn-hidden-size", "FFN channels"),
-        ("num-attention-heads", "query heads; the source's number of heads a group is kept"),
-        ("num-query-groups", "query groups"),
+        ("--target-num-layers", "layers"),
+        ("--target-hidden-size", "hidden channels"),
+        ("--target-ffn-hidden-size", "FFN channels"),
+        ("--target-num-attention-heads", "query heads; the source's number of heads a group is kept"),
+        ("--target-num-query-groups", "query groups"),
     ):
-        g.add_argument(f"--target-{name}", type=int, metavar="N", help=what)
+        g.add_argument(name, type=int, metavar="N", help=what)
     g.add_argument("--target-tokenizer-model", metavar="PATH", help="its tokenizer, often a compressed one")
     g.add_argument("--series-activation-order", type=int, metavar="N", help="new terms start at zero")
     g.add_argument("--augmented-shortcuts", type=int, metavar="N", help="new shortcuts start without effect")
