@@ -37,7 +37,9 @@ COMMON = {
     "lr-decay-style": "cosine",
     "weight-decay": 0.1,
     "adam-beta2": 0.95,
-    "log-interval": 10,
+    "log-interval": 4,
+    "num-workers": 0,
+    "eval-iters": 10,
 }
 SWITCHES = (
     "--group-query-attention",
@@ -67,13 +69,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--train", required=True, metavar="FILE", help="JSON lines to train on")
     p.add_argument("--validation", required=True, metavar="FILE", help="JSON lines held out")
     p.add_argument("--work", type=Path, required=True, metavar="DIR", help="where everything goes")
+    p.add_argument("--seed", type=int, action="append", metavar="N", help="run these (default 1, 2 and 3)")
     p.add_argument("--criteria", nargs="+", choices=CRITERIA, default=CRITERIA)
     p.add_argument("--depth-policy", choices=("ends", "importance", "uniform"), default="importance")
-    p.add_argument("--seeds", type=int, default=3, help="runs of each criterion (default 3)")
     p.add_argument("--source-iters", type=int, default=1500, help="steps of the source (default 1500)")
-    p.add_argument("--iters", type=int, default=60, help="steps of each target (default 60)")
+    p.add_argument("--iters", type=int, default=32, help="steps of each target (default 32)")
     p.add_argument("--lr", type=float, default=1e-3, help="of the targets (default 1e-3)")
-    p.add_argument("--mask-steps", type=int, default=150, help="steps of learned masks (default 150)")
+    p.add_argument("--mask-steps", type=int, default=80, help="steps of learned masks (default 80)")
     p.add_argument("--python", default=sys.executable, help="the interpreter to run the programs with")
     return p
 
@@ -97,7 +99,7 @@ class Experiment:
         """All steps in order."""
         self.prepare_text()
         self.train("source", self.source_flags(), self.args.source_iters)
-        for seed in range(1, self.args.seeds + 1):
+        for seed in self.args.seed or (1, 2, 3):
             for criterion in self.args.criteria:
                 self.inherit_and_train(criterion, seed)
         results = self.collect()
@@ -167,7 +169,6 @@ class Experiment:
             "valid-data-path": f"{who}_valid_text_document",
             "data-cache-path": "cache",
             "train-iters": iterations,
-            "eval-iters": 20,
             "save": name,
             "load": name,
             "save-interval": 300,
@@ -182,7 +183,7 @@ class Experiment:
             "lr": self.args.lr,
             "min-lr": self.args.lr / 10,
             "lr-warmup-fraction": 0.05,
-            "eval-interval": max(1, self.args.iters // 3),
+            "eval-interval": max(1, self.args.iters // 2),
             "seed": seed,
         }
         if criterion != "none":
@@ -205,20 +206,20 @@ class Experiment:
             depth_policy=self.args.depth_policy,
             width_criterion=criterion,
             seed=seed,
-            data_path="source_train_text_document",
+            data_path="target_train_text_document",
             data_cache_path="cache",
             seq_length=SEQUENCE,
             micro_batch_size=4,
-            calibration_samples=64,
+            calibration_samples=32,
             mask_steps=self.args.mask_steps,
-            mask_batch_size=BATCH,
+            mask_batch_size=4,
         )
 
     def collect(self) -> dict:
         """Criterion -> its runs: bits per byte at the start and by iteration, cost of the choice."""
         results: dict = {"source": validation(self.work / "source.jsonl"), "targets": {}}
         for criterion in CRITERIA:
-            for seed in range(1, self.args.seeds + 1):
+            for seed in range(1, 100):
                 metrics = self.work / f"{criterion}_{seed}.jsonl"
                 if not metrics.exists():
                     continue

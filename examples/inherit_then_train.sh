@@ -103,7 +103,7 @@ for criterion in "${criteria[@]}"; do
       --tokenizer-model "$run/source.model" --target-tokenizer-model "$run/target.model" \
       --target-num-layers 6 --target-hidden-size 128 --target-ffn-hidden-size 448 --target-num-query-groups 2 \
       --depth-policy importance --width-criterion "$criterion" \
-      --data-path "$run/source_text_document" --data-cache-path "$run/cache" --seq-length 256 --mask-steps 60
+      --data-path "$run/target_text_document" --data-cache-path "$run/cache" --seq-length 256 --mask-steps 60
   train "from_$criterion" target "$target_iters" "${TARGET_SHAPE[@]}" "${FINE_ARGS[@]}" \
     --pretrained-checkpoint "$start"
   curves+=("$run/from_$criterion.jsonl")

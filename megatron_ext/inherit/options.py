@@ -16,7 +16,7 @@ channels are chosen once for the residual stream, FFN channels and query groups 
 vocabulary go by piece; a piece that the source lacks starts from the mean of the pieces of its text.
 
 --depth-policy and --width-criterion that look at text (importance, taylor, learned) need --data-path, a
-dataset made with the source's tokenizer; with it, the loss is measured before and after.
+dataset made with the target's tokenizer; with it, the loss is measured before and after.
 
 Exit code 0: the checkpoint is in place; 1: bad input; 2: bad usage."""
 
@@ -79,7 +79,7 @@ def _add_choice(g) -> None:
 
 
 def _add_calibration(g) -> None:
-    g.add_argument("--data-path", nargs="+", metavar="PREFIX", help="datasets of the source's tokenizer")
+    g.add_argument("--data-path", nargs="+", metavar="PREFIX", help="datasets of the target's tokenizer")
     g.add_argument("--data-cache-path", metavar="DIR", help="where indices of datasets are kept")
     g.add_argument("--seq-length", type=int, default=512, metavar="N", help="tokens a sample (default 512)")
     g.add_argument("--micro-batch-size", type=int, default=4, metavar="N", help="samples a pass (default 4)")

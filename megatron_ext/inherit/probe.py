@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from itertools import islice
 
 import torch
+from torch import Tensor
 
 from megatron_ext import platform
 from megatron_ext.arguments.parser import read_args
 from megatron_ext.data import build_data_loader, build_datasets
+from megatron_ext.inherit.axes import Axis, axes_of
 from megatron_ext.inherit.calibration import (
     Loss,
     Windows,
@@ -19,6 +21,7 @@ from megatron_ext.inherit.calibration import (
     read_documents,
     translated,
 )
+from megatron_ext.inherit.vocabulary import Rows
 from megatron_ext.interchange.shape import ModelShape
 from megatron_ext.interchange.source import Source
 from megatron_ext.interchange.tokenizer_files import TokenizerFiles
@@ -40,20 +43,25 @@ def tokenizer_of(files: TokenizerFiles) -> Tokenizer:
 class Probe:
     """Runs the source, frozen, on windows of text and on streams of samples; every call is collective.
 
+    The vocabulary is the target's from the start: the tokenizer settles it, and text in its ids is what
+    the slice will read. A unit that matters for the source's own ids may not matter for these.
+
     Args:
         options: of tools/inherit_checkpoint.py.
         source: its tensors are read once, into a model on this rank's device.
-        files: the source's tokenizer.
+        files: the target's tokenizer.
+        rows: the source's rows that the target's pieces start from; None if they are the same.
 
     Raises:
         ValueError: the dataset is missing, damaged, too small or of another tokenizer, or a flag does
             not fit the model.
     """
 
-    def __init__(self, options: Namespace, source: Source, files: TokenizerFiles):
-        self.options, self.shape = options, source.shape
-        self.tokenizer = tokenizer_of(files)
-        self.args = self._arguments(source.shape, files)
+    def __init__(self, options: Namespace, source: Source, files: TokenizerFiles, rows: Rows | None):
+        self.options, self.shape, self.tokenizer = options, source.shape, tokenizer_of(files)
+        if rows is not None:
+            self.shape = dataclasses.replace(source.shape, vocab_size=len(rows), padded_vocab_size=len(rows))
+        self.args = self._arguments(self.shape, files)
         distributed.initialize(self.args)
         self.ranks = self.args.data_parallel_size
         self.dataset = build_datasets(self.args, self.tokenizer, (self._samples(), 0, 0))[0]
@@ -61,16 +69,28 @@ class Probe:
             options.data_path, options.calibration_samples * options.seq_length + 1
         )
         self.windows = Windows.of(self.documents, options.seq_length)
+        self.losses = {}
+        if rows is not None:
+            self.losses["loss_before"] = self._loss_of_source(source)
         self.model = frozen_model(self.args)
-        fill(self.model, source.get)
+        fill(self.model, lambda key: _with_rows(key, source.get(key), rows))
+        self.losses["loss_before" if rows is None else "loss_with_target_vocabulary"] = self.loss()
+
+    def _loss_of_source(self, source: Source) -> Loss:
+        """The loss of the source on the same text in its own ids; its model is given up afterwards."""
+        tokenizer = tokenizer_of(source.tokenizer)
+        model = frozen_model(self._arguments(source.shape, source.tokenizer, with_data=False))
+        fill(model, source.get)
+        windows = Windows.of(translated(self.documents, self.tokenizer, tokenizer), self.options.seq_length)
+        return mean_loss(model, windows, self.options.micro_batch_size, tokenizer.token_bytes())
 
     def _samples(self) -> int:
         options = self.options
         learned = options.mask_steps * options.mask_batch_size * (options.width_criterion == "learned")
         return max(options.calibration_samples, learned)
 
-    def _arguments(self, shape: ModelShape, files: TokenizerFiles) -> Namespace:
-        """The trainer's arguments for this model and this data."""
+    def _arguments(self, shape: ModelShape, files: TokenizerFiles, with_data: bool = True) -> Namespace:
+        """The trainer's arguments for this model and the calibration data."""
         options = self.options
         if not platform.on_gpu():
             shape = dataclasses.replace(shape, dtype=torch.float32)  # bf16 is slow on a CPU
@@ -79,8 +99,11 @@ class Probe:
         flags += ["--padded-vocab-size", str(shape.vocab_size), "--make-vocab-size-divisible-by", "1"]
         flags += ["--tokenizer-type", files.kind, "--vocab-size", str(shape.vocab_size)]
         flags += ["--tokenizer-model", str(files.model)] if files.model else []
-        flags += ["--data-path", *options.data_path, "--split", "100,0,0"]
-        flags += ["--data-cache-path", options.data_cache_path] if options.data_cache_path else []
+        if with_data:
+            flags += ["--data-path", *options.data_path, "--split", "100,0,0"]
+            flags += ["--data-cache-path", options.data_cache_path] if options.data_cache_path else []
+        else:
+            flags += ["--mock-data"]
         flags += ["--micro-batch-size", str(options.micro_batch_size), "--seed", str(options.seed)]
         return read_args([*flags, "--train-iters", "1", "--lr", "1e-4"])
 
@@ -111,16 +134,15 @@ class Probe:
                 return
 
     def loss_of_checkpoint(self, save: str, shape: ModelShape, files: TokenizerFiles) -> Loss:
-        """The loss of a checkpoint on the same text, in the ids of its own tokenizer.
-
-        The source model is given up first: both need not fit into memory.
-        """
+        """The loss of a checkpoint on the same text; the source's model is given up first."""
         self.model = None
         args = self._arguments(shape, files)
-        tokenizer = tokenizer_of(files)
         model = frozen_model(args)
         if load_checkpoint(save, model=[model], args=Namespace(**vars(args) | {"finetune": True})) is None:
             raise FileNotFoundError(f"--save {save}: the checkpoint is not to be seen on this rank")
-        documents = translated(self.documents, self.tokenizer, tokenizer)
-        windows = Windows.of(documents, self.options.seq_length)
-        return mean_loss(model, windows, self.options.micro_batch_size, tokenizer.token_bytes())
+        return mean_loss(model, self.windows, self.options.micro_batch_size, self.tokenizer.token_bytes())
+
+
+def _with_rows(key: str, weights: Tensor, rows: Rows | None) -> Tensor:
+    """The rows of the target's vocabulary, where a tensor has a vocabulary."""
+    return weights if rows is None or Axis.VOCABULARY not in axes_of(key) else rows.take(weights)

@@ -81,7 +81,7 @@ def _draw_layers(axis, summary: dict) -> None:
     kept = np.isin(np.arange(count), depth["kept"])
     heights, label = np.where(kept, 1.0, 0.0), "kept"
     if "loss_without" in depth:
-        base = summary.get("loss_before", {}).get("nats", min(depth["loss_without"]))
+        base = summary.get("loss_with_target_vocabulary", summary["loss_before"])["nats"]
         heights, label = np.array(depth["loss_without"]) - base, "loss when it is skipped, nats more a token"
         if heights.min() > 0 and heights.max() > 20 * np.median(heights):
             axis.set_yscale("log")
@@ -130,7 +130,7 @@ def lines(summary: dict) -> list[str]:
         said.append(
             f"masks: {learned['step']} steps, {learned['tokens']:,} tokens, {learned['seconds']:.1f} s{early}"
         )
-    for name in ("loss_before", "loss_after"):
+    for name in ("loss_before", "loss_with_target_vocabulary", "loss_after"):
         if name in summary:
             loss = summary[name]
             said.append(

@@ -5,7 +5,6 @@ import resource
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,6 +22,7 @@ from megatron_ext.interchange.source import Source, open_source
 from megatron_ext.interchange.target import write_checkpoint
 from megatron_ext.interchange.tokenizer_files import TokenizerFiles
 from megatron_ext.training.checkpointing import folders
+from megatron_ext.training.checkpointing.errors import on_rank_0
 
 #: Tensors of the pi modules: a target may have more of them than its source.
 _PI = (".series_activation.", ".augmented_shortcut.")
@@ -49,12 +49,14 @@ def inherit(options: Namespace) -> dict:
     files, rows = _target_tokenizer(options, source)
     vocab_size = source.shape.vocab_size if rows is None else len(rows)
     shape = target_shape(options, source.shape, vocab_size)
-    probe = _probe(options, source)
-    before = probe and probe.loss()
+    probe = _probe(options, source, files, rows)
     selection = select(options, source, shape, probe)
     _write(options, source, shape, files, rows, selection.choice)
-    after = probe and probe.loss_of_checkpoint(options.save, shape, files)
-    summary = _summary(source, shape, rows, selection, before, after)
+    losses = {}
+    if probe is not None:
+        losses = probe.losses | {"loss_after": probe.loss_of_checkpoint(options.save, shape, files)}
+    summary = _summary(source, shape, rows, selection)
+    summary |= {name: vars(loss) for name, loss in losses.items()}
     summary["seconds"] = round(time.perf_counter() - started, 2)
     summary["peak_memory_gib"] = round(_peak_memory() / 2**30, 3)
     if _is_first_rank():
@@ -81,15 +83,15 @@ def _target_tokenizer(options: Namespace, source: Source) -> tuple[TokenizerFile
     return files, match_tokenizers(tokenizer_of(files), tokenizer_of(source.tokenizer))
 
 
-def _probe(options: Namespace, source: Source):
+def _probe(options: Namespace, source: Source, files: TokenizerFiles | None, rows: Rows | None):
     """What runs the source on text; None without --data-path."""
     if not options.data_path:
         return None
-    if source.tokenizer is None:
+    if files is None:
         raise InheritanceError([f"{source.path} does not say where its tokenizer is: give --tokenizer-model"])
     from megatron_ext.inherit.probe import Probe
 
-    return Probe(options, source, source.tokenizer)
+    return Probe(options, source, files, rows)
 
 
 def target_tensor(
@@ -126,34 +128,21 @@ def _write(options: Namespace, source: Source, shape: ModelShape, files, rows, c
 
             write_checkpoint(options.save, shape, tensor, tokenizer=files)
 
-    _on_first_rank(write)
-
-
-def _on_first_rank(action: Callable[[], None]) -> None:
-    if not torch.distributed.is_initialized():
-        return action()
-    from megatron_ext.training.distributed import all_or_raise
-
-    error = None
-    if torch.distributed.get_rank() == 0:
-        try:
-            action()
-        except Exception as problem:
-            error = problem
-    all_or_raise(error)
+    if torch.distributed.is_initialized():
+        on_rank_0(f"write --save {options.save}", write)
+    else:
+        write()
 
 
 def _is_first_rank() -> bool:
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
-def _summary(
-    source: Source, shape: ModelShape, rows: Rows | None, selection: Selection, before, after
-) -> dict:
+def _summary(source: Source, shape: ModelShape, rows: Rows | None, selection: Selection) -> dict:
     """The report's numbers."""
     kept = dataclasses.asdict(shape) | {"dtype": str(shape.dtype), "parameters": shape.num_parameters}
     of = dataclasses.asdict(source.shape)
-    summary = {
+    return {
         "source": {"path": str(source.path), "description": source.description}
         | of
         | {"dtype": str(source.shape.dtype), "parameters": source.shape.num_parameters},
@@ -161,9 +150,6 @@ def _summary(
         "vocabulary": _vocabulary(source.shape.vocab_size, rows),
         **selection.summary(),
     }
-    if before is not None:
-        summary["loss_before"], summary["loss_after"] = vars(before), vars(after)
-    return summary
 
 
 def _vocabulary(size: int, rows: Rows | None) -> dict:

@@ -48,7 +48,7 @@ def folder(tmp_path_factory) -> Path:
     shape = source_shape(tokenizer.size)
     generator = torch.Generator().manual_seed(0)
     write_checkpoint(path / "source", shape, lambda key: weights(key, shape, generator), tokenizer=tokenizer)
-    encoder = NativeEncoder(str(path / "big.model"))
+    encoder = NativeEncoder(str(path / "small.model"))
     flat, sizes = encoder.encode_batch_into(samples.corpus_lines(random.Random(1), 200), append_eod=True)
     (path / "text.bin").write_bytes(flat.tobytes())
     with open(path / "text.idx", "wb") as file:
