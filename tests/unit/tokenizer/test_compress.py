@@ -212,6 +212,21 @@ def test_tool(model, corpus, tmp_path):
     assert bad.returncode == 1 and "bad.jsonl: line 2" in bad.stderr
 
 
+def test_benchmark_beside_a_newly_trained_model(model, corpus, tmp_path):
+    (tmp_path / "full.model").write_bytes(model)
+    benchmark = Path(__file__).parents[3] / "benchmarks" / "compress.py"
+    words = ["--tokenizer-model", tmp_path / "full.model", "--input", corpus, "--work", tmp_path / "work"]
+    more = ["--validation", corpus / "one.jsonl", "--sizes", 500, "--json"]
+    done = subprocess.run(
+        [sys.executable, str(benchmark), *map(str, [*words, *more])], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    full, frequent, leaves, trained = json.loads(done.stdout)["rows"]
+    assert [row["pieces"] for row in (frequent, leaves, trained)] == [500] * 3
+    assert leaves["unreachable"] == trained["unreachable"] == 0 < frequent["unreachable"]
+    assert full["training"] < leaves["training"] < frequent["training"]
+
+
 def check_hugging_face(folder: Path, native: NativeEncoder) -> None:
     tokenizers = pytest.importorskip("tokenizers")
     fast = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
