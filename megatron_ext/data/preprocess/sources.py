@@ -23,7 +23,13 @@ BLOCK = 1 << 20
 ZSTD_BLOCK = 1 << 12  # small: a few packed bytes may be much text
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 COMPRESSED_SUFFIXES = ("", ".gz", ".zst", ".xz", ".bz2")
-MAGICS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\x00": "xz", b"BZh": "bzip2"}
+MAGICS = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\x50\x2a\x4d\x18": "zstd",  # a frame to be skipped comes first, as pzstd writes it
+    b"\xfd7zXZ\x00": "xz",
+    b"BZh": "bzip2",
+}
 STREAM_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)
 
 
