@@ -80,7 +80,7 @@ def compress(args: Namespace) -> dict:
     if args.input:
         summary["measured"] = measure(args, new, int(counts.total.sum()))
     if args.report:
-        report(args, summary, vocabulary, counts, kept, (encoder, new))
+        summary["recommended"] = report(args, summary, vocabulary, counts, kept, (encoder, new))
     return summary | {"seconds": round(time.monotonic() - started, 2)}
 
 
@@ -135,8 +135,8 @@ def report(
     counts: Counts,
     kept: np.ndarray,
     encoders: tuple[NativeEncoder, NativeEncoder],
-) -> None:
-    """Everything of --report."""
+) -> dict:
+    """Writes everything of --report; the sizes recommended."""
     points = compress_report.curve(vocabulary, counts, [*compress_report.SIZES, args.vocab_size])
     compress_report.add_shares(points, args.model_preset)
     facts = {
@@ -147,6 +147,7 @@ def report(
         "held_out": compress_report.compare(*encoders, held_out(args)),
     }
     compress_report.write(summary | facts, Path(args.report))
+    return facts["recommended"]
 
 
 def held_out(args: Namespace) -> dict[str, list[str]]:

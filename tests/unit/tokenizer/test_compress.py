@@ -199,6 +199,7 @@ def test_tool(model, corpus, tmp_path):
     assert len((tmp_path / "out" / "small.vocab").read_text(encoding="utf-8").splitlines()) >= 500
     report = json.loads((tmp_path / "report" / "report.json").read_text(encoding="utf-8"))
     assert all(row["round_trip_failures"] == 0 for row in report["held_out"].values())
+    assert summary["recommended"] == report["recommended"]
     assert "| 500 |" in (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
     check_hugging_face(tmp_path / "out" / "small_hf", native)
     wrong = run_tool(*common, "--counts", tmp_path / "full.model", "--vocab-size", 500)
