@@ -8,7 +8,8 @@
 # TOKENIZER is a SentencePiece model (tools/compress_tokenizer.py makes one of 48,000 pieces), DATA a prefix or a
 # blend 'weight prefix weight prefix'; the word MOCK takes made-up tokens. The same command goes on from the last
 # checkpoint. Several nodes: see examples/common.sh, and examples/slurm for SLURM.
-# INITIAL_CHECKPOINT=FOLDER starts from inherited weights. FP8=1 computes in FP8 (Transformer Engine).
+# INITIAL_CHECKPOINT=FOLDER starts from inherited weights, ROUND_INDEX=FILE trains on a round's samples
+# (docs/rounds.md), FP8=1 computes in FP8 (Transformer Engine).
 set -euo pipefail
 if [ $# -lt 4 ]; then
   echo "usage: bash examples/run_1b.sh CHECKPOINT_PATH TENSORBOARD_PATH TOKENIZER|MOCK DATA|MOCK [DATA...]" >&2
@@ -57,6 +58,8 @@ TRAINING_ARGS=(
   --first-last-layers-bf16
   --fp8-param-gather
 )
+
+[ -z "${ROUND_INDEX:-}" ] || TRAINING_ARGS+=(--round-index "$ROUND_INDEX")
 
 # A model of this size fits a device: every device takes its own part of the batch (docs/scaling.md).
 MODEL_PARALLEL_ARGS=(
