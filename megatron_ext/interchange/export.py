@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -88,12 +89,21 @@ def _write_weights(
                 name: part.clone(memory_format=torch.contiguous_format)
                 for name, part in zip(entry.theirs, parts, strict=True)
             }
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        _write_file(tensors, folder / file)
         names |= dict.fromkeys(tensors, file)
     if len(shards) > 1:
         size = shape.num_parameters * shape.dtype.itemsize
         index = {"metadata": {"total_size": size}, "weight_map": names}
         write_json(folder / "model.safetensors.index.json", index)
+
+
+def _write_file(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise InterchangeError(
+            f"{path.name} could not be written to {path.parent.parent}: {error}"
+        ) from error
 
 
 def _shards(kind: Architecture, shape: ModelShape, shard_bytes: int) -> Iterator[list]:

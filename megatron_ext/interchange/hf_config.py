@@ -36,7 +36,7 @@ def read_shape(config: dict, dtype: torch.dtype | None = None) -> ModelShape:
     if problems := list(_problems(config, architecture.model_type)):
         raise InterchangeError("; ".join(problems))
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
-    positions = config.get("max_position_embeddings", 2048)
+    positions = config.get("max_position_embeddings") or 2048
     return ModelShape(
         num_layers=config["num_hidden_layers"],
         hidden_size=hidden,
@@ -63,6 +63,9 @@ def _problems(config: dict, model_type: str) -> Iterator[str]:
     for name in needed:
         if type(config.get(name)) is not int:
             yield f"{name} is {config.get(name)!r}, not a number"
+    for name in ("num_key_value_heads", "head_dim", "max_position_embeddings"):
+        if type(config.get(name, 1)) not in (int, type(None)):
+            yield f"{name} is {config[name]!r}, not a number"
     for name, values in _WITHOUT_EFFECT.items():
         if name == "layer_types" and set(config.get(name) or ()) <= {"full_attention"}:
             continue

@@ -48,7 +48,12 @@ class MegatronSource(Source):
         self.iteration = int(common.get("iteration", 0))
         saved_sha256 = common.get("pangu_pro", {}).get("tokenizer_sha256")
         self.tokenizer = self._find_tokenizer(tokenizer_model, saved_sha256)
-        self.shape = ModelShape.from_args(self.args, self._vocab_size(), self._dtype())
+        try:
+            self.shape = ModelShape.from_args(self.args, self._vocab_size(), self._dtype())
+        except AttributeError as error:
+            raise InterchangeError(
+                f"the args in {folder / 'common.pt'} do not say what it is: {error}"
+            ) from error
         if self.tokenizer:
             tokenizer_files.require_fit(self.tokenizer, self.shape.vocab_size, folder)
         self.origin = f"a checkpoint of iteration {self.iteration}"

@@ -200,6 +200,8 @@ def _not_llama(args: Namespace):
         "rotary_seq_len_interpolation_factor": None,
         "rotary_interleaved": False,
         "use_rope_scaling": False,
+        "apply_layernorm_1p": False,
+        "window_size": None,
         "num_experts": None,
         "multi_latent_attention": False,
     }

@@ -81,6 +81,7 @@ def write_checkpoint(
     tokenizer_files.require_fit(tokenizer, shape.vocab_size, save_dir)
     if there := folders.list_iterations(save_dir):
         raise InterchangeError(f"--save {save_dir} holds checkpoints already ({there}); give a new folder")
+    new = [path for path in (save_dir / "tokenizer", save_dir) if not path.exists()]
     working = folders.prepare(save_dir, iteration)
     try:
         tokenizer.copy_into(save_dir / "tokenizer")
@@ -94,7 +95,8 @@ def write_checkpoint(
         folders.write_durably(working / CHECKSUMS, marker(iteration, files))
         return folders.publish(save_dir, iteration)
     except BaseException:
-        shutil.rmtree(working, ignore_errors=True)
+        for path in (working, *new):
+            shutil.rmtree(path, ignore_errors=True)
         raise
 
 

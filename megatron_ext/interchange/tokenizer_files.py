@@ -56,7 +56,8 @@ class TokenizerFiles:
 
     def copy_into(self, folder: Path) -> None:
         """Copy files and companions, under their names; a SentencePiece model becomes ``tokenizer.model``."""
-        folder.mkdir(parents=True, exist_ok=True)
+        if self.model is not None:
+            folder.mkdir(parents=True, exist_ok=True)
         for file in (*self.files, *self.companions):
             shutil.copyfile(file, folder / ("tokenizer.model" if file is self.model else file.name))
 

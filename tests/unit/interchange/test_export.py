@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from megatron_ext.arguments.configs import transformer_config
+from megatron_ext.inference import Sampling, generate
 from megatron_ext.interchange.export import export_folder
 from megatron_ext.interchange.hf_tokenizer import write_tokenizer
 from megatron_ext.interchange.source import open_source
+from megatron_ext.interchange.target import write_checkpoint
 from megatron_ext.interchange.tokenizer_files import of_path
 from megatron_ext.models.builder import build_model
 from megatron_ext.tokenizer import build_tokenizer
@@ -37,11 +39,12 @@ def in_transformers(folder: Path):
     return transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
 
 
-def ours(load: Path):
-    """The model as this project loads it; in a world of one."""
+def ours(load: Path, weights: Path | None = None):
+    """The model as this project loads it, in a world of one; its weights from another checkpoint if given."""
     args = read_checkpoint_args(load)
+    args.finetune = weights is not None
     model = build_model(transformer_config(args), args)
-    assert load_checkpoint(load, model=model, args=args) is not None
+    assert load_checkpoint(weights or load, model=model, args=args) is not None
     return model[0].eval()
 
 
@@ -53,12 +56,15 @@ def test_logits_text_and_way_back(single_process, tmp_path, name):
     folder = export(load, tmp_path / name.split()[0], shard_bytes=50_000)
     theirs, ids = in_transformers(folder), torch.randint(0, 300, (3, 40))
     assert type(theirs).__name__ == "PanguPiForCausalLM"
-    expected = ours(load)(ids, torch.arange(40).expand_as(ids), None)[..., : shape.vocab_size]
+    model = ours(load)
+    expected = model(ids, torch.arange(40).expand_as(ids), None)[..., : shape.vocab_size]
     torch.testing.assert_close(theirs(ids).logits, expected, rtol=1e-5, atol=1e-5)
 
     options = dict(max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
     cached, computed = (theirs.generate(ids[:, :9], use_cache=use, **options) for use in (True, False))
     assert torch.equal(cached, computed) and cached.size(1) == 29
+    greedy = generate(model, ids[0, :9].tolist(), 20, Sampling(temperature=0), shape.vocab_size)
+    assert list(greedy) == cached[0, 9:].tolist()
     assert toys.same(load, folder)
 
 
@@ -112,6 +118,44 @@ def test_tokenizer_gives_our_ids(tmp_path, kind, fast):
     assert (theirs.eos_token_id, theirs.bos_token_id) == (
         encoder.processor.eos_id(),
         encoder.processor.bos_id(),
+    )
+
+
+def test_tokenizer_of_a_folder_goes_back_as_it_came(with_tokenizer, tmp_path):
+    """One that is described by tokenizer.json alone, with a token added to it."""
+    names = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    described = json.loads((with_tokenizer / "hf" / names[0]).read_text())
+    described["added_tokens"].append(described["added_tokens"][0] | {"id": 900, "content": "<new>"})
+    for name in names[1:]:
+        (folder / name).write_bytes((with_tokenizer / "hf" / name).read_bytes())
+    (folder / names[0]).write_text(json.dumps(described))
+    tokenizer = of_path(folder)
+    assert (tokenizer.kind, tokenizer.size) == ("HuggingFaceTokenizer", 901)
+
+    load = toys.checkpoint(
+        tmp_path / "ours", toys.pi_shape(vocab_size=901, padded_vocab_size=1024), tokenizer
+    )
+    built = build_tokenizer(read_checkpoint_args(load))
+    assert (built.sha256, built.vocab_size) == (tokenizer.sha256, 901)
+    out = export(load, tmp_path / "hf")
+    assert all((out / name).read_bytes() == (folder / name).read_bytes() for name in names)
+    assert json.loads((out / "config.json").read_text())["eos_token_id"] == 2
+
+
+@torch.no_grad()
+def test_upstreams_checkpoint_becomes_llama(single_process, shared, tmp_path):
+    golden = shared / "reference" / "golden" / "gqa_1p" / "checkpoint"
+    source = open_source(golden)
+    out = export_folder(tmp_path / "hf", source.shape, source.get)
+    write_checkpoint(tmp_path / "ours", source.shape, source.get)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
+    assert type(theirs).__name__ == "LlamaForCausalLM" and source.iteration == 10
+    ids = torch.randint(0, 256, (2, 64))
+    logits = ours(tmp_path / "ours", golden)(ids, torch.arange(64).expand_as(ids), None)
+    torch.testing.assert_close(
+        theirs(ids).logits, logits[..., : source.shape.vocab_size], rtol=1e-5, atol=1e-5
     )
 
 

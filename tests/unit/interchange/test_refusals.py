@@ -109,7 +109,7 @@ def test_weights_that_are_no_numbers(tmp_path, value):
     source = open_source(folder)
     with pytest.raises(InterchangeError, match="decoder.layers.1.*linear_qkv.weight holds NaN or Inf"):
         write_checkpoint(tmp_path / "ours", source.shape, source.get)
-    assert [path.name for path in (tmp_path / "ours").iterdir()] == ["tokenizer"]
+    assert not (tmp_path / "ours").exists()
 
 
 def test_weights_of_integers(tmp_path):
@@ -218,4 +218,4 @@ def test_tensors_that_are_not_the_models(tmp_path):
     ):
         with pytest.raises(InterchangeError, match=message):
             write_checkpoint(tmp_path / "ours", shape, iter(wrong))
-    assert not list((tmp_path / "ours").glob("*iter*"))
+        assert not (tmp_path / "ours").exists()

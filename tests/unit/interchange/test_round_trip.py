@@ -9,6 +9,7 @@ from megatron.core import parallel_state
 
 from megatron_ext.arguments.configs import transformer_config
 from megatron_ext.interchange.convert import convert
+from megatron_ext.interchange.export import export_folder
 from megatron_ext.interchange.source import open_source
 from megatron_ext.interchange.target import write_checkpoint
 from megatron_ext.models.builder import build_model
@@ -28,12 +29,15 @@ def imported(tmp_path_factory) -> Path:
         theirs = toys.folder(base / name / "hf", *toy, shards=number % 2 == 0 and toy[0] != "internlm2")
         source = open_source(theirs)
         write_checkpoint(base / name / "ours", source.shape, source.get)
+    toys.checkpoint(base / "pi" / "ours", toys.pi_shape(max_position_embeddings=32))
+    pi = open_source(base / "pi" / "ours")
+    export_folder(base / "pi" / "hf", pi.shape, pi.get)
     return base
 
 
 def through(layout: Layout, base: Path, out: Path) -> dict[str, torch.Tensor | None]:
     """Load every toy at this layout, compute its logits, save it again from here; one rank's part."""
-    return {name: _through_one(layout, base / name / "ours", out / name) for name in toys.TOYS}
+    return {name: _through_one(layout, base / name / "ours", out / name) for name in (*toys.TOYS, "pi")}
 
 
 @torch.no_grad()
@@ -64,17 +68,26 @@ def _logits(model) -> torch.Tensor | None:
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_through_a_layout_and_back(pool, imported, tmp_path, layout):
     ranks = pool.run(layout, through, layout, imported, tmp_path, timeout=240)
-    for name, (maker, groups, tied) in toys.TOYS.items():
+    for name in (*toys.TOYS, "pi"):
         with torch.no_grad():
-            expected = toys.model(maker, groups, tied)(IDS).logits
+            expected = in_transformers(imported, name)(IDS).logits
         found = [rank[name] for rank in ranks if rank[name] is not None]
         assert len(found) == layout.tp
         for logits in found:
             torch.testing.assert_close(logits[..., : toys.VOCABULARY], expected, rtol=1e-5, atol=1e-5)
+        maker = toys.TOYS[name][0] if name in toys.TOYS else None
         convert(options(tmp_path / name, tmp_path / f"{name}-hf", hf_architecture=maker))
         back, original = (toys.tensors_of(p) for p in (tmp_path / f"{name}-hf", imported / name / "hf"))
         assert back.keys() == original.keys()
         assert all(torch.equal(back[key], original[key]) for key in original), name
+
+
+def in_transformers(imported: Path, name: str):
+    """The model that a toy is, or ours from its folder."""
+    if name in toys.TOYS:
+        return toys.model(*toys.TOYS[name])
+    load = toys.transformers.AutoModelForCausalLM.from_pretrained
+    return load(imported / name / "hf", trust_remote_code=True).eval()
 
 
 def options(load: Path, save: Path, **changes) -> Namespace:
