@@ -80,8 +80,8 @@ def test_a_checkpoint_goes_on_on_the_other_device(folder, reference, first, impl
     second = "cuda" if first == "cpu" else "cpu"
     impls = {"cpu": "local", "cuda": impl}
     place = folder / f"from-{first}-{impl}"
-    places = dict(save=place, save_interval=8)
-    run(folder, f"begin-{first}-{impl}", 8, device=first, impl=impls[first], **places)
+    stop = dict(exit_interval=8, save=place, save_interval=8)
+    run(folder, f"begin-{first}-{impl}", ITERATIONS, device=first, impl=impls[first], **stop)
     found = run(folder, f"end-{second}-{impl}", ITERATIONS, device=second, impl=impls[second], load=place)
     assert [record["iteration"] for record in found] == list(range(9, ITERATIONS + 1))
     tolerance = 1e-4 if impl == "local" else 2e-3
