@@ -21,8 +21,9 @@ thread each; transformers has no tensor parallelism on a CPU and splits the batc
 Every step is forward, backward, clipping and AdamW. tokens/s is from the median over rounds; the spread is
 half the distance between the quartiles. "CPU" is processor time over all threads, the fairer number on a
 machine that others use too (with --threads 1: threads that wait spin). MFU counts matmuls (causal attention
-as half) over the rate of a 1024 x 1024 matmul measured by the parent in every round. Memory is the peak of
-all a contender's processes, less what they held after imports.
+as half) over the rate of a 1024 x 1024 matmul measured by the parent in every round. Memory in MiB,
+summed over a contender's processes: "resident" is the peak of what the system gave it after its imports, with
+whatever the C library keeps or cannot use; "allocated" the peak of what was in use during a step.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class Contender:
     seconds: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
-    memory: float = 0.0
+    memory: dict[str, float] = field(default_factory=dict)
 
     def hear(self) -> list[dict]:
         """One answer from every rank."""
@@ -101,7 +102,7 @@ class Contender:
     def end(self) -> None:
         """Take the peak of memory and let the processes go."""
         peaks = self.tell("end")
-        self.memory = sum(p["peak"] - i["before"] for p, i in zip(peaks, self.info, strict=True))
+        self.memory = {kind: sum(peak[kind] for peak in peaks) / 2**20 for kind in peaks[0]}
         for rank in self.ranks:
             rank.wait(60)
 
@@ -196,7 +197,9 @@ def summary(case: Case, contenders: list[Contender], peak: float, args: argparse
             "cpu_ms": statistics.median(c.cpu) * 1e3,
             "tokens_per_second": tokens / median,
             "mfu": c.info[0]["flops_per_token"] * tokens / median / peak,
-            "memory_mib": c.memory / 2**20,
+            "resident_mib": c.memory["resident"],
+            "allocated_mib": c.memory["allocated"],
+            "flops_per_token": c.info[0]["flops_per_token"],
             "parameters": c.info[0]["parameters"],
             "last_loss": c.losses[-1],
         }
@@ -226,8 +229,9 @@ def ratios(seconds: dict[str, list[float]], rows: dict[str, dict]) -> dict[str, 
         "tokens/s, pi off / transformers": over(LLAMA, OURS_OFF),
         "tokens/s, pi off / stock": over(STOCK, OURS_OFF),
     }
-    if {OURS_ON, OURS_OFF} <= rows.keys():
-        found["memory, pi on / pi off"] = rows[OURS_ON]["memory_mib"] / rows[OURS_OFF]["memory_mib"]
+    for kind in ("resident", "allocated") if {OURS_ON, OURS_OFF} <= rows.keys() else ():
+        on, off = (rows[name][f"{kind}_mib"] for name in (OURS_ON, OURS_OFF))
+        found[f"{kind} memory, pi on / pi off"] = on / off if off else None
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -236,12 +240,14 @@ def table(result: dict) -> str:
     tokens, rate = result["tokens_per_step"], result["matmul_gflops"]
     lines = [f"{result['case']}: {tokens} tokens a step, matmul {rate:.0f} GFLOP/s"]
     lines.append(
-        f"  {'contender':20} {'ms/step':>9} {'spread':>7} {'CPU ms':>9} {'tokens/s':>9} {'MFU':>5} {'MiB':>7}"
+        f"  {'contender':20} {'ms/step':>9} {'spread':>7} {'CPU ms':>9} {'tokens/s':>9} {'MFU':>5} "
+        f"{'resident':>9} {'allocated':>9}"
     )
     for name, row in result["contenders"].items():
         lines.append(
             f"  {name:20} {row['ms_per_step']:9.1f} {row['spread_ms']:7.1f} {row['cpu_ms']:9.1f} "
-            f"{row['tokens_per_second']:9.0f} {row['mfu']:5.2f} {row['memory_mib']:7.0f}"
+            f"{row['tokens_per_second']:9.0f} {row['mfu']:5.2f} "
+            f"{row['resident_mib']:9.0f} {row['allocated_mib']:9.0f}"
         )
     for name, value in result["ratios"].items():
         cpu = result["cpu_ratios"].get(name)

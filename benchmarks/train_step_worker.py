@@ -13,7 +13,9 @@ import sys
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 import argparse
+import ctypes
 import json
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -128,7 +130,7 @@ def megatron(case: argparse.Namespace, extra: str, stock: bool = False) -> tuple
     from megatron_ext.training.step import train_step
 
     args = megatron_arguments(case, extra)
-    before = resident_bytes()
+    before = memory_now()
     distributed.initialize(args)
     config = transformer_config(args)
     chunks = stock_model(config, args) if stock else build_model(config, args)
@@ -165,7 +167,7 @@ def llama(case: argparse.Namespace) -> tuple[Step, dict]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     args = megatron_arguments(case, PI_OFF)
-    before = resident_bytes()
+    before = memory_now()
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=args.padded_vocab_size,
@@ -212,11 +214,46 @@ CONTENDERS: dict[str, Callable] = {
 }
 
 
-def resident_bytes() -> int:
-    """Memory that this process holds now."""
+def memory_now() -> dict[str, int]:
+    """Bytes that this process has from the system, and those of them in use."""
     import psutil
 
-    return psutil.Process().memory_info().rss
+    return {"resident": psutil.Process().memory_info().rss, "allocated": allocated_bytes()}
+
+
+class MallInfo(ctypes.Structure):
+    """What glibc's mallinfo2 returns."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+    ]
+
+
+def allocated_bytes() -> int:
+    """Memory that the C library has handed out; 0 where it cannot tell."""
+    mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if mallinfo is None:
+        return 0
+    mallinfo.restype = MallInfo
+    info = mallinfo()
+    return info.uordblks + info.hblkhd
+
+
+def peak_allocated(step: Step) -> int:
+    """The most that was handed out during a step, looked at every millisecond."""
+    seen, done = [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.001):
+            seen[0] = max(seen[0], allocated_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    step()
+    done.set()
+    watcher.join()
+    return seen[0]
 
 
 def main() -> None:
@@ -242,7 +279,8 @@ def main() -> None:
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
         answer = {"seconds": seconds, "cpu": cpu, "loss": losses[-1]}
         print(json.dumps(answer), file=answers)
-    print(json.dumps({"peak": platform.max_memory_bytes()}), file=answers)
+    peaks = {"resident": platform.max_memory_bytes(), "allocated": peak_allocated(step)}
+    print(json.dumps({kind: peak - info["before"][kind] for kind, peak in peaks.items()}), file=answers)
 
 
 if __name__ == "__main__":
