@@ -4,8 +4,8 @@
 Every candidate of a kernel runs in turn, round after round, forward and backward together. The table shows
 for each the median wall time, the median CPU time of the whole process (all threads; the fairer number on
 a machine that others use too), plain PyTorch's times over both, and the bandwidth: the bytes that the kernel
-must at least move, over wall time, and as a share of a copy's in the same rounds. Each round's outputs are
-freed before the next, so every candidate pays for fresh memory as it does in training.
+must at least move, over wall time, and as a share of a copy's in the same rounds. Memory that a round frees
+is kept for the next, as in a training run; --fresh-memory gives it back, and every round pays page faults.
 
     python benchmarks/kernels.py --rows 4096 --ffn 5632 --rounds 9
 """
@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_ext import platform
 from megatron_ext.models import fused, fused_cross_entropy, fused_optimizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -197,6 +198,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--fresh-memory", action="store_true", help="give freed memory back to the system")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     return parser.parse_args()
 
@@ -208,6 +210,8 @@ def main() -> int:
             "megatron_ext._kernels is not built: run `python setup.py build_ext --inplace`", file=sys.stderr
         )
         return 1
+    if not args.fresh_memory:
+        platform.keep_freed_memory()
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     rows = []

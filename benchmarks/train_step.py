@@ -271,7 +271,7 @@ def draw(results: list[dict], path: Path) -> None:
         axes.bar_label(bars, fmt="%.2f", fontsize=7)
     axes.set_xticks(range(len(results)), [r["case"].replace(", ", "\n") for r in results])
     axes.set_ylabel("share of the measured matmul rate (MFU)")
-    axes.legend(fontsize=8)
+    figure.legend(fontsize=8, ncols=2, loc="outside upper center")
     figure.savefig(path, dpi=120)
 
 
