@@ -3,9 +3,11 @@
 Each host runs torchrun with two processes: tensor parallel within a host, data parallel across.
 """
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -91,7 +93,12 @@ class Hosts:
         return runs
 
     def close(self) -> None:
+        """Nobody is left: a host that is cut off waits for the others long after its launcher is gone."""
         for name in self.names:
+            pids = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True).stdout
+            for pid in pids.split():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
 
 
