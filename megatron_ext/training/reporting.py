@@ -8,6 +8,7 @@ from argparse import Namespace
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -67,8 +68,7 @@ class Reporter:
         self.flops_per_token = flops_per_token(args)
         self.peak_flops = peak_flops(args.params_dtype)
         if args.metrics_file:
-            Path(args.metrics_file).parent.mkdir(parents=True, exist_ok=True)
-            self.metrics = open(args.metrics_file, "a", encoding="utf-8")  # noqa: SIM115
+            self.metrics = _open_to_append(Path(args.metrics_file))
         self.boards = Boards(args)
         if sys.stderr.isatty():
             self.bar = tqdm(total=args.train_iters, initial=first_iteration, unit="it", dynamic_ncols=True)
@@ -208,6 +208,15 @@ def _iteration_record(report: IterationReport, seq_length: int) -> dict:
     }
     optional = {"num_zeros_in_grad": report.num_zeros_in_grad, "params_norm": report.params_norm}
     return record | {name: value for name, value in optional.items() if value is not None}
+
+
+def _open_to_append(path: Path) -> TextIO:
+    """Open a file of lines; half a line that a killed run left at its end stays a line of its own."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (closed by Reporter.close)
+    if file.tell() and not path.read_bytes().endswith(b"\n"):
+        file.write("\n")
+    return file
 
 
 def _number(value: float) -> float | None:

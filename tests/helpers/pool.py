@@ -43,6 +43,9 @@ PRELOAD = (
     "megatron.core.models.gpt",
     "megatron.core.optimizer",
     "megatron.core.pipeline_parallel",
+    "megatron_ext.training.setup",
+    "megatron_ext.training.watchdog",
+    "torch._dynamo",  # the first optimizer imports it: a second
 )
 #: After the first failure the other ranks get this long to fail too, then they are replaced.
 GRACE_SECONDS = 2.0
@@ -86,6 +89,7 @@ class Pool:
         *args: Any,
         timeout: float = 60.0,
         backend: str = "gloo",
+        grace: float = GRACE_SECONDS,
         **kwargs: Any,
     ) -> list[Any]:
         """Call ``function(*args, **kwargs)`` on every rank of a new process group.
@@ -94,11 +98,12 @@ class Pool:
         too (seed 1234). ``function`` is a module-level function; arguments and results are pickled.
 
         Returns the results in the order of the ranks. Raises :class:`WorkerError` with the traceback
-        of each rank that failed, or with the stack of each rank still running after ``timeout`` seconds.
+        of each rank that failed within ``grace`` seconds of the first, or with the stack of each rank
+        still running after ``timeout`` seconds.
         """
         with tempfile.TemporaryDirectory(prefix="pool-") as folder:
             job = _Job(layout, function, args, kwargs, f"{folder}/store", timeout, backend)
-            self._connection.send((job.world_size, timeout, pickle.dumps(job)))
+            self._connection.send((job.world_size, timeout, grace, pickle.dumps(job)))
             try:
                 replies, problems = self._connection.recv()
             except EOFError:
@@ -133,25 +138,28 @@ class _Server:
         gc.freeze()
         try:
             while True:
-                world_size, timeout, job = self.parent.recv()
-                self.parent.send(self._run(world_size, timeout, job))
+                self.parent.send(self._run(*self.parent.recv()))
         except EOFError:
             pass
         finally:
             self._kill_workers()
 
-    def _run(self, world_size: int, timeout: float, job: bytes) -> tuple[list[bytes], list[str]]:
+    def _run(
+        self, world_size: int, timeout: float, grace: float, job: bytes
+    ) -> tuple[list[bytes], list[str]]:
         while len(self.workers) < world_size:
             self.workers.append(self._fork_worker())
         ranks = {worker.connection: rank for rank, worker in enumerate(self.workers[:world_size])}
         for connection, rank in ranks.items():
             connection.send_bytes(pickle.dumps((rank, job)))
-        replies, problems = self._collect(ranks, timeout)
+        replies, problems = self._collect(ranks, timeout, grace)
         if problems:
             self._kill_workers()
         return [replies.get(rank, b"") for rank in range(world_size)], problems
 
-    def _collect(self, ranks: dict[Connection, int], timeout: float) -> tuple[dict[int, bytes], list[str]]:
+    def _collect(
+        self, ranks: dict[Connection, int], timeout: float, grace: float
+    ) -> tuple[dict[int, bytes], list[str]]:
         """Wait for every rank; returns the results by rank and what went wrong, in order of time."""
         replies: dict[int, bytes] = {}
         problems: list[str] = []
@@ -174,7 +182,7 @@ class _Server:
                 replies[rank] = reply
                 if failure:
                     problems.append(f"rank {rank} of {world_size} failed: {failure}")
-                    deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+                    deadline = min(deadline, time.monotonic() + grace)
         return replies, problems
 
     def _fork_worker(self) -> _Worker:

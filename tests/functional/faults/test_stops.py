@@ -1,0 +1,159 @@
+"""Signals whenever they come: all ranks save and end in order, and the run goes on on the same trace."""
+
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+
+from megatron_ext.training import batch
+from tests.functional.test_run import BASE
+from tests.helpers.faults import Fuse, facts, fused_run, newest_whole, steps_in
+from tests.helpers.pool import WorkerError
+from tests.helpers.training import _pretrain, flags
+
+STOPS = int(os.environ.get("FAULT_STOPS", 6))
+SEED = os.environ.get("FAULT_SEED", "0")
+RUN = BASE | dict(
+    train_iters=8, save_interval=3, eval_iters=2, eval_interval=2, attention_dropout=0.1, hidden_dropout=0.1
+)
+TERM = (signal.SIGTERM,)
+
+
+def run_flags(folder, **changes) -> list[str]:
+    return flags(**RUN | dict(save=folder, load=folder, metrics_file=folder.with_suffix(".jsonl")) | changes)
+
+
+def validations(folder) -> dict[tuple, tuple]:
+    import json
+
+    records = [json.loads(line) for line in folder.with_suffix(".jsonl").read_text().splitlines()]
+    return {(r["iteration"], r["split"]): r["lm_loss"] for r in records if "split" in r}
+
+
+@pytest.fixture(scope="module")
+def whole(pool, tmp_path_factory):
+    """The uninterrupted trace: iterations and validations."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    pool.run(2, fused_run, run_flags(folder), None)
+    return {step["iteration"]: facts(step) for step in steps_in(folder.with_suffix(".jsonl"))}, validations(
+        folder
+    )
+
+
+def assert_is_whole(pool, folder, whole) -> None:
+    """Bring the run to its end; every iteration and validation is that of the uninterrupted run."""
+    pool.run(2, fused_run, run_flags(folder), None)
+    trace, evaluated = whole
+    found = steps_in(folder.with_suffix(".jsonl"))
+    assert [step["iteration"] for step in found] == list(trace)  # none lost, none done twice
+    assert all(facts(step) == trace[step["iteration"]] for step in found)
+    assert validations(folder) == evaluated
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_in_the_middle_of_a_validation(pool, tmp_path, whole, rank):
+    """It is cut short, and made first when the run goes on."""
+    folder = tmp_path / "run"
+    pool.run(2, fused_run, run_flags(folder), Fuse(rank, "evaluating", 2, signals=TERM))
+    assert newest_whole(folder) == 4 and (4, "validation") not in validations(folder)
+    assert_is_whole(pool, folder, whole)
+
+
+def test_in_a_save(pool, tmp_path, whole):
+    folder = tmp_path / "run"
+    pool.run(2, fused_run, run_flags(folder), Fuse(0, str(folder), 4, signals=(signal.SIGUSR1,)))
+    assert newest_whole(folder) == 3 or newest_whole(folder) == 4
+    assert_is_whole(pool, folder, whole)
+
+
+def test_while_waiting_for_data(pool, tmp_path, whole):
+    folder = tmp_path / "run"
+    pool.run(2, slow_data, run_flags(folder), Fuse(1, "waiting for data", 5, signals=TERM), 1.0)
+    assert newest_whole(folder) == 3
+    assert_is_whole(pool, folder, whole)
+
+
+def slow_data(argv: list[str], fuse: Fuse, seconds: float) -> None:
+    """The fifth microbatch takes ``seconds`` to come."""
+    count, original = 0, batch.next_batch
+
+    def slow(iterator):
+        nonlocal count
+        count += 1
+        if count == 5:
+            time.sleep(seconds)
+        return original(iterator)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batch, "next_batch", slow)
+        fused_run(argv, fuse)
+
+
+def test_at_random_times(pool, tmp_path, whole):
+    rng = random.Random(SEED)
+    for number in range(STOPS):
+        folder = tmp_path / f"run{number}"
+        fuse = Fuse(
+            rng.randrange(2),
+            rng.choice(["a training step", "waiting for data", "evaluating", "saving", str(folder)]),
+            rng.randint(1, 4),
+            rng.choice([0.0, rng.uniform(0, 0.1)]),
+            (rng.choice([signal.SIGTERM, signal.SIGUSR1]),),
+        )
+        pool.run(2, fused_run, run_flags(folder), fuse)
+        assert newest_whole(folder) >= 1
+        assert_is_whole(pool, folder, whole)
+
+
+def stuck_in_a_collective(argv: list[str], fuse: Fuse) -> None:
+    """Rank 1 never reads its sixth microbatch: rank 0 waits for it in a collective."""
+    if torch.distributed.get_rank() == 0:
+        return fused_run(argv, fuse)
+    count, original = 0, batch.next_batch
+
+    def stuck(iterator):
+        nonlocal count
+        count += 1
+        if count == 6:
+            time.sleep(1000)
+        return original(iterator)
+
+    batch.next_batch = stuck
+    _pretrain(argv)
+
+
+def test_a_second_signal_ends_at_once_even_in_a_collective(pool, tmp_path):
+    folder = tmp_path / "run"
+    fuse = Fuse(0, "a training step", 3, 0.5, signals=(signal.SIGTERM, signal.SIGTERM), apart=2.2)
+    started = time.monotonic()
+    with pytest.raises(WorkerError, match="rank 0 of 2 failed: the process died with exit code 143"):
+        pool.run(2, stuck_in_a_collective, run_flags(folder, save_interval=1), fuse, timeout=120, grace=0.2)
+    assert time.monotonic() - started < 60
+    assert newest_whole(folder) == 2
+
+
+def test_a_signal_that_the_launcher_passes_on_is_not_a_second_one(pool, tmp_path):
+    folder = tmp_path / "run"
+    fuse = Fuse(0, "a training step", 2, signals=(signal.SIGTERM, signal.SIGTERM), apart=0.01)
+    pool.run(2, fused_run, run_flags(folder), fuse)
+    assert newest_whole(folder) in (2, 3)
+
+
+def test_a_time_limit_saves(pool, tmp_path):
+    folder = tmp_path / "run"
+    argv = run_flags(folder, train_iters=100_000, lr_decay_iters=8, exit_duration_in_mins=1)
+    pool.run(2, hurried_run, argv, timeout=200)
+    assert 1 <= newest_whole(folder) < 100_000
+
+
+def hurried_run(argv: list[str]) -> None:
+    """A minute of the limit lasts a second here."""
+    from megatron_ext.training import stopping
+
+    beginning, clock = time.time(), time.time
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stopping.time, "time", lambda: beginning + 60 * (clock() - beginning))
+        _pretrain(argv)

@@ -1,0 +1,151 @@
+"""Runs of the real program that end badly on purpose: killed or signalled at a chosen or random point."""
+
+import json
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_ext.training import reporting
+from megatron_ext.training.checkpointing import checkpoint_dir, latest_iteration
+from megatron_ext.training.checkpointing.integrity import damage
+from megatron_ext.training.watchdog import Watchdog
+from tests.helpers.pool import Pool, WorkerError
+from tests.helpers.training import _pretrain
+
+#: Changes of the disk that Python announces; the fuse counts those below the --save folder.
+_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
+
+
+@dataclass(frozen=True)
+class Fuse:
+    """When a signal hits a rank: ``delay`` seconds after the ``number``-th event.
+
+    ``where`` is the --save folder, whose events are the changes of the disk in it (each is announced
+    just before it happens), or words of a phase that the watchdog is told of.
+    """
+
+    rank: int
+    where: str
+    number: int
+    delay: float = 0.0
+    signals: tuple[int, ...] = (signal.SIGKILL,)
+    apart: float = 0.0
+
+    def arm(self) -> None:
+        """Light it in this process."""
+        seen = 0
+
+        def event() -> None:
+            nonlocal seen
+            seen += 1
+            if seen == self.number:
+                burn() if self.delay == 0 and len(self.signals) == 1 else later.start()
+
+        def burn() -> None:
+            time.sleep(self.delay)
+            for number in self.signals:
+                os.kill(os.getpid(), number)
+                time.sleep(self.apart)
+
+        later = threading.Thread(target=burn, daemon=True)
+        if os.path.isabs(self.where):
+            _armed[0] = lambda name, args: event() if self._changes(name, args) else None
+            if not _hooked:
+                sys.addaudithook(lambda name, args: _armed[0] and _armed[0](name, args))
+                _hooked.append(True)
+        else:
+            original = Watchdog.note
+
+            def note(dog: Watchdog, phase: str, iteration: int | None = None) -> None:
+                original(dog, phase, iteration)
+                if self.where in phase:
+                    event()
+
+            Watchdog.note = note
+            _restore.append(lambda: setattr(Watchdog, "note", original))
+
+    def _changes(self, name: str, args: tuple) -> bool:
+        if name not in _EVENTS or not isinstance(args[0], str | Path):
+            return False
+        if name == "open" and not (isinstance(args[1], str) and set(args[1]) & set("wa")):
+            return False
+        return str(args[0]).startswith(self.where)
+
+
+_armed: list = [None]
+_hooked: list = []
+_restore: list = []
+
+
+def fused_run(argv: list[str], fuse: Fuse | None) -> float:
+    """The program with a fuse lit on one rank; seconds it took."""
+    started = time.monotonic()
+    reporting.peak_flops = lambda dtype: 1e12  # measuring it takes longer than the run
+    if fuse is not None and torch.distributed.get_rank() == fuse.rank:
+        fuse.arm()
+    try:
+        _pretrain(argv)
+    finally:
+        _armed[0] = None
+        while _restore:
+            _restore.pop()()
+    return time.monotonic() - started
+
+
+def killed(pool: Pool, processes: int, argv: list, fuse: Fuse, ends_within: float = 60.0) -> str | None:
+    """Run until the fuse kills its rank; None if the run came to its end before.
+
+    Every other rank has to end by itself, with the message that a process has gone.
+    """
+    try:
+        pool.run(processes, fused_run, argv, fuse, timeout=300, grace=ends_within)
+    except WorkerError as error:
+        text = str(error)
+        assert f"rank {fuse.rank} of {processes} failed: the process died by SIGKILL" in text, text
+        for rank in set(range(processes)) - {fuse.rank}:
+            assert f"rank {rank} of {processes} failed: " in text, f"rank {rank} did not end: {text}"
+        assert text.count("was killed or does not answer") >= processes - 1, text
+        return text
+    return None
+
+
+def newest_whole(folder: Path) -> int | None:
+    """The iteration that a run would continue from; fails if that checkpoint is not whole."""
+    newest = latest_iteration(folder)
+    if newest is not None:
+        assert damage(checkpoint_dir(folder, newest)) is None
+    return newest
+
+
+def steps_in(path: Path) -> list[dict]:
+    """The iterations in a metrics file; a killed process may have left one line half written."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            assert not line.endswith("}"), line
+    return [record for record in records if "split" not in record]
+
+
+def facts(step: dict) -> tuple:
+    """What has to be the same, bit for bit, however often an iteration is run."""
+    return step["lm_loss"], step["grad_norm"], step["learning_rate"], step["consumed_samples"]
+
+
+def random_fuse(rng: random.Random, processes: int, folder: Path, events: int, seconds: float) -> Fuse:
+    """A kill of a random rank at a random change of the disk in saving, or a random time after it.
+
+    ``events``: changes that rank 0 makes for one save; ``seconds`` that a save takes.
+    """
+    rank = rng.randrange(processes)
+    number = rng.randint(1, 2 * events if rank == 0 else 3)
+    delay = rng.choice((0.0, rng.uniform(0, 2 * seconds)))
+    return Fuse(rank, str(folder), number, delay)
