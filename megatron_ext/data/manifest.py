@@ -29,13 +29,13 @@ def read_manifest(prefix: str | Path) -> dict | None:
     """
     path = manifest_path(prefix)
     try:
-        text = path.read_text(encoding="utf-8")
+        content = path.read_bytes()
     except FileNotFoundError:
         return None
     except OSError as error:
         raise DatasetError(f"{path}: {error.strerror}") from error
     try:
-        manifest = json.loads(text)
+        manifest = json.loads(content)
         if manifest["format"] != FORMAT:
             raise ValueError(f"its format is {manifest['format']!r}, not {FORMAT!r}")
         _require_form(manifest)

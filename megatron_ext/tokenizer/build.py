@@ -80,7 +80,8 @@ class SentencePieceTokenizer(Tokenizer):
         sentencepiece.set_min_log_level(2)  # without it each load warns of unused pieces
         try:
             self.processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
-        except (RuntimeError, OSError) as error:
+        # ValueError: its message is no UTF-8, where it quotes the file.
+        except (RuntimeError, OSError, ValueError) as error:
             raise TokenizerError(
                 f"--tokenizer-model {model_file}: not a SentencePiece model ({_first_line(error)})"
             ) from error

@@ -49,10 +49,13 @@ class Fuse:
                 burn() if self.delay == 0 and len(self.signals) == 1 else later.start()
 
         def burn() -> None:
-            time.sleep(self.delay)
+            wait = self.delay
             for number in self.signals:
-                os.kill(os.getpid(), number)
-                time.sleep(self.apart)
+                time.sleep(wait)
+                with _lock:  # not after the run, when the signal would hit an idle worker
+                    if _armed[0]:
+                        os.kill(os.getpid(), number)
+                wait = self.apart
 
         later = threading.Thread(target=burn, daemon=True)
         if os.path.isabs(self.where):
@@ -62,6 +65,7 @@ class Fuse:
                 _hooked.append(True)
         else:
             original = Watchdog.note
+            _armed[0] = lambda name, args: None
 
             def note(dog: Watchdog, phase: str, iteration: int | None = None) -> None:
                 original(dog, phase, iteration)
@@ -80,6 +84,7 @@ class Fuse:
 
 
 _armed: list = [None]
+_lock = threading.RLock()
 _hooked: list = []
 _restore: list = []
 
@@ -93,7 +98,8 @@ def fused_run(argv: list[str], fuse: Fuse | None) -> float:
     try:
         _pretrain(argv)
     finally:
-        _armed[0] = None
+        with _lock:
+            _armed[0] = None
         while _restore:
             _restore.pop()()
     return time.monotonic() - started

@@ -87,7 +87,7 @@ class Pool:
         layout: Layout | int,
         function: Callable[..., Any],
         *args: Any,
-        timeout: float = 60.0,
+        timeout: float = 120.0,
         backend: str = "gloo",
         grace: float = GRACE_SECONDS,
         **kwargs: Any,

@@ -1,5 +1,6 @@
 """Signals whenever they come: all ranks save and end in order, and the run goes on on the same trace."""
 
+import json
 import os
 import random
 import signal
@@ -26,9 +27,7 @@ def run_flags(folder, **changes) -> list[str]:
     return flags(**RUN | dict(save=folder, load=folder, metrics_file=folder.with_suffix(".jsonl")) | changes)
 
 
-def validations(folder) -> dict[tuple, tuple]:
-    import json
-
+def validations(folder) -> dict[tuple, float]:
     records = [json.loads(line) for line in folder.with_suffix(".jsonl").read_text().splitlines()]
     return {(r["iteration"], r["split"]): r["lm_loss"] for r in records if "split" in r}
 
@@ -37,7 +36,7 @@ def validations(folder) -> dict[tuple, tuple]:
 def whole(pool, tmp_path_factory):
     """The uninterrupted trace: iterations and validations."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    pool.run(2, fused_run, run_flags(folder), None)
+    pool.run(2, fused_run, run_flags(folder), None, timeout=240)
     return {step["iteration"]: facts(step) for step in steps_in(folder.with_suffix(".jsonl"))}, validations(
         folder
     )
@@ -45,7 +44,7 @@ def whole(pool, tmp_path_factory):
 
 def assert_is_whole(pool, folder, whole) -> None:
     """Bring the run to its end; every iteration and validation is that of the uninterrupted run."""
-    pool.run(2, fused_run, run_flags(folder), None)
+    pool.run(2, fused_run, run_flags(folder), None, timeout=240)
     trace, evaluated = whole
     found = steps_in(folder.with_suffix(".jsonl"))
     assert [step["iteration"] for step in found] == list(trace)  # none lost, none done twice
@@ -58,21 +57,21 @@ def test_in_the_middle_of_a_validation(pool, tmp_path, whole, rank):
     """It is cut short, and made first when the run goes on."""
     folder = tmp_path / "run"
     pool.run(2, fused_run, run_flags(folder), Fuse(rank, "evaluating", 2, signals=TERM))
-    assert newest_whole(folder) == 4 and (4, "validation") not in validations(folder)
+    assert newest_whole(folder) == 2 and (2, "validation") not in validations(folder)
     assert_is_whole(pool, folder, whole)
 
 
 def test_in_a_save(pool, tmp_path, whole):
     folder = tmp_path / "run"
     pool.run(2, fused_run, run_flags(folder), Fuse(0, str(folder), 4, signals=(signal.SIGUSR1,)))
-    assert newest_whole(folder) == 3 or newest_whole(folder) == 4
+    assert newest_whole(folder) in (3, 4)
     assert_is_whole(pool, folder, whole)
 
 
 def test_while_waiting_for_data(pool, tmp_path, whole):
     folder = tmp_path / "run"
     pool.run(2, slow_data, run_flags(folder), Fuse(1, "waiting for data", 5, signals=TERM), 1.0)
-    assert newest_whole(folder) == 3
+    assert newest_whole(folder) == 2
     assert_is_whole(pool, folder, whole)
 
 
@@ -103,7 +102,7 @@ def test_at_random_times(pool, tmp_path, whole):
             rng.choice([0.0, rng.uniform(0, 0.1)]),
             (rng.choice([signal.SIGTERM, signal.SIGUSR1]),),
         )
-        pool.run(2, fused_run, run_flags(folder), fuse)
+        pool.run(2, fused_run, run_flags(folder), fuse, timeout=240)
         assert newest_whole(folder) >= 1
         assert_is_whole(pool, folder, whole)
 
@@ -138,7 +137,7 @@ def test_a_second_signal_ends_at_once_even_in_a_collective(pool, tmp_path):
 def test_a_signal_that_the_launcher_passes_on_is_not_a_second_one(pool, tmp_path):
     folder = tmp_path / "run"
     fuse = Fuse(0, "a training step", 2, signals=(signal.SIGTERM, signal.SIGTERM), apart=0.01)
-    pool.run(2, fused_run, run_flags(folder), fuse)
+    pool.run(2, fused_run, run_flags(folder), fuse, timeout=240)
     assert newest_whole(folder) in (2, 3)
 
 
