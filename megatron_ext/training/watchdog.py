@@ -199,9 +199,8 @@ class Watchdog:
         lines = []
         for rank, state in states.items():
             silent = time.time() - state["time"]
-            told = (
-                f"{state['waited'] + silent:.0f} s in {state['phase']}, after iteration {state['iteration']}"
-            )
+            told = f"in {state['phase']}, after iteration {state['iteration']}"
+            told += f", for {state['waited'] + silent:.0f} s"
             if silent > max(15.0, self.patience):
                 told += f"; NO SIGN OF LIFE for {silent:.0f} s: look at this one first"
             elif state["number"] == least and any(s["number"] > least for s in states.values()):
