@@ -7,6 +7,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -132,6 +133,7 @@ class PendingSave:
     previous: int | None
     _metadata: object = None
     _job: Future | None = None
+    _publishing: bool = False
     _threads: ThreadPoolExecutor | None = None
 
     def start(self, shard_plan: writer.ShardPlan, common: bytes, in_background: bool) -> None:
@@ -153,8 +155,17 @@ class PendingSave:
         return written
 
     def ready(self) -> bool:
-        """Whether every rank has written its files, so that ``finish`` will not wait; collective."""
-        return all(gather(self._job is None or self._job.done()))
+        """Whether the checkpoint is complete, so that ``finish`` will not wait; collective.
+
+        To be asked again and again: once every rank has written, the first rank begins to put the
+        checkpoint in place, in the background too.
+        """
+        if not all(gather(self._job is None or self._job.done())):
+            return False
+        if self._job is not None and not self._publishing:
+            self._begin_to_publish()
+            return False
+        return True
 
     def finish(self) -> None:
         """Wait for every rank's files, put the checkpoint in place and announce it; collective.
@@ -163,19 +174,29 @@ class PendingSave:
         """
         if self._job is None:
             return
+        if not self._publishing:
+            self._begin_to_publish()
         job, self._job = self._job, None
+        self._guarded(f"put checkpoint {self.iteration} into {self.save_dir}", job.result)
+        if self._threads:
+            self._threads.shutdown()
+
+    def _begin_to_publish(self) -> None:
+        job, self._publishing = self._job, True
+        written = self._guarded(f"write checkpoint {self.iteration} to {self.save_dir}", job.result)
+        everything = gather(written)
+        action = partial(self._publish, everything) if torch.distributed.get_rank() == 0 else lambda: None
+        self._job = self._threads.submit(action) if self._threads else _done_now(action)
+
+    def _guarded(self, doing: str, action: Callable):
+        """``together``, giving up on all ranks if it fails on any."""
         try:
-            written = together(f"write checkpoint {self.iteration} to {self.save_dir}", job.result)
-            everything = gather(written)
-            on_rank_0(
-                f"put checkpoint {self.iteration} into {self.save_dir}", lambda: self._publish(everything)
-            )
+            return together(doing, action)
         except BaseException:
             self.abandon()
-            raise
-        finally:
             if self._threads:
                 self._threads.shutdown()
+            raise
 
     def _publish(self, written: list[writer.Written]) -> None:
         metadata = writer.dump_metadata(self._metadata, written)

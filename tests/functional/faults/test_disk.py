@@ -7,6 +7,8 @@ import random
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +16,8 @@ import torch
 from megatron_ext.data import DatasetError
 from megatron_ext.data.inspect import report, verify
 from megatron_ext.data.manifest import check_dataset
-from megatron_ext.training.checkpointing import checkpoint_dir, latest_iteration
+from megatron_ext.training.checkpointing import checkpoint_dir, latest_iteration, load
+from megatron_ext.training.saving import Saver
 from tests.conftest import REPOSITORY
 from tests.functional.test_run import BASE
 from tests.helpers.faults import fused_run, newest_whole, steps_in
@@ -61,8 +64,6 @@ def test_full_disk(pool, small_disk, tmp_path, more):
 
 def read_only_from_the_third_save(argv: list[str], place: str) -> None:
     """The disk turns read-only, as it does after an error, before the third save."""
-    from megatron_ext.training.saving import Saver
-
     original, count = Saver.save, 0
 
     def save(saver, progress):
@@ -126,11 +127,7 @@ def two_checkpoints(pool, tmp_path_factory):
 
 def load_iterations(cases: list[str]) -> list[int]:
     """What a run would continue from in each folder; on two ranks."""
-    from argparse import Namespace
-
-    from megatron_ext.training.checkpointing.load import _find
-
-    return [_find(__import__("pathlib").Path(case), Namespace(), None)[1] for case in cases]
+    return [load._find(Path(case), Namespace(), None)[1] for case in cases]
 
 
 def test_damaged_checkpoints(pool, two_checkpoints, tmp_path):
