@@ -1,5 +1,5 @@
 # The commands of daily work; CI runs tests/run.sh.
-.PHONY: setup style lint test test-gpu test-long smoke
+.PHONY: setup style lint test test-gpu test-long smoke faults fuzz
 BIN := .venv/bin
 
 setup:
@@ -28,3 +28,10 @@ test-gpu: setup
 smoke: setup
 	rm -rf runs/smoke
 	QUICKSTART_DIR=runs/smoke QUICKSTART_ITERS=50 bash examples/quickstart.sh
+
+# The long forms of the fault injection and fuzz suites (docs/reliability.md).
+faults: setup
+	FAULT_KILLS=500 FAULT_STOPS=100 FAULT_DAMAGES=600 $(BIN)/python -m pytest -s tests/functional/faults
+
+fuzz: setup
+	FUZZ_CASES=1000000 $(BIN)/python -m pytest -s tests/fuzz

@@ -92,6 +92,8 @@ _restore: list = []
 def fused_run(argv: list[str], fuse: Fuse | None) -> float:
     """The program with a fuse lit on one rank; seconds it took."""
     started = time.monotonic()
+    # As in a real run: connected at the start, so that a rank that dies is missed at once.
+    os.environ["TORCH_GLOO_LAZY_INIT"] = "0"
     reporting.peak_flops = lambda dtype: 1e12  # measuring it takes longer than the run
     if fuse is not None and torch.distributed.get_rank() == fuse.rank:
         fuse.arm()
