@@ -75,7 +75,7 @@ def state_of(gigabytes: float, layers: int | None = None, **sizes: int) -> dict:
     return state
 
 
-def write_state(state: dict, folder: Path, in_background: bool = False):
+def write_state(state: dict, folder: Path, in_background: bool = False, buffers: dict | None = None):
     """What save_checkpoint does with a training state, around it; the PendingSave."""
     from megatron_ext.training.checkpointing import folders, save, writer
 
@@ -84,7 +84,7 @@ def write_state(state: dict, folder: Path, in_background: bool = False):
     args = argparse.Namespace(ckpt_fully_parallel_save=True)
     save._divide_among_replicas(state, args)
     plan = writer.plan(state)
-    pending.start(writer.snapshot(plan) if in_background else plan, b"", in_background)
+    pending.start(writer.snapshot(plan, buffers) if in_background else plan, b"", in_background)
     if not in_background:
         pending.finish()
     return pending
@@ -154,11 +154,11 @@ def stream(folder: Path, gigabytes: float, repeats: int) -> dict:
 
 def background(folder: Path, gigabytes: float, repeats: int) -> dict:
     """Seconds that the caller waits, with and without a background save."""
-    state, blocked, whole = state_of(gigabytes), [], []
+    state, blocked, whole, buffers = state_of(gigabytes), [], [], {}
     for _ in range(repeats):
         whole.append(measured(lambda: write_state(state, folder / "sync")))
         start = time.perf_counter()
-        pending = write_state(state, folder / "async", in_background=True)
+        pending = write_state(state, folder / "async", in_background=True, buffers=buffers)
         blocked.append(time.perf_counter() - start)
         ready = False
         while not ready:  # as the training loop asks once an iteration

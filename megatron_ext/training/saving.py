@@ -23,6 +23,7 @@ class Saver:
         self.args, self.model, self.optimizer, self.scheduler = args, model, optimizer, scheduler
         self.saved_at = saved_at
         self.pending: PendingSave | None = None
+        self.buffers: dict = {}
 
     def due(self, iteration: int, last: bool) -> bool:
         """Whether ``iteration`` is to be saved, and is not yet."""
@@ -44,6 +45,7 @@ class Saver:
                 run_state=asdict(progress),
                 args=self.args,
                 async_save=self.args.async_save,
+                buffers=self.buffers,
             )
         self.saved_at = progress.iteration
         blocked = time.perf_counter() - started

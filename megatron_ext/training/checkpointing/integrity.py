@@ -5,9 +5,11 @@ file. Checkpoints made by Megatron-LM have none; of those it is checked that eve
 and as long as the metadata says.
 """
 
+import contextlib
 import hashlib
 import json
 import os
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from megatron_ext.training.checkpointing.errors import DamagedCheckpoint
@@ -15,23 +17,46 @@ from megatron_ext.training.checkpointing.safe import load_metadata, load_object
 
 CHECKSUMS = "checksums.json"
 _BLOCK = 1 << 22
+#: Bytes hashed and handed to the system at a time: they are still in the processor's cache then.
+_CHUNK = 1 << 20
+#: Bytes after which the disk is set to work, so that it does not wait for the last one.
+_SYNC_BYTES = 1 << 26
 
 
 class HashingStream:
     """A file being written, and the SHA-256 of what went into it."""
 
     def __init__(self, path: Path):
-        self._file = open(path, "wb", buffering=_BLOCK)  # noqa: SIM115 (closed by close)
+        self._file = open(path, "wb", buffering=1 << 16)  # noqa: SIM115 (closed by close)
         self._hash = hashlib.sha256()
+        self._syncer: ThreadPoolExecutor | None = None
+        self._syncing: Future | None = None
+        self._synced_until = 0
         self.size = 0
 
     def write(self, data) -> int:
         """Append bytes."""
-        view = memoryview(data)
-        self._hash.update(view)
-        self._file.write(view)
-        self.size += view.nbytes
+        view = memoryview(data).cast("B")
+        for start in range(0, view.nbytes, _CHUNK):
+            chunk = view[start : start + _CHUNK]
+            self._hash.update(chunk)
+            self._file.write(chunk)
+            self.size += chunk.nbytes
+            if self.size - self._synced_until >= _SYNC_BYTES:
+                self._sync_behind()
         return view.nbytes
+
+    def _sync_behind(self) -> None:
+        """Let a thread wait for the disk, unless it still does."""
+        if self._syncing is None or self._syncing.done():
+            self._check_sync()
+            self._syncer = self._syncer or ThreadPoolExecutor(1)
+            self._syncing = self._syncer.submit(os.fdatasync, self._file.fileno())
+            self._synced_until = self.size
+
+    def _check_sync(self) -> None:
+        if self._syncing is not None:
+            self._syncing.result()  # the error of a disk is told once only
 
     def flush(self) -> None:
         """Nothing: the end of a tensor is no reason to write a block early."""
@@ -40,12 +65,20 @@ class HashingStream:
         """Wait until the file is on the disk; its entry in ``checksums.json``."""
         with self._file:
             self._file.flush()
+            self._check_sync()
             os.fsync(self._file.fileno())
+        self._end_syncer()
         return {"bytes": self.size, "sha256": self._hash.hexdigest()}
 
     def abandon(self) -> None:
-        """Close without waiting; the file is of no use."""
-        self._file.close()
+        """Close without waiting for the disk; the file is of no use."""
+        self._end_syncer()
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+    def _end_syncer(self) -> None:
+        if self._syncer is not None:
+            self._syncer.shutdown()
 
 
 def describe(data: bytes) -> dict:

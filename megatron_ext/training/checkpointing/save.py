@@ -47,6 +47,7 @@ def save_checkpoint(
     rng_states: bool = True,
     retain: Retain | None = None,
     async_save: bool = False,
+    buffers: writer.Buffers | None = None,
 ) -> "PendingSave":
     """Write ``SAVE/iter_{iteration}`` and make it the one to continue from; collective.
 
@@ -56,7 +57,8 @@ def save_checkpoint(
     ``--save-retain-interval`` says).
 
     With ``async_save`` the call returns as soon as all tensors were copied, and the result's
-    ``finish`` must be called, on all ranks alike, for the checkpoint to appear.
+    ``finish`` must be called, on all ranks alike, for the checkpoint to appear. ``buffers``, an empty
+    dict at first, keeps the memory of the copies for the next save.
 
     Raises:
         CheckpointError: on every rank, if any could not do its part; nothing is left behind and
@@ -78,7 +80,7 @@ def save_checkpoint(
         shard_plan = writer.plan(sharded)
         # The common part is serialised now, as the scheduler's and optimizer's values move on.
         pending.start(
-            writer.snapshot(shard_plan) if async_save else shard_plan, serialised(common), async_save
+            writer.snapshot(shard_plan, buffers) if async_save else shard_plan, serialised(common), async_save
         )
         if not async_save:
             pending.finish()

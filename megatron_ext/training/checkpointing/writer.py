@@ -27,6 +27,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
+from torch.utils.serialization import config
 
 from megatron_ext.training.checkpointing.errors import gather, together
 from megatron_ext.training.checkpointing.integrity import HashingStream
@@ -93,24 +94,40 @@ def size_of(value: Any) -> int:
     return value.getbuffer().nbytes if isinstance(value, io.BytesIO) else value.numel() * value.element_size()
 
 
-def snapshot(shard_plan: ShardPlan) -> ShardPlan:
-    """A copy on the CPU of all that will be written, so that training may go on meanwhile."""
-    files = [
-        [(item, value if isinstance(value, io.BytesIO) else _copy_to_cpu(value)) for item, value in file]
-        for file in shard_plan.files
-    ]
+#: Copies on the CPU by shard, kept from one background save to the next: new memory costs more than the copy.
+Buffers = dict[MetadataIndex, torch.Tensor]
+
+
+def snapshot(shard_plan: ShardPlan, buffers: Buffers | None = None) -> ShardPlan:
+    """A copy on the CPU of all that will be written, so that training may go on meanwhile.
+
+    Copies go into ``buffers`` where it has a fitting one, which must not be in use any more.
+    """
+    buffers = {} if buffers is None else buffers
+
+    def copied(item: WriteItem, value: Any) -> Any:
+        if isinstance(value, io.BytesIO):
+            return value
+        kept = buffers.get(item.index)
+        if kept is None or kept.shape != value.shape or kept.dtype != value.dtype:
+            kept = buffers[item.index] = torch.empty(value.shape, dtype=value.dtype, device="cpu")
+        return kept.copy_(value.detach())
+
+    with ThreadPoolExecutor(max_workers=_FILES_PER_RANK) as threads:
+        files = [
+            list(zip((item for item, _ in file), threads.map(copied, *zip(*file, strict=True)), strict=True))
+            for file in shard_plan.files
+        ]
     return ShardPlan(files, shard_plan.metadata)
-
-
-def _copy_to_cpu(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu").copy_(tensor.detach())
 
 
 def write(shard_plan: ShardPlan, folder: Path) -> Written:
     """Write this rank's files into ``folder``; communicates nothing. Raises OSError as it comes."""
     rank = torch.distributed.get_rank()
     written = Written({}, {})
-    with ThreadPoolExecutor(max_workers=_FILES_PER_RANK) as threads:
+    # The whole file has a SHA-256; a CRC-32 of each record would cost more, and one thread at a time.
+    without_crc = config.patch("save.compute_crc32", False)
+    with without_crc, ThreadPoolExecutor(max_workers=_FILES_PER_RANK) as threads:
         jobs = [
             threads.submit(write_file, folder, f"__{rank}_{number}.distcp", items)
             for number, items in enumerate(shard_plan.files)
