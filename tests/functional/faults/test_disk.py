@@ -89,7 +89,8 @@ def test_read_only_folder(pool, small_disk, tmp_path):
     again = subprocess.run(program, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert again.returncode == 2 and "--save" in again.stderr and "Read-only" in again.stderr
     metrics = tmp_path / "metrics.jsonl"
-    pool.run(2, fused_run, flags(**RUN | dict(load=small_disk / "run", metrics_file=metrics)), None)
+    reading = dict(load=small_disk / "run", save_interval=None, metrics_file=metrics)
+    pool.run(2, fused_run, flags(**RUN | reading), None)
     assert steps_in(metrics)[0]["iteration"] == 3
 
 
