@@ -125,5 +125,5 @@ for name in names:
             start = f"{json.load(file)['loss_after']['bits_per_byte']:.3f}"
     print(f"{name:<16}{start:>28}{end:>16.3f}")
 print(f"\nlook at     {run}/curves.png, {run}/start_*/inheritance/report.png")
-print("expected    every inherited start ends well below random weights; learned starts lowest")
+print("expected    every inherited start ends well below random weights")
 PYTHON
