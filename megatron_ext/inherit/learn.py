@@ -29,9 +29,9 @@ class Recipe:
     """How masks are trained."""
 
     steps: int = 200
-    learning_rate: float = 0.05
+    learning_rate: float = 0.02
     temperature: tuple[float, float] = (1.0, 0.1)
-    noise: float = 0.1
+    noise: float = 0.0
     patience: int = 30
     seed: int = 1234
 

@@ -95,7 +95,7 @@ def _add_calibration(g) -> None:
 def _add_learned(g) -> None:
     g.add_argument("--mask-steps", type=int, default=200, metavar="N", help="at most (default 200)")
     g.add_argument("--mask-batch-size", type=int, default=8, metavar="N", help="samples a step (default 8)")
-    g.add_argument("--mask-lr", type=float, default=0.05, metavar="X", help="Adam's rate (default 0.05)")
+    g.add_argument("--mask-lr", type=float, default=0.02, metavar="X", help="Adam's rate (default 0.02)")
     g.add_argument(
         "--mask-temperature",
         type=float,
@@ -104,7 +104,9 @@ def _add_learned(g) -> None:
         metavar=("START", "END"),
         help="of the sigmoid that gradients pass through (default 1.0 0.1)",
     )
-    g.add_argument("--mask-noise", type=float, default=0.1, metavar="X", help="Gumbel noise at the start")
+    g.add_argument(
+        "--mask-noise", type=float, default=0.0, metavar="X", help="Gumbel noise at the start (default 0)"
+    )
     g.add_argument(
         "--mask-patience", type=int, default=30, metavar="N", help="stop after N steps without a change"
     )

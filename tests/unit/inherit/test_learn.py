@@ -104,7 +104,7 @@ def trained(recipe: learn.Recipe, stop: int | None = None, state: dict | None = 
 
 
 def test_masks_learn_resume_and_repeat():
-    recipe = learn.Recipe(steps=40, patience=100, learning_rate=0.1)
+    recipe = learn.Recipe(steps=40, patience=100, learning_rate=0.1, noise=0.1)
     whole, again = trained(recipe), trained(recipe)
     assert whole.step == 40 and whole.losses == again.losses
     resumed = trained(recipe, state=trained(recipe, stop=15).state())
