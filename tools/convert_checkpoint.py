@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Convert a model between Hugging Face's folders and checkpoints of this project or Megatron-LM.
 
-    python tools/convert_checkpoint.py --from hf --to megatron --load Llama-3.2-1B --save checkpoints/llama
+    python tools/convert_checkpoint.py --from hf --to megatron --load TinyLlama-1.1B --save checkpoints/llama
     python tools/convert_checkpoint.py --from megatron --to hf --load checkpoints/run --save exported
 
 Import reads Llama, Mistral, Qwen2, InternLM2 and exported PanGu-pi models from safetensors; the checkpoint

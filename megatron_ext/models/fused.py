@@ -7,14 +7,24 @@ dtypes, and on a GPU (there the series activation runs in Triton where that is i
 are the same functions of the same tensors either way. docs/kernels.md has the numerics.
 """
 
+import logging
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+#: The function that the extension got last: one without it was built from older sources.
+_NEWEST = "attention_forward"
+
 try:
     from megatron_ext import _kernels
 except ImportError:  # not built: no compiler at installation
+    _kernels = None
+if _kernels is not None and not hasattr(_kernels, _NEWEST):
+    logging.getLogger(__name__).warning(
+        "the compiled kernels are older than this program and not used; build them: bash tools/setup.sh"
+    )
     _kernels = None
 
 _STORAGE = (torch.float32, torch.bfloat16)
