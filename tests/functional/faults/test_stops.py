@@ -121,7 +121,7 @@ def stuck_in_a_collective(argv: list[str], fuse: Fuse) -> None:
         return original(iterator)
 
     batch.next_batch = stuck
-    _pretrain(argv)
+    fused_run(argv, None)  # connects as rank 0 does
 
 
 def test_a_second_signal_ends_at_once_even_in_a_collective(pool, tmp_path):
