@@ -156,8 +156,11 @@ def write_file(
             else:
                 torch.save(_alone(value), stream)
             places[item.index] = _StorageInfo(name, start, stream.size - start)
-    except BaseException:
+    except BaseException as error:
         stream.abandon()
+        # torch's archive, closed while a write fails, hides the disk's reason behind its own.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
         raise
     return places, name, stream.close()
 
