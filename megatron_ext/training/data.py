@@ -33,6 +33,10 @@ def chunk_iterators(dataset, args: Namespace, consumed_samples: int) -> list[Ite
     """One stream of this rank's microbatches for each of its model chunks; None where none is read.
 
     The chunks of an interleaved pipeline each read the same microbatches in the same order.
+
+    Call it while nothing is being sent between ranks: the processes that read ahead are forked here,
+    not at the first microbatch, and a fork while another thread enters or leaves the interpreter,
+    as the threads of an unfinished collective do, can leave the child waiting for a lock for ever.
     """
     stages = parallel_state.get_virtual_pipeline_model_parallel_world_size()
     if dataset is None:
@@ -45,11 +49,14 @@ def chunk_iterators(dataset, args: Namespace, consumed_samples: int) -> list[Ite
 
 def _microbatches(dataset, args: Namespace, consumed_samples: int) -> Iterator[dict]:
     """The microbatches from ``consumed_samples`` on; a cyclic loader starts over, another ends."""
-    while True:
-        yield from build_data_loader(dataset, args, consumed_samples)
-        if args.dataloader_type != "cyclic":
-            raise OutOfData(
-                f"the dataset's {len(dataset)} samples are used up; "
-                "lower --train-iters or --eval-iters, or add data"
-            )
+    return _in_turn(dataset, args, consumed_samples, iter(build_data_loader(dataset, args, consumed_samples)))
+
+
+def _in_turn(dataset, args: Namespace, consumed_samples: int, first: Iterator[dict]) -> Iterator[dict]:
+    yield from first
+    while args.dataloader_type == "cyclic":
         consumed_samples += len(dataset) - consumed_samples % len(dataset)
+        yield from build_data_loader(dataset, args, consumed_samples)
+    raise OutOfData(
+        f"the dataset's {len(dataset)} samples are used up; lower --train-iters or --eval-iters, or add data"
+    )

@@ -85,7 +85,10 @@ class Trainer:
             watchdog.on_launcher_gone = lambda: self.stopping.request("word that the launcher has gone")
         self.saver = Saver(args, self.model, self.optimizer, self.scheduler, progress.iteration)
         self.bad_numbers = BadNumberPolicy(args, self.datasets[0])
-        self.valid_iterators = chunk_iterators(self.datasets[1], args, progress.consumed_valid_samples)
+        read_in_parts = args.eval_iters and not args.full_validation
+        self.valid_iterators = chunk_iterators(
+            self.datasets[1] if read_in_parts else None, args, progress.consumed_valid_samples
+        )
         try:
             reason = None
             if not args.skip_train:
