@@ -10,19 +10,12 @@
 # rm -r runs/inherit starts over. SOURCE_ITERS (400) and TARGET_ITERS (60) set the lengths, CRITERIA what is
 # compared. benchmarks/inherit.py is the same with several seeds and a table.
 set -euo pipefail
-started_in=$PWD
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-bash tools/setup.sh
-# One process computes on one core here: more threads would only fight for it.
-export OMP_NUM_THREADS=1 PATH="$PWD/.venv/bin:$PATH"
-# Megatron-Core warns at every import that Apex and Transformer Engine are not there.
-export PYTHONWARNINGS=ignore::UserWarning,ignore::FutureWarning,ignore::DeprecationWarning
+source "$(dirname "${BASH_SOURCE[0]}")/laptop.sh"
 
 run=${INHERIT_DIR:-runs/inherit}
 source_iters=${SOURCE_ITERS:-400}
 target_iters=${TARGET_ITERS:-60}
 read -ra criteria <<<"${CRITERIA:-random l1 l2 taylor learned}"
-step() { printf '\n== %s\n' "$*"; }
 mkdir -p "$run"
 
 step "1/6 corpus"

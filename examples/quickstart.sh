@@ -8,17 +8,10 @@
 # Everything made lies in runs/quickstart (QUICKSTART_DIR names another folder). Run again, it goes on
 # where it was; rm -r runs/quickstart starts over. QUICKSTART_ITERS sets the length (400 iterations).
 set -euo pipefail
-started_in=$PWD
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-bash tools/setup.sh
-# One process computes on one core here: more threads would only fight for it.
-export OMP_NUM_THREADS=1 PATH="$PWD/.venv/bin:$PATH"
-# Megatron-Core warns at every import, in every process, that Apex and Transformer Engine are not there.
-export PYTHONWARNINGS=ignore::UserWarning,ignore::FutureWarning,ignore::DeprecationWarning
+source "$(dirname "${BASH_SOURCE[0]}")/laptop.sh"
 
 run=${QUICKSTART_DIR:-runs/quickstart}
 iterations=${QUICKSTART_ITERS:-400}
-step() { printf '\n== %s\n' "$*"; }
 
 mkdir -p "$run"
 source=${QUICKSTART_DATA:-built-in corpus}

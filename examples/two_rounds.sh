@@ -8,17 +8,12 @@
 # Everything made lies in runs/two_rounds (TWO_ROUNDS_DIR names another folder). Run again, it goes on where it
 # was. TWO_ROUNDS_ITERS sets the length of round 1 (300 iterations); PROCESSES the number of processes (2).
 set -euo pipefail
-started_in=$PWD
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-bash tools/setup.sh
-export OMP_NUM_THREADS=1 PATH="$PWD/.venv/bin:$PATH"
-export PYTHONWARNINGS=ignore::UserWarning,ignore::FutureWarning,ignore::DeprecationWarning
+source "$(dirname "${BASH_SOURCE[0]}")/laptop.sh"
 
 run=${TWO_ROUNDS_DIR:-runs/two_rounds}
 iterations=${TWO_ROUNDS_ITERS:-300}
 processes=${PROCESSES:-2}
 batch=16
-step() { printf '\n== %s\n' "$*"; }
 mkdir -p "$run"
 
 step "1/6 corpus, tokenizer, dataset"
