@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_ext.data.files import write_aside
+from megatron_ext.data.files import write_picture
 
 Records = list[dict]
 
@@ -122,8 +122,7 @@ def draw(runs: dict[str, tuple[Records, Records]], x: str, output: Path) -> None
     axes.grid(alpha=0.3)
     axes.legend()
     output.parent.mkdir(parents=True, exist_ok=True)
-    picture_format = output.suffix.lstrip(".") or "png"
-    write_aside(output, lambda file: figure.savefig(file, format=picture_format, dpi=120))
+    write_picture(figure, output)
     pyplot.close(figure)
 
 

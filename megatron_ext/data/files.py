@@ -26,6 +26,12 @@ def write_aside(path: Path, write: Callable[[BinaryIO], object]) -> None:
         raise
 
 
+def write_picture(figure, path: Path) -> None:
+    """Put a matplotlib figure in place in one step, in the format that the name ends in (PNG without one)."""
+    picture_format = path.suffix.lstrip(".") or "png"
+    write_aside(path, lambda file: figure.savefig(file, format=picture_format, dpi=120))
+
+
 def sha256_file(path: str | Path) -> str:
     """sha256 of a file's content, as a hexadecimal string."""
     with open(path, "rb") as file:

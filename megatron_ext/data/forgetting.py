@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_ext.data.draw import CHUNK
-from megatron_ext.data.files import write_aside
+from megatron_ext.data.files import write_picture
 from megatron_ext.data.loss_record import Losses
 
 
@@ -69,6 +69,5 @@ def plot(curves: dict[str, Curve], path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture_format = path.suffix.lstrip(".") or "png"
-    write_aside(path, lambda file: figure.savefig(file, format=picture_format, dpi=120))
+    write_picture(figure, path)
     pyplot.close(figure)

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_ext.data.build_round import Report
-from megatron_ext.data.files import write_aside
+from megatron_ext.data.files import write_picture
 
 LINES = 12
 
@@ -71,6 +71,5 @@ def plot(manifest: dict, report: Report, path: Path) -> None:
     right.set(xlabel="loss of the group (nats per token)", ylabel="share kept", ylim=(0, 1.05))
     right.legend()
     figure.suptitle(f"round {manifest['round']}: {manifest['selected']:,} of {manifest['samples']:,} samples")
-    picture_format = path.suffix.lstrip(".") or "png"
-    write_aside(path, lambda file: figure.savefig(file, format=picture_format, dpi=120))
+    write_picture(figure, path)
     pyplot.close(figure)
