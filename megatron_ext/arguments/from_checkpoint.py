@@ -18,6 +18,8 @@ DESCRIBE_THE_MODEL = (
     "rotary_base",
     "rotary_percent",
     "rotary_seq_len_interpolation_factor",
+    "use_rope_scaling",
+    "rope_scaling_factor",
     "add_bias_linear",
     "add_qkv_bias",
     "swiglu",

@@ -24,7 +24,7 @@ from megatron_ext.training.batch import Batch
 
 def frozen_model(args: Namespace) -> nn.Module:
     """The model that ``args`` describe, to be filled and run as it is."""
-    return build_model(transformer_config(args), args)[0].eval().requires_grad_(False)
+    return build_model(transformer_config(args), args, drawn=False)[0].eval().requires_grad_(False)
 
 
 def fill(model: nn.Module, get: Callable[[str], Tensor]) -> None:
@@ -116,13 +116,17 @@ def _summed(values: Tensor) -> Tensor:
 
 
 def read_documents(prefixes: Sequence[str], tokens: int) -> list[list[int]]:
-    """The first documents of each dataset, about ``tokens`` ids in all; at least one of each."""
+    """Documents of each dataset by lot, the same for every run; about ``tokens`` ids, at least one of each.
+
+    Corpora lie in the order of their sources, so their first documents are of one kind.
+    """
     documents = []
     for prefix in prefixes:
         index = check_layout(prefix)
         ids, left = map_tokens(prefix, index), -(-tokens // len(prefixes))
-        starts = index.pointers // index.dtype.itemsize
-        for start, length in zip(starts.tolist(), index.lengths.tolist(), strict=True):
+        starts, lengths = index.pointers // index.dtype.itemsize, index.lengths
+        drawn = np.random.default_rng(0).choice(len(lengths), min(len(lengths), left), replace=False)
+        for start, length in zip(starts[drawn].tolist(), lengths[drawn].tolist(), strict=True):
             documents.append(ids[start : start + min(length, left)].tolist())
             left -= length
             if left <= 0:

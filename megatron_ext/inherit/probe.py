@@ -92,8 +92,7 @@ class Probe:
     def _arguments(self, shape: ModelShape, files: TokenizerFiles, with_data: bool = True) -> Namespace:
         """The trainer's arguments for this model and the calibration data."""
         options = self.options
-        if not platform.on_gpu():
-            shape = dataclasses.replace(shape, dtype=torch.float32)  # bf16 is slow on a CPU
+        shape = dataclasses.replace(shape, dtype=_dtype(options.calibration_dtype, shape.dtype))
         flags = [*shape.flags(), "--seq-length", str(options.seq_length)]
         # Padding rows would take part in the softmax.
         flags += ["--padded-vocab-size", str(shape.vocab_size), "--make-vocab-size-divisible-by", "1"]
@@ -141,6 +140,13 @@ class Probe:
         if load_checkpoint(save, model=[model], args=Namespace(**vars(args) | {"finetune": True})) is None:
             raise FileNotFoundError(f"--save {save}: the checkpoint is not to be seen on this rank")
         return mean_loss(model, self.windows, self.options.micro_batch_size, self.tokenizer.token_bytes())
+
+
+def _dtype(asked: str | None, stored: torch.dtype) -> torch.dtype:
+    """The number format to run in: by default the stored one on a GPU, and fp32 on a CPU."""
+    if asked:
+        return {"fp32": torch.float32, "bf16": torch.bfloat16}[asked]
+    return stored if platform.on_gpu() else torch.float32
 
 
 def _with_rows(key: str, weights: Tensor, rows: Rows | None) -> Tensor:

@@ -12,6 +12,8 @@ from megatron_ext.interchange.shape import ModelShape, padded
 
 #: Rotary embeddings that are plain up to max_position_embeddings ("dynamic" stretches beyond it only).
 _PLAIN_ROTARY = ("default", "dynamic")
+#: The numbers of Llama 3's rotary scaling that Megatron-Core fixes (rotary_pos_embedding.py:_apply_scaling).
+_LLAMA3_ROTARY = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 #: Settings without a counterpart here, and the values with which they have no effect.
 _WITHOUT_EFFECT = {
     "hidden_act": ("silu",),
@@ -36,7 +38,7 @@ def read_shape(config: dict, dtype: torch.dtype | None = None) -> ModelShape:
     if problems := list(_problems(config, architecture.model_type)):
         raise InterchangeError("; ".join(problems))
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
-    positions = config.get("max_position_embeddings") or 2048
+    positions, rotary = config.get("max_position_embeddings") or 2048, _rotary(config)
     return ModelShape(
         num_layers=config["num_hidden_layers"],
         hidden_size=hidden,
@@ -49,7 +51,8 @@ def read_shape(config: dict, dtype: torch.dtype | None = None) -> ModelShape:
         tied=bool(config.get("tie_word_embeddings", False)),
         qkv_bias=architecture.qkv_bias or bool(config.get("qkv_bias", False)),
         norm_epsilon=config.get("rms_norm_eps", 1e-6),
-        rotary_base=int(_rotary(config)[0]),
+        rotary_base=int(rotary["rope_theta"]),
+        rope_scaling_factor=float(rotary["factor"]) if rotary["rope_type"] == "llama3" else None,
         max_position_embeddings=min(positions, _window(config) or positions),
         series_activation_order=config.get("series_activation_order", 0),
         augmented_shortcuts=config.get("augmented_shortcuts", 0),
@@ -73,19 +76,41 @@ def _problems(config: dict, model_type: str) -> Iterator[str]:
             yield f"{name} {config[name]!r} is not supported"
     if config.get("attention_bias") and model_type != "qwen2":
         yield "attention_bias is not supported: there is no place for the bias of o_proj"
-    base, kind = _rotary(config)
-    if kind not in _PLAIN_ROTARY:
-        yield f"rotary embeddings of type {kind!r} are not supported, only {', '.join(_PLAIN_ROTARY)}"
+    types = {_rotary_type(config.get(name)) for name in ("rope_parameters", "rope_scaling")} - {None}
+    if len(types) > 1:
+        yield f"rope_parameters and rope_scaling differ: {' and '.join(sorted(types))}"
+    yield from _rotary_problems(_rotary(config))
+
+
+def _rotary(config: dict) -> dict:
+    """``rope_theta``, ``rope_type`` and what the type needs, from transformers 5's ``rope_parameters`` or the
+    older ``rope_theta`` and ``rope_scaling``.
+    """
+    settings = (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
+    return settings | {
+        "rope_type": _rotary_type(settings) or "default",
+        "rope_theta": settings.get("rope_theta") or config.get("rope_theta") or 10000.0,
+    }
+
+
+def _rotary_type(settings: dict | None) -> str | None:
+    return (settings or {}).get("rope_type") or (settings or {}).get("type")
+
+
+def _rotary_problems(rotary: dict) -> Iterator[str]:
+    base, kind = rotary["rope_theta"], rotary["rope_type"]
+    if kind not in (*_PLAIN_ROTARY, "llama3"):
+        known = ", ".join((*_PLAIN_ROTARY, "llama3"))
+        yield f"rotary embeddings of type {kind!r} are not supported, only {known}"
     if base != int(base):
         yield f"rope_theta {base} is not a whole number"
-
-
-def _rotary(config: dict) -> tuple[float, str]:
-    """Base and type, from transformers 5's ``rope_parameters`` or the older two settings."""
-    settings = config.get("rope_parameters") or {}
-    scaling = config.get("rope_scaling") or {}
-    kind = settings.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
-    return settings.get("rope_theta") or config.get("rope_theta") or 10000.0, kind
+    if kind != "llama3":
+        return
+    for name, fixed in _LLAMA3_ROTARY.items():
+        if rotary.get(name) != fixed:
+            yield f"{name} {rotary.get(name)!r} of llama3's rotary scaling is not supported, only {fixed:g}"
+    if not isinstance(rotary.get("factor"), int | float) or not rotary["factor"] >= 1:
+        yield f"factor {rotary.get('factor')!r} of llama3's rotary scaling is not a number from 1"
 
 
 def _window(config: dict) -> int | None:
@@ -106,6 +131,8 @@ def write_config(shape: ModelShape, model_type: str | None = None) -> dict:
     architecture = architecture_named(model_type) if model_type else architecture_of(shape)
     for _ in architecture.entries_of(shape):
         pass  # raises where the architecture has no place for a tensor
+    if shape.rope_scaling_factor and architecture.model_type == "internlm2":
+        raise InterchangeError("InternLM2's code does not know llama3's rotary scaling")
     config = {
         "architectures": [architecture.class_name],
         "model_type": architecture.model_type,
@@ -118,9 +145,10 @@ def write_config(shape: ModelShape, model_type: str | None = None) -> dict:
         "vocab_size": shape.vocab_size,
         "max_position_embeddings": shape.max_position_embeddings,
         "rms_norm_eps": shape.norm_epsilon,
-        # The first is read by transformers 5, the second by everything older.
-        "rope_parameters": {"rope_type": "default", "rope_theta": float(shape.rotary_base)},
+        # The first is read by transformers 5, the other two by everything older.
+        "rope_parameters": {**_rotary_scaling(shape), "rope_theta": float(shape.rotary_base)},
         "rope_theta": float(shape.rotary_base),
+        "rope_scaling": _rotary_scaling(shape) if shape.rope_scaling_factor else None,
         "tie_word_embeddings": shape.tied,
         "hidden_act": "silu",
         "attention_dropout": 0.0,
@@ -129,6 +157,13 @@ def write_config(shape: ModelShape, model_type: str | None = None) -> dict:
         "torch_dtype": str(shape.dtype).removeprefix("torch."),
     }
     return config | _of_its_own(shape, architecture.model_type)
+
+
+def _rotary_scaling(shape: ModelShape) -> dict:
+    """The type of rotary embedding and its numbers."""
+    if shape.rope_scaling_factor is None:
+        return {"rope_type": "default"}
+    return {"rope_type": "llama3", "factor": shape.rope_scaling_factor, **_LLAMA3_ROTARY}
 
 
 def _of_its_own(shape: ModelShape, model_type: str) -> dict:

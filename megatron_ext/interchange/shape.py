@@ -18,7 +18,8 @@ class ModelShape:
     """Everything that decides a model's tensors and its function, apart from their values.
 
     Names are Megatron-LM's. ``vocab_size`` is without padding, ``padded_vocab_size`` the rows of the
-    embedding in a checkpoint; ``dtype`` is that of the stored tensors.
+    embedding in a checkpoint; ``dtype`` is that of the stored tensors. ``rope_scaling_factor`` is None
+    without Llama 3's rotary scaling.
     """
 
     num_layers: int
@@ -33,6 +34,7 @@ class ModelShape:
     qkv_bias: bool = False
     norm_epsilon: float = 1e-5
     rotary_base: int = 10000
+    rope_scaling_factor: float | None = None
     max_position_embeddings: int = 2048
     series_activation_order: int = 0
     augmented_shortcuts: int = 0
@@ -132,6 +134,7 @@ class ModelShape:
             # The flag is --norm-epsilon; the args of some versions have that name.
             norm_epsilon=getattr(args, "layernorm_epsilon", None) or args.norm_epsilon,
             rotary_base=args.rotary_base,
+            rope_scaling_factor=args.rope_scaling_factor if getattr(args, "use_rope_scaling", False) else None,
             max_position_embeddings=args.max_position_embeddings,
             series_activation_order=getattr(args, "series_activation_order", 0),
             augmented_shortcuts=getattr(args, "augmented_shortcuts", 0),
@@ -171,6 +174,8 @@ class ModelShape:
             "--attention-dropout": 0.0,
             "--hidden-dropout": 0.0,
         }
+        if self.rope_scaling_factor:
+            named["--rope-scaling-factor"] = self.rope_scaling_factor
         if self.series_activation_order:
             named["--series-activation-order"] = self.series_activation_order
         if self.augmented_shortcuts:
@@ -179,6 +184,7 @@ class ModelShape:
         switches = ["--group-query-attention", "--swiglu", "--disable-bias-linear"]
         switches += [] if self.tied else ["--untie-embeddings-and-output-weights"]
         switches += ["--add-qkv-bias"] if self.qkv_bias else []
+        switches += ["--use-rope-scaling"] if self.rope_scaling_factor else []
         switches += ["--bf16"] if self.dtype == torch.bfloat16 else []
         return [str(word) for pair in named.items() for word in pair] + switches
 
@@ -199,7 +205,6 @@ def _not_llama(args: Namespace):
         "rotary_percent": 1.0,
         "rotary_seq_len_interpolation_factor": None,
         "rotary_interleaved": False,
-        "use_rope_scaling": False,
         "apply_layernorm_1p": False,
         "window_size": None,
         "num_experts": None,

@@ -15,20 +15,29 @@ from megatron_ext.models.initialization import initialize, mark_split_parameters
 from megatron_ext.models.layer_specs import block_spec
 
 
-def build_model(config: PanguProConfig, args: Namespace, parallel_output: bool = True) -> list[PanguModel]:
+def build_model(
+    config: PanguProConfig, args: Namespace, parallel_output: bool = True, drawn: bool = True
+) -> list[PanguModel]:
     """The model chunks of this rank: one, or one a virtual pipeline stage, initialised and in place.
 
-    ``args`` gives what TransformerConfig does not hold: the padded vocabulary, positions, tying.
+    ``args`` gives what TransformerConfig does not hold: the padded vocabulary, positions, tying. With
+    ``drawn`` False the weights are whatever lay in memory, for a model that is filled at once.
     """
     stages = parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1
-    return [
+    chunks = [
         _build_chunk(config, args, vp_stage=stage if stages > 1 else None, parallel_output=parallel_output)
         for stage in range(stages)
     ]
+    for chunk in chunks:
+        mark_split_parameters(chunk)
+        if drawn:
+            initialize(chunk, config, args.seed)
+        sum_weight_gradients_in_place(chunk)
+    return [chunk.to(platform.current_device()) for chunk in chunks]
 
 
 def _build_chunk(config: PanguProConfig, args: Namespace, vp_stage: int | None, parallel_output: bool):
-    model = PanguModel(
+    return PanguModel(
         config=config,
         transformer_layer_spec=block_spec(config, vp_stage),
         vocab_size=args.padded_vocab_size,
@@ -40,13 +49,11 @@ def _build_chunk(config: PanguProConfig, args: Namespace, vp_stage: int | None, 
         position_embedding_type=args.position_embedding_type,
         rotary_percent=args.rotary_percent,
         rotary_base=args.rotary_base,
+        rope_scaling=args.use_rope_scaling,
+        rope_scaling_factor=args.rope_scaling_factor,
         seq_len_interpolation_factor=args.rotary_seq_len_interpolation_factor,
         vp_stage=vp_stage,
     )
-    mark_split_parameters(model)
-    initialize(model, config, args.seed)
-    sum_weight_gradients_in_place(model)
-    return model.to(platform.current_device())
 
 
 def half_precision(chunks: list[PanguModel], config: PanguProConfig) -> list[nn.Module]:

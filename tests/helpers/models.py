@@ -62,6 +62,8 @@ def model_arguments(tied: bool = False, seed: int = 1234) -> Namespace:
         rotary_percent=1.0,
         rotary_base=10000,
         rotary_seq_len_interpolation_factor=None,
+        use_rope_scaling=False,
+        rope_scaling_factor=8.0,
         seed=seed,
     )
 

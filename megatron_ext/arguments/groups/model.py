@@ -51,6 +51,13 @@ class ModelArguments:
     rotary_seq_len_interpolation_factor: int | None = None
     """Positions are divided by this factor, to stretch rotary embeddings over longer sequences."""
 
+    use_rope_scaling: bool = False
+    """Stretch long wavelengths of the rotary embedding as Llama 3.1 and later do: those above 8192 positions
+    by --rope-scaling-factor, those below 2048 not at all."""
+
+    rope_scaling_factor: float = 8.0
+    """Factor of --use-rope-scaling: 8 in Llama 3.1, 32 in the small models of Llama 3.2."""
+
     swiglu: bool = False
     """Gated FFN with SiLU: silu(x W_gate) * (x W_up)."""
 

@@ -19,10 +19,11 @@ class Dependence:
 DEPENDENCES = (
     Dependence(("num_query_groups",), lambda a: a.group_query_attention, "--group-query-attention"),
     Dependence(
-        ("rotary_base", "rotary_percent", "rotary_seq_len_interpolation_factor"),
+        ("rotary_base", "rotary_percent", "rotary_seq_len_interpolation_factor", "use_rope_scaling"),
         lambda a: a.position_embedding_type == "rope",
         "--position-embedding-type rope",
     ),
+    Dependence(("rope_scaling_factor",), lambda a: a.use_rope_scaling, "--use-rope-scaling"),
     Dependence(
         ("augmented_shortcut_reduction",), lambda a: a.augmented_shortcuts, "--augmented-shortcuts above 0"
     ),

@@ -22,6 +22,7 @@ POSITIVE = (
     *("distributed_timeout_seconds_after_init",),
     *("distributed_timeout_minutes", "num_dataset_builder_threads", "hysteresis", "train_iters"),
     *("train_samples", "augmented_shortcut_reduction", "rotary_seq_len_interpolation_factor"),
+    *("rope_scaling_factor",),
     *("lr_decay_iters", "lr_decay_samples", "lr_wsd_decay_iters", "lr_wsd_decay_samples"),
     *("fp8_amax_history_len", "ckpt_step", "keep_latest_k"),
 )

@@ -217,3 +217,21 @@ def test_masks_resume_from_their_state(folder, tmp_path, pool):
     assert a["width"] == b["width"] and a["loss_after"] == b["loss_after"]
     with pytest.raises(AssertionError, match="assert 1 == 0"):
         pool.run(1, calibrated, str(folder), str(tmp_path / "c"), [*LEARNED, *state, "--seed", "5"])
+
+
+def test_bf16_chooses_what_fp32_chooses(folder, tmp_path, pool):
+    """Up to units whose scores are close; the slice keeps the source's own number format."""
+    reports = {}
+    for dtype in ("fp32", "bf16"):
+        flags = ["--width-criterion", "taylor", "--depth-policy", "importance", "--calibration-dtype", dtype]
+        pool.run(1, calibrated, str(folder), str(tmp_path / dtype), flags, timeout=200)
+        reports[dtype] = json.loads((tmp_path / dtype / "inheritance" / "report.json").read_text())
+    fp32, bf16 = reports["fp32"], reports["bf16"]
+    assert fp32["depth"]["kept"] == bf16["depth"]["kept"]
+    assert fp32["depth"]["loss_without"] != bf16["depth"]["loss_without"]
+    assert fp32["loss_before"]["nats"] == pytest.approx(bf16["loss_before"]["nats"], rel=5e-3)
+    assert np.intersect1d(fp32["width"]["hidden"], bf16["width"]["hidden"]).size >= 23
+    kept = [np.load(tmp_path / dtype / "inheritance" / "choice.npz")["ffn"] for dtype in ("fp32", "bf16")]
+    same = [np.intersect1d(*rows).size / len(rows[0]) for rows in zip(*kept, strict=True)]
+    assert np.mean(same) > 0.9
+    assert open_source(tmp_path / "bf16").shape.dtype == torch.float32

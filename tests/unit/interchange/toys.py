@@ -26,11 +26,13 @@ TOYS = {
 }
 
 
-def model(maker: str, groups: int, tied: bool):
-    """A model of transformers' with random weights, biases and norms; InternLM2 computes as Llama does."""
+def model(maker: str, groups: int, tied: bool, **changes):
+    """A model of transformers' with random weights, biases and norms; InternLM2 computes as Llama does.
+
+    ``changes`` are settings of its configuration.
+    """
     maker = "llama" if maker == "internlm2" else maker
-    config = transformers.AutoConfig.for_model(
-        maker,
+    settings = dict(
         vocab_size=VOCABULARY,
         hidden_size=64,
         intermediate_size=96,
@@ -42,6 +44,7 @@ def model(maker: str, groups: int, tied: bool):
         rms_norm_eps=1e-5,
         tie_word_embeddings=tied,
     )
+    config = transformers.AutoConfig.for_model(maker, **settings | changes)
     built = transformers.AutoModelForCausalLM.from_config(config).eval()
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
