@@ -4,8 +4,9 @@
 
 Trains a tokenizer and a source model of 10 million parameters, compresses the tokenizer, cuts a target of
 half the size out of the source by each criterion, trains each target and one with random weights for the
-same tokens, all with several seeds, and writes results.json, results.md and curves.png. What is there
-already is not made again, so a run that was cut off goes on. docs/inheritance.md has what came.
+same tokens, all with several seeds, and writes results.json, results.md and curves.png. Every number is of
+the whole held-out text, in the same windows for all. What is there already is not made again, so a run that
+was cut off goes on, and several may share the work (--seed). docs/inheritance.md has what came.
 """
 
 import sys
@@ -39,7 +40,6 @@ COMMON = {
     "adam-beta2": 0.95,
     "log-interval": 4,
     "num-workers": 0,
-    "eval-iters": 10,
 }
 SWITCHES = (
     "--group-query-attention",
@@ -72,10 +72,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, action="append", metavar="N", help="run these (default 1, 2 and 3)")
     p.add_argument("--criteria", nargs="+", choices=CRITERIA, default=CRITERIA)
     p.add_argument("--depth-policy", choices=("ends", "importance", "uniform"), default="importance")
-    p.add_argument("--source-iters", type=int, default=1500, help="steps of the source (default 1500)")
-    p.add_argument("--iters", type=int, default=32, help="steps of each target (default 32)")
+    p.add_argument("--layers", type=int, nargs="+", metavar="N", help="keep these, found before")
+    p.add_argument("--source-iters", type=int, default=5500, help="steps of the source (default 5500)")
+    p.add_argument("--iters", type=int, default=64, help="steps of each target (default 64)")
     p.add_argument("--lr", type=float, default=1e-3, help="of the targets (default 1e-3)")
-    p.add_argument("--mask-steps", type=int, default=80, help="steps of learned masks (default 80)")
+    p.add_argument("--calibration-samples", type=int, default=64, help="of 256 tokens (default 64)")
+    p.add_argument("--mask-steps", type=int, default=200, help="steps of learned masks (default 200)")
+    p.add_argument("--mask-lr", type=float, default=0.02, help="their rate (default 0.02)")
+    p.add_argument("--bf16", action="store_true", help="train and choose in bf16; measured in fp32")
     p.add_argument("--python", default=sys.executable, help="the interpreter to run the programs with")
     return p
 
@@ -99,9 +103,11 @@ class Experiment:
         """All steps in order."""
         self.prepare_text()
         self.train("source", self.source_flags(), self.args.source_iters)
-        for seed in self.args.seed or (1, 2, 3):
-            for criterion in self.args.criteria:
-                self.inherit_and_train(criterion, seed)
+        seeds = self.args.seed or (1, 2, 3)
+        names = [f"{criterion}_{seed}" for seed in seeds for criterion in self.args.criteria]
+        for name in names:
+            self.inherit_and_train(name)
+        self.measure(names)
         results = self.collect()
         (self.work / "results.json").write_text(json.dumps(results, indent=1) + "\n")
         (self.work / "results.md").write_text(table(results))
@@ -155,6 +161,7 @@ class Experiment:
             "min-lr": 1e-4,
             "lr-warmup-fraction": 0.03,
             "eval-interval": 300,
+            "eval-iters": 10,
             "seed": 1234,
         }
 
@@ -174,70 +181,92 @@ class Experiment:
             "save-interval": 300,
             "metrics-file": f"{name}.jsonl",
         }
-        self.program("pretrain_pangu_pro.py", *SWITCHES, **every | flags)
+        switches = (*SWITCHES, "--bf16") if self.args.bf16 else SWITCHES
+        self.program("pretrain_pangu_pro.py", *switches, **every | flags)
 
-    def inherit_and_train(self, criterion: str, seed: int) -> None:
-        """One target: cut (but for criterion none: random weights), then trained."""
-        name = f"{criterion}_{seed}"
+    def inherit_and_train(self, name: str) -> None:
+        """One target, CRITERION_SEED: cut (but for criterion none: random weights), then trained."""
+        criterion, seed = name.split("_")
+        half = max(1, self.args.iters // 2)
         flags = TARGET | {
             "lr": self.args.lr,
             "min-lr": self.args.lr / 10,
             "lr-warmup-fraction": 0.05,
-            "eval-interval": max(1, self.args.iters // 2),
+            "eval-iters": 0,
+            "save-interval": half,
             "seed": seed,
         }
         if criterion != "none":
             start = self.work / f"{name}_start"
             if not (start / "inheritance" / "report.json").exists():
-                self.inherit(criterion, seed, start)
+                self.inherit(criterion, int(seed), start)
             flags["pretrained-checkpoint"] = str(start)
         self.train(name, flags, self.args.iters, "target")
 
     def inherit(self, criterion: str, seed: int, save: Path) -> None:
         """Cut the target out of the source."""
         shape = {f"target-{name}": value for name, value in TARGET.items()}
+        depth = {"depth_policy": self.args.depth_policy}
+        if self.args.layers:
+            depth = {"depth_policy": "list", "layers": self.args.layers}
         self.program(
             "tools/inherit_checkpoint.py",
             load="source",
             save=save,
             **shape,
+            **depth,
             tokenizer_model=self.work / "source.model",
             target_tokenizer_model=self.work / "target.model",
-            depth_policy=self.args.depth_policy,
             width_criterion=criterion,
             seed=seed,
             data_path="target_train_text_document",
             data_cache_path="cache",
             seq_length=SEQUENCE,
             micro_batch_size=4,
-            calibration_samples=32,
+            calibration_samples=self.args.calibration_samples,
+            calibration_dtype="bf16" if self.args.bf16 else "fp32",
             mask_steps=self.args.mask_steps,
+            mask_lr=self.args.mask_lr,
             mask_batch_size=4,
         )
 
+    def measure(self, names: list[str]) -> None:
+        """NAME.heldout.json of each run: [step, bits per byte] at the start, the middle and the end."""
+        from benchmarks.inherit_heldout import HeldOut
+
+        held_out = None
+        for name in names:
+            file = self.work / f"{name}.heldout.json"
+            if file.exists():
+                continue
+            held_out = held_out or HeldOut(
+                self.work / name, self.work / "target_valid_text_document", SEQUENCE
+            )
+            steps = sorted(int(folder.name[5:]) for folder in (self.work / name).glob("iter_*"))
+            start = self.work / f"{name}_start"
+            values = [(0, held_out.of_random_weights(self.work / name))]
+            if start.exists():
+                values = [(0, held_out.of_checkpoint(start, 0))]
+            values += [(step, held_out.of_checkpoint(self.work / name, step)) for step in steps]
+            print(name, values, file=sys.stderr, flush=True)
+            file.write_text(json.dumps(values))
+
     def collect(self) -> dict:
-        """Criterion -> its runs: bits per byte at the start and by iteration, cost of the choice."""
-        results: dict = {"source": validation(self.work / "source.jsonl"), "targets": {}}
+        """Criterion -> its runs: bits per byte of held-out text by step, cost of the choice."""
+        results: dict = {}
         for criterion in CRITERIA:
             for seed in range(1, 100):
-                metrics = self.work / f"{criterion}_{seed}.jsonl"
-                if not metrics.exists():
+                measured = self.work / f"{criterion}_{seed}.heldout.json"
+                if not measured.exists():
                     continue
-                run = {"seed": seed, "validation": validation(metrics)}
+                run = {"seed": seed, "held_out": json.loads(measured.read_text())}
                 report = self.work / f"{criterion}_{seed}_start" / "inheritance" / "report.json"
                 if report.exists():
                     facts = json.loads(report.read_text())
-                    run["start"] = facts["loss_after"]["bits_per_byte"]
-                    run["seconds"] = facts["seconds"]
+                    run["seconds"], run["layers"] = facts["seconds"], facts["depth"]["kept"]
                     run["learned"] = facts.get("learned", {}) | {"losses": None}
-                results["targets"].setdefault(criterion, []).append(run)
+                results.setdefault(criterion, []).append(run)
         return results
-
-
-def validation(metrics: Path) -> list[tuple[int, float]]:
-    """(iteration, bits per byte) of each validation in a metrics file."""
-    records = [json.loads(line) for line in metrics.read_text().splitlines()]
-    return [(r["iteration"], r["bits_per_byte"]) for r in records if r.get("split") == "validation"]
 
 
 def spread(values: list[float]) -> str:
@@ -249,18 +278,19 @@ def spread(values: list[float]) -> str:
 
 
 def table(results: dict) -> str:
-    """Markdown: bits per byte at the start (calibration text) and at each validation."""
-    runs = next(iter(results["targets"].values()))
-    iterations = [iteration for iteration, _ in runs[0]["validation"]]
-    head = ["start from", "runs", "step 0", *(f"step {i}" for i in iterations), "seconds to choose"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for criterion, runs in results["targets"].items():
-        columns = [[run["validation"][at][1] for run in runs] for at in range(len(iterations))]
-        starts = [run["start"] for run in runs if "start" in run]
+    """Markdown: bits per byte of the held-out text by step, and below a random slice of the same seed."""
+    steps = [step for step, _ in next(iter(results.values()))[0]["held_out"]]
+    head = ["start from", "runs", *(f"step {step}" for step in steps), "by seed", "below random slice"]
+    lines = ["| " + " | ".join([*head, "seconds to choose"]) + " |", "|" + "---|" * (len(head) + 1)]
+    by_lot = {run["seed"]: run["held_out"][-1][1] for run in results.get("random", [])}
+    for criterion, runs in results.items():
+        ends = {run["seed"]: run["held_out"][-1][1] for run in runs}
+        less = [by_lot[seed] - end for seed, end in ends.items() if seed in by_lot]
         seconds = [run["seconds"] for run in runs if "seconds" in run]
-        cost = f"{statistics.mean(seconds):.0f}" if seconds else "-"
-        name = "random weights" if criterion == "none" else criterion
-        row = [name, str(len(runs)), spread(starts), *map(spread, columns), cost]
+        row = ["random weights" if criterion == "none" else criterion, str(len(runs))]
+        row += [spread([run["held_out"][at][1] for run in runs]) for at in range(len(steps))]
+        row += [", ".join(f"{end:.3f}" for end in ends.values()), spread(less)]
+        row += [f"{statistics.mean(seconds):.0f}" if seconds else "-"]
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines) + "\n"
 
@@ -273,22 +303,13 @@ def draw(results: dict, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(7, 4.5))
-    for criterion, runs in results["targets"].items():
-        x = [iteration * SEQUENCE * BATCH for iteration, _ in runs[0]["validation"]]
-        y = [[bits for _, bits in run["validation"]] for run in runs]
-        mean = [statistics.mean(at) for at in zip(*y, strict=True)]
+    for criterion, runs in results.items():
+        x = [step * SEQUENCE * BATCH for step, _ in runs[0]["held_out"]]
+        columns = [*zip(*([bits for _, bits in run["held_out"]] for run in runs), strict=True)]
         name = "random weights" if criterion == "none" else criterion
-        (line,) = axis.plot(x, mean, marker="o", label=name)
-        axis.fill_between(
-            x,
-            [*map(min, zip(*y, strict=True))],
-            [*map(max, zip(*y, strict=True))],
-            alpha=0.15,
-            color=line.get_color(),
-        )
-    axis.set(
-        xlabel="tokens", ylabel="validation, bits per byte", title="The same target from different starts"
-    )
+        (line,) = axis.plot(x, [*map(statistics.mean, columns)], marker="o", label=name)
+        axis.fill_between(x, [*map(min, columns)], [*map(max, columns)], alpha=0.15, color=line.get_color())
+    axis.set(xlabel="tokens", ylabel="held-out text, bits per byte", title="One target, different starts")
     axis.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)

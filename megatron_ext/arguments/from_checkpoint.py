@@ -1,4 +1,4 @@
-"""``--use-checkpoint-args``: the model and tokenizer that the checkpoint in --load was made with."""
+"""``--use-checkpoint-args``: the model and tokenizer of the checkpoint in --load or --pretrained-checkpoint."""
 
 from argparse import Namespace
 
@@ -42,28 +42,35 @@ DESCRIBE_THE_MODEL = (
 
 
 def take_model(args: Namespace, typed: Namespace) -> list[str]:
-    """Set what describes the model from the checkpoint that --load would continue; returns problems.
+    """Set what describes the model from the checkpoint that the run would start from; returns problems.
 
-    What was typed wins, as a changed --attention-dropout or a moved tokenizer must be possible; a
-    shape that does not fit the weights is refused when they are loaded. A folder without a
-    checkpoint is a problem only if nothing else describes the model.
+    That is the one in --load, or, before there is one, that in --pretrained-checkpoint. What was typed
+    wins, as a changed --attention-dropout or a moved tokenizer must be possible; a shape that does not
+    fit the weights is refused when they are loaded. A folder without a checkpoint is a problem only if
+    nothing else describes the model.
     """
     if not args.use_checkpoint_args:
         return []
+    folders = {"--load": args.load, "--pretrained-checkpoint": args.pretrained_checkpoint}
     if args.load is None:
         return ["--use-checkpoint-args needs --load"]
     from megatron_ext.training.checkpointing import CheckpointError, read_checkpoint_args
 
-    try:
-        saved = read_checkpoint_args(args.load, args.ckpt_step)
-    except (CheckpointError, OSError, ValueError) as error:
-        return [f"--use-checkpoint-args: {error}"]
+    saved = None
+    for flag, folder in folders.items():
+        if folder is None or saved is not None:
+            continue
+        try:
+            saved = read_checkpoint_args(folder, args.ckpt_step if flag == "--load" else None)
+        except (CheckpointError, OSError, ValueError) as error:
+            return [f"--use-checkpoint-args: {error}"]
+        if saved is not None and not hasattr(saved, "num_layers"):
+            return [f"--use-checkpoint-args: the checkpoint in {flag} {folder} holds no arguments"]
     if saved is None and args.num_layers is not None:
         return []  # the first start of a run that is given its shape, as upstream has it
     if saved is None:
-        return [f"--use-checkpoint-args: there is no checkpoint in --load {args.load}"]
-    if not hasattr(saved, "num_layers"):
-        return [f"--use-checkpoint-args: the checkpoint in --load {args.load} holds no arguments"]
+        looked = " or ".join(f"{flag} {folder}" for flag, folder in folders.items() if folder is not None)
+        return [f"--use-checkpoint-args: there is no checkpoint in {looked}"]
     for name in DESCRIBE_THE_MODEL:
         if name not in typed and getattr(saved, name, None) is not None:
             setattr(args, name, getattr(saved, name))

@@ -91,7 +91,6 @@ def _add_calibration(g) -> None:
         help="samples for importance, taylor, and the losses before and after (default 64)",
     )
 
-
     g.add_argument(
         "--calibration-dtype",
         choices=["fp32", "bf16"],

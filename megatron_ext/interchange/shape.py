@@ -134,7 +134,9 @@ class ModelShape:
             # The flag is --norm-epsilon; the args of some versions have that name.
             norm_epsilon=getattr(args, "layernorm_epsilon", None) or args.norm_epsilon,
             rotary_base=args.rotary_base,
-            rope_scaling_factor=args.rope_scaling_factor if getattr(args, "use_rope_scaling", False) else None,
+            rope_scaling_factor=args.rope_scaling_factor
+            if getattr(args, "use_rope_scaling", False)
+            else None,
             max_position_embeddings=args.max_position_embeddings,
             series_activation_order=getattr(args, "series_activation_order", 0),
             augmented_shortcuts=getattr(args, "augmented_shortcuts", 0),

@@ -1,4 +1,4 @@
-"""What tools/inherit_checkpoint.py refuses: exit code 1, a reason that names the input, nothing left behind."""
+"""What tools/inherit_checkpoint.py refuses: exit code 1, a reason that names the input, nothing left."""
 
 import json
 import shutil
