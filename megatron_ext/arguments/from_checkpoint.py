@@ -1,4 +1,4 @@
-"""``--use-checkpoint-args``: the model and tokenizer of the checkpoint in --load or --pretrained-checkpoint."""
+"""``--use-checkpoint-args``: the model and tokenizer of the checkpoint that a run starts from."""
 
 from argparse import Namespace
 

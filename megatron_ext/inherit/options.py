@@ -94,8 +94,8 @@ def _add_calibration(g) -> None:
     g.add_argument(
         "--calibration-dtype",
         choices=["fp32", "bf16"],
-        help="number format of the source while it reads text (default: fp32 on a CPU, its own on a GPU); bf16 "
-        "halves the memory, and is fast only on a CPU with bf16 instructions; scores and masks stay in fp32",
+        help="number format of the source while it reads text (default: fp32 on a CPU, its own on a GPU); "
+        "bf16 halves the memory, and is fast on CPUs with bf16 instructions; scores and masks stay fp32",
     )
 
 
