@@ -87,7 +87,11 @@ BROKEN = [
     ("--rotary-base 500", 1, "--rotary-base cannot take effect"),
     ("--use-rope-scaling", 1, "--use-rope-scaling cannot take effect"),
     ("--rope-scaling-factor 32", 1, "--rope-scaling-factor cannot take effect: needs --use-rope-scaling"),
-    ("--use-rope-scaling --rope-scaling-factor 0.5", 1, "--rope-scaling-factor 0.5 must be at least 1"),
+    (
+        "--position-embedding-type rope --use-rope-scaling --rope-scaling-factor 0",
+        1,
+        "--rope-scaling-factor 0.0",
+    ),
     ("--overlap-param-gather --overlap-grad-reduce", 1, "needs --use-distributed-optimizer"),
     ("--overlap-param-gather --use-distributed-optimizer", 1, "needs --overlap-grad-reduce"),
     ("--recompute-granularity full --recompute-method block", 1, "needs --recompute-num-layers"),
