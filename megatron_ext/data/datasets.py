@@ -20,8 +20,8 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.datasets.utils import Split, get_blend_from_list
 
+from megatron_ext.data import index_cache
 from megatron_ext.data.agree import on_every_rank, on_first_rank
-from megatron_ext.data.index_cache import staging
 from megatron_ext.data.indexed import DatasetError
 from megatron_ext.data.manifest import check_dataset
 
@@ -224,12 +224,15 @@ def _explain(error: Exception, config: GPTDatasetConfig) -> str:
 
 def _fill_cache(kind: type, sizes: Sequence[int | None], config: GPTDatasetConfig) -> str:
     """Build what is missing in the cache of index files; returns the folder."""
+
+    def build(aside: Path) -> list:
+        staged = copy.copy(config)
+        staged.path_to_cache = str(aside)
+        return _build(kind, sizes, staged)
+
     for folder in _cache_folders(config):
         try:
-            with staging(Path(folder)) as aside:
-                staged = copy.copy(config)
-                staged.path_to_cache = str(aside)
-                _build(kind, sizes, staged)
+            index_cache.fill(Path(folder), build)
             return folder
         except OSError as error:
             problem = f"{folder}: the index of the dataset cannot be stored ({error.strerror or error})"

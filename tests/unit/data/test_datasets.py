@@ -189,6 +189,39 @@ def test_a_half_written_cache_is_built_again(two, tmp_path):
     assert tokens(build(args)[0]) == expected
 
 
+@pytest.mark.parametrize("words", [1, 2], ids=["one", "blend"])
+def test_an_altered_index_is_named_and_built_again(single_process, two, tmp_path, caplog, words):
+    """A flipped bit anywhere in a file that is used, found by its checksum."""
+    cache = tmp_path / "cache"
+    args = arguments(data_path=two[:words], data_cache_path=str(cache))
+    expected = [tokens(dataset) for dataset in build(args)]
+    sound = {path.name: path.read_bytes() for path in sorted(cache.iterdir())}
+    assert not caplog.records
+    names = [name for name in sound if name.endswith("train-sample_index.npy")]
+    names += [name for name in sound if "Blended" in name and "valid" in name and name.endswith("_index.npy")]
+    for name in names:
+        harmed = bytearray(sound[name])
+        harmed[-3] ^= 1
+        (cache / name).write_bytes(harmed)
+        assert [tokens(dataset) for dataset in build(args)] == expected
+        assert caplog.text.count("was altered") == 1 and f"{cache / name}: was altered" in caplog.text
+        assert {path.name: path.read_bytes() for path in cache.iterdir()} == sound
+        caplog.clear()
+    assert len(names) == (1 if words == 1 else 4)
+    build(args)
+    assert not caplog.records
+
+
+def test_a_lost_index_is_built_without_writing_to_the_others(two, tmp_path):
+    args = arguments(data_path=two[:1], data_cache_path=str(tmp_path / "cache"))
+    expected = tokens(build(args)[0])
+    files = {path: path.stat().st_ino for path in (tmp_path / "cache").glob("*train-*.npy")}
+    [lost] = [path for path in files if path.name.endswith("shuffle_index.npy")]
+    lost.unlink()
+    assert tokens(build(args)[0]) == expected
+    assert all(path.stat().st_ino != number for path, number in files.items())  # replaced, not written to
+
+
 def test_unwritable_cache(two, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(DatasetError, match="cannot be stored.*--data-cache-path"):
