@@ -6,7 +6,8 @@
 small   4 gloo processes save a 12 MB training state (upstream 0.16.1: 27 s on 2 cores)
 stream  parameters and Adam's moments in the shapes of the 1.5B preset, as many layers as --gigabytes
         hold, written as a checkpoint, by torch.save (then fsync) and by dd (conv=fsync), in turns
-async   how long --async-save keeps the training loop waiting, beside the same save without it
+async   what a save adds to the time of a training loop, and how long the loop stands still, with
+        --async-save beside the same save without it, on --threads threads
 
 Times end when the bytes are on the disk. Medians of --repeats; the files are removed afterwards.
 """
@@ -75,19 +76,16 @@ def state_of(gigabytes: float, layers: int | None = None, **sizes: int) -> dict:
     return state
 
 
-def write_state(state: dict, folder: Path, in_background: bool = False, buffers: dict | None = None):
-    """What save_checkpoint does with a training state, around it; the PendingSave."""
+def write_state(state: dict, folder: Path) -> None:
+    """What save_checkpoint does with a training state."""
     from megatron_ext.training.checkpointing import folders, save, writer
 
     previous = save.on_rank_0("prepare", lambda: save._prepare(folder, 1))
     pending = save.PendingSave(folder, 1, folders.working_dir(folder, 1), save.Retain(), previous)
     args = argparse.Namespace(ckpt_fully_parallel_save=True)
     save._divide_among_replicas(state, args)
-    plan = writer.plan(state)
-    pending.start(writer.snapshot(plan, buffers) if in_background else plan, b"", in_background)
-    if not in_background:
-        pending.finish()
-    return pending
+    pending.start(writer.plan(state), b"")
+    pending.finish()
 
 
 def small(folder: Path, repeats: int) -> dict:
@@ -152,25 +150,85 @@ def stream(folder: Path, gigabytes: float, repeats: int) -> dict:
     }
 
 
-def background(folder: Path, gigabytes: float, repeats: int) -> dict:
-    """Seconds that the caller waits, with and without a background save."""
-    state, blocked, whole, buffers = state_of(gigabytes), [], [], {}
-    for _ in range(repeats):
-        whole.append(measured(lambda: write_state(state, folder / "sync")))
+def training(folder: Path, gigabytes: float, threads: int):
+    """A run of the real program, set up: the trainer, its iterators, and a Saver into ``folder``."""
+    import torch
+
+    from megatron_ext.arguments import parse_args
+    from megatron_ext.training import distributed
+    from megatron_ext.training.data import chunk_iterators
+    from megatron_ext.training.loop import connect
+    from megatron_ext.training.saving import Saver
+    from megatron_ext.training.setup import build_trainer
+
+    torch.set_num_threads(threads)
+    hidden, ffn = 1024, 2816
+    layers = max(1, round(gigabytes * 1e9 / (12 * (4 * hidden**2 + 3 * hidden * ffn))))
+    argv = f"""
+        --num-layers {layers} --hidden-size {hidden} --ffn-hidden-size {ffn} --num-attention-heads 16
+        --seq-length 256 --max-position-embeddings 256 --position-embedding-type rope --normalization RMSNorm
+        --swiglu --disable-bias-linear --hidden-dropout 0 --attention-dropout 0 --lr 1e-4
+        --micro-batch-size 1 --global-batch-size 1 --train-iters 1000
+        --mock-data --tokenizer-type NullTokenizer --vocab-size 255 --eval-iters 0 --num-workers 0
+        --save {folder / "run"} --save-interval 1000 --keep-latest-k 1
+    """
+    args = parse_args(argv.split())
+    distributed.initialize(args)
+    trainer = build_trainer(args)
+    connect(trainer.model, trainer.optimizer, args)
+    saver = Saver(args, trainer.model, trainer.optimizer, trainer.scheduler, 0)
+    return trainer, chunk_iterators(trainer.datasets[0], args, 0), saver
+
+
+def background(folder: Path, gigabytes: float, repeats: int, threads: int) -> dict:
+    """What a save costs a training loop, in the way and in the background.
+
+    Five iterations are run without a save, after a save in the way, and after one in the background, in
+    turns. ``added``: seconds that they take longer than without; ``stood``: seconds of these in which the
+    loop stood still, rather than having to share processor and memory.
+    """
+    from megatron_ext.training.step import train_step
+
+    trainer, iterators, saver = training(folder, gigabytes, threads)
+    parts = trainer.model, trainer.optimizer, trainer.scheduler
+    took: dict[str, list[float]] = {"none": [], "sync": [], "async": []}
+    stood: dict[str, list[float]] = {"none": [], "sync": [], "async": []}
+
+    def stretch(kind: str) -> None:
+        still = []
+
+        def standing(action, *args) -> None:
+            still.append(measured(lambda: action(*args)))
+
         start = time.perf_counter()
-        pending = write_state(state, folder / "async", in_background=True, buffers=buffers)
-        blocked.append(time.perf_counter() - start)
-        ready = False
-        while not ready:  # as the training loop asks once an iteration
-            time.sleep(0.1)
-            start = time.perf_counter()
-            ready = pending.ready()
-            blocked[-1] += time.perf_counter() - start
-        blocked[-1] += measured(pending.finish)
-        for name in ("sync", "async"):
-            shutil.rmtree(folder / name)
-    sync, wait = statistics.median(whole), statistics.median(blocked)
-    return {"gigabytes": gigabytes, "sync_seconds": sync, "blocked_seconds": wait, "ratio": wait / sync}
+        if kind != "none":
+            saver.args.async_save = kind == "async"
+            trainer.progress.iteration += 1
+            standing(saver.save, trainer.progress)
+        for _ in range(5):
+            train_step(iterators, *parts, saver.args, before_update=lambda: standing(saver.copied))
+            standing(saver.poll)
+        standing(saver.finish)
+        took[kind].append(time.perf_counter() - start)
+        stood[kind].append(sum(still))
+        os.sync()
+
+    for turn in range(repeats + 1):  # the first of each kind gets the memory
+        for kind in list(took)[turn % 3 :] + list(took)[: turn % 3]:
+            stretch(kind)
+    found: dict = {"threads": threads, "gigabytes": _state_bytes(folder / "run") / 1e9}
+    seconds = {kind: statistics.median(values[1:]) for kind, values in took.items()}
+    found["seconds_per_iteration"] = seconds["none"] / 5
+    for kind in ("sync", "async"):
+        found[f"{kind}_added"] = seconds[kind] - seconds["none"]
+        found[f"{kind}_stood"] = statistics.median(stood[kind][1:])
+    for what in ("added", "stood"):
+        found[f"ratio_{what}"] = found[f"async_{what}"] / found[f"sync_{what}"]
+    return found
+
+
+def _state_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*.distcp"))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -180,6 +238,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--part", choices=PARTS, action="append", help="one or more; all by default")
     p.add_argument("--gigabytes", type=float, default=2.0, metavar="X", help="of stream; in memory, too")
     p.add_argument("--repeats", type=int, default=3, metavar="N")
+    p.add_argument("--threads", type=int, default=os.cpu_count(), metavar="N", help="that train, of async")
     p.add_argument("--json", action="store_true", help="print one JSON object")
     args = p.parse_args(argv)
     parts = args.part or PARTS
@@ -188,17 +247,19 @@ def main(argv: list[str] | None = None) -> int:
     if free < 3 * args.gigabytes * 1e9:
         p.error(f"--folder {args.folder}: {free / 1e9:.1f} GB free, {3 * args.gigabytes:.1f} are needed")
     platform.activate()
+    from megatron_ext.training import distributed
+
     found: dict = {}
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
         if "small" in parts:
             found["small"] = small(folder, args.repeats + 2)
-        if set(parts) & {"stream", "async"}:
-            join(0, 1, "")
-        if "stream" in parts:
-            found["stream"] = stream(folder, args.gigabytes, args.repeats)
         if "async" in parts:
-            found["async"] = background(folder, min(args.gigabytes, 1.0), args.repeats)
+            found["async"] = background(folder, min(args.gigabytes, 0.7), args.repeats, args.threads)
+            distributed.finalize()
+        if "stream" in parts:
+            join(0, 1, "")
+            found["stream"] = stream(folder, args.gigabytes, args.repeats)
     print(json.dumps(found) if args.json else json.dumps(found, indent=1))
     return 0
 

@@ -6,11 +6,13 @@ they say CUDA (``loader.py``, ``seams.py``). Where a GPU is used nothing is chan
 overrides what is found on the machine.
 """
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
 import random
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 
 from megatron_ext.platform import engine, loader, network
@@ -120,8 +122,27 @@ def default_backend() -> str:
     return "nccl" if on_gpu() else "gloo"
 
 
-def init_process_group(backend: str | None, rank: int, world_size: int, local_rank: int, timeout: timedelta):
-    """Join the job's processes; alone, without a launcher, the process is a world of one.
+def meet(rank: int, world_size: int, timeout: timedelta):
+    """The key-value store of the job, at MASTER_ADDR:MASTER_PORT, before its processes join in a group.
+
+    A process without a launcher has one of its own; where a group was joined before, it is the group's.
+
+    Raises RuntimeError if the first process does not answer in time.
+    """
+    import torch
+
+    if torch.distributed.is_initialized():
+        return torch.distributed.distributed_c10d._get_default_store()
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in os.environ:
+        return torch.distributed.HashStore()
+    return next(torch.distributed.rendezvous("env://", rank, world_size, timeout=timeout))[0]
+
+
+def init_process_group(
+    backend: str | None, rank: int, world_size: int, local_rank: int, timeout: timedelta, store=None
+):
+    """Join the job's processes, which met at ``store``; alone, the process is a world of one.
 
     gloo is bound to the interface that leads to the first host (``network.py``), unless
     GLOO_SOCKET_IFNAME names one. A group that was joined before is kept.
@@ -132,16 +153,38 @@ def init_process_group(backend: str | None, rank: int, world_size: int, local_ra
         return
     if on_gpu():
         torch.cuda.set_device(local_rank)
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    store = meet(rank, world_size, timeout) if store is None else store
     backend = backend or default_backend()
     if "gloo" in backend and "GLOO_SOCKET_IFNAME" not in os.environ:
         interface = network.gloo_interface(os.environ["MASTER_ADDR"])
         if interface is not None:
             os.environ["GLOO_SOCKET_IFNAME"] = interface
-    store = None if "MASTER_PORT" in os.environ else torch.distributed.HashStore()
     torch.distributed.init_process_group(
         backend, store=store, rank=rank, world_size=world_size, timeout=timeout
     )
+
+
+def beside_computation() -> Callable[[], contextlib.AbstractContextManager]:
+    """For copies from the device in another thread: each is made within a context that this returns.
+
+    They see what was computed until now, wait for nothing that is computed later, and are complete at
+    the end of the context. On a CPU a copy is complete when it returns.
+    """
+    if not on_gpu():
+        return contextlib.nullcontext
+    import torch
+
+    device, computed = torch.cuda.current_device(), torch.cuda.current_stream().record_event()
+
+    @contextlib.contextmanager
+    def beside():
+        stream = torch.cuda.Stream(device)
+        stream.wait_event(computed)
+        with torch.cuda.device(device), torch.cuda.stream(stream):
+            yield
+        stream.synchronize()
+
+    return beside
 
 
 def has_transformer_engine() -> bool:

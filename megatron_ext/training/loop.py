@@ -156,7 +156,8 @@ class Trainer:
         if self.progress.iteration + 1 in self.args.iterations_to_skip:
             return self._skip_step(iterators)
         try:
-            return train_step(iterators, self.model, self.optimizer, self.scheduler, self.args, self.recorder)
+            parts = self.model, self.optimizer, self.scheduler
+            return train_step(iterators, *parts, self.args, self.recorder, self.saver.copied)
         except BadNumbers as error:
             self.bad_numbers.pass_over(error, self.progress, get_num_microbatches())
             return StepResult(float("nan"), float("nan"), None, skipped=True, bad=True)

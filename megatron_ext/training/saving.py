@@ -14,8 +14,9 @@ from megatron_ext.training.step import parameters_in_place
 class Saver:
     """Writes the checkpoints of a run, one at a time; every method is collective.
 
-    With ``--async-save`` training goes on while the files are written: the checkpoint is put in
-    place at the first iteration at whose end every rank has written its part, before the next
+    With ``--async-save`` training goes on while the tensors are copied, up to the next update, which
+    ``copied`` has to come before, and while the files are written: the checkpoint is put in place
+    at the first iteration at whose end every rank has written its part, before the next
     save, or at the end of the run.
     """
 
@@ -45,15 +46,21 @@ class Saver:
                 run_state=asdict(progress),
                 args=self.args,
                 async_save=self.args.async_save,
+                wait_for_copies=False,
                 buffers=self.buffers,
             )
         self.saved_at = progress.iteration
         blocked = time.perf_counter() - started
         if self.args.async_save:
-            print_rank_0(f" checkpoint {progress.iteration}: copied in {blocked:.2f} s, being written")
+            print_rank_0(f" checkpoint {progress.iteration}: begun in {blocked:.2f} s, being written")
         else:
             self.finish()
             print_rank_0(f" checkpoint {progress.iteration}: written to {self.args.save} in {blocked:.2f} s")
+
+    def copied(self) -> None:
+        """Wait until a checkpoint that is being written needs the model and the optimizer no more."""
+        if self.pending is not None:
+            self.pending.copied()
 
     def poll(self) -> None:
         """Put a checkpoint that every rank has written in place; waits for none that is not."""

@@ -37,10 +37,12 @@ def train_step(
     scheduler,
     args: Namespace,
     record: Callable | None = None,
+    before_update: Callable[[], None] = lambda: None,
 ) -> StepResult:
     """Accumulate the gradients of one global batch over all microbatches and ranks, and update.
 
-    ``record`` is given each microbatch and its losses (recording.py).
+    ``record`` is given each microbatch and its losses (recording.py); ``before_update`` is called before
+    any parameter or optimizer state changes.
 
     Raises:
         BadNumbers: on every rank, before any parameter has changed.
@@ -53,6 +55,7 @@ def train_step(
     if args.check_for_nan_in_loss_and_grad:
         check_finite(model, counter)
 
+    before_update()
     updated, grad_norm, num_zeros = optimizer.step()
     updated = not agree_max([0.0 if updated else 1.0])[0]
     if updated:

@@ -80,6 +80,47 @@ def test_same_layout_is_bit_identical(pool, tmp_path, layout, flags, async_save)
     pool.run(layout, resumed_bit_for_bit, str(tmp_path), layout, flags, async_save, timeout=TIMEOUT)
 
 
+class SlowBuffers(dict):
+    """Memory for copies that is slow to be had: each copy takes a while to begin."""
+
+    def get(self, *key):
+        time.sleep(0.03)
+        return super().get(*key)
+
+
+def contents_of_saves(folder: str, layout: Layout, flags: tuple) -> tuple[bool, bool]:
+    """Whether two saves of the same state hold the same: in the way, and while training goes on.
+
+    First with the updates waiting for the copies, then with a run that does not wait.
+    """
+    run, same = Run(arguments(layout, *flags)).train(2), []
+    for waits in (True, False):
+        folders = [f"{folder}/{waits}-{name}" for name in ("sync", "async")]
+        save_checkpoint(folders[0], 2, run_state=run.run_state, **run.parts)
+        pending = save_checkpoint(
+            folders[1], 2, run_state=run.run_state, **run.parts, async_save=True, wait_for_copies=False,
+            buffers=SlowBuffers(),
+        )  # fmt: skip
+        run.train(2, pending.copied if waits else lambda: None)
+        pending.finish()
+        names = [sorted(path.name for path in checkpoint_dir(f, 2).iterdir()) for f in folders]
+        assert names[0] == names[1]
+        shards = [name for name in names[0] if name.endswith(".distcp")]
+        sync, background = ([(checkpoint_dir(f, 2) / n).read_bytes() for n in shards] for f in folders)
+        same.append(sync == background)
+    return tuple(same)
+
+
+@pytest.mark.parametrize("flags", [(), (DISTRIBUTED,), ("--bf16",)], ids=str)
+def test_a_background_save_is_of_the_moment_it_was_asked_for(pool, tmp_path, flags):
+    """Training goes on while tensors are copied; every file equals that of a save in the way, bit for bit."""
+    layout = Layout(dp=2)
+    found = pool.run(layout, contents_of_saves, str(tmp_path), layout, flags, timeout=TIMEOUT)
+    assert [waiting for waiting, _ in found] == [True, True]
+    if flags != (DISTRIBUTED,):  # whose state was gathered in copies already
+        assert [careless for _, careless in found] == [False, False], "the copies were never in danger"
+
+
 @pytest.fixture(scope="module", params=[(), (DISTRIBUTED,)], ids=["plain", "distributed"])
 def saved(request, pool, tmp_path_factory) -> tuple[Path, list[float]]:
     """A checkpoint of 4 processes, plain or of the distributed optimizer, and the losses around it."""

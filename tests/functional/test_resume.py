@@ -5,12 +5,14 @@ and every tensor of the final checkpoint, optimizer state included. (The third g
 stored trace, is in test_golden.py and test_layouts.py.)
 """
 
+import time
+
 import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 
-from megatron_ext.training.checkpointing import checkpoint_dir
+from megatron_ext.training.checkpointing import checkpoint_dir, writer
 from megatron_ext.training.checkpointing.safe import load_metadata
 from tests.functional.test_run import BASE
 from tests.helpers.faults import fused_run, steps_in
@@ -27,6 +29,19 @@ RUNS = {
 }
 
 
+def run_with_late_copies(argv: list[str]) -> None:
+    """The program; the copies of a background save begin when the next iteration has long begun."""
+    original = writer.snapshot
+
+    def late(*args):
+        time.sleep(0.2)
+        return original(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writer, "snapshot", late)
+        fused_run(argv, None)
+
+
 @pytest.fixture
 def run(pool, tmp_path, request):
     """A function that runs the program into a folder; returns its iterations."""
@@ -41,7 +56,7 @@ def run(pool, tmp_path, request):
     def run_into(name: str, **more) -> list[dict]:
         metrics = tmp_path / f"{name}.jsonl"
         argv = flags(**values | changes | dict(save=tmp_path / name, metrics_file=metrics) | more)
-        pool.run(processes, fused_run, argv, None, timeout=240)
+        pool.run(processes, run_with_late_copies, argv, timeout=240)
         return steps_in(metrics)
 
     return run_into
@@ -61,7 +76,7 @@ def tensors(folder, iteration: int) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS, indirect=True)
 def test_repeated_and_resumed_runs_are_the_first(run, tmp_path):
-    whole, again = run("whole"), run("again")
+    whole, again = run("whole"), run("again", async_save=None)
     assert [step["lm_loss"] for step in again] == [step["lm_loss"] for step in whole]
     last = whole[-1]["iteration"]
     middle = last // 2
@@ -72,6 +87,9 @@ def test_repeated_and_resumed_runs_are_the_first(run, tmp_path):
         assert {name: found[name] for name in compared} == {name: expected[name] for name in compared}
     expected = tensors(tmp_path / "whole", last)
     assert any("exp_avg_sq" in key for key in expected)
-    for name in ("again", "resumed"):
-        for key, value in tensors(tmp_path / name, last).items():
-            assert torch.equal(value, expected[key]), (name, key)
+    in_between = tensors(tmp_path / "whole", middle)  # by a save that training went on over, if it is async
+    for name, iteration, of_whole in (
+        ("again", middle, in_between), ("again", last, expected), ("resumed", last, expected),
+    ):  # fmt: skip
+        for key, value in tensors(tmp_path / name, iteration).items():
+            assert torch.equal(value, of_whole[key]), (name, iteration, key)

@@ -5,7 +5,7 @@ import json
 import shutil
 from argparse import Namespace
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 )
 from torch import nn
 
+from megatron_ext import platform
 from megatron_ext.training.checkpointing import content, folders, writer
 from megatron_ext.training.checkpointing.errors import CheckpointError, gather, on_rank_0, together
 from megatron_ext.training.checkpointing.folders import Retain
@@ -47,6 +48,7 @@ def save_checkpoint(
     rng_states: bool = True,
     retain: Retain | None = None,
     async_save: bool = False,
+    wait_for_copies: bool = True,
     buffers: writer.Buffers | None = None,
 ) -> "PendingSave":
     """Write ``SAVE/iter_{iteration}`` and make it the one to continue from; collective.
@@ -57,8 +59,10 @@ def save_checkpoint(
     ``--save-retain-interval`` says).
 
     With ``async_save`` the call returns as soon as all tensors were copied, and the result's
-    ``finish`` must be called, on all ranks alike, for the checkpoint to appear. ``buffers``, an empty
-    dict at first, keeps the memory of the copies for the next save.
+    ``finish`` must be called, on all ranks alike, for the checkpoint to appear. Without
+    ``wait_for_copies`` it returns at once, and the result's ``copied`` must be called before any of
+    the tensors may change. ``buffers``, an empty dict at first, keeps the memory of the copies for the
+    next save.
 
     Raises:
         CheckpointError: on every rank, if any could not do its part; nothing is left behind and
@@ -79,10 +83,12 @@ def save_checkpoint(
         _divide_among_replicas(sharded, args)
         shard_plan = writer.plan(sharded)
         # The common part is serialised now, as the scheduler's and optimizer's values move on.
-        pending.start(
-            writer.snapshot(shard_plan, buffers) if async_save else shard_plan, serialised(common), async_save
-        )
-        if not async_save:
+        if async_save:
+            pending.start_in_background(shard_plan, serialised(common), buffers)
+            if wait_for_copies:
+                pending.copied()
+        else:
+            pending.start(shard_plan, serialised(common))
             pending.finish()
     except BaseException:
         pending.abandon()
@@ -134,19 +140,33 @@ class PendingSave:
     retain: Retain
     previous: int | None
     _metadata: object = None
+    _copying: Future | None = None
     _job: Future | None = None
     _publishing: bool = False
     _threads: ThreadPoolExecutor | None = None
 
-    def start(self, shard_plan: writer.ShardPlan, common: bytes, in_background: bool) -> None:
-        """Begin to write this rank's files; communicates nothing."""
+    def start(self, shard_plan: writer.ShardPlan, common: bytes) -> None:
+        """Write this rank's files; communicates nothing."""
         self._metadata = shard_plan.metadata
-        action: Callable = lambda: self._write(shard_plan, common)  # noqa: E731
-        if in_background:
-            self._threads = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-            self._job = self._threads.submit(action)
-        else:
-            self._job = _done_now(action)
+        self._job = _done_now(lambda: self._write(shard_plan, common))
+
+    def start_in_background(
+        self, shard_plan: writer.ShardPlan, common: bytes, buffers: writer.Buffers | None = None
+    ) -> None:
+        """Begin to copy the tensors, and then to write this rank's files; communicates nothing."""
+        self._metadata = shard_plan.metadata
+        self._threads = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        beside = platform.beside_computation()
+        copying = self._copying = self._threads.submit(writer.snapshot, shard_plan, buffers, beside)
+        self._job = self._threads.submit(lambda: self._write(copying.result(), common))
+
+    def copied(self) -> None:
+        """Wait until all tensors were copied and may change; communicates nothing.
+
+        If copying failed, the writing of this rank has failed too, and ``finish`` tells all.
+        """
+        if self._copying is not None:
+            wait([self._copying])
 
     def _write(self, shard_plan: writer.ShardPlan, common: bytes) -> writer.Written:
         written = writer.write(shard_plan, self.working)

@@ -12,8 +12,9 @@ names them (``__{rank}_{i}.distcp``), and the same machinery of Megatron-Core tr
 import io
 import os
 import pickle
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,10 +99,16 @@ def size_of(value: Any) -> int:
 Buffers = dict[MetadataIndex, torch.Tensor]
 
 
-def snapshot(shard_plan: ShardPlan, buffers: Buffers | None = None) -> ShardPlan:
+def snapshot(
+    shard_plan: ShardPlan,
+    buffers: Buffers | None,
+    beside: Callable[[], AbstractContextManager],
+) -> ShardPlan:
     """A copy on the CPU of all that will be written, so that training may go on meanwhile.
 
-    Copies go into ``buffers`` where it has a fitting one, which must not be in use any more.
+    Copies go into ``buffers`` where it has a fitting one, which must not be in use any more. Run in
+    another thread, the tensors must not change before it returns; ``beside`` is of
+    platform.beside_computation, called where the tensors were computed.
     """
     buffers = {} if buffers is None else buffers
 
@@ -110,8 +117,10 @@ def snapshot(shard_plan: ShardPlan, buffers: Buffers | None = None) -> ShardPlan
             return value
         kept = buffers.get(item.index)
         if kept is None or kept.shape != value.shape or kept.dtype != value.dtype:
-            kept = buffers[item.index] = torch.empty(value.shape, dtype=value.dtype, device="cpu")
-        return kept.copy_(value.detach())
+            pinned = value.device.type != "cpu"
+            kept = buffers[item.index] = torch.empty(value.shape, dtype=value.dtype, pin_memory=pinned)
+        with beside():
+            return kept.copy_(value.detach(), non_blocking=True)
 
     with ThreadPoolExecutor(max_workers=_FILES_PER_RANK) as threads:
         files = [

@@ -1,6 +1,7 @@
 """A tiny PanGu-pi model, trained on made-up tokens, for the tests of checkpoints."""
 
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -83,11 +84,12 @@ class Run:
     def run_state(self) -> dict:
         return {"consumed_train_samples": self.iteration * GLOBAL_BATCH, "round": 2}
 
-    def train(self, steps: int) -> "Run":
+    def train(self, steps: int, before_update: Callable[[], None] = lambda: None) -> "Run":
         """Train ``steps`` iterations on tokens that depend on iteration and sample alone."""
         for _ in range(steps):
             iterators = [iter(self._microbatches()) for _ in self.model]
-            result = train_step(iterators, self.model, self.optimizer, self.scheduler, self.args)
+            parts = self.model, self.optimizer, self.scheduler
+            result = train_step(iterators, *parts, self.args, before_update=before_update)
             self.iteration += 1
             last_stage = parallel_state.get_pipeline_model_parallel_last_rank()
             loss = torch.tensor([result.lm_loss], dtype=torch.float64)
