@@ -51,7 +51,7 @@ class TrainingArguments:
     """The signal that asks for a checkpoint and an exit, such as SIGUSR1."""
 
     iterations_to_skip: list[int] = flag([])
-    """Iterations whose batch is read but not trained on."""
+    """Iterations, numbered as in the log (Megatron-LM 0.16 numbers from 0), whose batch is not trained on."""
 
     manual_gc: bool = False
     """Collect garbage at fixed iterations, so that all ranks pause together."""
