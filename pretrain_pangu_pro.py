@@ -24,19 +24,22 @@ def main(argv: list[str] | None = None) -> None:
 
     # Imported after the flags are known to be right: these take seconds.
     from megatron_ext.training import distributed
+    from megatron_ext.training.checkpointing import only_run_in
     from megatron_ext.training.recording import record_training_set
     from megatron_ext.training.setup import build_trainer
     from megatron_ext.training.watchdog import watching
 
-    distributed.initialize(args)
-    with watching(args) as watchdog:
+    store = distributed.meet(args)
+    with watching(args, store) as watchdog:
+        distributed.initialize(args, store)
         if args.record_sample_loss and args.record_mode == "frozen":
             record_training_set(args, watchdog)
         else:
-            trainer = build_trainer(args)
-            distributed.print_rank_0(f" set up in {time.time() - START:.1f} s")
-            distributed.shorten_timeout(args)
-            trainer.train(watchdog)
+            with only_run_in(args.save):
+                trainer = build_trainer(args)
+                distributed.print_rank_0(f" set up in {time.time() - START:.1f} s")
+                distributed.shorten_timeout(args)
+                trainer.train(watchdog)
     distributed.finalize()
 
 

@@ -14,14 +14,19 @@ def gloo_interface(master: str) -> str | None:
     host's own name, and fails where that name is not known or stands for the loopback address
     (pytorch/pytorch#26049).
     """
-    if master in ("127.0.0.1", "localhost") or int(os.environ.get("LOCAL_WORLD_SIZE", 0)) == int(
-        os.environ.get("WORLD_SIZE", 1)
-    ):
+    if on_one_host(master):
         return LOOPBACK
     own = _address_towards(master)
     if own is None or own.startswith("127."):
         return None
     return _interface_of(own)
+
+
+def on_one_host(master: str) -> bool:
+    """Whether all processes of the job are on this host; ``master`` is the address of the first."""
+    environment = os.environ
+    everyone = int(environment.get("LOCAL_WORLD_SIZE", 0)) == int(environment.get("WORLD_SIZE", 1))
+    return everyone or master in ("127.0.0.1", "localhost")
 
 
 def _address_towards(host: str) -> str | None:

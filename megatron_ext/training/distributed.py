@@ -7,19 +7,28 @@ from datetime import timedelta
 import torch
 from megatron.core import num_microbatches_calculator, parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from torch.distributed import Store
 
 from megatron_ext import platform
+from megatron_ext.training.errors import LostProcess
 
 
-def initialize(args: Namespace) -> None:
+def meet(args: Namespace) -> Store:
+    """Where the job's processes find each other: its key-value store.
+
+    Raises LostProcess if the first one does not answer within --distributed-timeout-minutes.
+    """
+    try:
+        return platform.meet(args.rank, args.world_size, _timeout(args))
+    except RuntimeError as error:
+        raise LostProcess(f"the first process of the job does not answer: {error}") from error
+
+
+def initialize(args: Namespace, store: Store | None = None) -> None:
     """Process group, tensor x pipeline x data parallel groups, seeds and microbatch counter."""
     platform.keep_freed_memory()
     platform.init_process_group(
-        args.distributed_backend,
-        args.rank,
-        args.world_size,
-        args.local_rank,
-        timeout=timedelta(minutes=args.distributed_timeout_minutes),
+        args.distributed_backend, args.rank, args.world_size, args.local_rank, _timeout(args), store
     )
     parallel_state.initialize_model_parallel(
         args.tensor_model_parallel_size,
@@ -37,6 +46,10 @@ def initialize(args: Namespace) -> None:
         args.data_parallel_size,
         args.decrease_batch_size_if_needed,
     )
+
+
+def _timeout(args: Namespace) -> timedelta:
+    return timedelta(minutes=args.distributed_timeout_minutes)
 
 
 def shorten_timeout(args: Namespace) -> None:

@@ -2,8 +2,9 @@
 
 Each rank has a thread that tells the others, through the job's key-value store, what the rank does
 and since when. Ranks that make no progress are reported, with the stacks of all, well before the
-timeout of a collective ends the job. A rank that fails leaves its reason in the store: the others
-end with it, even out of a collective that would wait for the timeout.
+timeout of a collective ends the job. A rank that fails leaves its reason in the store, and one that
+is killed is missed on its lifeline: the others end with the reason, even out of a collective, or of
+the making of a process group, that would wait for the timeout.
 """
 
 import contextlib
@@ -17,31 +18,30 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-import torch
 from torch.distributed import PrefixStore, Store
 
 from megatron_ext.training.distributed import flush
 from megatron_ext.training.errors import LostProcess
+from megatron_ext.training.lifelines import Lifelines
 
-#: A rank that was told of another's failure gets this long to end by itself.
-GRACE_SECONDS = 10.0
+#: A rank that was told of another's failure gets this long to end by itself; less before its first step.
+GRACE_SECONDS, SET_UP_GRACE_SECONDS = 10.0, 2.0
 #: After a lost connection: how long to wait for the reason. A rank that fails tells it before it ends.
 REASON_SECONDS = 0.5
 
 
 @contextlib.contextmanager
-def watching(args: Namespace) -> Iterator["Watchdog"]:
-    """A watchdog over what runs within, on every rank of an initialised job.
+def watching(args: Namespace, store: Store) -> Iterator["Watchdog"]:
+    """A watchdog over what runs within, on every rank of a job that met at ``store``.
 
     Raises LostProcess, naming the rank and its reason where known, if another rank failed or went.
     """
-    store = torch.distributed.distributed_c10d._get_default_store()
     patience = args.watchdog_minutes
     if patience is None:
         patience = args.distributed_timeout_minutes / 2
     dog = Watchdog(store, args.rank, args.world_size, patience * 60)
-    dog.start()
     try:
+        dog.start()
         yield dog
     except Exception as error:
         if not _lost_connection(error):
@@ -59,7 +59,8 @@ def watching(args: Namespace) -> Iterator["Watchdog"]:
 def _lost_connection(error: BaseException) -> bool:
     """Whether this is how a process group reports that another process has gone."""
     words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting",
-             "timed out", "has gone or does not answer", "NCCL", "Connection refused")  # fmt: skip
+             "timed out", "Wait timeout", "wait timeout", "has gone or does not answer", "NCCL",
+             "Connection refused")  # fmt: skip
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
@@ -94,17 +95,28 @@ class Watchdog:
         self.on_launcher_gone: Callable[[], None] = lambda: None
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._alarms_answered, self._reported = 0, -1
+        self._lines: Lifelines | None = None
+        self._reason, self._told_at = "", 0.0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def start(self) -> None:
-        """Begin to watch."""
+        """Begin to watch. Raises LostProcess or RuntimeError if rank 0 has gone before."""
+        self._lines = Lifelines(self.store, self.rank, self.world_size)
+        if self._lines.problem:
+            self.say(
+                f"rank {self.rank}: no line to rank 0 ({self._lines.problem}): a process that is killed may "
+                "be missed only at --distributed-timeout-minutes"
+            )
         self._thread.start()
 
     def stop(self) -> None:
         """End the thread."""
         self._ended.set()
-        self._thread.join(5)
+        if self._lines is not None:
+            self._lines.wake()
+            self._thread.join(5)
+            self._lines.close()
 
     def note(self, phase: str, iteration: int | None = None) -> None:
         """The rank has come to ``phase``: a sign of progress."""
@@ -137,8 +149,8 @@ class Watchdog:
         deadline = time.monotonic() + REASON_SECONDS
         with contextlib.suppress(RuntimeError):
             while True:
-                if self.store.check(["failure"]):
-                    return self.store.get("failure").decode()
+                if self._reason or self.store.check(["failure"]):
+                    return self._reason or self.store.get("failure").decode()
                 if time.monotonic() > deadline:
                     break
                 time.sleep(0.1)
@@ -146,24 +158,33 @@ class Watchdog:
 
     def _run(self) -> None:
         interval = min(5.0, self.patience / 4) if self.patience else 5.0
-        told_at: float | None = None
-        while not self._ended.wait(interval):
-            if self._launcher is not None and os.getppid() != self._launcher:
-                self._launcher = None
-                self.say(f"rank {self.rank}: the launcher has gone; saving and ending")
-                self.on_launcher_gone()
-            try:
+        while not self._ended.is_set():
+            for rank in self._lines.wait(0.5 if self._reason else interval):
+                self._heard(f"rank {rank} was killed or does not answer")
+                self.tell(self._reason)
+            if self._ended.is_set():
+                return
+            self._look_for_the_launcher()
+            with contextlib.suppress(RuntimeError):  # the store has gone with its process
                 self._look()
-                failed = self.world_size > 1 and self.store.check(["failure"])
-                reason = self.store.get("failure").decode() if failed else ""
-            except RuntimeError:
-                continue  # the store has gone with its process: the main thread notices by itself
-            if failed and told_at is None:
-                told_at = time.monotonic()
-            elif failed and time.monotonic() - told_at > GRACE_SECONDS:
-                self.say(f"rank {self.rank} ends, because {reason}")
+                if self.world_size > 1 and self.store.check(["failure"]):
+                    self._heard(self.store.get("failure").decode())
+            grace = GRACE_SECONDS if self.position.number else SET_UP_GRACE_SECONDS
+            if self._reason and time.monotonic() - self._told_at > grace:
+                self.say(f"rank {self.rank} ends, because {self._reason}")
                 flush()
                 self.leave(1)
+
+    def _heard(self, reason: str) -> None:
+        """Another rank has failed; the first reason counts."""
+        if not self._reason:
+            self._reason, self._told_at = reason, time.monotonic()
+
+    def _look_for_the_launcher(self) -> None:
+        if self._launcher is not None and os.getppid() != self._launcher:
+            self._launcher = None
+            self.say(f"rank {self.rank}: the launcher has gone; saving and ending")
+            self.on_launcher_gone()
 
     def _look(self) -> None:
         here = self.position

@@ -1,12 +1,16 @@
 """Runs of the real program that end badly on purpose: killed or signalled at a chosen or random point."""
 
+import contextlib
 import json
 import os
 import random
+import re
 import signal
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +32,8 @@ class Fuse:
     """When a signal hits a rank: ``delay`` seconds after the ``number``-th event.
 
     ``where`` is the --save folder, whose events are the changes of the disk in it (each is announced
-    just before it happens), or words of a phase that the watchdog is told of.
+    just before it happens), or words of a phase that the watchdog is told of; "set-up" is the one in
+    which it begins, before the process groups are made.
     """
 
     rank: int
@@ -64,16 +69,21 @@ class Fuse:
                 sys.addaudithook(lambda name, args: _armed[0] and _armed[0](name, args))
                 _hooked.append(True)
         else:
-            original = Watchdog.note
             _armed[0] = lambda name, args: None
+            self._follow("note", event)
+            self._follow("start", event)
 
-            def note(dog: Watchdog, phase: str, iteration: int | None = None) -> None:
-                original(dog, phase, iteration)
-                if self.where in phase:
-                    event()
+    def _follow(self, method: str, event: Callable[[], None]) -> None:
+        """Let ``event`` happen after each call of a method of the watchdog's in the phase."""
+        original = getattr(Watchdog, method)
 
-            Watchdog.note = note
-            _restore.append(lambda: setattr(Watchdog, "note", original))
+        def followed(dog: Watchdog, *args) -> None:
+            original(dog, *args)
+            if self.where in dog.position.phase:
+                event()
+
+        setattr(Watchdog, method, followed)
+        _restore.append(lambda: setattr(Watchdog, method, original))
 
     def _changes(self, name: str, args: tuple) -> bool:
         if name not in _EVENTS or not isinstance(args[0], str | Path):
@@ -89,16 +99,18 @@ _hooked: list = []
 _restore: list = []
 
 
-def fused_run(argv: list[str], fuse: Fuse | None) -> float:
-    """The program with a fuse lit on one rank; seconds it took."""
+def fused_run(argv: list[str], fuse: Fuse | None, log: str | None = None) -> float:
+    """The program with a fuse lit on one rank; seconds it took. ``log`` and the rank: where its errors go."""
     started = time.monotonic()
     # As in a real run: connected at the start, so that a rank that dies is missed at once.
     os.environ["TORCH_GLOO_LAZY_INIT"] = "0"
     reporting.peak_flops = lambda dtype: 1e12  # measuring it takes longer than the run
-    if fuse is not None and torch.distributed.get_rank() == fuse.rank:
+    rank = torch.distributed.get_rank()
+    if fuse is not None and rank == fuse.rank:
         fuse.arm()
     try:
-        _pretrain(argv)
+        with open(f"{log}{rank}" if log else os.devnull, "w") as file, contextlib.redirect_stderr(file):
+            _pretrain(argv)
     finally:
         with _lock:
             _armed[0] = None
@@ -110,16 +122,22 @@ def fused_run(argv: list[str], fuse: Fuse | None) -> float:
 def killed(pool: Pool, processes: int, argv: list, fuse: Fuse, ends_within: float = 60.0) -> str | None:
     """Run until the fuse kills its rank; None if the run came to its end before.
 
-    Every other rank has to end by itself, with the message that a process has gone.
+    Every other rank has to end by itself, with the message that a process has gone: as an error, or,
+    out of a call that waits for ever, from its watchdog.
     """
     try:
-        pool.run(processes, fused_run, argv, fuse, timeout=300, grace=ends_within)
+        with tempfile.TemporaryDirectory() as logs:
+            try:
+                pool.run(processes, fused_run, argv, fuse, f"{logs}/log", timeout=300, grace=ends_within)
+            finally:
+                said = {int(path.name[3:]): path.read_text() for path in Path(logs).iterdir()}
     except WorkerError as error:
         text = str(error)
-        assert f"rank {fuse.rank} of {processes} failed: the process died by SIGKILL" in text, text
-        for rank in set(range(processes)) - {fuse.rank}:
-            assert f"rank {rank} of {processes} failed: " in text, f"rank {rank} did not end: {text}"
-        assert text.count("was killed or does not answer") >= processes - 1, text
+        ends = dict(re.findall(r"rank (\d+) of \d+ failed: (.*?)(?=\n\nrank \d+ of|\Z)", text, re.DOTALL))
+        assert ends.pop(str(fuse.rank)) == "the process died by SIGKILL", text
+        assert len(ends) == processes - 1, f"not every rank has ended: {text}\n{said}"
+        for rank, end in ends.items():
+            assert "was killed or does not answer" in end + said[int(rank)], f"{end}\n{said[int(rank)]}"
         return text
     return None
 
@@ -149,11 +167,13 @@ def facts(step: dict) -> tuple:
 
 
 def random_fuse(rng: random.Random, processes: int, folder: Path, events: int, seconds: float) -> Fuse:
-    """A kill of a random rank at a random change of the disk in saving, or a random time after it.
+    """A kill of a random rank: at, or soon after, a random change of the disk in saving, or in set-up.
 
     ``events``: changes that rank 0 makes for one save; ``seconds`` that a save takes.
     """
     rank = rng.randrange(processes)
+    if rng.random() < 0.2:
+        return Fuse(rank, "set-up", 1, rng.uniform(0, 1))
     number = rng.randint(1, 2 * events if rank == 0 else 3)
     delay = rng.choice((0.0, rng.uniform(0, 2 * seconds)))
     return Fuse(rank, str(folder), number, delay)

@@ -3,6 +3,7 @@
 from megatron_ext.training.checkpointing.errors import CheckpointError, DamagedCheckpoint
 from megatron_ext.training.checkpointing.folders import Retain, checkpoint_dir, clean_up, latest_iteration
 from megatron_ext.training.checkpointing.load import LoadedState, load_checkpoint, read_checkpoint_args
+from megatron_ext.training.checkpointing.lock import only_run_in
 from megatron_ext.training.checkpointing.save import PendingSave, save_checkpoint
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "clean_up",
     "latest_iteration",
     "load_checkpoint",
+    "only_run_in",
     "read_checkpoint_args",
     "save_checkpoint",
 ]

@@ -24,7 +24,6 @@ KILLS = int(os.environ.get("FAULT_KILLS", 54))
 SEED = os.environ.get("FAULT_SEED", "0")
 RUN = BASE | dict(
     train_iters=10, save_interval=1, eval_iters=0, attention_dropout=0.1, hidden_dropout=0.1,
-    distributed_timeout_minutes=1,
 )  # fmt: skip
 #: name -> processes, flags, share of the kills
 JOBS = {
@@ -39,16 +38,9 @@ def run_flags(folder, metrics, **changes) -> list[str]:
     return flags(**RUN | dict(save=folder, load=folder, metrics_file=metrics) | changes)
 
 
-def in_long_form(job: str):
-    """A rank that dies while they connect may be noticed only at the distributed timeout, a minute later."""
-    asked = "FAULT_KILLS" in os.environ
-    return pytest.param(job, marks=pytest.mark.skipif(not asked, reason="runs in make faults"))
-
-
-@pytest.mark.parametrize("job", ["one", *map(in_long_form, ["distributed-optimizer", "async"])])
+@pytest.mark.parametrize("job", JOBS)
 def test_killed_again_and_again(pool, tmp_path, job, record_property):
     processes, changes, share = JOBS[job]
-    share = SHARES if job == "one" and "FAULT_KILLS" not in os.environ else share
     wanted, rng = -(-KILLS * share // SHARES), random.Random(f"{SEED} {job}")
     pool.run(processes, fused_run, run_flags(tmp_path / "whole", tmp_path / "whole.jsonl", **changes), None)
     trace = {step["iteration"]: facts(step) for step in steps_in(tmp_path / "whole.jsonl")}

@@ -13,7 +13,7 @@ import torch
 
 from megatron_ext.training import batch, setup, watchdog
 from tests.functional.test_run import BASE
-from tests.helpers.faults import Fuse, fused_run
+from tests.helpers.faults import Fuse, fused_run, killed
 from tests.helpers.pool import WorkerError
 from tests.helpers.training import _pretrain, flags
 
@@ -63,9 +63,10 @@ def stop_and_report(argv: list[str], log: str) -> None:
         patch.setattr(sys, "stderr", file)
         if rank == 0:
             threading.Timer(22, os.kill, (pids[1], signal.SIGCONT)).start()
+            os.environ["TORCH_GLOO_LAZY_INIT"] = "0"  # connects as rank 1 does
             _pretrain(argv)
         else:
-            fused_run(argv, Fuse(1, "a training step", 3, signals=(signal.SIGSTOP,)))
+            fused_run(argv, Fuse(1, "a training step", 3, signals=(signal.SIGSTOP,)), log)
 
 
 @pytest.mark.skipif("FAULT_KILLS" not in os.environ, reason="waits 22 seconds: part of make faults")
@@ -106,6 +107,15 @@ def test_the_failure_of_one_rank_is_told_by_all(pool, where):
     assert "rank 0 of 2 failed: Traceback" in text and expected in text
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_rank_that_is_killed_while_they_connect_is_missed_at_once(pool, tmp_path, rank):
+    """The others wait for it in the making of process groups, where no closed connection tells them."""
+    started = time.monotonic()
+    argv = flags(**BASE | dict(global_batch_size=6))  # --distributed-timeout-minutes is 10
+    text = killed(pool, 3, argv, Fuse(rank, "set-up", 1), ends_within=60)
+    assert text is not None and time.monotonic() - started < 60
+
+
 def wait_for_the_reason(folder: str) -> None:
     """Rank 0 waits where no closed connection would wake it, as in a collective of nccl."""
     rank = torch.distributed.get_rank()
@@ -115,7 +125,7 @@ def wait_for_the_reason(folder: str) -> None:
     def leave(code: int) -> None:
         os._exit(40 + code)
 
-    watchdog.GRACE_SECONDS = 0.2
+    watchdog.SET_UP_GRACE_SECONDS = 0.2
     dog = watchdog.Watchdog(store, rank, 2, 0.4, say=said.write_text, leave=leave)
     dog.start()
     if rank == 1:

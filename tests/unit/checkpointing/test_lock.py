@@ -1,0 +1,84 @@
+"""One run at a time saves into a folder, whatever became of the one before."""
+
+import errno
+import os
+import signal
+import socket
+import time
+
+import pytest
+
+from megatron_ext.training.checkpointing import CheckpointError, lock, only_run_in
+from tests.functional.test_run import BASE
+from tests.helpers.pool import WorkerError
+from tests.helpers.training import _pretrain, flags
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """The process id of one that holds the lock on ``tmp_path``, and has a child that lives longer."""
+    reads, writes = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.setsid()
+        lock._lock(tmp_path, 0)
+        if os.fork():
+            os.write(writes, b"held")
+        time.sleep(60)
+        os._exit(0)
+    assert os.read(reads, 4) == b"held"
+    yield pid
+    os.killpg(pid, signal.SIGKILL)
+    os.close(reads), os.close(writes)
+
+
+def kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+def test_a_folder_in_use_is_refused_until_its_process_is_killed(tmp_path, holder):
+    with pytest.raises(CheckpointError, match=rf"host {socket.gethostname()}, process {holder}\);"):
+        lock._lock(tmp_path, 0.3)
+    kill(holder)
+    os.close(lock._lock(tmp_path, 0))
+
+
+def test_a_run_that_is_just_ending_is_waited_for(tmp_path, holder):
+    killer = os.fork()
+    if killer == 0:
+        time.sleep(0.5)
+        os.kill(holder, signal.SIGKILL)
+        os._exit(0)
+    os.close(lock._lock(tmp_path, 30))
+    os.waitpid(killer, 0)
+    os.waitpid(holder, 0)
+
+
+def impatient_run(argv: list[str]) -> None:
+    from megatron_ext.training import checkpointing
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpointing, "only_run_in", lambda folder: only_run_in(folder, wait=0.1))
+        _pretrain(argv)
+
+
+def test_every_rank_of_the_second_run_says_whose_the_folder_is(pool, tmp_path, holder):
+    argv = flags(**BASE | dict(save=tmp_path, save_interval=1, train_iters=1))
+    with pytest.raises(WorkerError) as failed:
+        pool.run(2, impatient_run, argv, grace=20)
+    said = f"could not take --save {tmp_path} for this run: another run saves into it (host "
+    assert str(failed.value).count(said) >= 2 and f"process {holder})" in str(failed.value)
+    assert [entry.name for entry in tmp_path.iterdir()] == [lock.LOCK]
+    kill(holder)
+    pool.run(2, impatient_run, argv)
+    assert (tmp_path / "iter_0000001").is_dir()
+
+
+def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, capsys):
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock.fcntl, "lockf", refuse)
+    os.close(lock._lock(tmp_path, 0))
+    assert f"no lock on --save {tmp_path} (No locks available)" in capsys.readouterr().err
