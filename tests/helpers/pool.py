@@ -99,7 +99,7 @@ class Pool:
 
         Returns the results in the order of the ranks. Raises :class:`WorkerError` with the traceback
         of each rank that failed within ``grace`` seconds of the first, or with the stack of each rank
-        still running after ``timeout`` seconds.
+        still running after ``timeout`` seconds (or after a ``grace`` that was given).
         """
         with tempfile.TemporaryDirectory(prefix="pool-") as folder:
             job = _Job(layout, function, args, kwargs, f"{folder}/store", timeout, backend)
@@ -164,14 +164,17 @@ class _Server:
         replies: dict[int, bytes] = {}
         problems: list[str] = []
         waiting, world_size = dict(ranks), len(ranks)
-        deadline = time.monotonic() + timeout
+        started = time.monotonic()
+        deadline = started + timeout
         while waiting:
             ready = wait([*waiting, self.parent], max(0.0, deadline - time.monotonic()))
             if self.parent in ready:  # a job is answered before the next is sent: pytest has gone
                 raise EOFError
             if not ready:
-                if not problems:
-                    problems = [self._stack(rank, world_size, timeout) for rank in waiting.values()]
+                # Those that outlive the first failure by the usual grace are just waiting for it.
+                if not problems or grace > GRACE_SECONDS:
+                    late = time.monotonic() - started
+                    problems += [self._stack(rank, world_size, late) for rank in waiting.values()]
                 break
             for connection in ready:
                 rank = waiting.pop(connection)
@@ -201,13 +204,13 @@ class _Server:
         code = os.waitstatus_to_exitcode(status)
         return f" with exit code {code}" if code >= 0 else f" by {signal.Signals(-code).name}"
 
-    def _stack(self, rank: int, world_size: int, timeout: float) -> str:
+    def _stack(self, rank: int, world_size: int, seconds: float) -> str:
         worker = self.workers[rank]
         os.kill(worker.pid, signal.SIGUSR2)
         time.sleep(0.2)
         worker.stack_file.seek(0)
         stack = worker.stack_file.read().decode(errors="replace")
-        return f"rank {rank} of {world_size} did not end within {timeout:g} s; it is at\n{stack}"
+        return f"rank {rank} of {world_size} did not end within {seconds:.0f} s; it is at\n{stack}"
 
     def _kill_workers(self) -> None:
         for worker in self.workers:
