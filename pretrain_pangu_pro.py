@@ -9,13 +9,14 @@ Flags are Megatron-LM's; see --help. One process needs no torchrun. Runs on GPUs
 some, else on the CPU with the same parallelism over gloo.
 """
 
+import os
 import sys
 import time
 
 START = time.time()
 
 from megatron_ext.arguments import parse_args  # noqa: E402
-from megatron_ext.training.errors import RunError  # noqa: E402
+from megatron_ext.training.errors import LostProcess, RunError  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -46,5 +47,10 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
+    except LostProcess as error:
+        # At once: Python's end closes process groups, which may wait for those that have gone.
+        sys.stdout.flush()
+        print(f"pretrain_pangu_pro.py: error: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
     except (ValueError, OSError, RunError) as error:
         sys.exit(f"pretrain_pangu_pro.py: error: {error}")

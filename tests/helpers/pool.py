@@ -252,11 +252,18 @@ def _work(connection: Connection, stack_file: Any) -> None:
     with contextlib.suppress(EOFError):
         while True:
             rank, job = pickle.loads(connection.recv_bytes())
-            connection.send_bytes(pickle.dumps(_attempt(rank, job)))
+            environment, folder = dict(os.environ), os.getcwd()
+            outcome = _attempt(rank, job)
+            # A failure is told first: to leave a group whose processes have gone may take until its timeout.
+            if outcome[0]:
+                connection.send_bytes(pickle.dumps(outcome))
+            _clean_up(environment, folder)
+            if not outcome[0]:
+                connection.send_bytes(pickle.dumps(outcome))
 
 
 def _attempt(rank: int, pickled_job: bytes) -> tuple[str, bytes]:
-    environment, folder = dict(os.environ), os.getcwd()
+    """Run a job: (the traceback or nothing, the pickled result)."""
     try:
         job: _Job = pickle.loads(pickled_job)
         # The group's own timeout is longer: the server reports a hang first, with stacks.
@@ -266,9 +273,12 @@ def _attempt(rank: int, pickled_job: bytes) -> tuple[str, bytes]:
         return "", pickle.dumps(job.function(*job.args, **job.kwargs))
     except BaseException as error:
         return "".join(traceback.format_exception(error)), b""
-    finally:
-        parallel.destroy()
-        gc.collect()
-        os.environ.clear()
-        os.environ.update(environment)
-        os.chdir(folder)
+
+
+def _clean_up(environment: dict[str, str], folder: str) -> None:
+    """Leave the process as it was before the job."""
+    parallel.destroy()
+    gc.collect()
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
