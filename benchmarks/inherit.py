@@ -209,22 +209,27 @@ class Experiment:
         depth = {"depth_policy": self.args.depth_policy}
         if self.args.layers:
             depth = {"depth_policy": "list", "layers": self.args.layers}
+        text = {
+            "data_path": "target_train_text_document",
+            "data_cache_path": "cache",
+            "seq_length": SEQUENCE,
+            "micro_batch_size": 4,
+            "calibration_samples": self.args.calibration_samples,
+            "calibration_dtype": "bf16" if self.args.bf16 else "fp32",
+        }
+        if criterion not in ("taylor", "learned") and depth["depth_policy"] != "importance":
+            text = {}  # spares the time to measure losses
         self.program(
             "tools/inherit_checkpoint.py",
             load="source",
             save=save,
             **shape,
             **depth,
+            **text,
             tokenizer_model=self.work / "source.model",
             target_tokenizer_model=self.work / "target.model",
             width_criterion=criterion,
             seed=seed,
-            data_path="target_train_text_document",
-            data_cache_path="cache",
-            seq_length=SEQUENCE,
-            micro_batch_size=4,
-            calibration_samples=self.args.calibration_samples,
-            calibration_dtype="bf16" if self.args.bf16 else "fp32",
             mask_steps=self.args.mask_steps,
             mask_lr=self.args.mask_lr,
             mask_batch_size=4,

@@ -10,6 +10,7 @@ Thin lines are training losses, thick ones their running mean, points validation
 import argparse
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -108,7 +109,8 @@ def draw(runs: dict[str, tuple[Records, Records]], x: str, output: Path) -> None
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for (name, (training, validation)), color in zip(runs.items(), _colors(len(runs)), strict=True):
+    names = short_names(list(runs))
+    for name, (training, validation), color in zip(names, runs.values(), _colors(len(runs)), strict=True):
         label = f"{name}: " if len(runs) > 1 else ""
         xs = [record[x] for record in training]
         losses = [math.nan if record["lm_loss"] is None else record["lm_loss"] for record in training]
@@ -117,13 +119,23 @@ def draw(runs: dict[str, tuple[Records, Records]], x: str, output: Path) -> None
         at = {record["iteration"]: record[x] for record in training}
         points = [(at[r["iteration"]], r["lm_loss"]) for r in validation if r["iteration"] in at]
         if points:
-            axes.plot(*zip(*points, strict=True), "o", color=color, markersize=5, label=f"{label}validation")
+            said = f"{label}validation" if len(runs) < 4 else None  # the legend would cover the curves
+            axes.plot(*zip(*points, strict=True), "o", color=color, markersize=5, label=said)
     axes.set(xlabel=x.replace("_", " "), ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
     output.parent.mkdir(parents=True, exist_ok=True)
     write_picture(figure, output)
     pyplot.close(figure)
+
+
+def short_names(paths: list[str]) -> list[str]:
+    """What tells files apart: without the folder they share, and without the suffix."""
+    if len(paths) == 1:
+        return [Path(paths[0]).stem]
+    whole = [Path(path).absolute() for path in paths]
+    shared = os.path.commonpath([path.parent for path in whole])
+    return [str(path.relative_to(shared).with_suffix("")) for path in whole]
 
 
 def running_mean(values: list[float], half_width: int = 12) -> list[float]:

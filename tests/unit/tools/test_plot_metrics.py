@@ -61,3 +61,9 @@ def test_running_mean_does_not_lag():
     nan = float("nan")
     assert plot_metrics.running_mean([3.0, nan, 3.0]) == pytest.approx([3.0, 3.0, 3.0])
     assert plot_metrics.running_mean([9.0, 7.0, 5.0, 3.0]) == pytest.approx([9.0, 7.0, 5.0, 3.0])
+
+
+def test_files_are_named_by_what_tells_them_apart():
+    assert plot_metrics.short_names(["runs/a/m.jsonl"]) == ["m"]
+    assert plot_metrics.short_names(["runs/a/m.jsonl", "runs/b/m.jsonl"]) == ["a/m", "b/m"]
+    assert plot_metrics.short_names(["x/from_l2.jsonl", "x/from_l1.jsonl"]) == ["from_l2", "from_l1"]
