@@ -1,11 +1,14 @@
 """Learned masks: which units to keep is trained, on the language-model loss, with the weights frozen.
 
 The paper finds learned masks better than Taylor, l2 and l1, and publishes neither formula nor granularity.
-Our reading: one logit for each hidden channel, FFN channel, query group and layer. The forward pass keeps
-exactly the target's number of units, those of the highest logits, so what is trained is always a model of
-the target's shape. The backward pass takes the gradient of a sigmoid around the threshold instead of that
-of the step (straight through). Its temperature falls from start to end, and with it Gumbel noise on the
-logits, by which early steps try units beside the best ones.
+Our reading: one logit for each hidden channel, FFN channel, query group and layer. A mask is the sigmoid of
+its logits around a threshold at which the masks sum to the target's number of units; the temperature falls,
+so that in the end they are all but 0 or 1, and the units of the highest logits are kept.
+
+Masks between 0 and 1 are what makes gradients comparable. A trained model's loss is flat in the mask of a
+unit that is fully there, dL/dmask = 0 at 1, and steep where it is missing: hard masks with straight-through
+gradients pull in whatever is dropped, however little it is worth, and did worse than the scores they started
+from (docs/inheritance.md). At 1/2 the slope is what the unit is worth, for a loss that is quadratic in it.
 """
 
 import time
@@ -29,9 +32,8 @@ class Recipe:
     """How masks are trained."""
 
     steps: int = 200
-    learning_rate: float = 0.02
-    temperature: tuple[float, float] = (1.0, 0.1)
-    noise: float = 0.0
+    learning_rate: float = 0.03
+    temperature: tuple[float, float] = (0.3, 0.01)
     patience: int = 30
     seed: int = 1234
 
@@ -40,13 +42,16 @@ class Recipe:
         start, end = self.temperature
         return start * (end / start) ** (step / max(1, self.steps - 1))
 
+    def rate_at(self, step: int) -> float:
+        """Falls to 0, so that the last steps average over batches instead of following them."""
+        return self.learning_rate * (1 - step / self.steps)
+
 
 @dataclass
 class Learned:
     """Where the training stands; what ``save`` writes and ``load`` reads."""
 
     logits: dict[str, Tensor]
-    optimizer: torch.optim.Optimizer
     step: int = 0
     unchanged: int = 0
     tokens: int = 0
@@ -56,8 +61,7 @@ class Learned:
     def state(self) -> dict:
         """Plain values and tensors, which load without unpickling anything else."""
         plain = {name: getattr(self, name) for name in _COUNTERS}
-        logits = {name: value.detach() for name, value in self.logits.items()}
-        return plain | {"logits": logits, "optimizer": self.optimizer.state_dict()}
+        return plain | {"logits": {name: value.detach() for name, value in self.logits.items()}}
 
     def restore(self, state: dict) -> None:
         """Continue from what :meth:`state` gave."""
@@ -66,13 +70,12 @@ class Learned:
         with torch.no_grad():
             for name, value in self.logits.items():
                 value.copy_(state["logits"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
 
 
 _COUNTERS = ("step", "unchanged", "tokens", "seconds", "losses")
 
 
-def begin(start: Masks, recipe: Recipe, settled: Collection[str] = ()) -> Learned:
+def begin(start: Masks, settled: Collection[str] = ()) -> Learned:
     """Logits from the ranks of first scores: a unit's share of those below it, as a normal quantile.
 
     Ranks have the same spread for every kind of unit, whatever the unit of the score, so one learning
@@ -80,8 +83,9 @@ def begin(start: Masks, recipe: Recipe, settled: Collection[str] = ()) -> Learne
     """
     device = platform.current_device()
     logits = {name: _normal_ranks(score).float().to(device) for name, score in vars(start).items()}
-    free = [value.requires_grad_(True) for name, value in logits.items() if name not in settled]
-    return Learned(logits, torch.optim.Adam(free, lr=recipe.learning_rate, betas=(0.9, 0.95)))
+    for name, value in logits.items():
+        value.requires_grad_(name not in settled)
+    return Learned(logits)
 
 
 def _normal_ranks(scores: Tensor) -> Tensor:
@@ -89,18 +93,25 @@ def _normal_ranks(scores: Tensor) -> Tensor:
     return torch.special.ndtri((ranks + 0.5) / scores.size(-1))
 
 
-def straight_through(logits: Tensor, count: int, temperature: float) -> Tensor:
-    """1 for the ``count`` highest logits of the last axis and 0 for the others, with a sigmoid's gradient.
+def relaxed(logits: Tensor, count: int, temperature: float) -> Tensor:
+    """Masks between 0 and 1, the sigmoid of the logits, that sum to ``count`` over the last axis.
 
-    The sigmoid's centre is halfway between the last logit kept and the first dropped.
+    Their threshold is found by bisection and takes no part in the gradient: it goes to the logits alone.
     """
     if count == logits.size(-1):
         return torch.ones_like(logits)
-    ordered = logits.detach().sort(-1, descending=True).values
-    threshold = ordered[..., count - 1 : count + 1].mean(-1, keepdim=True)
-    soft = torch.sigmoid((logits - threshold) / temperature)
-    hard = torch.zeros_like(logits).scatter_(-1, top(logits.detach(), count), 1.0)
-    return hard + (soft - soft.detach())
+    fixed = logits.detach()
+    low = fixed.min(-1, keepdim=True).values - _FAR * temperature
+    high = fixed.max(-1, keepdim=True).values + _FAR * temperature
+    for _ in range(_HALVINGS):
+        threshold = (low + high) / 2
+        too_many = torch.sigmoid((fixed - threshold) / temperature).sum(-1, keepdim=True) > count
+        low, high = torch.where(too_many, threshold, low), torch.where(too_many, high, threshold)
+    return torch.sigmoid((logits - (low + high) / 2) / temperature)
+
+
+#: Beyond so many temperatures a sigmoid is 0 or 1 in fp32; so often the threshold's interval is halved.
+_FAR, _HALVINGS = 20.0, 40
 
 
 def train(
@@ -119,7 +130,7 @@ def train(
         steps: step -> this rank's microbatches of each step from there on.
         note: hears of every step done; where progress is shown and states are saved.
 
-    It stops early when the choice without noise has been the same for ``patience`` steps. A collective
+    It stops early when the choice has been the same for ``patience`` steps. A collective
     call; all ranks end with the same logits, bit for bit.
     """
     masks = Masks(**learned.logits)
@@ -149,38 +160,39 @@ def _step(
 ) -> Tensor:
     """One update of the logits; the mean loss of this rank's microbatches, float64."""
     temperature = recipe.temperature_at(learned.step)
-    noise = _noise(learned, recipe, temperature)
     loss = torch.zeros((), dtype=torch.float64)
-    learned.optimizer.zero_grad()
     for batch in microbatches:
         for name, logits in learned.logits.items():
-            noisy = logits + noise[name] if logits.requires_grad else logits
-            setattr(masks, name, straight_through(noisy, counts[name], temperature))
+            mask = relaxed if logits.requires_grad else hard
+            setattr(masks, name, mask(logits, counts[name], temperature))
         part = forward(model, batch).sum() / batch.loss_mask.sum() / len(microbatches)
         part.backward()
         loss += part.item()
         learned.tokens += batch.tokens.numel() * parallel_state.get_data_parallel_world_size()
     for logits in learned.logits.values():
         if logits.grad is not None:
-            logits.grad.copy_(average(logits.grad))
-    learned.optimizer.step()
+            _descend(logits, average(logits.grad), recipe.rate_at(learned.step))
     return loss
+
+
+@torch.no_grad()
+def _descend(logits: Tensor, gradient: Tensor, rate: float) -> None:
+    """A step of ``rate`` for a unit of the usual gradient of its kind, and in proportion for the others.
+
+    Adam would move every logit at the same speed, those of noise alone too.
+    """
+    logits -= rate * gradient / (gradient.square().mean().sqrt() + 1e-12)
+    logits.grad = None
+
+
+def hard(logits: Tensor, count: int, temperature: float = 0.0) -> Tensor:
+    """1 for the ``count`` highest logits of the last axis, 0 for the others."""
+    return torch.zeros_like(logits).scatter_(-1, top(logits.detach(), count), 1.0)
 
 
 def choice_of(learned: Learned, counts: dict[str, int]) -> dict[str, Tensor]:
     """The units that the logits keep, by mask; ascending indices on the CPU."""
     return {name: top(logits.detach().cpu(), counts[name]) for name, logits in learned.logits.items()}
-
-
-def _noise(learned: Learned, recipe: Recipe, temperature: float) -> dict[str, Tensor]:
-    """Gumbel noise of one step: the same on every rank and in a run that was resumed."""
-    generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + learned.step)
-    scale = recipe.noise * temperature / recipe.temperature[0]
-    noise = {}
-    for name, logits in learned.logits.items():
-        uniform = torch.rand(logits.shape, generator=generator).clamp(1e-9, 1 - 1e-7)
-        noise[name] = (-scale * torch.log(-torch.log(uniform))).to(logits.device)
-    return noise
 
 
 def recipe_from(options: Namespace) -> Recipe:
@@ -189,7 +201,6 @@ def recipe_from(options: Namespace) -> Recipe:
         steps=options.mask_steps,
         learning_rate=options.mask_lr,
         temperature=tuple(options.mask_temperature),
-        noise=options.mask_noise,
         patience=options.mask_patience,
         seed=options.seed,
     )

@@ -75,7 +75,7 @@ def _add_choice(g) -> None:
     g.add_argument("--depth-policy", choices=DEPTH, default="ends", help="which layers stay (default ends)")
     g.add_argument("--layers", type=int, nargs="+", metavar="N", help="for --depth-policy list, from 0")
     g.add_argument("--width-criterion", choices=WIDTH, default="l2", help="which channels stay (default l2)")
-    g.add_argument("--seed", type=int, default=1234, help="of random choices, new weights and noise")
+    g.add_argument("--seed", type=int, default=1234, help="of random choices, new weights and samples")
 
 
 def _add_calibration(g) -> None:
@@ -102,17 +102,14 @@ def _add_calibration(g) -> None:
 def _add_learned(g) -> None:
     g.add_argument("--mask-steps", type=int, default=200, metavar="N", help="at most (default 200)")
     g.add_argument("--mask-batch-size", type=int, default=8, metavar="N", help="samples a step (default 8)")
-    g.add_argument("--mask-lr", type=float, default=0.02, metavar="X", help="Adam's rate (default 0.02)")
+    g.add_argument("--mask-lr", type=float, default=0.03, metavar="X", help="rate, falls to 0 (default 0.03)")
     g.add_argument(
         "--mask-temperature",
         type=float,
         nargs=2,
-        default=(1.0, 0.1),
+        default=(0.3, 0.01),
         metavar=("START", "END"),
-        help="of the sigmoid that gradients pass through (default 1.0 0.1)",
-    )
-    g.add_argument(
-        "--mask-noise", type=float, default=0.0, metavar="X", help="Gumbel noise at the start (default 0)"
+        help="of the sigmoid that masks are (default 0.3 0.01)",
     )
     g.add_argument(
         "--mask-patience", type=int, default=30, metavar="N", help="stop after N steps without a change"
@@ -149,6 +146,6 @@ def problems(options: argparse.Namespace) -> list[str]:
     start, end = options.mask_temperature
     if not float("inf") > start >= end > 0:
         found.append("--mask-temperature must fall from START to END, both above 0")
-    if not options.mask_lr > 0 or not options.mask_noise >= 0:
-        found.append("--mask-lr must be above 0 and --mask-noise at least 0")
+    if not options.mask_lr > 0:
+        found.append("--mask-lr must be above 0")
     return found

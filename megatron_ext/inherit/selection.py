@@ -120,7 +120,7 @@ def _learned(
     worth = torch.zeros(source.shape.num_layers, dtype=torch.float64)
     worth[layers] = 1.0
     start = Masks(first.hidden, first.ffn, first.groups, losses if free_depth else worth)
-    learned = learn.begin(start, recipe, settled=() if free_depth else ("layers",))
+    learned = learn.begin(start, settled=() if free_depth else ("layers",))
     counts = {
         "hidden": target.hidden_size,
         "ffn": target.ffn_hidden_size,
