@@ -75,6 +75,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--layers", type=int, nargs="+", metavar="N", help="keep these, found before")
     p.add_argument("--source-iters", type=int, default=5500, help="steps of the source (default 5500)")
     p.add_argument("--iters", type=int, default=64, help="steps of each target (default 64)")
+    p.add_argument("--measure-every", type=int, metavar="N", help="steps (default: the start and the end)")
     p.add_argument("--lr", type=float, default=1e-3, help="of the targets (default 1e-3)")
     p.add_argument("--calibration-samples", type=int, default=64, help="of 256 tokens (default 64)")
     p.add_argument("--mask-steps", type=int, default=200, help="steps of learned masks (default 200)")
@@ -187,13 +188,12 @@ class Experiment:
     def inherit_and_train(self, name: str) -> None:
         """One target, CRITERION_SEED: cut (but for criterion none: random weights), then trained."""
         criterion, seed = name.split("_")
-        half = max(1, self.args.iters // 2)
         flags = TARGET | {
             "lr": self.args.lr,
             "min-lr": self.args.lr / 10,
             "lr-warmup-fraction": 0.05,
             "eval-iters": 0,
-            "save-interval": half,
+            "save-interval": self.args.measure_every or self.args.iters,
             "seed": seed,
         }
         if criterion != "none":
@@ -236,7 +236,7 @@ class Experiment:
         )
 
     def measure(self, names: list[str]) -> None:
-        """NAME.heldout.json of each run: [step, bits per byte] at the start, the middle and the end."""
+        """NAME.heldout.json of each run: [step, bits per byte] at the start and of every checkpoint."""
         from benchmarks.inherit_heldout import HeldOut
 
         held_out = None
@@ -282,18 +282,29 @@ def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.3f}{deviation}"
 
 
+def steps_of(results: dict) -> list[int]:
+    """The steps at which every run was measured."""
+    measured = [{step for step, _ in run["held_out"]} for runs in results.values() for run in runs]
+    return sorted(set.intersection(*measured))
+
+
+def at(runs: list[dict], step: int) -> list[float]:
+    """Bits per byte of each run at a step."""
+    return [dict(run["held_out"])[step] for run in runs]
+
+
 def table(results: dict) -> str:
     """Markdown: bits per byte of the held-out text by step, and below a random slice of the same seed."""
-    steps = [step for step, _ in next(iter(results.values()))[0]["held_out"]]
+    steps = steps_of(results)
     head = ["start from", "runs", *(f"step {step}" for step in steps), "by seed", "below random slice"]
     lines = ["| " + " | ".join([*head, "seconds to choose"]) + " |", "|" + "---|" * (len(head) + 1)]
-    by_lot = {run["seed"]: run["held_out"][-1][1] for run in results.get("random", [])}
+    by_lot = {run["seed"]: dict(run["held_out"])[steps[-1]] for run in results.get("random", [])}
     for criterion, runs in results.items():
-        ends = {run["seed"]: run["held_out"][-1][1] for run in runs}
+        ends = {run["seed"]: dict(run["held_out"])[steps[-1]] for run in runs}
         less = [by_lot[seed] - end for seed, end in ends.items() if seed in by_lot]
         seconds = [run["seconds"] for run in runs if "seconds" in run]
         row = ["random weights" if criterion == "none" else criterion, str(len(runs))]
-        row += [spread([run["held_out"][at][1] for run in runs]) for at in range(len(steps))]
+        row += [spread(at(runs, step)) for step in steps]
         row += [", ".join(f"{end:.3f}" for end in ends.values()), spread(less)]
         row += [f"{statistics.mean(seconds):.0f}" if seconds else "-"]
         lines.append("| " + " | ".join(row) + " |")
@@ -309,8 +320,8 @@ def draw(results: dict, path: Path) -> None:
 
     figure, axis = pyplot.subplots(figsize=(7, 4.5))
     for criterion, runs in results.items():
-        x = [step * SEQUENCE * BATCH for step, _ in runs[0]["held_out"]]
-        columns = [*zip(*([bits for _, bits in run["held_out"]] for run in runs), strict=True)]
+        x = [step * SEQUENCE * BATCH for step in steps_of(results)]
+        columns = [at(runs, step) for step in steps_of(results)]
         name = "random weights" if criterion == "none" else criterion
         (line,) = axis.plot(x, [*map(statistics.mean, columns)], marker="o", label=name)
         axis.fill_between(x, [*map(min, columns)], [*map(max, columns)], alpha=0.15, color=line.get_color())

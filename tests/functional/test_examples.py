@@ -74,3 +74,16 @@ def test_smoke_trains_a_narrowed_model(tmp_path):
     assert records[-1]["split"] == "test"
     assert Path(checkpoints, "latest_checkpointed_iteration.txt").read_text().strip() == "10"
     assert list((tmp_path / "logs").glob("events.out.tfevents.*"))
+
+
+@pytest.mark.skipif(not os.environ.get("LONG_TESTS"), reason="minutes of work: LONG_TESTS=1")
+def test_inheritance_from_end_to_end(tmp_path):
+    """Too short to learn: every step of the example, its table and its plot."""
+    lengths = {"SOURCE_ITERS": "10", "TARGET_ITERS": "3", "MASK_STEPS": "2"}
+    done = bash("inherit_then_train.sh", timeout=1800, INHERIT_DIR=str(tmp_path / "run"), **lengths)
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = done.stdout[done.stdout.index("bits per byte\n") :].splitlines()[2:8]
+    rows = {row.split()[0]: [float(word) for word in row.split()[1:] if word != "-"] for row in table}
+    assert list(rows) == ["random_weights", "random", "l1", "l2", "taylor", "learned"]
+    assert all(0 < value < 10 for row in rows.values() for value in row)
+    assert (tmp_path / "run" / "curves.png").stat().st_size > 10_000
