@@ -164,17 +164,21 @@ class _Server:
         replies: dict[int, bytes] = {}
         problems: list[str] = []
         waiting, world_size = dict(ranks), len(ranks)
-        started = time.monotonic()
-        deadline = started + timeout
+        left, waited = timeout, 0.0
         while waiting:
-            ready = wait([*waiting, self.parent], max(0.0, deadline - time.monotonic()))
+            before = time.monotonic()
+            ready = wait([*waiting, self.parent], min(1.0, left))
+            # While the whole machine stands still, the ranks do too: of a pause two seconds count.
+            passed = min(time.monotonic() - before, 2.0)
+            left, waited = max(0.0, left - passed), waited + passed
             if self.parent in ready:  # a job is answered before the next is sent: pytest has gone
                 raise EOFError
             if not ready:
+                if left:
+                    continue
                 # Those that outlive the first failure by the usual grace are just waiting for it.
                 if not problems or grace > GRACE_SECONDS:
-                    late = time.monotonic() - started
-                    problems += [self._stack(rank, world_size, late) for rank in waiting.values()]
+                    problems += [self._stack(rank, world_size, waited) for rank in waiting.values()]
                 break
             for connection in ready:
                 rank = waiting.pop(connection)
@@ -185,7 +189,7 @@ class _Server:
                 replies[rank] = reply
                 if failure:
                     problems.append(f"rank {rank} of {world_size} failed: {failure}")
-                    deadline = min(deadline, time.monotonic() + grace)
+                    left = min(left, grace)
         return replies, problems
 
     def _fork_worker(self) -> _Worker:
