@@ -33,7 +33,8 @@ class Fuse:
 
     ``where`` is the --save folder, whose events are the changes of the disk in it (each is announced
     just before it happens), or words of a phase that the watchdog is told of; "set-up" is the one in
-    which it begins, before the process groups are made.
+    which it begins, before the process groups are made. Nothing happens before the ranks have met: one
+    that dies earlier is its launcher's to miss, and the pool is none.
     """
 
     rank: int
@@ -63,23 +64,27 @@ class Fuse:
                 wait = self.apart
 
         later = threading.Thread(target=burn, daemon=True)
-        if os.path.isabs(self.where):
+
+        def count_changes() -> None:
             _armed[0] = lambda name, args: event() if self._changes(name, args) else None
+
+        _armed[0] = lambda name, args: None
+        if os.path.isabs(self.where):
             if not _hooked:
                 sys.addaudithook(lambda name, args: _armed[0] and _armed[0](name, args))
                 _hooked.append(True)
+            self._follow("start", "set-up", count_changes)
         else:
-            _armed[0] = lambda name, args: None
-            self._follow("note", event)
-            self._follow("start", event)
+            self._follow("note", self.where, event)
+            self._follow("start", self.where, event)
 
-    def _follow(self, method: str, event: Callable[[], None]) -> None:
+    def _follow(self, method: str, phase: str, event: Callable[[], None]) -> None:
         """Let ``event`` happen after each call of a method of the watchdog's in the phase."""
         original = getattr(Watchdog, method)
 
         def followed(dog: Watchdog, *args) -> None:
             original(dog, *args)
-            if self.where in dog.position.phase:
+            if phase in dog.position.phase:
                 event()
 
         setattr(Watchdog, method, followed)

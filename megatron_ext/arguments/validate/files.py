@@ -187,7 +187,7 @@ def _unwritable(flag: str, folder: Path) -> Iterator[str]:
         return
     try:
         # Permission bits do not tell of read-only mounts, and mean nothing to root: so try it.
-        os.rmdir(tempfile.mkdtemp(dir=there, prefix=".writable-"))
+        tempfile.TemporaryFile(dir=there).close()  # which leaves nothing behind, however this process ends
     except OSError as error:
         yield f"{flag} {folder}: cannot be written ({error.strerror} in {there})"
 
