@@ -124,11 +124,12 @@ def fused_run(argv: list[str], fuse: Fuse | None, log: str | None = None) -> flo
     return time.monotonic() - started
 
 
-def killed(pool: Pool, processes: int, argv: list, fuse: Fuse, ends_within: float = 60.0) -> str | None:
+def killed(pool: Pool, processes: int, argv: list, fuse: Fuse, ends_within: float = 60.0) -> list[int] | None:
     """Run until the fuse kills its rank; None if the run came to its end before.
 
     Every other rank has to end by itself, with the message that a process has gone: as an error, or,
-    out of a call that waits for ever, from its watchdog.
+    out of a call that waits for ever, from its watchdog. Returns the ranks that had done all that they
+    had to do already.
     """
     try:
         with tempfile.TemporaryDirectory() as logs:
@@ -138,12 +139,13 @@ def killed(pool: Pool, processes: int, argv: list, fuse: Fuse, ends_within: floa
                 said = {int(path.name[3:]): path.read_text() for path in Path(logs).iterdir()}
     except WorkerError as error:
         text = str(error)
-        ends = dict(re.findall(r"rank (\d+) of \d+ failed: (.*?)(?=\n\nrank \d+ of|\Z)", text, re.DOTALL))
-        assert ends.pop(str(fuse.rank)) == "the process died by SIGKILL", text
-        assert len(ends) == processes - 1, f"not every rank has ended: {text}\n{said}"
-        for rank, end in ends.items():
-            assert "was killed or does not answer" in end + said[int(rank)], f"{end}\n{said[int(rank)]}"
-        return text
+        assert "did not end within" not in text, f"{text}\n{said}"
+        ends = re.findall(r"rank (\d+) of \d+ failed: (.*?)(?=\n\nrank \d+ of|\Z)", text, re.DOTALL)
+        failures = {int(rank): end for rank, end in ends}
+        assert failures.pop(fuse.rank) == "the process died by SIGKILL", text
+        for rank, end in failures.items():
+            assert "was killed or does not answer" in end + said[rank], f"{end}\n{said[rank]}"
+        return sorted(set(range(processes)) - {fuse.rank} - set(failures))
     return None
 
 

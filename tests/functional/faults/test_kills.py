@@ -54,11 +54,15 @@ def test_killed_again_and_again(pool, tmp_path, job, record_property):
         while not done:
             fuse = random_fuse(rng, processes, folder, events=14, seconds=0.15) if kills < wanted else None
             argv = run_flags(folder, metrics, **changes)
-            done = fuse is None or killed(pool, processes, argv, fuse) is None
+            through: list[int] | None = None
             if fuse is None:
                 pool.run(processes, fused_run, argv, None)
+            else:
+                through = killed(pool, processes, argv, fuse)
+            done = through is None
             kills += not done
             before, newest = newest, newest_whole(folder)
+            assert not through or newest == RUN["train_iters"]
             assert before is None or (newest is not None and newest >= before)
         assert newest == RUN["train_iters"]
         steps = steps_in(metrics)
