@@ -95,7 +95,7 @@ class Fuse:
             return False
         if name == "open" and not (isinstance(args[1], str) and set(args[1]) & set("wa")):
             return False
-        return str(args[0]).startswith(self.where)
+        return Path(args[0]).is_relative_to(self.where)
 
 
 _armed: list = [None]

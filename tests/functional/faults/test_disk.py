@@ -41,7 +41,8 @@ def small_disk(tmp_path):
     if mounted.returncode:
         pytest.skip("needs the right to mount a tmpfs")
     yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
+    while subprocess.run(["umount", "-l", str(place)], capture_output=True, check=False).returncode == 0:
+        pass
 
 
 @pytest.mark.parametrize("more", [{}, {"async_save": True}], ids=["sync", "async"])
@@ -70,7 +71,9 @@ def read_only_from_the_third_save(argv: list[str], place: str) -> None:
         nonlocal count
         count += 1
         if count == 3 and torch.distributed.get_rank() == 0:
-            subprocess.run(["mount", "-o", "remount,ro", place], check=True)
+            # Another mount of it on top: the one below has files open for writing, such as the lock.
+            subprocess.run(["mount", "--bind", place, place], check=True)
+            subprocess.run(["mount", "-o", "remount,bind,ro", place], check=True)
         return original(saver, progress)
 
     with pytest.MonkeyPatch.context() as patch:

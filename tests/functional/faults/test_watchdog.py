@@ -62,14 +62,22 @@ def stop_and_report(argv: list[str], log: str) -> None:
     with pytest.MonkeyPatch.context() as patch, open(f"{log}{rank}", "w") as file:
         patch.setattr(sys, "stderr", file)
         if rank == 0:
-            threading.Timer(22, os.kill, (pids[1], signal.SIGCONT)).start()
+            threading.Thread(target=wake_when_reported, args=(pids[1], f"{log}0"), daemon=True).start()
             os.environ["TORCH_GLOO_LAZY_INIT"] = "0"  # connects as rank 1 does
             _pretrain(argv)
         else:
             fused_run(argv, Fuse(1, "a training step", 3, signals=(signal.SIGSTOP,)), log)
 
 
-@pytest.mark.skipif("FAULT_KILLS" not in os.environ, reason="waits 22 seconds: part of make faults")
+def wake_when_reported(pid: int, log: str) -> None:
+    for _ in range(100):
+        time.sleep(1)
+        if "makes no progress" in Path(log).read_text():
+            break
+    os.kill(pid, signal.SIGCONT)
+
+
+@pytest.mark.skipif("FAULT_KILLS" not in os.environ, reason="waits 20 seconds: part of make faults")
 def test_a_stopped_process_is_named(pool, tmp_path):
     argv = flags(**BASE | dict(train_iters=6, eval_iters=0, watchdog_minutes=0.3))
     pool.run(2, stop_and_report, argv, str(tmp_path / "log"), timeout=120)
