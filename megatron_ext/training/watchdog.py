@@ -158,6 +158,8 @@ class Watchdog:
 
     def _run(self) -> None:
         interval = min(5.0, self.patience / 4) if self.patience else 5.0
+        with contextlib.suppress(RuntimeError):
+            self._look()
         while not self._ended.is_set():
             for rank in self._lines.wait(0.5 if self._reason else interval):
                 self._heard(f"rank {rank} was killed or does not answer")
@@ -217,7 +219,8 @@ class Watchdog:
             if self.store.check([f"rank{rank}"]):
                 states[rank] = json.loads(self.store.get(f"rank{rank}"))
         least = min(state["number"] for state in states.values())
-        lines = []
+        unheard = sorted(set(range(self.world_size)) - set(states))
+        lines = [f"    rank {rank}: never gave a SIGN OF LIFE: look at this one first" for rank in unheard]
         for rank, state in states.items():
             silent = time.time() - state["time"]
             told = f"in {state['phase']}, after iteration {state['iteration']}"

@@ -66,7 +66,7 @@ def stop_and_report(argv: list[str], log: str) -> None:
             os.environ["TORCH_GLOO_LAZY_INIT"] = "0"  # connects as rank 1 does
             _pretrain(argv)
         else:
-            fused_run(argv, Fuse(1, "a training step", 3, signals=(signal.SIGSTOP,)), log)
+            fused_run(argv, Fuse(1, "a training step", 7, signals=(signal.SIGSTOP,)), log)
 
 
 def wake_when_reported(pid: int, log: str) -> None:
@@ -81,8 +81,10 @@ def wake_when_reported(pid: int, log: str) -> None:
 def test_a_stopped_process_is_named(pool, tmp_path):
     argv = flags(**BASE | dict(train_iters=6, eval_iters=0, watchdog_minutes=0.3))
     pool.run(2, stop_and_report, argv, str(tmp_path / "log"), timeout=120)
-    assert "rank 1: in a training step, after iteration 2" in (tmp_path / "log0").read_text()
-    assert "NO SIGN OF LIFE" in (tmp_path / "log0").read_text()
+    said = (tmp_path / "log0").read_text().splitlines()
+    assert said[0].startswith("rank 0 makes no progress: ") and "after iteration 2" in said[0]
+    [line] = [line for line in said if line.startswith("    rank 1: ")]  # where it was when it was heard last
+    assert "NO SIGN OF LIFE" in line and "look at this one first" in line
 
 
 def fail_on_one_rank(argv: list[str], where: str) -> None:
