@@ -37,6 +37,7 @@ namespace avx2 {
 namespace avx512 {
 #define KERNELS_WIDTH 16
 #define KERNELS_SQRT(x) ((F)_mm512_maskz_sqrt_ps(-1, (__m512)(x)))
+#define KERNELS_SCALE(x, k) ((F)_mm512_maskz_scalef_ps(-1, (__m512)(x), (__m512)(k)))
 #include "kernels_isa.h"
 }  // namespace avx512
 #pragma GCC pop_options
@@ -174,6 +175,10 @@ void attention_backward(bool bf16, Address qkv, Address cosine, Address sine, in
   });
 }
 
+void weight_gradient(Address g, Address x, Address sum, int64_t rows, int64_t m, int64_t n, int threads) {
+  RUN(weight_gradient, at<const float>(g), at<const float>(x), at<float>(sum), rows, m, n, threads);
+}
+
 void cross_entropy_forward(bool bf16, Address logits, Address target, int64_t first, Address top, Address total,
                            Address chosen, int64_t rows, int64_t v, int threads) {
   with_type(bf16, [&](auto t) {
@@ -239,6 +244,7 @@ PYBIND11_MODULE(_kernels, m) {
   m.def("rope", &rope, Unlocked());
   m.def("attention_forward", &attention_forward, Unlocked());
   m.def("attention_backward", &attention_backward, Unlocked());
+  m.def("weight_gradient", &weight_gradient, Unlocked());
   m.def("cross_entropy_forward", &cross_entropy_forward, Unlocked());
   m.def("cross_entropy_backward", &cross_entropy_backward, Unlocked());
   m.def("adamw", &adamw, Unlocked());

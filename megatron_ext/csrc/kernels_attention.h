@@ -6,60 +6,20 @@
 // maxima and sums over keys need no exchange between lanes. Everything inside is float32.
 
 constexpr int64_t kBlock = 64;
-constexpr int kRows = 4;                     // rows and vectors of a tile of `product`: all
-constexpr int kVectors = W == 16 ? 4 : 2;    // accumulators fit the registers
+constexpr int64_t kStrip = 16;  // blocks on the causal diagonal are cut into strips, to leave out what is masked
+constexpr int64_t kAhead = 8;   // rows that are asked for before they are read
 
-INLINE F broadcast(float value) { return value - F{}; }
-
-// c[i][j] (+)= sum_k a[i * a_row + k * a_step] b[k * ldb + j] for Rows rows and Vectors vectors.
-template <int Rows, int Vectors>
-INLINE void product_tile(const float *a, int64_t a_row, int64_t a_step, const float *b, int64_t ldb, float *c,
-                         int64_t ldc, int64_t depth, bool add) {
-  F total[Rows][Vectors];
-#pragma GCC unroll 8
-  for (int i = 0; i < Rows; ++i)
-#pragma GCC unroll 8
-    for (int j = 0; j < Vectors; ++j) total[i][j] = add ? load(c + i * ldc + j * W) : F{};
-  for (int64_t k = 0; k < depth; ++k) {
-    F right[Vectors];
-#pragma GCC unroll 8
-    for (int j = 0; j < Vectors; ++j) right[j] = load(b + k * ldb + j * W);
-#pragma GCC unroll 8
-    for (int i = 0; i < Rows; ++i) {
-      F left = broadcast(a[i * a_row + k * a_step]);
-#pragma GCC unroll 8
-      for (int j = 0; j < Vectors; ++j) total[i][j] += left * right[j];
-    }
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < Rows; ++i)
-#pragma GCC unroll 8
-    for (int j = 0; j < Vectors; ++j) store(c + i * ldc + j * W, total[i][j]);
-}
-
-template <int Vectors>
-static void product_panel(const float *a, int64_t a_row, int64_t a_step, const float *b, int64_t ldb, float *c,
-                          int64_t ldc, int64_t m, int64_t depth, bool add) {
-  int64_t i = 0;
-  for (; i + kRows <= m; i += kRows)
-    product_tile<kRows, Vectors>(a + i * a_row, a_row, a_step, b, ldb, c + i * ldc, ldc, depth, add);
-  for (; i < m; ++i)
-    product_tile<1, Vectors>(a + i * a_row, a_row, a_step, b, ldb, c + i * ldc, ldc, depth, add);
-}
-
-// c [m, n] (+)= a [m, depth] b [depth, n]; n a multiple of W, a by its two strides.
-static void product(const float *a, int64_t a_row, int64_t a_step, const float *b, int64_t ldb, float *c, int64_t ldc,
-                    int64_t m, int64_t n, int64_t depth, bool add) {
-  int64_t j = 0;
-  for (; j + kVectors * W <= n; j += kVectors * W)
-    product_panel<kVectors>(a, a_row, a_step, b + j, ldb, c + j, ldc, m, depth, add);
-  for (; j < n; j += W) product_panel<1>(a, a_row, a_step, b + j, ldb, c + j, ldc, m, depth, add);
+// Rows lie far apart, where the processor does not guess the next one.
+template <class T>
+INLINE void prefetch(const T *row, int64_t n) {
+  for (int64_t j = 0; j < n; j += 64 / sizeof(T)) __builtin_prefetch(row + j);
 }
 
 // dst [rows, d] = src, rotated by the angles of rows first, first + 1, ... if there are any.
 template <class T>
 static void gather(const T *src, int64_t stride, int64_t rows, const Rotation &by, int64_t first, float *dst, int64_t d) {
   for (int64_t i = 0; i < rows; ++i, src += stride, dst += d) {
+    prefetch(src + kAhead * stride, d);
     const int64_t half = by.rot / 2;
     const float *c = by.cosine + (first + i) * by.rot, *s = by.sine + (first + i) * by.rot;
     FOR_LANES(j, half, {
@@ -99,23 +59,27 @@ static void transpose_block(const float *src, int64_t rows, int64_t d, float fac
   }
 }
 
-// Scores [keys, kBlock] of keys k0.. for queries q0..: -inf where the key comes after the query.
-static void mask_block(float *scores, int64_t keys, int64_t k0, int64_t q0) {
-  for (int64_t r = std::max<int64_t>(0, q0 - k0); r < keys; ++r)
-    std::fill_n(scores + r * kBlock, std::min(kBlock, k0 + r - q0), -std::numeric_limits<float>::infinity());
+// Scores [keys, kBlock] of a block on the diagonal: -inf where the key comes after the query. Left of
+// its strip nothing of a row is ever read.
+static void mask_block(float *scores, int64_t keys) {
+  for (int64_t r = 0; r < keys; ++r) {
+    const int64_t strip = r / kStrip * kStrip;
+    std::fill_n(scores + r * kBlock + strip, r - strip, -std::numeric_limits<float>::infinity());
+  }
 }
 
 // Turns scores into exp(score - top) with a running maximum `top` and sum `total` of each query;
 // `decay` is what earlier sums are multiplied by.
-static void softmax_block(float *scores, int64_t keys, float *top, float *total, float *decay) {
+static void softmax_block(float *scores, int64_t keys, int64_t strip, float *top, float *total, float *decay) {
   for (int64_t j = 0; j < kBlock; j += W) {
+    const int64_t count = std::min(keys, j / strip * strip + strip);
     F before = load(top + j);
     F tops[2] = {before, before};
-    for (int64_t r = 0; r < keys; ++r) tops[r & 1] = larger(load(scores + r * kBlock + j), tops[r & 1]);
+    for (int64_t r = 0; r < count; ++r) tops[r & 1] = larger(load(scores + r * kBlock + j), tops[r & 1]);
     F now = larger(tops[0], tops[1]);
     F shrink = exp(before - now);
     F sums[2] = {load(total + j) * shrink, F{}};
-    for (int64_t r = 0; r < keys; ++r) {
+    for (int64_t r = 0; r < count; ++r) {
       F p = exp(load(scores + r * kBlock + j) - now);
       store(scores + r * kBlock + j, p);
       sums[r & 1] += p;
@@ -124,6 +88,30 @@ static void softmax_block(float *scores, int64_t keys, float *top, float *total,
     store(total + j, sums[0] + sums[1]);
     store(decay + j, shrink);
   }
+}
+
+// The three products with a block of scores [keys, queries]. On the diagonal, where keys of a strip meet
+// only the queries from their strip on, `strip` is kStrip; elsewhere it is kBlock: all in one.
+
+// scores [keys, kBlock] = k [keys, d] q_t [d, kBlock]
+static void scores_block(const float *k, const float *q_t, float *scores, int64_t keys, int64_t d, int64_t strip) {
+  for (int64_t t = 0; t < keys; t += strip)
+    product(k + t * d, d, 1, q_t + t, kBlock, scores + t * kBlock + t, kBlock, std::min(strip, keys - t), kBlock - t,
+            d, false);
+}
+
+// out [n, d] (+)= scores^T x, x [keys, d]
+static void query_sums(const float *scores, const float *x, float *out, int64_t n, int64_t keys, int64_t d,
+                       int64_t strip, bool add) {
+  for (int64_t t = 0; t < n; t += strip)
+    product(scores + t, 1, kBlock, x, d, out + t * d, d, std::min(strip, n - t), d, std::min(keys, t + strip), add);
+}
+
+// out [keys, d] += scores y, y [n, d]
+static void key_sums(const float *scores, const float *y, float *out, int64_t n, int64_t keys, int64_t d,
+                     int64_t strip) {
+  for (int64_t t = 0; t < keys; t += strip)
+    product(scores + t * kBlock + t, kBlock, 1, y + t * d, d, out + t * d, d, std::min(strip, keys - t), d, n - t, true);
 }
 
 struct AttentionBlock {  // what one task holds of a block of queries
@@ -138,11 +126,12 @@ static void attend_queries(const float *keys, const float *values, int64_t q0, i
   std::fill_n(total, kBlock, 0.0f);
   for (int64_t k0 = 0; k0 < q0 + n; k0 += kBlock) {
     int64_t count = std::min(kBlock, q0 + n - k0);
-    product(keys + k0 * d, d, 1, w.q_t, kBlock, w.scores, kBlock, count, kBlock, d, false);
-    if (k0 + count > q0) mask_block(w.scores, count, k0, q0);
-    softmax_block(w.scores, count, top, total, decay);
+    const int64_t strip = k0 == q0 ? kStrip : kBlock;
+    scores_block(keys + k0 * d, w.q_t, w.scores, count, d, strip);
+    if (k0 == q0) mask_block(w.scores, count);
+    softmax_block(w.scores, count, strip, top, total, decay);
     for (int64_t i = 0; k0 > 0 && i < n; ++i) FOR_LANES(j, d, { store(w.out + i * d + j, load(w.out + i * d + j, lanes) * decay[i], lanes); })
-    product(w.scores, 1, kBlock, values + k0 * d, d, w.out, d, n, d, count, k0 > 0);
+    query_sums(w.scores, values + k0 * d, w.out, n, count, d, strip, k0 > 0);
   }
 }
 
@@ -178,11 +167,13 @@ static void attention_forward(const T *qkv, const Rotation &rotation, T *out, fl
 }
 
 // p = exp(score - lse);  score_grads = p (score_grads - delta), queries in lanes.
-static void softmax_block_backward(AttentionBlock w, int64_t keys, const float *lse, const float *delta) {
+static void softmax_block_backward(AttentionBlock w, int64_t keys, int64_t strip, const float *lse,
+                                   const float *delta) {
   for (int64_t j = 0; j < kBlock; j += W) {
+    const int64_t count = std::min(keys, j / strip * strip + strip);
     F base = load(lse + j);
     F mean = load(delta + j);
-    for (int64_t r = 0; r < keys; ++r) {
+    for (int64_t r = 0; r < count; ++r) {
       int64_t at = r * kBlock + j;
       F p = exp(load(w.scores + at) - base);
       store(w.scores + at, p);
@@ -197,13 +188,14 @@ static void attend_queries_backward(const float *keys, const float *values, int6
                                     float *value_grads) {
   for (int64_t k0 = 0; k0 < q0 + n; k0 += kBlock) {
     int64_t count = std::min(kBlock, q0 + n - k0);
-    product(keys + k0 * d, d, 1, w.q_t, kBlock, w.scores, kBlock, count, kBlock, d, false);
-    if (k0 + count > q0) mask_block(w.scores, count, k0, q0);
-    product(values + k0 * d, d, 1, w.grad_t, kBlock, w.score_grads, kBlock, count, kBlock, d, false);
-    softmax_block_backward(w, count, lse, delta);
-    product(w.scores, kBlock, 1, w.grad, d, value_grads + k0 * d, d, count, d, n, true);
-    product(w.score_grads, kBlock, 1, w.q, d, key_grads + k0 * d, d, count, d, n, true);
-    product(w.score_grads, 1, kBlock, keys + k0 * d, d, w.out, d, n, d, count, k0 > 0);
+    const int64_t strip = k0 == q0 ? kStrip : kBlock;
+    scores_block(keys + k0 * d, w.q_t, w.scores, count, d, strip);
+    if (k0 == q0) mask_block(w.scores, count);
+    scores_block(values + k0 * d, w.grad_t, w.score_grads, count, d, strip);
+    softmax_block_backward(w, count, strip, lse, delta);
+    key_sums(w.scores, w.grad, value_grads + k0 * d, n, count, d, strip);
+    key_sums(w.score_grads, w.q, key_grads + k0 * d, n, count, d, strip);
+    query_sums(w.score_grads, keys + k0 * d, w.out, n, count, d, strip, k0 > 0);
   }
 }
 

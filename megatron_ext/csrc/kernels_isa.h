@@ -1,6 +1,9 @@
-// The kernels for one instruction set: KERNELS_WIDTH floats a vector, KERNELS_SQRT their root.
+// The kernels for one instruction set: KERNELS_WIDTH floats a vector, KERNELS_SQRT their root,
+// KERNELS_SCALE x 2^k where one instruction does it.
 // Included once for every set (no include guard), inside its namespace.
 #include "kernels_simd.h"
+//
+#include "kernels_product.h"
 //
 #include "kernels_activation.h"
 #include "kernels_attention.h"
@@ -8,8 +11,10 @@
 #include "kernels_norm.h"
 #include "kernels_optimizer.h"
 #include "kernels_rope.h"
+#include "kernels_weight_gradient.h"
 
 #undef KERNELS_WIDTH
 #undef KERNELS_SQRT
+#undef KERNELS_SCALE
 #undef INLINE
 #undef FOR_LANES

@@ -13,6 +13,7 @@ typedef double D __attribute__((vector_size(4 * W)));  // W / 2 doubles
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE F splat(float value) { return F{} + value; }
+INLINE F broadcast(float value) { return value - F{}; }  // of an operand in memory: one instruction
 
 INLINE F widen(H bits) { return (F)(__builtin_convertvector(bits, U) << 16); }
 
@@ -80,8 +81,8 @@ INLINE float maximum(F value) {
 }
 INLINE F larger(F a, F b) { return a > b ? a : b; }
 
-// exp(x), about 1 ulp (docs/kernels.md): x = k ln 2 + r, a polynomial in r, then 2^k in two
-// factors, so that overflow gives inf and underflow goes through the subnormals to 0.
+// exp(x), about 1 ulp (docs/kernels.md): x = k ln 2 + r, a polynomial in r, then 2^k by one instruction or
+// in two factors, so that overflow gives inf and underflow goes through the subnormals to 0.
 INLINE F exp(F x) {
   x = x > splat(89.0f) ? splat(89.0f) : x;
   x = x < splat(-104.0f) ? splat(-104.0f) : x;  // a NaN passes both
@@ -97,9 +98,13 @@ INLINE F exp(F x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   F result = p * (r * r) + r + 1.0f;
+#ifdef KERNELS_SCALE
+  return KERNELS_SCALE(result, k);
+#else
   I n = (I)shifted - 0x4b400000;
   I half = n >> 1;
   return result * (F)((half + 127) << 23) * (F)((n - half + 127) << 23);
+#endif
 }
 
 INLINE F square_root(F x) {

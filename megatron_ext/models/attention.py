@@ -109,7 +109,7 @@ class AugmentedSelfAttention(SelfAttention):
                 hidden_states, attention_mask, rotary_pos_emb=rotary_pos_emb, **kwargs
             )
         if self.config.augmented_shortcuts:
-            output = output + self.augmented_shortcut(hidden_states)
+            output = self.augmented_shortcut(hidden_states, output)
         return output, bias
 
     def _in_one_pass(self, hidden_states: Tensor) -> bool:

@@ -33,6 +33,7 @@ class AugmentedShortcut(MegatronModule):
         parameter.sequence_parallel = self.config.sequence_parallel
         return parameter
 
-    def forward(self, z: Tensor) -> Tensor:
-        """[s, b, h] -> [s, b, h]."""
-        return F.linear(F.gelu(F.linear(z, self.down)), self.up)
+    def forward(self, z: Tensor, output: Tensor) -> Tensor:
+        """``output`` + sum_i T_i(z), one product that adds; both [s, b, h]."""
+        inner = F.gelu(F.linear(z, self.down))  # [s, b, T * h/r]
+        return torch.addmm(output.flatten(0, -2), inner.flatten(0, -2), self.up.t()).view_as(output)

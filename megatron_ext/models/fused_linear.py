@@ -1,8 +1,9 @@
-"""The products of Megatron-Core's linear layers by the faster of torch's two fp32 libraries on a CPU.
+"""The fp32 products of Megatron-Core's linear layers on a CPU, each by what does it fastest.
 
-torch multiplies fp32 matrices with MKL, unless asked for oneDNN. Of a linear layer's three products
-oneDNN is the faster for the output and for the gradient of the input (by 10 to 20 % on AMD
-processors, docs/kernels.md), MKL for the gradient of the weight, which it adds in place.
+torch multiplies fp32 matrices with MKL, unless asked for oneDNN, which is the faster for a linear
+layer's output and for the gradient of its input (by 10 to 20 % on AMD processors, docs/kernels.md).
+The gradient of the weight is added in place, by a kernel of our own: its operands come from memory,
+and it asks for them ahead.
 """
 
 from types import MethodType
@@ -14,6 +15,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from megatron_ext.models import fused
+from megatron_ext.models.fused import _kernels
+
+#: Columns of a weight that the kernel takes at a time, at most, in any instruction set.
+_COLUMNS_UNIT = 32
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
@@ -21,6 +26,21 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     if hasattr(torch.ops.mkldnn, "_linear_pointwise") and x.numel():
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return torch.matmul(x, weight.t())
+
+
+def add_product_(total: Tensor, grad: Tensor, x: Tensor) -> Tensor:
+    """total += grad^T x. total: [out, in], grad: [rows, out], x: [rows, in], fp32; returns total.
+
+    The sum over the rows does not depend on the number of threads.
+    """
+    known = total.is_contiguous() and fused.takes(total, grad, x) and total.dtype == torch.float32
+    if not known or x.size(1) % _COLUMNS_UNIT:
+        return total.addmm_(grad.t(), x)
+    grad, x = grad.detach().contiguous(), x.detach().contiguous()
+    addresses = (t.data_ptr() for t in (grad, x, total))
+    _kernels.weight_gradient(*addresses, *grad.shape, x.size(1), torch.get_num_threads())
+    torch.autograd.graph.increment_version(total)  # written behind autograd's back
+    return total
 
 
 class _Linear(torch.autograd.Function):
@@ -53,7 +73,7 @@ def _weight_gradient(grad: Tensor, x: Tensor, parameter: nn.Parameter | None) ->
     """grad^T x; with a parameter it is added to its ``main_grad``, and what is returned has no values."""
     if parameter is None:
         return grad.t() @ x
-    parameter.main_grad.addmm_(grad.t(), x)
+    add_product_(parameter.main_grad, grad, x)
     parameter.grad_added_to_main_grad = True
     return torch.empty_like(parameter)  # Megatron-Core's hook looks whether a gradient arrived
 

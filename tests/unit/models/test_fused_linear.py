@@ -32,6 +32,31 @@ def test_function_is_a_linear_layer(shape, bias):
         torch.testing.assert_close(mine, exact, rtol=0, atol=2e-6 * exact.abs().max().item())
 
 
+@pytest.mark.skipif(not fused.available(), reason="the C++ kernels were not built")
+@pytest.mark.parametrize("isa", fused._kernels.isa_names() if fused.available() else [])
+@pytest.mark.parametrize(
+    "rows,outputs,inputs",
+    [(1, 1, 32), (5, 13, 32), (193, 24, 64), (400, 395, 96), (200, 1000, 544), (40, 7, 33), (0, 8, 32)],
+)
+def test_weight_gradient_is_added(isa, rows, outputs, inputs):
+    """Blocks cut short in every direction; an odd width, which the kernel leaves to torch."""
+    grad, x, total = torch.randn(rows, outputs), torch.randn(rows, inputs), torch.randn(outputs, inputs)
+    exact = total.double() + grad.double().t() @ x.double()
+    best, threads = fused._kernels.isa(), torch.get_num_threads()
+    fused._kernels.use_isa(isa)
+    try:
+        found = []
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            found.append(fused_linear.add_product_(total.clone(), grad, x))
+    finally:
+        fused._kernels.use_isa(best)
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(found[0].double(), exact, rtol=0, atol=2e-6 * (1 + rows) ** 0.5 * 4)
+    if inputs % 32 == 0:
+        assert torch.equal(found[0], found[1])
+
+
 def gradients(model, ids) -> dict[str, torch.Tensor]:
     model.zero_grad_buffer()
     for _ in range(2):  # two microbatches: the second is added to the first

@@ -42,13 +42,13 @@ def test_shortcuts_are_the_sum_of_their_branches(single_process):
     module = AugmentedShortcut(small_config(augmented_shortcuts=3))
     for parameter in module.double().parameters():  # built empty; the model draws them
         torch.nn.init.normal_(parameter, std=0.1)
-    z = torch.randn(6, 2, 64, dtype=torch.float64)
+    z, output = torch.randn(2, 6, 2, 64, dtype=torch.float64)
     inner = 64 // 8
     branches = [
         F.gelu(z @ module.down[i * inner : (i + 1) * inner].T) @ module.up[:, i * inner : (i + 1) * inner].T
         for i in range(3)
     ]
-    torch.testing.assert_close(module(z), sum(branches))
+    torch.testing.assert_close(module(z, output), output + sum(branches))
 
 
 def tp_group():
