@@ -43,6 +43,8 @@ class Fuse:
     delay: float = 0.0
     signals: tuple[int, ...] = (signal.SIGKILL,)
     apart: float = 0.0
+    #: The phase in which the changes of the disk begin to count.
+    begins: str = "set-up"
 
     def arm(self) -> None:
         """Light it in this process."""
@@ -73,7 +75,8 @@ class Fuse:
             if not _hooked:
                 sys.addaudithook(lambda name, args: _armed[0] and _armed[0](name, args))
                 _hooked.append(True)
-            self._follow("start", "set-up", count_changes)
+            self._follow("start", self.begins, count_changes)
+            self._follow("note", self.begins, count_changes)
         else:
             self._follow("note", self.where, event)
             self._follow("start", self.where, event)
