@@ -1,7 +1,9 @@
 """The same run on CPU and GPU, local layers and Transformer Engine's, bf16 and FP8, and across a resume."""
 
 import pytest
+import torch
 
+from tests.functional.test_resume import tensors
 from tests.gpu.traces import column, needs_engine, needs_gpu, recipe_problem, run
 
 ITERATIONS = 16
@@ -95,3 +97,17 @@ def test_captured_layers_compute_the_same(folder):
     plain = run(folder, "eager", ITERATIONS, **values)
     graphs = run(folder, "graphs", ITERATIONS, cuda_graph_impl="local", cuda_graph_warmup_steps=2, **values)
     assert column(graphs) == pytest.approx(column(plain), rel=1e-3)
+
+
+@needs_gpu
+def test_a_background_save_is_what_a_save_in_the_way_is(folder, monkeypatch):
+    """Copied from the device beside the next iteration: every tensor of every checkpoint, bit for bit."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    for name, more in (("in-the-way", {}), ("background", dict(async_save=True))):
+        run(folder, name, 6, deterministic_mode=True, save=folder / f"{name}-saves", save_interval=1, **more)
+    for iteration in range(1, 7):
+        expected, found = (
+            tensors(folder / f"{name}-saves", iteration) for name in ("in-the-way", "background")
+        )
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in expected), iteration
