@@ -33,7 +33,7 @@ class Recipe:
 
     steps: int = 200
     learning_rate: float = 0.03
-    temperature: tuple[float, float] = (0.3, 0.01)
+    temperature: tuple[float, float] = (0.3, 0.03)
     patience: int = 30
     seed: int = 1234
 

@@ -107,9 +107,9 @@ def _add_learned(g) -> None:
         "--mask-temperature",
         type=float,
         nargs=2,
-        default=(0.3, 0.01),
+        default=(0.3, 0.03),
         metavar=("START", "END"),
-        help="of the sigmoid that masks are (default 0.3 0.01)",
+        help="of the sigmoid that masks are (default 0.3 0.03)",
     )
     g.add_argument(
         "--mask-patience", type=int, default=30, metavar="N", help="stop after N steps without a change"
