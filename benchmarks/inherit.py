@@ -78,8 +78,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--measure-every", type=int, metavar="N", help="steps (default: the start and the end)")
     p.add_argument("--lr", type=float, default=1e-3, help="of the targets (default 1e-3)")
     p.add_argument("--calibration-samples", type=int, default=64, help="of 256 tokens (default 64)")
-    p.add_argument("--mask-steps", type=int, default=200, help="steps of learned masks (default 200)")
-    p.add_argument("--mask-lr", type=float, default=0.02, help="their rate (default 0.02)")
+    p.add_argument("--mask-steps", type=int, default=100, help="steps of learned masks (default 100)")
+    p.add_argument("--mask-lr", type=float, default=0.03, help="their rate (default 0.03)")
     p.add_argument("--bf16", action="store_true", help="train and choose in bf16; measured in fp32")
     p.add_argument("--python", default=sys.executable, help="the interpreter to run the programs with")
     return p

@@ -31,7 +31,7 @@ from megatron_ext.training.batch import Batch
 class Recipe:
     """How masks are trained."""
 
-    steps: int = 200
+    steps: int = 100
     learning_rate: float = 0.03
     temperature: tuple[float, float] = (0.3, 0.03)
     patience: int = 30

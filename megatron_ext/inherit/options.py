@@ -100,7 +100,7 @@ def _add_calibration(g) -> None:
 
 
 def _add_learned(g) -> None:
-    g.add_argument("--mask-steps", type=int, default=200, metavar="N", help="at most (default 200)")
+    g.add_argument("--mask-steps", type=int, default=100, metavar="N", help="at most (default 100)")
     g.add_argument("--mask-batch-size", type=int, default=8, metavar="N", help="samples a step (default 8)")
     g.add_argument("--mask-lr", type=float, default=0.03, metavar="X", help="rate, falls to 0 (default 0.03)")
     g.add_argument(
