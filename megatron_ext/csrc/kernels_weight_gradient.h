@@ -1,25 +1,26 @@
 // The gradient of a linear layer's weight, added to what is there (no include guard: once per
 // instruction set): sum [m, n] += g^T x, g [rows, m], x [rows, n], all float32 and contiguous.
 //
-// A task owns a block of `sum`. It walks over the rows, kDepth at a time: packs them so that the inner
-// loop reads straight on, asks for the next rows while it computes, and adds outer products in
-// registers, kTileRows by kTileVectors at once. Its additions come in the order of the rows, whatever
-// the number of threads.
+// A task owns a block of `sum`. It walks over the rows, kDepth at a time, and adds outer products in
+// registers, kTileRows by kTileVectors at once: g is read where it lies, x packed, so that a tile reads
+// straight on. Both have left the caches since they were made, so their next pieces are asked for
+// ahead. Its additions come in the order of the rows, whatever the number of threads.
 
 constexpr int kTileRows = W == 16 ? 12 : 6;  // all sums of a tile fit the registers
 constexpr int kTileVectors = 2;
 constexpr int64_t kTileColumns = kTileVectors * W;
 constexpr int64_t kDepth = 192;
-constexpr int64_t kMostRows = 384, kMostColumns = 512;  // of a block: packed, it fills half of a 1 MiB cache
+constexpr int64_t kMostRows = 384, kMostColumns = 512;  // of a block: packed, x takes 384 KiB
 constexpr int64_t kLine = 16;                            // floats of a cache line
 
-// sum [Rows, kTileColumns] += left^T right; left [depth, kTileRows], right [depth, kTileColumns].
+// sum [Rows, kTileColumns] += left^T right; left [depth, Rows] lies m apart, right is packed.
 template <int Rows>
-static void add_tile(const float *left, const float *right, float *sum, int64_t n, int64_t depth) {
+static void add_tile(const float *left, int64_t m, const float *right, float *sum, int64_t n, int64_t depth) {
   F total[Rows][kTileVectors] = {};
   for (int i = 0; i < Rows; ++i)
     for (int64_t j = 0; j < kTileColumns; j += kLine) __builtin_prefetch(sum + i * n + j, 1);
-  for (int64_t k = 0; k < depth; ++k, left += kTileRows, right += kTileColumns) {
+  for (int64_t k = 0; k < depth; ++k, left += m, right += kTileColumns) {
+    __builtin_prefetch(left + 2 * kTileRows);  // the tile after the next
     F row[kTileVectors];
 #pragma GCC unroll 2
     for (int j = 0; j < kTileVectors; ++j) row[j] = load(right + j * W);
@@ -36,58 +37,54 @@ static void add_tile(const float *left, const float *right, float *sum, int64_t 
     for (int j = 0; j < kTileVectors; ++j) store(sum + i * n + j * W, load(sum + i * n + j * W) + total[i][j]);
 }
 
-// Columns begin .. end of a matrix [rows, width], read kDepth rows at a time into panels [kDepth, Panel].
-template <int64_t Panel>
-struct Packer {
-  const float *matrix;
-  int64_t rows, width, begin, end;
+// Columns begin .. end of x [rows, n], kDepth rows at a time in panels [kDepth, kTileColumns].
+struct Panels {
+  const float *x;
+  int64_t rows, n, begin, end;
   float *room;
-  int64_t next_row = 0, next_column = 0;  // of the line that `prefetch` asks for next
+  int64_t next_row = 0, next_column = 0;  // what `prefetch` asks for next
 
-  static constexpr int64_t kStride = kDepth * Panel + kLine;  // panels begin in different sets of the cache
-  static int64_t floats(int64_t columns) { return (columns + Panel - 1) / Panel * kStride; }
-  const float *panel(int64_t column) const { return room + (column - begin) / Panel * kStride; }
+  static constexpr int64_t kStride = kDepth * kTileColumns + kLine;  // begin in different sets of the cache
+  static constexpr int64_t kFloats = kMostColumns / kTileColumns * kStride;
+  const float *panel(int64_t column) const { return room + (column - begin) / kTileColumns * kStride; }
 
   void pack(int64_t first, int64_t depth) {
     for (int64_t k = 0; k < depth; ++k) {
-      const float *from = matrix + (first + k) * width;
-      float *to = room + k * Panel;
-      int64_t j = begin;
-      for (; j + Panel <= end; j += Panel, to += kStride) std::memcpy(to, from + j, Panel * sizeof(float));
-      if (j < end) std::copy(from + j, from + end, to);
+      const float *from = x + (first + k) * n;
+      float *to = room + k * kTileColumns;
+      for (int64_t j = begin; j < end; j += kTileColumns, to += kStride)
+        std::memcpy(to, from + j, kTileColumns * sizeof(float));
     }
     next_row = first + depth, next_column = begin;
   }
 
-  void prefetch(int64_t lines, int64_t last_row) {
-    for (; lines > 0 && next_row < last_row; --lines) {
-      __builtin_prefetch(matrix + next_row * width + next_column, 0, 2);
+  // 1 / `parts` of what the next `pack` will read.
+  void prefetch(int64_t parts) {
+    const int64_t last = std::min(rows, next_row + kDepth);
+    for (int64_t lines = kDepth * (end - begin) / kLine / parts + 1; lines > 0 && next_row < last; --lines) {
+      __builtin_prefetch(x + next_row * n + next_column, 0, 2);
       next_column += kLine;
       if (next_column >= end) next_column = begin, ++next_row;
     }
   }
 };
 
-// The block of `sum` that two packers' columns make.
-static void add_block(Packer<kTileRows> &left, Packer<kTileColumns> &right, float *sum) {
-  const int64_t tiles = ((left.end - left.begin + kTileRows - 1) / kTileRows) *
-                        ((right.end - right.begin) / kTileColumns);
-  const int64_t left_lines = kDepth * (left.end - left.begin) / kLine / tiles + 1;
-  const int64_t right_lines = kDepth * (right.end - right.begin) / kLine / tiles + 1;
-  for (int64_t first = 0; first < left.rows; first += kDepth) {
-    const int64_t depth = std::min(kDepth, left.rows - first);
-    const int64_t last = std::min(left.rows, first + 2 * kDepth);
-    left.pack(first, depth), right.pack(first, depth);
-    for (int64_t j = right.begin; j < right.end; j += kTileColumns)
-      for (int64_t i = left.begin; i < left.end; i += kTileRows) {
-        left.prefetch(left_lines, last), right.prefetch(right_lines, last);
-        float *to = sum + i * right.width + j;
-        if (i + kTileRows <= left.end)
-          add_tile<kTileRows>(left.panel(i), right.panel(j), to, right.width, depth);
+// Rows begin .. end of `sum`, in the columns of the panels.
+static void add_block(const float *g, int64_t m, int64_t begin, int64_t end, Panels &panels, float *sum) {
+  const int64_t n = panels.n, tiles = (end - begin + kTileRows - 1) / kTileRows;
+  for (int64_t first = 0; first < panels.rows; first += kDepth) {
+    const int64_t depth = std::min(kDepth, panels.rows - first);
+    panels.pack(first, depth);
+    for (int64_t i = begin; i < end; i += kTileRows) {
+      panels.prefetch(tiles);
+      for (int64_t j = panels.begin; j < panels.end; j += kTileColumns) {
+        if (i + kTileRows <= end)
+          add_tile<kTileRows>(g + first * m + i, m, panels.panel(j), sum + i * n + j, n, depth);
         else
-          for (int64_t r = 0; i + r < left.end; ++r)
-            add_tile<1>(left.panel(i) + r, right.panel(j), to + r * right.width, right.width, depth);
+          for (int64_t r = i; r < end; ++r)
+            add_tile<1>(g + first * m + r, m, panels.panel(j), sum + r * n + j, n, depth);
       }
+    }
   }
 }
 
@@ -101,11 +98,8 @@ static void weight_gradient(const float *g, const float *x, float *sum, int64_t 
   blocks = (m + height - 1) / height;
   parallel_for(blocks * ((n + kMostColumns - 1) / kMostColumns), threads, [&](int64_t task) {
     const int64_t i = task % blocks * height, j = task / blocks * kMostColumns;
-    Packer<kTileRows> left{g, rows, m, i, std::min(m, i + height), nullptr};
-    Packer<kTileColumns> right{x, rows, n, j, std::min(n, j + kMostColumns), nullptr};
-    const int64_t left_floats = left.floats(left.end - i), right_floats = right.floats(right.end - j);
-    Scratch scratch(left_floats + right_floats);
-    left.room = scratch.take(left_floats), right.room = scratch.take(right_floats);
-    add_block(left, right, sum);
+    Scratch scratch(Panels::kFloats);
+    Panels panels{x, rows, n, j, std::min(n, j + kMostColumns), scratch.take(Panels::kFloats)};
+    add_block(g, m, i, std::min(m, i + height), panels, sum);
   });
 }
