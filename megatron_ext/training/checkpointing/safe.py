@@ -7,6 +7,7 @@ unpickler, for ``.metadata``, a plain pickle, through one of our own.
 
 import io
 import pickle
+import pickletools
 import warnings
 from functools import cache
 from pathlib import Path
@@ -78,6 +79,16 @@ def load_object(source: str | Path | io.BytesIO, name: str | None = None) -> Any
         raise DamagedCheckpoint(f"{name or source} cannot be read safely: {reason}") from error
 
 
+def _require_modest(data: bytes) -> None:
+    """Raise if a pickle numbers its objects beyond what it can hold, or is cut off.
+
+    The unpickler makes a table up to the largest number: five bytes can ask for gigabytes of memory.
+    """
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(data):
+            raise DamagedCheckpoint(f"it numbers an object {argument}, though it has {len(data)} bytes")
+
+
 def load_metadata(folder: Path):
     """The ``Metadata`` of torch.distributed.checkpoint in ``folder``: what lies where.
 
@@ -85,7 +96,9 @@ def load_metadata(folder: Path):
     """
     path = folder / ".metadata"
     try:
-        metadata = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
+        data = path.read_bytes()
+        _require_modest(data)
+        metadata = _MetadataUnpickler(io.BytesIO(data)).load()
         files = {place.relative_path for place in metadata.storage_data.values()}
         fields = metadata.state_dict_metadata.items()
     except FileNotFoundError:

@@ -98,3 +98,12 @@ def test_metadata_cannot_name_files_elsewhere(saved, place):
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(CheckpointError, match="same folder"):
         load_metadata(folder)
+
+
+def test_metadata_cannot_ask_for_gigabytes_of_memory(saved):
+    """Put an object under the number 2^30 - 1: the unpickler would make a table of 16 GiB."""
+    path = checkpoint_dir(saved, 2) / ".metadata"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + b"r" + (2**30 - 1).to_bytes(4, "little") + whole[-1:])
+    with pytest.raises(CheckpointError, match="numbers an object 1073741823"):
+        load_metadata(path.parent)
