@@ -249,10 +249,12 @@ class Experiment:
             )
             steps = sorted(int(folder.name[5:]) for folder in (self.work / name).glob("iter_*"))
             start = self.work / f"{name}_start"
-            values = [(0, held_out.of_random_weights(self.work / name))]
             if start.exists():
-                values = [(0, held_out.of_checkpoint(start, 0))]
-            values += [(step, held_out.of_checkpoint(self.work / name, step)) for step in steps]
+                at_start = held_out.of_checkpoint(start, 0)
+            else:
+                at_start = held_out.of_random_weights(self.work / name)
+            ends = [(step, held_out.of_checkpoint(self.work / name, step)) for step in steps]
+            values = [(0, at_start), *ends]
             print(name, values, file=sys.stderr, flush=True)
             file.write_text(json.dumps(values))
 

@@ -66,6 +66,8 @@ struct Rotation {
   int64_t rot = 0;
 };
 
+constexpr int64_t kLine = 16;  // floats of a cache line
+
 // Room for a task's temporaries, kept by the thread between tasks: fresh memory costs page faults.
 class Scratch {
  public:
@@ -82,7 +84,7 @@ class Scratch {
   }
 
  private:
-  static constexpr int64_t kLine = 16, kSlack = 16 * kLine;
+  static constexpr int64_t kSlack = 16 * kLine;
   static float *align(float *p) {
     return reinterpret_cast<float *>((reinterpret_cast<uintptr_t>(p) + 4 * kLine - 1) & ~(4 * kLine - 1));
   }

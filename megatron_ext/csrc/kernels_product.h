@@ -3,6 +3,25 @@
 constexpr int kRows = 4;  // rows and vectors of a tile: all sums fit the registers
 constexpr int kVectors = W == 16 ? 4 : 2;
 
+// total[i][j] += sum_k a[i * a_row + k * a_step] b[k * ldb + j], in registers. With `Ahead` each step asks for
+// what lies so far behind its a.
+template <int Ahead = 0, int Rows, int Vectors>
+INLINE void add_products(F (&total)[Rows][Vectors], const float *a, int64_t a_row, int64_t a_step, const float *b,
+                         int64_t ldb, int64_t depth) {
+  for (int64_t k = 0; k < depth; ++k) {
+    if (Ahead) __builtin_prefetch(a + k * a_step + Ahead);
+    F right[Vectors];
+#pragma GCC unroll 16
+    for (int j = 0; j < Vectors; ++j) right[j] = load(b + k * ldb + j * W);
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i) {
+      F left = splat(a[i * a_row + k * a_step]);
+#pragma GCC unroll 16
+      for (int j = 0; j < Vectors; ++j) total[i][j] += left * right[j];
+    }
+  }
+}
+
 // c[i][j] (+)= sum_k a[i * a_row + k * a_step] b[k * ldb + j] for Rows rows and Vectors vectors.
 template <int Rows, int Vectors>
 INLINE void product_tile(const float *a, int64_t a_row, int64_t a_step, const float *b, int64_t ldb, float *c,
@@ -12,17 +31,7 @@ INLINE void product_tile(const float *a, int64_t a_row, int64_t a_step, const fl
   for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 8
     for (int j = 0; j < Vectors; ++j) total[i][j] = add ? load(c + i * ldc + j * W) : F{};
-  for (int64_t k = 0; k < depth; ++k) {
-    F right[Vectors];
-#pragma GCC unroll 8
-    for (int j = 0; j < Vectors; ++j) right[j] = load(b + k * ldb + j * W);
-#pragma GCC unroll 8
-    for (int i = 0; i < Rows; ++i) {
-      F left = broadcast(a[i * a_row + k * a_step]);
-#pragma GCC unroll 8
-      for (int j = 0; j < Vectors; ++j) total[i][j] += left * right[j];
-    }
-  }
+  add_products(total, a, a_row, a_step, b, ldb, depth);
 #pragma GCC unroll 8
   for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 8

@@ -11,7 +11,6 @@ constexpr int kTileVectors = 2;
 constexpr int64_t kTileColumns = kTileVectors * W;
 constexpr int64_t kDepth = 192;
 constexpr int64_t kMostRows = 384, kMostColumns = 512;  // of a block: packed, x takes 384 KiB
-constexpr int64_t kLine = 16;                            // floats of a cache line
 
 // sum [Rows, kTileColumns] += left^T right; left [depth, Rows] lies m apart, right is packed.
 template <int Rows>
@@ -19,18 +18,7 @@ static void add_tile(const float *left, int64_t m, const float *right, float *su
   F total[Rows][kTileVectors] = {};
   for (int i = 0; i < Rows; ++i)
     for (int64_t j = 0; j < kTileColumns; j += kLine) __builtin_prefetch(sum + i * n + j, 1);
-  for (int64_t k = 0; k < depth; ++k, left += m, right += kTileColumns) {
-    __builtin_prefetch(left + 2 * kTileRows);  // the tile after the next
-    F row[kTileVectors];
-#pragma GCC unroll 2
-    for (int j = 0; j < kTileVectors; ++j) row[j] = load(right + j * W);
-#pragma GCC unroll 12
-    for (int i = 0; i < Rows; ++i) {
-      F factor = broadcast(left[i]);
-#pragma GCC unroll 2
-      for (int j = 0; j < kTileVectors; ++j) total[i][j] += factor * row[j];
-    }
-  }
+  add_products<2 * kTileRows>(total, left, 1, m, right, kTileColumns, depth);  // ahead: the tile after the next
 #pragma GCC unroll 12
   for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 2

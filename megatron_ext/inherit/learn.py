@@ -163,8 +163,8 @@ def _step(
     loss = torch.zeros((), dtype=torch.float64)
     for batch in microbatches:
         for name, logits in learned.logits.items():
-            mask = relaxed if logits.requires_grad else hard
-            setattr(masks, name, mask(logits, counts[name], temperature))
+            free, count = logits.requires_grad, counts[name]
+            setattr(masks, name, relaxed(logits, count, temperature) if free else hard(logits, count))
         part = forward(model, batch).sum() / batch.loss_mask.sum() / len(microbatches)
         part.backward()
         loss += part.item()
@@ -185,7 +185,7 @@ def _descend(logits: Tensor, gradient: Tensor, rate: float) -> None:
     logits.grad = None
 
 
-def hard(logits: Tensor, count: int, temperature: float = 0.0) -> Tensor:
+def hard(logits: Tensor, count: int) -> Tensor:
     """1 for the ``count`` highest logits of the last axis, 0 for the others."""
     return torch.zeros_like(logits).scatter_(-1, top(logits.detach(), count), 1.0)
 
