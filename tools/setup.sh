@@ -6,7 +6,8 @@
 # Costs nothing when nothing changed. Settings, all optional:
 #   PYTHON=python3.12      the interpreter (3.10 to 3.12); the first suitable one on PATH otherwise
 #   TORCH=cpu|default      the CPU build of torch, or whatever the package index gives for the
-#                          version in constraints.txt; chosen by the machine otherwise
+#                          version in constraints.txt; chosen by the machine otherwise. Where no
+#                          index has the CPU build, the default build is taken.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -37,22 +38,33 @@ torch_build() {
   fi
 }
 
+# The CPU build from the configured package index, else from PyTorch's own, else the default build:
+# where one does not have it the next is tried, so that set-up ends with a working torch.
 install_torch() {
-  local version log
+  local version
   version=$(sed -n 's/^torch==//p' constraints.txt)
-  if [ "$(torch_build)" = default ]; then
-    pip install "torch==$version"
-    return
-  fi
-  log=$(mktemp)
-  if ! pip install "torch==$version+cpu" 2>"$log"; then
-    cat "$log" >&2
-    rm "$log"
-    fail "the CPU build of torch $version could not be installed. If your package index does not hold it, either
-  put PyTorch's CPU index (its address is on pytorch.org, Get Started) into PIP_EXTRA_INDEX_URL and run again, or
-  take the default build, several GB with CUDA: TORCH=default bash tools/setup.sh"
-  fi
-  rm "$log"
+  case $(torch_build) in
+    cpu) install_cpu_torch "$version" || install_default_torch "$version" ;;
+    default) install_default_torch "$version" ;;
+    *) fail "TORCH is '$TORCH'; it takes cpu or default" ;;
+  esac
+}
+
+install_cpu_torch() {
+  local index
+  for index in "" "https://download.pytorch.org/whl/cpu"; do
+    if pip install --retries 1 --timeout 30 ${index:+--extra-index-url "$index"} "torch==$1+cpu" 2>/dev/null; then return; fi
+    say "the CPU build of torch $1 is not to be had from ${index:-the configured package index}"
+  done
+  return 1
+}
+
+# Not quiet: this may take long, and pip shows how far it is.
+install_default_torch() {
+  say "installing the default build of torch $1 (on Linux with CUDA libraries: about 3 GB to download, 5 GB on disk)"
+  .venv/bin/python -m pip --disable-pip-version-check install -c constraints.txt "torch==$1" >&2 ||
+    fail "torch $1 could not be installed; what pip says is above. The index needs torch $1 for $(.venv/bin/python --version)
+  on $(uname -sm); PIP_INDEX_URL or PIP_FIND_LINKS names another index or a folder of wheels"
 }
 
 pip() { .venv/bin/python -m pip --disable-pip-version-check "$1" -qq -c constraints.txt "${@:2}"; }
