@@ -1,6 +1,6 @@
 """The set-up script ends with a torch, whatever the package index holds: the builds it asks for, in order.
 
-A stand-in for .venv/bin/python plays the package index. What pip itself does with gigabytes is rehearsed by hand
+A stand-in for .venv/bin/python plays the package index; what pip does with gigabytes is rehearsed by hand
 (CONTRIBUTING.md).
 """
 
@@ -24,7 +24,7 @@ fi
 
 @pytest.fixture
 def set_up(tmp_path):
-    """Runs the script in a folder of its own: (exit code, what it says, the torch installations it asked for)."""
+    """Runs the script in a folder of its own: (exit code, what it says, the torches it asked for)."""
     for name in ("tools/setup.sh", "constraints.txt", "pyproject.toml", "setup.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(REPOSITORY / name, tmp_path / name)
