@@ -8,6 +8,7 @@ and what goes wrong on one rank is raised on all.
 
 import copy
 import json
+import logging
 import os
 from argparse import Namespace
 from collections.abc import Sequence
@@ -17,16 +18,19 @@ from pathlib import Path
 import torch
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.core.datasets.utils import Split, get_blend_from_list
 
 from megatron_ext.data import index_cache
 from megatron_ext.data.agree import on_every_rank, on_first_rank
-from megatron_ext.data.indexed import DatasetError
-from megatron_ext.data.manifest import check_dataset
+from megatron_ext.data.gpt import GPTDataset, MockGPTDataset
+from megatron_ext.data.indexed import DatasetError, Index
+from megatron_ext.data.manifest import check_dataset, sampled_ids
 
 Blend = tuple[list[str], list[float] | None]
 DEFAULT_SPLIT = "969, 30, 1"
+
+logger = logging.getLogger(__name__)
 
 
 def build_datasets(args: Namespace, tokenizer, sizes: Sequence[int | None]) -> tuple:
@@ -156,6 +160,7 @@ def _check_data(config: GPTDatasetConfig, tokenizer) -> None:
     Megatron-Core adds epochs of an empty part until there are enough tokens: for ever.
     """
     indices = {prefix: check_dataset(prefix, tokenizer) for prefix in sorted(_prefixes(config))}
+    _warn_of_pad_tokens(indices, tokenizer)
     for split in Split:
         if config.blend:
             blend, part = config.blend, config.split_matrix[split.value]
@@ -175,6 +180,19 @@ def _check_data(config: GPTDatasetConfig, tokenizer) -> None:
                         * bool(config.blend)
                     )
                 )
+
+
+def _warn_of_pad_tokens(indices: dict[str, Index], tokenizer) -> None:
+    """Say so where the text holds the pad token, which upstream's samples then neither predict nor read."""
+    pad = tokenizer.pad
+    if pad < 0 or pad in (tokenizer.eod, tokenizer.eos):
+        return  # upstream takes no token for the pad token then
+    for prefix, index in indices.items():
+        if any((piece == pad).any() for piece in sampled_ids(prefix, index)):
+            logger.warning(
+                f"{prefix}: holds the tokenizer's pad token (id {pad}) as text; as in Megatron-LM it is not "
+                "predicted, and id 0 is read in its place"
+            )
 
 
 class LocalBuilder(BlendedMegatronDatasetBuilder):

@@ -9,6 +9,7 @@ Datasets of other tools have none; what can be checked without one is checked.
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -127,13 +128,18 @@ def _check_tokenizer(prefix: str | Path, made_with: dict, tokenizer) -> None:
 
 
 def _check_largest_id(prefix: str | Path, index: Index, vocab_size: int) -> None:
-    ids = map_tokens(prefix, index)
-    starts = np.unique(np.linspace(0, max(len(ids) - SAMPLED_IDS, 0), SAMPLED_PIECES).astype(np.int64))
-    for start in starts.tolist():
-        piece = ids[start : start + SAMPLED_IDS]
+    for piece in sampled_ids(prefix, index):
         low, high = (int(piece.min()), int(piece.max())) if len(piece) else (0, 0)
         if low < 0 or high >= vocab_size:
             raise DatasetError(
                 f"{bin_path(prefix)}: holds the id {high if high >= vocab_size else low}, but the tokenizer "
                 f"has {vocab_size} ids: the dataset was made with another tokenizer"
             )
+
+
+def sampled_ids(prefix: str | Path, index: Index) -> Iterator[np.ndarray]:
+    """Pieces of the dataset's ids, spread evenly; all of them where they are few."""
+    ids = map_tokens(prefix, index)
+    starts = np.unique(np.linspace(0, max(len(ids) - SAMPLED_IDS, 0), SAMPLED_PIECES).astype(np.int64))
+    for start in starts.tolist():
+        yield ids[start : start + SAMPLED_IDS]
