@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_ext.data import round_report
 from megatron_ext.data.build_round import RoundOptions, build_round
-from megatron_ext.data.rounds import round_paths
+from megatron_ext.data.rounds import ORDERS, round_paths
 
 
 def parser() -> argparse.ArgumentParser:
@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--per-source", action="store_true", help="keep the shares of a blend as they are")
     p.add_argument(
         "--order",
-        choices=["shuffled", "training"],
+        choices=ORDERS,
         default="shuffled",
         help="in which training takes the samples: shuffled, each epoch anew (default), or training order",
     )

@@ -8,6 +8,9 @@ and each new file is then moved into place. ``NAME.sha256`` is there before NAME
 cache that Megatron-LM made have none, and are known by their size only.
 """
 
+import contextlib
+import errno
+import fcntl
 import logging
 import os
 import shutil
@@ -27,7 +30,9 @@ from megatron_ext.data.files import sha256_file, write_aside
 from megatron_ext.data.indexed import DatasetError
 
 BUILDING, CHECKSUM = ".building-", ".sha256"
-#: A folder of a build that was killed is removed once it is older than this.
+#: Locked in the folder of a build as long as the process that builds lives.
+LOCK = ".lock"
+#: A folder of a build that was killed is removed once it is older than this and its lock is free.
 ABANDONED_AFTER_S = 24 * 3600
 #: Files that are read at the same time to be compared with their checksums.
 _READERS = 4
@@ -111,9 +116,11 @@ def _staging(cache: Path) -> Iterator[Path]:
     cache.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(cache)
     folder = Path(tempfile.mkdtemp(prefix=BUILDING, dir=cache))
+    lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)
     try:
+        _try_lock(lock)
         unsound = set()
-        files = [entry for entry in cache.iterdir() if entry.is_file() and entry.suffix != CHECKSUM]
+        files = [entry for entry in cache.iterdir() if _is_index_file(entry)]
         for entry in files:
             (folder / entry.name).symlink_to(entry.absolute())
             if not is_sound(entry):
@@ -122,17 +129,32 @@ def _staging(cache: Path) -> Iterator[Path]:
         _unlink(folder, unsound | {name for name, count in counts.items() if count < _files_of(name)})
         yield folder
         for entry in folder.iterdir():
-            if not entry.is_symlink():
+            if not entry.is_symlink() and entry.name != LOCK:
                 _publish(entry, cache / entry.name)
     finally:
+        os.close(lock)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_index_file(entry: Path) -> bool:
+    """Not a checksum, and not what another job is writing at this moment: such names begin with a dot."""
+    return entry.suffix != CHECKSUM and not entry.name.startswith(".") and entry.is_file()
+
+
+def _try_lock(descriptor: int) -> bool:
+    """Whether the lock was free, and is held now; also on a file system that keeps no locks."""
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EACCES, errno.EAGAIN)
+    return True
 
 
 def is_sound(path: Path) -> bool:
     """Whether an index file is complete: an .npy file has the size that its header promises."""
-    if path.suffix != ".npy":
-        return path.stat().st_size > 0
     try:
+        if path.suffix != ".npy":
+            return path.stat().st_size > 0
         with open(path, "rb") as file:
             version = np.lib.format.read_magic(file)
             read_header = {
@@ -157,8 +179,18 @@ def _publish(source: Path, target: Path) -> None:
 
 def _remove_abandoned(cache: Path) -> None:
     for folder in cache.glob(f"{BUILDING}*"):
-        try:
-            if time.time() - folder.stat().st_mtime > ABANDONED_AFTER_S:
+        with contextlib.suppress(OSError):  # another job removed it first
+            if time.time() - folder.stat().st_mtime > ABANDONED_AFTER_S and not _is_alive(folder):
                 shutil.rmtree(folder, ignore_errors=True)
-        except FileNotFoundError:  # another job removed it first
-            pass
+
+
+def _is_alive(folder: Path) -> bool:
+    """Whether the process that builds there still holds its lock; clocks and dates may be wrong."""
+    try:
+        lock = os.open(folder / LOCK, os.O_RDWR)
+    except FileNotFoundError:  # of an earlier version
+        return False
+    try:
+        return not _try_lock(lock)
+    finally:
+        os.close(lock)

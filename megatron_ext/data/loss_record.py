@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_ext.data.files import write_aside
+from megatron_ext.data.files import sha256_file, write_aside
 from megatron_ext.data.indexed import DatasetError
 
 FORMAT = "megatron_ext.sample_losses/1"
@@ -35,6 +35,11 @@ class RecordPaths:
     tokens: Path
     sources: Path
     manifest: Path
+
+    def checksums(self) -> dict[str, str]:
+        """sha256 of the files of numbers that are there, by the names they have here."""
+        named = {"losses": self.losses, "tokens": self.tokens, "sources": self.sources}
+        return {name: sha256_file(path) for name, path in named.items() if path.exists()}
 
 
 def record_paths(path: str | Path) -> RecordPaths:
@@ -63,6 +68,8 @@ class LossRecord:
         """Note losses (float) and token counts (int) of samples; numbers past the last are padding."""
         real = ids < self.samples
         ids = ids[real]
+        if self.manifest.pop("sha256", None) is not None:  # a complete recording that is written to again
+            write_record_manifest(self.paths.manifest, self.manifest)
         self.losses[ids] = losses[real]
         self.tokens[ids] = tokens[real]
 
@@ -79,7 +86,7 @@ class LossRecord:
         self.manifest["recorded"] = self.recorded
         self.manifest["complete"] = self.recorded == self.samples
         if self.manifest["complete"]:
-            self.manifest |= summarize(self.losses, self.tokens)
+            self.manifest |= summarize(self.losses, self.tokens) | {"sha256": self.paths.checksums()}
         write_record_manifest(self.paths.manifest, self.manifest)
         self._marked = time.monotonic()
 
@@ -185,7 +192,7 @@ def read_record_manifest(path: Path) -> dict:
 
 
 def read_json(path: Path, expected_format: str, names: tuple[str, ...]) -> dict:
-    """A manifest of the format, with at least these fields.
+    """A manifest of the format, with at least these fields, ``samples`` among them.
 
     Raises:
         DatasetError: it cannot be read, or is something else.
@@ -197,6 +204,8 @@ def read_json(path: Path, expected_format: str, names: tuple[str, ...]) -> dict:
         missing = [name for name in names if name not in manifest]
         if missing:
             raise ValueError(f"it lacks {', '.join(missing)}")
+        if type(manifest["samples"]) is not int or manifest["samples"] < 1:
+            raise ValueError(f"its number of samples is {manifest['samples']!r}")
     except OSError as error:
         raise DatasetError(f"{path}: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -243,7 +252,20 @@ def read_losses(path: str | Path, allow_incomplete: bool = False) -> Losses:
                 f"{file}: holds {len(array):,} samples, but {paths.manifest.name} says "
                 f"{manifest['samples']:,}"
             )
+    _check_checksums(paths, manifest)
     return Losses(paths.losses, losses, tokens, sources, manifest)
+
+
+def _check_checksums(paths: RecordPaths, manifest: dict) -> None:
+    told = manifest.get("sha256")  # a recording of an earlier version, or an incomplete one, has none
+    if told is None:
+        return
+    for name, found in paths.checksums().items():
+        if told.get(name) != found:
+            raise DatasetError(
+                f"{getattr(paths, name)}: was altered since it was recorded (its sha256 is not that of "
+                f"{paths.manifest.name}); copy it again, or record again"
+            )
 
 
 def map_array(path: Path, kind: type) -> np.ndarray:

@@ -4,6 +4,7 @@ ROUND.npy     int64 [selected]: numbers of samples of the first round's training
 ROUND.json    the manifest (megatron_ext/data/build_round.py writes both)
 """
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,8 +16,12 @@ from megatron_ext.data.indexed import DatasetError
 from megatron_ext.data.loss_record import map_array, read_json
 
 FORMAT = "megatron_ext.round/1"
+#: How training may take the samples.
+ORDERS = ("shuffled", "training")
 _MASK = (1 << 64) - 1
 _FEISTEL_ROUNDS = 6
+#: Ids that are read at a time.
+_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class RoundIndex:
 
 
 def read_round(path: str | Path) -> RoundIndex:
-    """Open an index and check that it fits its manifest.
+    """Open an index and check that it is the one its manifest was written for; reads all of it.
 
     Raises:
         DatasetError: a file is missing, damaged, or something else.
@@ -57,16 +62,35 @@ def read_round(path: str | Path) -> RoundIndex:
         )
     names = ("round", "samples", "selected", "sha256", "order", "dataset")
     manifest = read_json(paths.manifest, FORMAT, names)
+    if manifest["order"] not in ORDERS:
+        raise DatasetError(f"{paths.manifest}: its order is {manifest['order']!r}, not {' or '.join(ORDERS)}")
     ids = map_array(paths.index, np.int64)
     if len(ids) != manifest["selected"]:
         raise DatasetError(
             f"{paths.index}: holds {len(ids):,} samples, but {paths.manifest.name} says "
             f"{manifest['selected']:,}; build the round again"
         )
-    # Ascending, so the ends tell of all.
-    if ids[0] < 0 or ids[-1] >= manifest["samples"]:
-        raise DatasetError(f"{paths.index}: names samples outside of 0 to {manifest['samples'] - 1:,}")
+    _check_ids(paths, ids, manifest)
     return RoundIndex(paths.index, ids, manifest)
+
+
+def _check_ids(paths: RoundPaths, ids: np.ndarray, manifest: dict) -> None:
+    """Every id is read: one that is another sample's would train on it without a word."""
+    digest, before = hashlib.sha256(), -1
+    for begin in range(0, len(ids), _BLOCK):
+        block = np.ascontiguousarray(ids[begin : begin + _BLOCK], dtype="<i8")
+        digest.update(block.data)
+        if block[0] <= before or (np.diff(block) <= 0).any() or block[-1] >= manifest["samples"]:
+            raise DatasetError(
+                f"{paths.index}: its samples are not ascending numbers from 0 to "
+                f"{manifest['samples'] - 1:,}: it is damaged; build the round again"
+            )
+        before = block[-1]
+    if digest.hexdigest() != manifest["sha256"]:
+        raise DatasetError(
+            f"{paths.index}: its samples are not those that {paths.manifest.name} was written for: one of "
+            "the two is damaged or of another round; build the round again"
+        )
 
 
 class NumberedDataset:

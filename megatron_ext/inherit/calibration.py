@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from megatron_ext import platform
 from megatron_ext.arguments.configs import transformer_config
-from megatron_ext.data.indexed import check_layout, map_tokens
+from megatron_ext.data.indexed import map_tokens
+from megatron_ext.data.manifest import check_dataset
 from megatron_ext.models.builder import build_model
 from megatron_ext.models.layer_specs import CHECKPOINT_NAMES
 from megatron_ext.tokenizer.build import Tokenizer
@@ -122,7 +123,7 @@ def read_documents(prefixes: Sequence[str], tokens: int) -> list[list[int]]:
     """
     documents = []
     for prefix in prefixes:
-        index = check_layout(prefix)
+        index = check_dataset(prefix)
         ids, left = map_tokens(prefix, index), -(-tokens // len(prefixes))
         starts, lengths = index.pointers // index.dtype.itemsize, index.lengths
         drawn = np.random.default_rng(0).choice(len(lengths), min(len(lengths), left), replace=False)

@@ -1,8 +1,13 @@
 """Datasets and loaders: upstream's samples, one order for every layout, errors that name the file."""
 
 import json
+import multiprocessing
 import os
+import random
 import shutil
+import subprocess
+import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -13,8 +18,10 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import get_blend_from_list
 
-from megatron_ext.data import DatasetError, build_data_loader, build_datasets
+from megatron_ext.data import DatasetError, build_data_loader, build_datasets, files, index_cache
+from megatron_ext.data.manifest import check_dataset
 from megatron_ext.data.sampler import CyclicSampler, SequentialSampler
+from megatron_ext.data.writer import publish, write_dataset
 from megatron_ext.tokenizer import build_tokenizer
 from tests.unit.data import corpora
 
@@ -152,6 +159,24 @@ def test_damaged_datasets(tmp_path, damage, message):
         build(arguments(data_path=[str(a)]))
 
 
+def test_an_altered_bound_in_a_long_index_is_seen(tmp_path, monkeypatch):
+    """Of a long .bin pieces are compared, of its index every byte: offsets can be sound and wrong."""
+    monkeypatch.setattr(files, "PIECES", 2)
+    monkeypatch.setattr(files, "PIECE_BYTES", 64)
+    lengths = np.ones(1000, np.int32)
+    prefix = tmp_path / "a"
+    ids = np.arange(1000, dtype=np.uint16)
+    publish(write_dataset(prefix, [ids.tobytes()], np.uint16, lengths, np.arange(0, 1001, 2)), {})
+    check_dataset(prefix)
+    with open(f"{prefix}.idx", "r+b") as file:
+        file.seek(-8 * 200, os.SEEK_END)
+        bound = int.from_bytes(file.read(8), "little")
+        file.seek(-8 * 200, os.SEEK_END)
+        file.write((bound - 1).to_bytes(8, "little"))
+    with pytest.raises(DatasetError, match=r"a.idx: was altered"):
+        check_dataset(prefix)
+
+
 def test_dataset_of_another_tokenizer(two, tmp_path):
     with pytest.raises(DatasetError, match=r"a.bin: holds the id 1\d\d, but the tokenizer has 101 ids"):
         build(arguments(data_path=two[:1], vocab_size=100))
@@ -220,6 +245,64 @@ def test_a_lost_index_is_built_without_writing_to_the_others(two, tmp_path):
     lost.unlink()
     assert tokens(build(args)[0]) == expected
     assert all(path.stat().st_ino != number for path, number in files.items())  # replaced, not written to
+
+
+def job(cache: Path, seconds: float) -> None:
+    """What a run does with a cache, with files of the names that Megatron-Core gives them."""
+
+    def build_files(folder: Path) -> list:
+        assert [
+            entry for entry in folder.iterdir() if entry.name.startswith(".") and entry.is_symlink()
+        ] == []
+        for number in range(20):
+            name = f"{number:032x}-GPTDataset-train"
+            if not (folder / f"{name}-description.txt").exists():
+                for kind in ("document", "sample", "shuffle"):
+                    np.save(folder / f"{name}-{kind}_index.npy", np.arange(100))
+                (folder / f"{name}-description.txt").write_text("x")
+        return []
+
+    time.sleep(seconds)
+    index_cache.fill(cache, build_files)
+
+
+def test_two_jobs_begin_at_once_on_a_new_cache(tmp_path):
+    """What one has in hand for a moment is not taken for a file of the cache by the other."""
+    rng, context = random.Random(0), multiprocessing.get_context("fork")
+    for number in range(15):
+        cache = tmp_path / str(number)
+        jobs = [context.Process(target=job, args=(cache, rng.random() * 0.06)) for _ in range(3)]
+        for process in jobs:
+            process.start()
+        for process in jobs:
+            process.join()
+        assert [process.exitcode for process in jobs] == [0, 0, 0]
+        assert len(list(cache.iterdir())) == 160  # 4 files and their checksums, nothing left over
+
+
+def test_what_others_are_writing_is_no_file_of_the_cache(tmp_path):
+    (tmp_path / ".0-GPTDataset-train-sample_index.npy.sha256.ab12").write_text("half")
+    job(tmp_path, 0)
+    assert len(list(tmp_path.iterdir())) == 161
+
+
+def test_a_build_folder_is_removed_when_its_process_is_dead(tmp_path):
+    """Whatever the dates say: a clock may be wrong, a build may take days."""
+    old = tmp_path / ".building-old"
+    old.mkdir()
+    code = (
+        "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, 2); print('held', flush=True); input()"
+    )
+    words = [sys.executable, "-c", code, str(old / index_cache.LOCK)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        os.utime(old, (0, 0))
+        job(tmp_path, 0)
+        assert old.exists()
+        holder.communicate("\n")
+    os.utime(old, (0, 0))
+    job(tmp_path, 0)
+    assert not old.exists()
 
 
 def test_unwritable_cache(two, tmp_path):

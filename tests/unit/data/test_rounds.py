@@ -310,6 +310,62 @@ def test_index_without_its_manifest_is_refused(tmp_path):
         read_round(tmp_path / "round.npy")
 
 
+def flip(path, place: int, bit: int) -> None:
+    """One bit of the number at ``place`` of an .npy file."""
+    numbers = np.load(path)
+    numbers.view(f"u{numbers.itemsize}")[place] ^= 1 << bit
+    np.save(path, numbers)
+
+
+@pytest.mark.parametrize("bit", [0, 1, 40, 63])
+def test_a_flipped_bit_in_an_index_is_seen(tmp_path, bit):
+    """Also one that leaves the order and the ends as they are: it would train on another sample."""
+    np.save(tmp_path / "plain.npy", np.ones(4000, np.float32))
+    build_round(tmp_path / "plain.npy", RoundOptions(rate=0.01), tmp_path / "round")
+    read_round(tmp_path / "round")
+    flip(tmp_path / "round.npy", 20, bit)
+    with pytest.raises(DatasetError, match=r"round.npy: .*build the round again"):
+        read_round(tmp_path / "round")
+
+
+def test_an_index_beside_the_manifest_of_another_is_seen(tmp_path):
+    np.save(tmp_path / "plain.npy", np.ones(100, np.float32))
+    for seed in (1, 2):
+        build_round(tmp_path / "plain.npy", RoundOptions(rate=0.5, seed=seed), tmp_path / f"round{seed}")
+    (tmp_path / "round2.npy").replace(tmp_path / "round1.npy")
+    with pytest.raises(DatasetError, match=r"not those that round1.json was written for"):
+        read_round(tmp_path / "round1")
+    manifest = json.loads((tmp_path / "round2.json").read_text()) | {"order": "shuffmed"}
+    (tmp_path / "round2.json").write_text(json.dumps(manifest))
+    with pytest.raises(DatasetError, match="its order is 'shuffmed'"):
+        read_round(tmp_path / "round2")
+
+
+@pytest.mark.parametrize("name", ["losses", "tokens", "sources"])
+def test_a_flipped_bit_in_a_recording_is_seen(tmp_path, name):
+    path = recording(tmp_path)
+    read_losses(path)
+    harmed = getattr(record_paths(path), name)
+    flip(harmed, 33, 0)
+    with pytest.raises(DatasetError, match=f"{harmed.name}: was altered since it was recorded"):
+        read_losses(path)
+
+
+def test_a_recording_that_is_written_to_again_is_sealed_again(tmp_path):
+    """The second epoch of a round: killed between two marks, the recording is not refused."""
+    path = recording(tmp_path)
+    same = {"kind": "frozen", "samples": 100, "dataset": IDENTITY, "model": MODEL}
+    record = LossRecord(path, open_record(path, same, None))
+    record.write(np.array([3]), np.array([9.0]), np.array([2]))
+    record.losses.flush()
+    assert read_losses(path).losses[3] == 9.0
+    record.mark(force=True)
+    assert "sha256" in read_losses(path).manifest
+    flip(path, 3, 0)
+    with pytest.raises(DatasetError, match="was altered"):
+        read_losses(path)
+
+
 def test_forgetting_curve(tmp_path, capsys):
     """Means over stretches, weighted by tokens; what is not finite is passed over."""
     losses = np.linspace(5, 3, 100)
