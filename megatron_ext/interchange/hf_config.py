@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -21,20 +22,32 @@ _WITHOUT_EFFECT = {
     "quantization_config": (None,),
     "bias": (False,),
     "partial_rotary_factor": (1.0, 1),
-    "layer_types": (None,),
 }
+#: What transformers takes for a setting that is not there, where the architectures differ or it matters.
+_DEFAULTS: dict[str, dict[str, object]] = {
+    "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+    "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "use_sliding_window": False},
+}
+_NEEDED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+_MAY_BE_NULL = ("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window")
+_OUR_SIZES = ("series_activation_order", "augmented_shortcuts", "augmented_shortcut_reduction")
+_SWITCHES = ("tie_word_embeddings", "qkv_bias", "attention_bias", "use_sliding_window")
+#: Far above any model; the sizes of tensors, products of these, stay countable.
+_MOST = 1 << 24
 
 
 def read_shape(config: dict, dtype: torch.dtype | None = None) -> ModelShape:
     """The shape that ``config`` describes.
 
-    ``max_position_embeddings`` stops at a sliding window, up to which attention is full.
+    ``max_position_embeddings`` stops at a sliding window, up to which attention is full. What ``config``
+    leaves open is what transformers takes for that architecture.
 
     Raises:
         InterchangeError: an unknown architecture, missing sizes, or settings that no model here has;
             all of them are named.
     """
     architecture = architecture_named(str(config.get("model_type")))
+    config = _DEFAULTS.get(architecture.model_type, {}) | config
     if problems := list(_problems(config, architecture.model_type)):
         raise InterchangeError("; ".join(problems))
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
@@ -48,8 +61,8 @@ def read_shape(config: dict, dtype: torch.dtype | None = None) -> ModelShape:
         kv_channels=config.get("head_dim") or hidden // heads,
         vocab_size=config["vocab_size"],
         padded_vocab_size=padded(config["vocab_size"]),
-        tied=bool(config.get("tie_word_embeddings", False)),
-        qkv_bias=architecture.qkv_bias or bool(config.get("qkv_bias", False)),
+        tied=bool(config.get("tie_word_embeddings")),
+        qkv_bias=architecture.qkv_bias or bool(config.get("qkv_bias")),
         norm_epsilon=config.get("rms_norm_eps", 1e-6),
         rotary_base=int(rotary["rope_theta"]),
         rope_scaling_factor=float(rotary["factor"]) if rotary["rope_type"] == "llama3" else None,
@@ -62,24 +75,45 @@ def read_shape(config: dict, dtype: torch.dtype | None = None) -> ModelShape:
 
 
 def _problems(config: dict, model_type: str) -> Iterator[str]:
-    needed = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
-    for name in needed:
-        if type(config.get(name)) is not int:
-            yield f"{name} is {config.get(name)!r}, not a number"
-    for name in ("num_key_value_heads", "head_dim", "max_position_embeddings"):
-        if type(config.get(name, 1)) not in (int, type(None)):
-            yield f"{name} is {config[name]!r}, not a number"
+    """What keeps ``config`` from being a model here."""
+    yield from _wrong_types(config)
     for name, values in _WITHOUT_EFFECT.items():
-        if name == "layer_types" and set(config.get(name) or ()) <= {"full_attention"}:
-            continue
         if name in config and config[name] not in (*values, None):
             yield f"{name} {config[name]!r} is not supported"
+    layers = config.get("layer_types") or []
+    if not isinstance(layers, list) or any(layer != "full_attention" for layer in layers):
+        yield f"layer_types {layers!r} is not supported"
     if config.get("attention_bias") and model_type != "qwen2":
         yield "attention_bias is not supported: there is no place for the bias of o_proj"
-    types = {_rotary_type(config.get(name)) for name in ("rope_parameters", "rope_scaling")} - {None}
-    if len(types) > 1:
-        yield f"rope_parameters and rope_scaling differ: {' and '.join(sorted(types))}"
-    yield from _rotary_problems(_rotary(config))
+    both = [config.get(name) or {} for name in ("rope_parameters", "rope_scaling")]
+    if wrong := [settings for settings in both if not isinstance(settings, dict)]:
+        yield f"rope_parameters or rope_scaling is {wrong[0]!r}, not an object"
+    else:
+        yield from _rotary_contradictions(config, *both)
+        yield from _rotary_problems(_rotary(config))
+
+
+def _wrong_types(config: dict) -> Iterator[str]:
+    """Settings that are no numbers, or numbers that no model has."""
+    for name in (*_NEEDED, *_MAY_BE_NULL, *_OUR_SIZES):
+        value = config.get(name) if name in (*_NEEDED, *_MAY_BE_NULL) else config.get(name, 1)
+        least = 0 if name in ("series_activation_order", "augmented_shortcuts") else 1
+        if value is None and name in _MAY_BE_NULL:
+            continue
+        if type(value) is not int:
+            yield f"{name} is {value!r}, not a number"
+        elif not least <= value <= _MOST:
+            yield f"{name} is {value}, it must be from {least} to {_MOST}"
+    for name in _SWITCHES:
+        if not isinstance(config.get(name), bool | None):
+            yield f"{name} is {config[name]!r}, not true or false"
+    epsilon = config.get("rms_norm_eps", 1e-6)
+    if not _is_real(epsilon) or not 0 < epsilon < 1:
+        yield f"rms_norm_eps is {epsilon!r}, not a number between 0 and 1"
+
+
+def _is_real(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def _rotary(config: dict) -> dict:
@@ -87,14 +121,30 @@ def _rotary(config: dict) -> dict:
     older ``rope_theta`` and ``rope_scaling``.
     """
     settings = (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
+    theta = settings.get("rope_theta", config.get("rope_theta"))
     return settings | {
         "rope_type": _rotary_type(settings) or "default",
-        "rope_theta": settings.get("rope_theta") or config.get("rope_theta") or 10000.0,
+        "rope_theta": 10000.0 if theta is None else theta,
     }
 
 
-def _rotary_type(settings: dict | None) -> str | None:
-    return (settings or {}).get("rope_type") or (settings or {}).get("type")
+def _rotary_type(settings: dict) -> object:
+    return settings.get("rope_type") or settings.get("type")
+
+
+def _rotary_contradictions(config: dict, parameters: dict, scaling: dict) -> Iterator[str]:
+    """What the two places of the rotary settings, and the one of the base, say differently."""
+    types = {str(kind) for kind in map(_rotary_type, (parameters, scaling)) if kind}
+    if len(types) > 1:
+        yield f"rope_parameters and rope_scaling differ: {' and '.join(sorted(types))}"
+    for name in sorted((parameters.keys() & scaling.keys()) - {"rope_type", "type"}):
+        if parameters[name] != scaling[name]:
+            values = f"{parameters[name]!r} and {scaling[name]!r}"
+            yield f"rope_parameters and rope_scaling differ in {name}: {values}"
+    bases = [each.get("rope_theta") for each in (config, parameters, scaling)]
+    told = [base for base in bases if base is not None]
+    if any(base != told[0] for base in told):
+        yield f"rope_theta is said twice and differs: {' and '.join(map(repr, told))}"
 
 
 def _rotary_problems(rotary: dict) -> Iterator[str]:
@@ -102,24 +152,31 @@ def _rotary_problems(rotary: dict) -> Iterator[str]:
     if kind not in (*_PLAIN_ROTARY, "llama3"):
         known = ", ".join((*_PLAIN_ROTARY, "llama3"))
         yield f"rotary embeddings of type {kind!r} are not supported, only {known}"
-    if base != int(base):
-        yield f"rope_theta {base} is not a whole number"
+    if not _is_real(base) or base != int(base) or not 1 <= base < 2**53:
+        yield f"rope_theta {base!r} is not a whole number from 1"
+    if rotary.get("partial_rotary_factor") not in (None, 1):
+        yield f"partial_rotary_factor {rotary['partial_rotary_factor']!r} is not supported"
     if kind != "llama3":
         return
     for name, fixed in _LLAMA3_ROTARY.items():
         if rotary.get(name) != fixed:
             yield f"{name} {rotary.get(name)!r} of llama3's rotary scaling is not supported, only {fixed:g}"
-    if not isinstance(rotary.get("factor"), int | float) or not rotary["factor"] >= 1:
+    if not _is_real(rotary.get("factor")) or not rotary["factor"] >= 1:
         yield f"factor {rotary.get('factor')!r} of llama3's rotary scaling is not a number from 1"
 
 
 def _window(config: dict) -> int | None:
     """The sliding window of a model that slides one."""
-    return config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    return config.get("sliding_window") if config.get("use_sliding_window") is not False else None
 
 
 def _dtype(config: dict) -> torch.dtype:
-    name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    """What ``config`` says of the number format, where no tensors are there to show it."""
+    told = [config[name] for name in ("dtype", "torch_dtype") if config.get(name)]
+    names = {str(name).removeprefix("torch.") for name in told}
+    if len(names) > 1:
+        raise InterchangeError(f"dtype and torch_dtype differ: {' and '.join(sorted(names))}")
+    name = names.pop() if names else "float32"
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
         raise InterchangeError(f"dtype {name!r} of config.json is not one of torch")

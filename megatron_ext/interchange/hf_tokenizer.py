@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ext.interchange.errors import InterchangeError
-from megatron_ext.interchange.tokenizer_files import TokenizerFiles, read_json
+from megatron_ext.interchange.json_file import read_object
+from megatron_ext.interchange.tokenizer_files import TokenizerFiles, known_tokens
 
 
 @dataclass(frozen=True)
@@ -62,15 +63,13 @@ def _special_ids(folder: Path, tokenizer: TokenizerFiles) -> SpecialIds:
         built = SentencePieceTokenizer(folder / "tokenizer.model")
         ids = [token if token >= 0 else None for token in (built.bos, built.eos, built.pad)]
         return SpecialIds(*ids, has_tokenizer=True)
-    names = read_json(folder / "tokenizer_config.json")
-    described = read_json(folder / "tokenizer.json")
-    vocabulary = described.get("model", {}).get("vocab") or read_json(folder / "vocab.json")
-    known = dict(vocabulary) if isinstance(vocabulary, dict) else {}
-    known |= {token["content"]: token["id"] for token in described.get("added_tokens") or ()}
-    known |= read_json(folder / "added_tokens.json")
+    names, known = read_object(folder / "tokenizer_config.json", missing={}), known_tokens(folder)
+    if "added_tokens_decoder" not in names:  # transformers looks at the older file only then
+        names |= read_object(folder / "special_tokens_map.json", missing={})
 
     def id_of(role: str) -> int | None:
         token = names.get(f"{role}_token")
-        return known.get(token["content"] if isinstance(token, dict) else token)
+        token = token.get("content") if isinstance(token, dict) else token
+        return known.get(token) if isinstance(token, str) else None
 
     return SpecialIds(id_of("bos"), id_of("eos"), id_of("pad"), has_tokenizer=True)

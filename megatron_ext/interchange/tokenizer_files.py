@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ext.interchange.errors import InterchangeError
+from megatron_ext.interchange.json_file import read_object
 from megatron_ext.tokenizer.build import HUGGINGFACE_FILES, SENTENCEPIECE_TYPES, folder_sha256
 
+_LARGEST_ID = (1 << 24) - 1
 #: Files of a Hugging Face folder that go with a tokenizer without deciding its ids.
 _BESIDE = ("chat_template.jinja", "generation_config.json")
 
@@ -82,18 +84,31 @@ def of_path(path: str | Path) -> TokenizerFiles:
 def of_folder(folder: Path) -> TokenizerFiles | None:
     """The tokenizer in a Hugging Face folder; None if it holds none.
 
-    A plain ``tokenizer.model`` is preferred, for its ids are reproduced by the native encoder; with
-    tokens added to it, the folder's own description is what counts.
+    A plain ``tokenizer.model`` is preferred, for its ids are reproduced by the native encoder. Where the
+    files beside it say anything else of any id, they count, as in transformers.
     """
-    pieces, described = folder / "tokenizer.model", folder / "tokenizer.json"
+    pieces, known = folder / "tokenizer.model", known_tokens(folder)
     plain = _sentencepiece(pieces) if pieces.is_file() and _is_sentencepiece(pieces) else None
-    size = _described_size(described) if described.is_file() else None
-    if plain and (size is None or size == plain.size) and not _added(folder, plain.size):
+    if plain and _agree(pieces, known):
         return plain
+    return _described(folder, known, plain)
+
+
+def _agree(pieces: Path, known: dict[str, int]) -> bool:
+    """Whether all ``known`` tokens are pieces of a SentencePiece model, under their ids."""
+    from megatron_ext.tokenizer.build import SentencePieceTokenizer
+
+    processor = SentencePieceTokenizer(pieces).processor
+    return all(
+        number < len(processor) and processor.id_to_piece(number) == token for token, number in known.items()
+    )
+
+
+def _described(folder: Path, known: dict[str, int], plain: TokenizerFiles | None) -> TokenizerFiles | None:
+    """The tokenizer of a folder as transformers reads it."""
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         return None
-    if size is None:
-        size = max(len(read_json(folder / "vocab.json")), _added(folder, 0), plain.size if plain else 0)
+    size = max(1 + max(known.values(), default=-1), plain.size if plain else 0)
     return TokenizerFiles("HuggingFaceTokenizer", folder, size, folder_sha256(folder))
 
 
@@ -106,7 +121,8 @@ def of_args(args: Namespace) -> TokenizerFiles | None:
         return None
     if kind in SENTENCEPIECE_TYPES:
         return _sentencepiece(Path(model))
-    return of_folder(Path(model)) if kind == "HuggingFaceTokenizer" else None
+    folder = Path(model)
+    return _described(folder, known_tokens(folder), None) if kind == "HuggingFaceTokenizer" else None
 
 
 def null(size: int) -> TokenizerFiles:
@@ -137,30 +153,53 @@ def _sentencepiece(path: Path) -> TokenizerFiles:
     return TokenizerFiles("SentencePieceTokenizer", path, built.vocab_size, built.sha256)
 
 
-def _described_size(path: Path) -> int:
-    """Ids that ``tokenizer.json`` knows, those of added tokens among them."""
-    content = read_json(path)
-    try:
-        vocabulary = content["model"]["vocab"]
-        ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
-        added = (token["id"] for token in content.get("added_tokens") or ())
-        return 1 + max(max(ids, default=-1), max(added, default=-1))
-    except (AttributeError, KeyError, TypeError) as error:
-        raise InterchangeError(f"{path} does not describe a tokenizer: {error!r}") from error
+def known_tokens(folder: Path) -> dict[str, int]:
+    """Token -> id, of all that the JSON files of a Hugging Face folder say; {} where they say nothing.
+
+    Raises InterchangeError where a file is not what its name promises, or two of them give a token two ids.
+    """
+    known: dict[str, int] = {}
+    for path, tokens in _descriptions(folder):
+        for token, number in tokens:
+            if not isinstance(token, str) or type(number) is not int or not 0 <= number <= _LARGEST_ID:
+                raise InterchangeError(f"{path} does not describe a tokenizer: {token!r} has id {number!r}")
+            if known.setdefault(token, number) != number:
+                raise InterchangeError(
+                    f"{path}: {token!r} has id {number}, but elsewhere the tokenizer says {known[token]}"
+                )
+    return known
 
 
-def _added(folder: Path, size: int) -> int:
-    """One more than the largest id of ``added_tokens.json`` from ``size`` on; 0 if there is none."""
-    path = folder / "added_tokens.json"
-    ids = read_json(path).values() if path.is_file() else ()
-    return max((1 + token for token in ids if token >= size), default=0)
+def _descriptions(folder: Path) -> Iterator[tuple[Path, list[tuple[object, object]]]]:
+    """Each file that may give tokens ids, and what it gives."""
+    for name, tokens_of in _TOKENS_OF.items():
+        path = folder / name
+        try:
+            yield path, list(tokens_of(read_object(path, missing={})))
+        except InterchangeError:
+            raise
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise InterchangeError(f"{path} does not describe a tokenizer: {error!r}") from error
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object, {} where there is no such file; raises InterchangeError naming the file."""
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise InterchangeError(f"{path} is not JSON: {error}") from error
+def _of_description(content: dict) -> Iterator[tuple[object, object]]:
+    """Of ``tokenizer.json``: the model's vocabulary, of a unigram model a list, and the added tokens."""
+    vocabulary = content["model"]["vocab"] if content else {}
+    if isinstance(vocabulary, list):
+        vocabulary = {piece: number for number, (piece, _) in enumerate(vocabulary)}
+    yield from vocabulary.items()
+    yield from ((token["content"], token["id"]) for token in content.get("added_tokens") or ())
+
+
+def _of_config(content: dict) -> Iterator[tuple[object, object]]:
+    """Of ``tokenizer_config.json``."""
+    for number, token in (content.get("added_tokens_decoder") or {}).items():
+        yield token["content"], int(number)
+
+
+_TOKENS_OF: dict[str, Callable[[dict], Iterable[tuple[object, object]]]] = {
+    "tokenizer.json": _of_description,
+    "vocab.json": dict.items,
+    "added_tokens.json": dict.items,
+    "tokenizer_config.json": _of_config,
+}

@@ -51,12 +51,85 @@ def configure(folder: Path, **changes) -> None:
         ({"num_hidden_layers": 3}, "model.layers.2.input_layernorm.weight is missing"),
         ({"num_hidden_layers": 1}, "model.layers.1.*not part of this architecture"),
         ({"tie_word_embeddings": True}, "ties lm_head.weight to model.embed_tokens.weight, but they differ"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false', not true or false"),
+        ({"rope_theta": 500.0}, "rope_theta is said twice and differs: 500.0 and 5000.0"),
+        ({"rope_scaling": {"type": "dynamic", "rope_theta": 1e4}}, "rope_parameters and rope_scaling differ"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
+        ({"num_hidden_layers": 10**6}, "says 1000000 layers, but the files hold 21 tensors"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, it must be from 1 to"),
+        ({"num_attention_heads": 0, "vocab_size": True}, "num_attention_heads is 0.*vocab_size is True"),
+        ({"intermediate_size": 10**40, "head_dim": "x"}, "intermediate_size is 10.*head_dim is 'x'"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps is inf"),
+        ({"rope_parameters": {"rope_theta": float("nan")}}, "rope_theta nan is not a whole number"),
+        ({"rope_parameters": 5}, "rope_parameters or rope_scaling is 5, not an object"),
+        ({"rope_parameters": {"full_attention": {}, "rope_type": ["x"]}}, "type .'x'. are not supported"),
+        ({"sliding_window": {}}, "sliding_window is {}"),
+        ({"layer_types": 5}, "layer_types 5"),
+        ({"model_type": "pangu_pi", "series_activation_order": "2"}, "series_activation_order is '2'"),
+        ({"model_type": "pangu_pi", "augmented_shortcut_reduction": 0}, "augmented_shortcut_reduction is 0"),
     ],
 )
 def test_configurations(theirs, changes, message):
     configure(theirs, **changes)
     with pytest.raises(InterchangeError, match=message):
         open_source(theirs)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"a":' + "[" * 5000 + "]" * 5000 + "}", "config.json is nested too deeply"),
+        ('{"hidden_size": 64, "hidden_size": 32}', "config.json.*'hidden_size' is said twice"),
+        ("[]", "config.json does not hold a JSON object"),
+        ("{", "config.json cannot be read as JSON"),
+        (f'{{"hidden_size": {"9" * 5000}}}', "config.json cannot be read as JSON"),
+    ],
+)
+def test_config_that_is_no_configuration(theirs, text, message):
+    (theirs / "config.json").write_text(text)
+    with pytest.raises(InterchangeError, match=message):
+        open_source(theirs)
+
+
+def test_json_beyond_all_sizes(theirs):
+    with open(theirs / "tokenizer.json", "wb") as file:
+        file.truncate(1 << 31)
+    with pytest.raises(
+        InterchangeError, match="tokenizer.json cannot be read as JSON: it has more than 64 MiB"
+    ):
+        open_source(theirs)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"added_tokens.json": {"a": "x"}, "vocab.json": {}}, "added_tokens.json does not describe"),
+        ({"vocab.json": 7}, "vocab.json does not hold a JSON object"),
+        ({"vocab.json": {"a": 10**12}}, "vocab.json does not describe a tokenizer: 'a' has id 1000000000000"),
+        ({"tokenizer.json": {"model": 5}}, "tokenizer.json does not describe a tokenizer"),
+        ({"tokenizer.json": {"model": {"vocab": [7]}}}, "tokenizer.json does not describe a tokenizer"),
+        ({"tokenizer_config.json": {"added_tokens_decoder": {"x": {}}}}, "tokenizer_config.json does not"),
+        (
+            {"tokenizer.json": {"model": {"vocab": {"a": 1, "b": 2}}}, "added_tokens.json": {"b": 3}},
+            "added_tokens.json: 'b' has id 3, but elsewhere the tokenizer says 2",
+        ),
+    ],
+)
+def test_tokenizers_that_are_none(theirs, files, message):
+    for name, content in files.items():
+        (theirs / name).write_text(json.dumps(content))
+    with pytest.raises(InterchangeError, match=message):
+        open_source(theirs)
+
+
+def test_settings_left_out_are_those_of_transformers():
+    """Mistral's window is there although its configuration does not say so, as are its 8 groups."""
+    config = json.loads((Path(__file__).parent / "mistral_config.json").read_text())
+    for name in ("sliding_window", "num_key_value_heads"):
+        config.pop(name, None)
+    shape, theirs = read_shape(config), toys.transformers.MistralConfig(**config)
+    assert shape.max_position_embeddings == theirs.sliding_window
+    assert shape.num_query_groups == theirs.num_key_value_heads
 
 
 def test_sliding_window_limits_the_positions():
@@ -98,6 +171,63 @@ def test_index_that_leads_elsewhere(theirs):
     index.write_text(json.dumps(content))
     with pytest.raises(InterchangeError, match="must lie in the same folder"):
         open_source(theirs)
+
+
+def test_index_that_names_a_pickle(theirs):
+    """It is not read as one without --allow-pickle; nor with it, for the index is of safetensors."""
+    torch.save({name: t for name, t in toys.tensors_of(theirs).items()}, theirs / "anything.bin")
+    index = theirs / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"] = dict.fromkeys(content["weight_map"], "anything.bin")
+    index.write_text(json.dumps(content))
+    for allowed in (False, True):
+        with pytest.raises(InterchangeError, match="names anything.bin, which is no .safetensors file"):
+            open_source(theirs, allow_pickle=allowed)
+    index.rename(theirs / "pytorch_model.bin.index.json")
+    for file in theirs.glob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(InterchangeError, match="as a pickle"):
+        open_source(theirs)
+    assert open_source(theirs, allow_pickle=True).shape.num_layers == 2
+
+
+def test_one_file_and_an_index_of_others(theirs):
+    """transformers would take the file, the index says the shards: one of them is another model's."""
+    save_file(toys.tensors_of(theirs), theirs / "model.safetensors")
+    with pytest.raises(
+        InterchangeError, match="model.safetensors and model.safetensors.index.json.*two models"
+    ):
+        open_source(theirs)
+    index = theirs / "model.safetensors.index.json"
+    names = json.loads(index.read_text())["weight_map"]
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "model.safetensors")}))
+    assert open_source(theirs).shape.num_layers == 2
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_tied_matrix_under_the_name_of_the_head(tmp_path, both):
+    folder = toys.folder(tmp_path / "tied", "llama", 4, True)
+    tensors = load_file(folder / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"] if both else tensors.pop("model.embed_tokens.weight")
+    save_file(tensors | {"lm_head.weight": embedding.clone()}, folder / "model.safetensors")
+    assert torch.equal(open_source(folder).get("embedding.word_embeddings.weight"), embedding)
+
+
+def test_head_of_a_tied_model_that_does_not_say_so(tmp_path):
+    folder = toys.folder(tmp_path / "tied", "llama", 4, True)
+    configure(folder, tie_word_embeddings=None)
+    with pytest.raises(InterchangeError, match="lm_head.weight is missing .*tie_word_embeddings"):
+        open_source(folder)
+
+
+def test_pickled_tensors_larger_than_their_file(tmp_path):
+    folder = toys.folder(tmp_path / "one", "llama", 2, False)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    tensors["lm_head.weight"] = torch.zeros(1).expand(10**6, 10**6)
+    torch.save(tensors, folder / "pytorch_model.bin")
+    with pytest.raises(InterchangeError, match="'lm_head.weight' is no plain tensor"):
+        open_source(folder, allow_pickle=True)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
