@@ -21,7 +21,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--load", required=True, help="checkpoint folder, as given to --save")
     parser.add_argument("--ckpt-step", type=int, help="iteration to load (default: the newest)")
-    parser.add_argument("--tokenizer-model", help="tokenizer file, if it moved since the training")
+    parser.add_argument("--tokenizer-model", help="tokenizer file or folder, if it moved or is not there")
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="allow a Hugging Face tokenizer to run Python code of its folder",
+    )
     parser.add_argument(
         "--prompt", action="append", help="text to continue; may be repeated (default: stdin)"
     )
@@ -54,7 +59,9 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     try:
-        model, tokenizer, _ = load_for_inference(options.load, options.ckpt_step, options.tokenizer_model)
+        model, tokenizer, _ = load_for_inference(
+            options.load, options.ckpt_step, options.tokenizer_model, options.trust_remote_code
+        )
         results = [continuation(model, tokenizer, prompt, options, sampling) for prompt in prompts]
     except (ValueError, OSError) as error:
         print(f"generate_text.py: error: {error}", file=sys.stderr)

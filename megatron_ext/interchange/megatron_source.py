@@ -18,7 +18,8 @@ from megatron_ext.interchange.source import Source
 from megatron_ext.training.checkpointing import CheckpointError, checkpoint_dir, latest_iteration
 from megatron_ext.training.checkpointing.folders import list_iterations
 from megatron_ext.training.checkpointing.integrity import damage
-from megatron_ext.training.checkpointing.safe import load_metadata, load_object
+from megatron_ext.training.checkpointing.reader import read
+from megatron_ext.training.checkpointing.safe import load_object
 
 _LAYERS = "decoder.layers."
 _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
@@ -39,7 +40,7 @@ class MegatronSource(Source):
         try:
             if problem := damage(folder):
                 raise InterchangeError(problem)
-            common, self._metadata = load_object(folder / "common.pt"), load_metadata(folder)
+            common, self._metadata = read(folder)
         except CheckpointError as error:
             raise InterchangeError(str(error)) from error
         self.args = common.get("args")

@@ -6,6 +6,7 @@ tools start at once.
 """
 
 import hashlib
+import json
 from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -129,6 +130,8 @@ class HuggingFaceTokenizer(Tokenizer):
                 f"--tokenizer-model {folder}: HuggingFaceTokenizer needs a local folder with the "
                 "tokenizer's files (tokenizer.json or tokenizer.model); nothing is downloaded"
             )
+        if not trust_remote_code:
+            _require_no_code(Path(folder))
         try:
             from transformers import AutoTokenizer
         except ImportError as error:
@@ -186,7 +189,16 @@ class NullTokenizer(Tokenizer):
         self.sha256 = hashlib.sha256(f"NullTokenizer {vocab_size}".encode()).hexdigest()
 
     def tokenize(self, text: str) -> list[int]:
-        return [int(number) for number in text.split()]
+        """The numbers in a text; raises TokenizerError for a word that is not an id."""
+        ids = []
+        for word in text.split():
+            if not (word.isascii() and word.isdigit() and len(word) < 20 and int(word) < self.vocab_size):
+                raise TokenizerError(
+                    f"{word[:40]!r} is not a number from 0 to {self.vocab_size - 1}: there is no tokenizer "
+                    "(NullTokenizer), so a text is the numbers of its tokens"
+                )
+            ids.append(int(word))
+        return ids
 
     def detokenize(self, ids: Sequence[int]) -> str:
         return " ".join(str(int(i)) for i in ids)
@@ -236,6 +248,24 @@ def _read(model_file: str | Path) -> bytes:
     if not content:
         raise TokenizerError(f"--tokenizer-model {model_file}: the file is empty")
     return content
+
+
+def _require_no_code(folder: Path) -> None:
+    """Raise TokenizerError if a Hugging Face folder says that its tokenizer is Python code."""
+    for name in ("tokenizer_config.json", "config.json"):
+        try:
+            config = json.loads((folder / name).read_bytes())
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, RecursionError) as error:
+            raise TokenizerError(f"--tokenizer-model {folder}: {name}: {_first_line(error)}") from error
+        code = config.get("auto_map") if isinstance(config, dict) else None
+        # In config.json, a model may come with code and its tokenizer without.
+        if code and (name == "tokenizer_config.json" or (isinstance(code, dict) and "AutoTokenizer" in code)):
+            raise TokenizerError(
+                f"--tokenizer-model {folder}: {name} names Python code (auto_map), which runs only if you "
+                "trust it and give --trust-remote-code"
+            )
 
 
 def folder_sha256(folder: Path) -> str:

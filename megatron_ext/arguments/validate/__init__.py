@@ -24,5 +24,11 @@ def problems(args: Namespace, typed: Mapping[str, Any], check_files: bool = True
     return found
 
 
+def problems_of_model(args: Namespace) -> list[str]:
+    """The problems of a model's sizes and kinds alone, whatever is done with it."""
+    found = _ask(numbers.RULES, args, {})
+    return found if found or numbers.missing(args) else _ask(model.RULES_OF_SHAPE, args, {})
+
+
 def _ask(rules: tuple, args: Namespace, typed: Mapping[str, Any]) -> list[str]:
     return [problem for rule in rules for problem in rule(args, typed)]

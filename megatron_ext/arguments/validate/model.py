@@ -67,7 +67,7 @@ def reduction_formats_agree(args, typed):
         yield "--grad-reduce-in-bf16 and --accumulate-allreduce-grads-in-fp32 exclude each other"
 
 
-RULES = (
+RULES_OF_SHAPE = (
     positions_fit,
     position_embedding_is_supported,
     heads_divide_hidden,
@@ -75,6 +75,9 @@ RULES = (
     one_activation,
     series_activation_has_a_gate,
     shortcut_divides_hidden,
+)
+RULES = (
+    *RULES_OF_SHAPE,
     one_precision,
     half_precision_needs_a_gpu,
     reduction_formats_agree,

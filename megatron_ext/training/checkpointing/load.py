@@ -14,8 +14,7 @@ from torch import nn
 from megatron_ext.training.checkpointing import content, folders, optimizer_part
 from megatron_ext.training.checkpointing.errors import CheckpointError, gather, on_rank_0, together
 from megatron_ext.training.checkpointing.integrity import damage
-from megatron_ext.training.checkpointing.reader import ReadCommon, SafeLoadStrategy, read
-from megatron_ext.training.checkpointing.safe import load_object
+from megatron_ext.training.checkpointing.reader import ReadCommon, SafeLoadStrategy, read, read_common
 
 logger = logging.getLogger(__name__)
 
@@ -95,13 +94,14 @@ def load_checkpoint(
 
 
 def read_checkpoint_args(load_dir: str | Path, iteration: int | None = None) -> Namespace | None:
-    """The args that a checkpoint was saved with, by default the tracker's; None if there is none.
+    """The args that a checkpoint was saved with, as far as :mod:`saved_args` lets them through.
 
-    Communicates nothing. Raises CheckpointError if the checkpoint cannot be read.
+    By default those of the tracker's checkpoint; None if there is none. Communicates nothing. Raises
+    CheckpointError if the checkpoint cannot be read.
     """
     number = folders.latest_iteration(load_dir) if iteration is None else iteration
     folder = _folder(Path(load_dir), number)
-    return None if folder is None else load_object(folder / "common.pt").get("args")
+    return None if folder is None else read_common(folder).get("args")
 
 
 def _folder(load_dir: Path, number: int | None) -> Path | None:

@@ -18,6 +18,8 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from torch.distributed.checkpoint import FileSystemReader, Metadata
 from torch.distributed.checkpoint._nested_dict import unflatten_state_dict
 
+from megatron_ext.training.checkpointing import saved_args
+from megatron_ext.training.checkpointing.errors import DamagedCheckpoint
 from megatron_ext.training.checkpointing.safe import load_metadata, load_object
 
 
@@ -131,6 +133,33 @@ class ReadCommon(LoadCommonStrategy):
         """Nothing to check: it is already read."""
 
 
+def read_common(folder: Path) -> dict:
+    """The common part of a checkpoint, its args reduced to what :mod:`saved_args` lets through.
+
+    Raises DamagedCheckpoint if it cannot be read, or is not what a checkpoint says of itself.
+    """
+    path = folder / "common.pt"
+    common = load_object(path)
+    if not isinstance(common, dict):
+        raise DamagedCheckpoint(f"{path} holds a {type(common).__name__}, not the parts of a checkpoint")
+    _require_kinds(path, common, iteration=int, pangu_pro=dict, optimizer=dict, opt_param_scheduler=dict)
+    if "pangu_pro" in common:
+        ours = {"run_state": None} | common["pangu_pro"]
+        _require_kinds(path, ours, run_state=dict, tokenizer_sha256=str | None, padded_vocab_size=int | None)
+    if common.get("args") is not None:
+        common["args"] = saved_args.harmless(common["args"], path)
+    return common
+
+
+def _require_kinds(path: Path, part: dict, **kinds: Any) -> None:
+    for name, kind in kinds.items():
+        if name in part and not isinstance(part[name], kind):
+            told = type(part[name]).__name__
+            raise DamagedCheckpoint(
+                f"{path}: {name} is of type {told}, not {getattr(kind, '__name__', kind)}"
+            )
+
+
 def read(folder: Path) -> tuple[dict, Metadata]:
     """The common part and the metadata of a checkpoint; raises DamagedCheckpoint."""
-    return load_object(folder / "common.pt"), load_metadata(folder)
+    return read_common(folder), load_metadata(folder)

@@ -75,7 +75,8 @@ def load_object(source: str | Path | io.BytesIO, name: str | None = None) -> Any
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{source} is missing") from None
     except Exception as error:
-        reason = str(error).strip().split("\n")[0]
+        # torch puts its advice before the reason.
+        reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().split("\n")[0]
         raise DamagedCheckpoint(f"{name or source} cannot be read safely: {reason}") from error
 
 

@@ -50,7 +50,7 @@ def test_common_part_has_upstreams_names(saved):
     assert common["checkpoint_version"] == 3.0 and common["iteration"] == 2
     assert common["args"].consumed_train_samples == 8 and common["args"].num_layers == 4
     assert all(group["step"] == 2 for group in common["optimizer"]["param_groups"])
-    assert read_checkpoint_args(saved) == common["args"]
+    assert vars(read_checkpoint_args(saved)).items() <= vars(common["args"]).items()
     assert read_checkpoint_args(saved, 1).iteration == 1
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megatron_ext.arguments.configs import transformer_config
+from megatron_ext.inference.load import arguments
 from megatron_ext.interchange.errors import InterchangeError
 from megatron_ext.interchange.export import export_folder
 from megatron_ext.interchange.hf_config import read_shape
@@ -50,7 +51,7 @@ def in_transformers(folder: Path, **changes) -> torch.Tensor:
 
 def ours(load: Path) -> torch.Tensor:
     """The logits of a checkpoint's model on IDS."""
-    args = read_checkpoint_args(load)
+    args = arguments(read_checkpoint_args(load), load)
     model = build_model(transformer_config(args), args)
     assert load_checkpoint(load, model=model, args=args) is not None
     return model[0].eval()(IDS, torch.arange(POSITIONS)[None], None)[..., : toys.VOCABULARY]

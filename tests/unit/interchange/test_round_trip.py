@@ -8,6 +8,7 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_ext.arguments.configs import transformer_config
+from megatron_ext.inference.load import arguments
 from megatron_ext.interchange.convert import convert
 from megatron_ext.interchange.export import export_folder
 from megatron_ext.interchange.source import open_source
@@ -42,7 +43,7 @@ def through(layout: Layout, base: Path, out: Path) -> dict[str, torch.Tensor | N
 
 @torch.no_grad()
 def _through_one(layout: Layout, load: Path, save: Path) -> torch.Tensor | None:
-    args = read_checkpoint_args(load)
+    args = arguments(read_checkpoint_args(load), load)
     args.tensor_model_parallel_size, args.pipeline_model_parallel_size = layout.tp, layout.pp
     model = build_model(transformer_config(args), args)
     assert load_checkpoint(load, model=model, args=args) is not None

@@ -1,0 +1,126 @@
+"""The arguments in a checkpoint: the one place through which all that read them go.
+
+Whoever wrote a checkpoint wrote its arguments too, so they are data and not wishes. Only names listed
+here pass, each with a value of the type that its flag has: sizes, numbers, switches and words that say
+what the model computes, which tokenizer it knows, and how it was trained so far. Whatever trusts code
+(trust_remote_code), loosens a check, names a place to read from or write to, or starts something on
+this machine is not listed, and so stays as the user typed it. ``tokenizer_model`` is the one path: it
+is read as data and never as code (megatron_ext/tokenizer/build.py).
+"""
+
+import types
+import typing
+from argparse import Namespace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from megatron_ext.arguments.groups import options
+from megatron_ext.training.checkpointing.errors import DamagedCheckpoint
+
+#: What the model computes, by the names of our flags.
+MODEL = (
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels"),
+    *("group_query_attention", "num_query_groups", "seq_length", "max_position_embeddings"),
+    *("position_embedding_type", "use_rotary_position_embeddings", "rotary_base", "rotary_percent"),
+    *("rotary_seq_len_interpolation_factor", "use_rope_scaling", "rope_scaling_factor"),
+    *("normalization", "layernorm_epsilon", "add_bias_linear", "add_qkv_bias", "qk_layernorm"),
+    *("swiglu", "squared_relu", "quick_geglu", "untie_embeddings_and_output_weights"),
+    *("attention_dropout", "hidden_dropout", "attention_softmax_in_fp32", "fp32_residual_connection"),
+    *("series_activation_order", "augmented_shortcuts", "augmented_shortcut_reduction"),
+    *("make_vocab_size_divisible_by", "padded_vocab_size", "bf16", "fp16"),
+)
+TOKENIZER = (
+    *("tokenizer_type", "tokenizer_model", "vocab_size"),
+    *("tokenizer_hf_use_fast", "tokenizer_hf_include_special_tokens"),
+)
+#: How it was trained: compared with this run, or told, but nothing is set by it.
+_TRAINING = (
+    *("seed", "split", "micro_batch_size", "global_batch_size", "rampup_batch_size", "train_iters"),
+    *("train_samples", "optimizer", "lr", "min_lr", "lr_decay_style", "lr_decay_iters", "lr_decay_samples"),
+    *("lr_wsd_decay_style", "lr_wsd_decay_iters", "lr_wsd_decay_samples", "lr_warmup_fraction"),
+    *("lr_warmup_iters", "lr_warmup_samples", "lr_warmup_init", "weight_decay", "start_weight_decay"),
+    *("end_weight_decay", "weight_decay_incr_style", "eval_interval", "eval_iters", "full_validation"),
+    *("skip_train", "mock_data", "dataloader_type", "reset_position_ids", "reset_attention_mask"),
+    *("eod_mask_loss", "round_schedule", "tensor_model_parallel_size", "pipeline_model_parallel_size"),
+    *("context_parallel_size", "use_distributed_optimizer"),
+)
+#: Counters, and what Megatron-LM has a name for and we have no flag: other kinds of model, to refuse them.
+_MORE: dict[str, Any] = {
+    **dict.fromkeys(("iteration", "consumed_train_samples", "consumed_valid_samples"), int),
+    **dict.fromkeys(("skipped_train_samples", "world_size", "data_parallel_size"), int),
+    **dict.fromkeys(("num_experts", "mtp_num_layers", "virtual_pipeline_model_parallel_size"), int),
+    **dict.fromkeys(("norm_epsilon", "rotary_scaling_factor", "activation_func_clamp_value"), float),
+    **dict.fromkeys(("rotary_interleaved", "apply_layernorm_1p", "layernorm_zero_centered_gamma"), bool),
+    **dict.fromkeys(("multi_latent_attention", "openai_gelu", "qk_l2_norm", "attention_output_gate"), bool),
+    **dict.fromkeys(("apply_query_key_layer_scaling", "is_hybrid_model", "sft"), bool),
+    "apply_residual_connection_post_layernorm": bool,
+    "softmax_type": str,
+    "window_size": list[int],
+    "params_dtype": torch.dtype,
+}
+#: No size or count of a real run is larger; float64 still holds it exactly.
+_LARGEST = 2**53
+_LONGEST_TEXT = 4096
+
+
+def harmless(saved: Any, path: Path) -> Namespace:
+    """The arguments of ``common.pt`` at ``path`` that are listed above; the others are passed over.
+
+    Raises DamagedCheckpoint if they are no arguments, or one of model, tokenizer or counters has a value
+    of another type.
+    """
+    if not isinstance(saved, Namespace):
+        raise DamagedCheckpoint(f"{path}: args is {_kind(saved)}, not the arguments of a run")
+    passed = Namespace()
+    for name in (*MODEL, *TOKENIZER, *_TRAINING, *_MORE):
+        if name not in saved:
+            continue
+        value, wanted = vars(saved)[name], _type_of(name)
+        if value is None or _fits(value, wanted):
+            setattr(passed, name, value)
+        elif name not in _TRAINING:
+            raise DamagedCheckpoint(f"{path}: its argument {name} is {_kind(value)}; {_meaning(wanted)}")
+    return passed
+
+
+def _type_of(name: str) -> Any:
+    """The annotated type of an argument, from its flag where there is one."""
+    if name in _MORE:
+        return _MORE[name]
+    option = options()[name]
+    return Literal[tuple(option.meta["choices"])] if "choices" in option.meta else option.annotation
+
+
+def _fits(value: Any, wanted: Any) -> bool:
+    """Whether a value is of an annotated type: whole numbers from 0 on, finite numbers, short text."""
+    origin, inner = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, kind) for kind in inner if kind is not type(None))
+    if origin is Literal:
+        return type(value) in (str, int) and value in inner
+    if origin is list:
+        few = isinstance(value, list | tuple) and len(value) <= 16
+        return few and all(_fits(item, inner[0]) for item in value)
+    if wanted is int:
+        return type(value) is int and 0 <= value < _LARGEST
+    if wanted is float:
+        return type(value) in (int, float) and abs(value) < _LARGEST
+    if wanted is str:
+        return type(value) is str and len(value) <= _LONGEST_TEXT and value.isprintable()
+    return type(value) is wanted
+
+
+def _kind(value: Any) -> str:
+    """A value's type; never the value, which may be too large or too deep to print, unless it is short."""
+    if isinstance(value, str):
+        return repr(value[:60])
+    small = type(value) in (int, float) and abs(value) < _LARGEST
+    return repr(value) if small else f"of type {type(value).__name__}, or too large"
+
+
+def _meaning(wanted: Any) -> str:
+    if typing.get_origin(wanted) is Literal:
+        return f"known are {', '.join(map(str, typing.get_args(wanted)))}"
+    return f"it must be {getattr(wanted, '__name__', wanted)}"
