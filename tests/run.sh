@@ -5,6 +5,7 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash tools/setup.sh || exit 1
+.venv/bin/python -m tests.te.wheels
 
 failed=0
 check() {

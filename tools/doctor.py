@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_ext.platform import machine, speed
 
-MARKS = {"ok": "  ", "absent": "- ", "problem": "! "}
+MARKS = {"ok": "  ", "absent": "- ", "warning": "? ", "problem": "! "}
 
 
 def parser() -> argparse.ArgumentParser:

@@ -7,7 +7,6 @@ Megatron-LM 0.16.1. Call ``megatron_ext.platform.activate()`` first; this module
 import dataclasses
 import math
 from argparse import Namespace
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from megatron.core.activations import squared_relu
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.fusions.fused_bias_geglu import quick_gelu
+from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.enums import AttnBackend
 
@@ -42,13 +42,7 @@ def _unavailable_fusions(args: Namespace) -> list[str]:
     """The fusions that this device or the installed packages do not have."""
     if args.device == "cpu":
         return list(CUDA_FUSIONS)
-    missing = []
-    if find_spec("transformer_engine") is None:
-        missing.append("apply_rope_fusion")
-    # Transformer Engine's linear layers bring this one along, Megatron-Core's need Apex's extension.
-    if args.transformer_impl == "local" and find_spec("fused_weight_gradient_mlp_cuda") is None:
-        missing.append("gradient_accumulation_fusion")
-    return missing
+    return ["apply_rope_fusion"] if rope_utils.fused_apply_rotary_pos_emb is None else []
 
 
 def _shared(args: Namespace, config: type) -> dict[str, Any]:
@@ -65,7 +59,7 @@ def _renamed(args: Namespace) -> dict[str, Any]:
         "num_query_groups": args.num_query_groups if args.group_query_attention else None,
         "num_layers_in_first_pipeline_stage": args.decoder_first_pipeline_num_layers,
         "num_layers_in_last_pipeline_stage": args.decoder_last_pipeline_num_layers,
-        "cp_comm_type": args.cp_comm_type[0] if len(args.cp_comm_type) == 1 else args.cp_comm_type,
+        "cp_comm_type": args.cp_comm_type[0],
         "params_dtype": args.params_dtype,
         "pipeline_dtype": args.params_dtype,
         "batch_p2p_comm": not args.overlap_p2p_comm,

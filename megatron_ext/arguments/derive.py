@@ -20,7 +20,7 @@ def from_environment(args: Namespace, world_size: int | None) -> None:
 def device(args: Namespace, assumed: str | None) -> list[str]:
     """Settle ``args.device`` as cpu or cuda, the backend and the layers; returns problems."""
     found = []
-    args.engine_problem = args.engine_version = args.gpu_capability = None
+    args.engine_problem = args.gpu = None
     if assumed is not None:
         args.device = assumed
         args.engine_problem = None if assumed == "cuda" else "it needs a GPU"
@@ -31,7 +31,7 @@ def device(args: Namespace, assumed: str | None) -> list[str]:
             return [str(error)]
         args.engine_problem = engine.problem(args.device == "cuda")
         if args.engine_problem is None:
-            args.engine_version, args.gpu_capability = engine.installed_version(), engine.gpu_capability()
+            args.gpu = engine.gpu()
     args.has_transformer_engine = args.engine_problem is None
     if args.distributed_backend is None:
         args.distributed_backend = "nccl" if args.device == "cuda" else "gloo"

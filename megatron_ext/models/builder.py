@@ -4,7 +4,6 @@ from argparse import Namespace
 
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.module import Float16Module
 from torch import nn
 
@@ -13,6 +12,7 @@ from megatron_ext.models.config import PanguProConfig
 from megatron_ext.models.gpt_model import PanguModel
 from megatron_ext.models.initialization import initialize, mark_split_parameters
 from megatron_ext.models.layer_specs import block_spec
+from megatron_ext.platform.numerics import provide_weight_gradients
 
 
 def build_model(
@@ -23,6 +23,7 @@ def build_model(
     ``args`` gives what TransformerConfig does not hold: the padded vocabulary, positions, tying. With
     ``drawn`` False the weights are whatever lay in memory, for a model that is filled at once.
     """
+    provide_weight_gradients()
     stages = parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1
     chunks = [
         _build_chunk(config, args, vp_stage=stage if stages > 1 else None, parallel_output=parallel_output)
@@ -81,15 +82,17 @@ def wrap_for_training(
 
 
 def sum_weight_gradients_in_place(model: nn.Module) -> None:
-    """Let Megatron-Core's linear layers add their weights' gradients straight to where they are summed.
+    """Let linear layers add their weights' gradients straight to where they are summed.
 
     That is data parallelism's buffer; a model without one (or ``--no-gradient-accumulation-fusion``)
-    gets its gradients from autograd, as any other.
+    gets its gradients from autograd, as any other. Megatron-Core's and Transformer Engine's layers
+    know this under different names.
     """
     for module in model.modules():
-        if isinstance(module, ColumnParallelLinear | RowParallelLinear):
-            wanted = module.config.gradient_accumulation_fusion
-            module.gradient_accumulation_fusion = wanted and hasattr(module.weight, "main_grad")
+        for switch in ("gradient_accumulation_fusion", "fuse_wgrad_accumulation"):
+            if hasattr(module, switch):
+                wanted = module.config.gradient_accumulation_fusion
+                setattr(module, switch, wanted and hasattr(module.weight, "main_grad"))
 
 
 def unwrap(module: nn.Module) -> PanguModel:

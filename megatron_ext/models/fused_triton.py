@@ -6,24 +6,23 @@ a range of rows and sums its share of the parameters' gradients; the shares are 
 that the result is the same from run to run.
 """
 
-import importlib.util
-from functools import cache
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # not installed, or broken: megatron_ext/platform/optional.py
+    triton = None
 
-@cache
+
 def available() -> bool:
-    """Whether Triton is installed."""
-    return importlib.util.find_spec("triton") is not None
+    """Whether Triton is installed and imports."""
+    return triton is not None
 
 
 if available():
-    import triton
-    import triton.language as tl
-
     # Shapes: BLOCK columns of f, TERMS = n rounded up to a power of two (Triton's tiles ask for it);
     # the rows that n does not fill are masked to z = 0, which adds nothing.
 

@@ -1,7 +1,8 @@
 """The only place that knows a CPU from a GPU, and what is installed.
 
 ``import megatron_ext`` makes Megatron-Core importable on a CPU: its modules then see a CPU where
-they say CUDA (``loader.py``, ``seams.py``). Where a GPU is used nothing is changed at all.
+they say CUDA (``loader.py``, ``seams.py``). Where a GPU is used nothing of it is changed. On either, an
+optional package that cannot be used counts as missing (``optional.py``).
 ``activate("cpu")`` or ``activate("cuda")``, called before the first import of Megatron-Core,
 overrides what is found on the machine.
 """
@@ -15,7 +16,7 @@ import sys
 from collections.abc import Callable
 from datetime import timedelta
 
-from megatron_ext.platform import engine, loader, network
+from megatron_ext.platform import engine, loader, network, optional
 from megatron_ext.platform.seams import SUPPORTED_MEGATRON_CORE
 
 _device_type: str | None = None
@@ -37,6 +38,7 @@ class _FirstImport(loader.importlib.abc.MetaPathFinder):
 
 def install() -> None:
     """Prepare the import of Megatron-Core; costs nothing until it is imported."""
+    optional.install()
     if not any(isinstance(finder, _FirstImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _FirstImport())
 
@@ -64,6 +66,9 @@ def activate(device: str = "auto") -> str:
     chosen = "cuda" if available and device != "cpu" else "cpu"
     if chosen == "cpu":
         _see_cpu()
+        optional.block(*optional.GPU_ONLY)
+    elif engine.problem(on_gpu=True):
+        optional.block("transformer_engine")
     _device_type = chosen
     return chosen
 

@@ -2,20 +2,37 @@
 
 import importlib.util
 import re
+from dataclasses import dataclass
 from functools import cache
 
-#: The oldest version that every part Megatron-Core 0.16 builds here runs with.
-OLDEST = (2, 0)
-INSTALL = "pip install --no-build-isolation 'transformer-engine[pytorch]'"
+#: What the metadata of Megatron-Core 0.16.1 asks for: an older version is refused, a newer one warned of.
+OLDEST, TOO_NEW = (2, 9), (2, 12)
+ACCEPTED = ">=2.9,<2.12"
+INSTALL = f"pip install --no-build-isolation 'transformer-engine[pytorch]{ACCEPTED}'"
 
-#: Recipe -> (oldest version, least compute capability, its GPUs, rows and columns are multiples of).
-#: Versions: megatron/core/fp8_utils.py:get_fp8_recipe. Multiples: Transformer Engine's
-#: assert_dim_for_fp8_exec for scaling by tensor, and its quantizers' blocks for the others.
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a way to scale FP8 needs (transformer_engine/pytorch/quantization.py, check_recipe_support).
+
+    ``rows`` and ``columns``: of what those of every matrix are multiples. Scaling by tensor asks for
+    multiples of 8 in the forward pass, but in the backward pass the tokens become the columns of the weight
+    gradient's product, of which cuBLAS wants multiples of 16. The others have blocks.
+    """
+
+    capability: tuple[int, int]
+    cards: str
+    rows: int
+    columns: int
+    cuda: tuple[int, int] = (0, 0)
+    below: tuple[int, int] = (99, 0)
+
+
 RECIPES = {
-    "delayed": ((2, 0), (8, 9), "Ada, Hopper or newer", (8, 16)),
-    "tensorwise": ((2, 2), (8, 9), "Ada, Hopper or newer", (8, 16)),
-    "blockwise": ((2, 3), (9, 0), "Hopper or newer", (128, 128)),
-    "mxfp8": ((2, 1), (10, 0), "Blackwell or newer", (32, 32)),
+    "delayed": Recipe((8, 9), "Ada, Hopper or newer", 16, 16),
+    "tensorwise": Recipe((8, 9), "Ada, Hopper or newer", 16, 16),
+    "blockwise": Recipe((9, 0), "Hopper or newer", 128, 128, cuda=(12, 9)),
+    "mxfp8": Recipe((10, 0), "data centre Blackwell", 32, 32, below=(12, 0)),
 }
 
 
@@ -33,11 +50,12 @@ def installed_version() -> tuple[int, int] | None:
     return None if text is None else parse_version(text)
 
 
-def gpu_capability() -> tuple[int, int]:
-    """Compute capability of this process's GPU, (0, 0) without one."""
+def gpu() -> tuple[tuple[int, int], tuple[int, int]]:
+    """Compute capability of this process's GPU, and the CUDA that torch was built for; zeros without."""
     import torch
 
-    return torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+    return capability, parse_version(torch.version.cuda or "0")
 
 
 @cache
@@ -52,23 +70,27 @@ def problem(on_gpu: bool) -> str | None:
     if version is None or importlib.util.find_spec("transformer_engine") is None:
         return f"the package is not installed: {INSTALL}"
     if version < OLDEST:
-        return f"{version[0]}.{version[1]} is too old, 2.0 or newer is needed: {INSTALL}"
+        return f"{version[0]}.{version[1]} is too old, {ACCEPTED} is needed: {INSTALL}"
     try:
         import transformer_engine.pytorch  # noqa: F401
     except Exception as error:
-        return f"its import fails ({type(error).__name__}: {error}): {INSTALL}; tools/doctor.py says more"
+        cause = error.__cause__ or error
+        return f"its import fails ({type(cause).__name__}: {cause}): {INSTALL}; tools/doctor.py says more"
     return None
 
 
-def recipe_problem(recipe: str, version: tuple[int, int], capability: tuple[int, int]) -> str | None:
-    """Why an FP8 recipe does not run with a version and a GPU, or None."""
-    oldest, least, cards, _ = RECIPES[recipe]
-    if version < oldest:
-        here = f"{version[0]}.{version[1]} is here"
-        return f"Transformer Engine {oldest[0]}.{oldest[1]} or newer ({here}): {INSTALL}"
-    if capability < least:
+def recipe_problem(recipe: str, capability: tuple[int, int], cuda: tuple[int, int]) -> str | None:
+    """Why an FP8 recipe does not run on a GPU with torch's CUDA, or None."""
+    needs = RECIPES[recipe]
+    if not needs.capability <= capability < needs.below:
+        least = f"{needs.capability[0]}.{needs.capability[1]}"
         return (
-            f"a GPU of compute capability {least[0]}.{least[1]} ({cards}), this one has "
+            f"a GPU of compute capability {least} ({needs.cards}), this one has "
             f"{capability[0]}.{capability[1]}; use another recipe, or --bf16 without --fp8-format"
+        )
+    if cuda < needs.cuda:
+        return (
+            f"a torch built for CUDA {needs.cuda[0]}.{needs.cuda[1]} or newer, this one is for "
+            f"{cuda[0]}.{cuda[1]}; use another recipe"
         )
     return None

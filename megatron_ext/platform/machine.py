@@ -22,10 +22,13 @@ from megatron_ext.platform.seams import SUPPORTED_MEGATRON_CORE
 
 @dataclass(frozen=True)
 class Finding:
-    """``state``: ok; absent (something else is used); problem (a run fails). ``use``: what follows."""
+    """What was found, and what follows (``use``).
+
+    ``state``: ok; absent (something else is used); warning (it is used, untested); problem (a run fails).
+    """
 
     name: str
-    state: Literal["ok", "absent", "problem"]
+    state: Literal["ok", "absent", "warning", "problem"]
     found: str
     use: str
     command: str = ""
@@ -89,7 +92,7 @@ def gpu() -> Finding:
 
 
 def transformer_engine() -> Finding:
-    """Transformer Engine: installed, new enough, imports."""
+    """Transformer Engine: installed, of a version that Megatron-Core accepts, imports."""
     version, name = version_of("transformer-engine"), "Transformer Engine"
     install = engine.INSTALL
     if version is None:
@@ -97,31 +100,47 @@ def transformer_engine() -> Finding:
         return Finding(name, "absent", "not installed", use, install if _gpu_count() else "")
     if not _gpu_count():
         return Finding(name, "absent", version, "not imported without a GPU; --transformer-impl local")
+    wanted = f"Megatron-Core asks for {engine.ACCEPTED}"
     if engine.parse_version(version) < engine.OLDEST:
-        return Finding(name, "problem", f"{version} is too old", "needs 2.0 or newer", install)
-    done = _run([sys.executable, "-c", "import transformer_engine.pytorch"])
-    if done is None or done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1] if done else "it hangs"
+        return Finding(name, "problem", f"{version} is too old", wanted, install)
+    reason = _import_problem("transformer_engine.pytorch")
+    if reason is not None:
         return Finding(name, "problem", f"{version} does not import: {reason}", "local layers", install)
-    here = engine.parse_version(version), engine.gpu_capability()
-    recipes = [recipe for recipe in engine.RECIPES if engine.recipe_problem(recipe, *here) is None]
-    fp8 = f"FP8 recipes {', '.join(recipes)}" if recipes else "this GPU has no FP8"
-    return Finding(name, "ok", version, f"--transformer-impl transformer_engine; {fp8}")
+    recipes = [recipe for recipe in engine.RECIPES if engine.recipe_problem(recipe, *engine.gpu()) is None]
+    use = f"FP8 recipes {', '.join(recipes)}" if recipes else "this GPU has no FP8"
+    if engine.parse_version(version) >= engine.TOO_NEW:
+        return Finding(name, "warning", f"{version} is untested", f"{wanted}; {use}", install)
+    return Finding(name, "ok", version, f"--transformer-impl transformer_engine; {use}")
 
 
 def apex() -> Finding:
     """Apex, which Megatron-Core uses by itself where it finds it."""
-    if importlib.util.find_spec("apex") is None:
-        return Finding("Apex", "absent", "not installed", "torch's kernels instead; nothing to do")
-    return Finding("Apex", "ok", "installed", "used by Megatron-Core")
+    return _optional("Apex", "apex", "used by Megatron-Core", "torch's kernels instead; nothing to do")
 
 
 def triton() -> Finding:
     """Triton, for the series activation on a GPU."""
-    version = version_of("triton")
-    use = "fused series activation on a GPU" if version else "plain PyTorch on a GPU; not used on a CPU"
-    command = "pip install triton" if version is None and _gpu_count() else ""
-    return Finding("Triton", "ok" if version else "absent", version or "not installed", use, command)
+    use = "fused series activation on a GPU"
+    command = "pip install triton" if _gpu_count() else ""
+    return _optional("Triton", "triton", use, "plain PyTorch on a GPU; not used on a CPU", command)
+
+
+def _optional(name: str, module: str, use: str, otherwise: str, command: str = "") -> Finding:
+    """A package that is used where it imports; it is tried only where there is a GPU for it."""
+    if importlib.util.find_spec(module) is None:
+        return Finding(name, "absent", "not installed", otherwise, command)
+    reason = _import_problem(module) if _gpu_count() else None
+    if reason is not None:
+        return Finding(name, "absent", f"does not import: {reason}", otherwise, command)
+    return Finding(name, "ok", version_of(module) or "installed", use)
+
+
+def _import_problem(module: str) -> str | None:
+    """The last line of what an import says in a process of its own, None if it succeeds."""
+    done = _run([sys.executable, "-c", f"import {module}"])
+    if done is None:
+        return "it hangs"
+    return (done.stderr.strip().splitlines() or ["no reason given"])[-1] if done.returncode else None
 
 
 def extensions() -> Finding:

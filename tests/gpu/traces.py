@@ -37,7 +37,7 @@ def recipe_problem(recipe: str) -> str | None:
     """Why an FP8 recipe cannot run here, or None."""
     if no_engine or REHEARSAL:
         return no_engine
-    return engine.recipe_problem(recipe, engine.installed_version(), engine.gpu_capability())
+    return engine.recipe_problem(recipe, *engine.gpu())
 
 
 def run(folder: Path, name: str, iterations: int, device: str = "cuda", impl: str = "local", **changes):

@@ -48,7 +48,7 @@ class PipelineArguments:
     overlap_p2p_comm: bool = flag(True, "--no-overlap-p2p-communication")
     """Do not overlap the interleaved schedule's sends and receives with computation."""
 
-    cp_comm_type: list[str] = flag(["p2p"], choices=["p2p", "a2a", "allgather"])
+    cp_comm_type: list[str] = flag(["p2p"], choices=["p2p", "a2a", "all_gather"])
     """How context parallel ranks exchange keys and values."""
 
 

@@ -198,7 +198,6 @@ FP8_FIELDS = (
     "fp8_margin",
     "fp8_amax_history_len",
     "fp8_amax_compute_algo",
-    "fp8_wgrad",
     "first_last_layers_bf16",
     "num_layers_at_start_in_bf16",
     "num_layers_at_end_in_bf16",

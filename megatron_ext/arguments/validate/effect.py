@@ -54,7 +54,7 @@ DEPENDENCES = (
     Dependence(("grad_reduce_in_bf16",), lambda a: a.bf16, "--bf16"),
     Dependence(("fp32_residual_connection",), lambda a: a.bf16 or a.fp16, "--bf16 or --fp16"),
     Dependence(
-        ("fp8_recipe", "fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo", "fp8_wgrad"),
+        ("fp8_recipe", "fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo"),
         lambda a: a.fp8,
         "--fp8-format",
     ),

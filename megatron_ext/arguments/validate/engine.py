@@ -24,6 +24,27 @@ def engine_features(args, typed):
             yield f"{spelled} needs --transformer-impl transformer_engine, on a GPU"
 
 
+def engine_masks_are_causal(args, typed):
+    """Transformer Engine reads masks of the kinds padding and arbitrary alone (NVIDIA/Megatron-LM#2357)."""
+    if args.reset_attention_mask and args.transformer_impl == "transformer_engine":
+        yield (
+            "--reset-attention-mask has no effect on Transformer Engine's attention, where documents would "
+            "see each other: add --transformer-impl local, or leave it out"
+        )
+
+
+def context_is_exchanged_in_one_way(args, typed):
+    if len(args.cp_comm_type) > 1:
+        yield "--cp-comm-type takes one value for all layers"
+    shards = args.tensor_model_parallel_size * args.context_parallel_size
+    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    if "a2a" in args.cp_comm_type and args.context_parallel_size > 1 and groups % shards:
+        yield (
+            f"--cp-comm-type a2a divides the heads: {groups} heads or query groups are not divisible by "
+            f"--tensor-model-parallel-size x --context-parallel-size = {shards}"
+        )
+
+
 def eight_bit_formats_agree(args, typed):
     if args.fp8 and args.fp4:
         yield "--fp8-format and --fp4-format exclude each other"
@@ -35,8 +56,8 @@ def eight_bit_formats_agree(args, typed):
 
 def recipe_suits_the_machine(args, typed):
     """Only where the run will be: a command line that is checked for another machine has no GPU yet."""
-    if args.fp8 and args.fp8_recipe in RECIPES and args.engine_version is not None:
-        problem = recipe_problem(args.fp8_recipe, args.engine_version, args.gpu_capability)
+    if args.fp8 and args.fp8_recipe in RECIPES and args.gpu is not None:
+        problem = recipe_problem(args.fp8_recipe, *args.gpu)
         if problem is not None:
             yield f"--fp8-recipe {args.fp8_recipe} needs {problem}"
 
@@ -66,7 +87,7 @@ def shapes_suit_fp8(args, typed):
     """
     if not args.fp8 or args.fp8_recipe not in RECIPES or args.kv_channels is None:
         return
-    rows, columns = RECIPES[args.fp8_recipe][3]
+    rows, columns = RECIPES[args.fp8_recipe].rows, RECIPES[args.fp8_recipe].columns
     tensor = args.tensor_model_parallel_size
     yield from _uneven("--hidden-size", args.hidden_size, columns, 1, args.fp8_recipe)
     yield from _uneven("--ffn-hidden-size", args.ffn_hidden_size, columns, tensor, args.fp8_recipe)
@@ -127,6 +148,8 @@ def graphs_are_possible(args, typed):
 RULES = (
     engine_is_there,
     engine_features,
+    engine_masks_are_causal,
+    context_is_exchanged_in_one_way,
     eight_bit_formats_agree,
     recipe_suits_the_machine,
     layers_in_bf16_are_possible,

@@ -42,7 +42,8 @@ def kind_in(common: dict) -> str:
 def adapt_common(common: dict, optimizer, keep_rates: bool) -> None:
     """Turn ``common["optimizer"]`` into what ``optimizer`` expects to find there, in place.
 
-    Parameter groups come in the order of ``optimizer``'s, with ``step`` as an int in each.
+    Parameter groups come in the order of ``optimizer``'s, with ``step`` as an int in each. What this
+    optimizer has in a group and the checkpoint lacks stays: Adams differ in more than their moments.
     ``keep_rates`` leaves the run's own learning rate limits in place (--override-opt_param-scheduler).
 
     Raises:
@@ -53,16 +54,18 @@ def adapt_common(common: dict, optimizer, keep_rates: bool) -> None:
     sharding = part.get("param_state_sharding_type") or common.get("content_metadata", {}).get(
         "distrib_optim_sharding_type", RESHARDABLE
     )
-    if kind_in(common) == "distributed" and sharding != RESHARDABLE:
-        if kind != "distributed":
-            raise CheckpointError(
-                f"its distributed optimizer state is {sharding}, which only a distributed optimizer "
-                "on the same tensor and pipeline layout can load: add --use-distributed-optimizer "
-                "or --no-load-optim, or save it again with --dist-ckpt-optim-fully-reshardable"
-            )
-        return
+    fixed = kind_in(common) == "distributed" and sharding != RESHARDABLE
+    if fixed and kind != "distributed":
+        raise CheckpointError(
+            f"its distributed optimizer state is {sharding}, which only a distributed optimizer "
+            "on the same tensor and pipeline layout can load: add --use-distributed-optimizer "
+            "or --no-load-optim, or save it again with --dist-ckpt-optim-fully-reshardable"
+        )
     inner = part.get("optimizer", part)
     groups = _in_order_of(optimizer.param_groups, inner["param_groups"], keep_rates)
+    if fixed:
+        inner["param_groups"] = groups
+        return
     step = inner.get("state", {}).get("common_step")
     for group in groups:
         if step is not None or group.get("step") is not None:
@@ -93,8 +96,8 @@ def _in_order_of(current: list[dict], saved: list[dict], keep_rates: bool) -> li
                 "--no-load-optim starts the optimizer afresh"
             )
         rates = {key: group[key] for key in ("max_lr", "min_lr") if keep_rates and key in group}
-        ordered.append({**found, **rates})
-        ordered[-1].pop("params", None)
+        merged = {**group, **found, **rates}
+        ordered.append({key: value for key, value in merged.items() if key != "params"})
     return ordered
 
 

@@ -1,10 +1,9 @@
 """Megatron-Core's configuration objects."""
 
-from importlib.util import find_spec
-
 import pytest
 import torch
 import torch.nn.functional as F
+from megatron.core.models.common.embeddings import rope_utils
 
 from megatron_ext.arguments.configs import (
     CUDA_FUSIONS,
@@ -39,10 +38,13 @@ def test_no_cuda_fusion_on_a_cpu():
     assert not any(getattr(config, name) for name in CUDA_FUSIONS)
 
 
-def test_fusions_of_packages_that_are_not_installed_are_off():
+@pytest.mark.parametrize("fused", [None, object()])
+def test_fusions_of_packages_that_cannot_be_used_are_off(monkeypatch, fused):
+    """Without a usable engine Megatron-Core has no fused rotary embedding; in-place sums need no package."""
+    monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb", fused)
     config = transformer_config(read("--model-preset tiny --bf16 --transformer-impl local", device="cuda"))
-    assert config.apply_rope_fusion is (find_spec("transformer_engine") is not None)
-    assert config.gradient_accumulation_fusion is (find_spec("fused_weight_gradient_mlp_cuda") is not None)
+    assert config.apply_rope_fusion is (fused is not None)
+    assert config.gradient_accumulation_fusion
 
 
 def test_fusion_that_would_pass_the_series_activation_by_is_off_on_a_gpu():

@@ -1,5 +1,6 @@
 """Transformer Engine's options: shapes, recipes, refusals that say what to install, the way to the config."""
 
+import sys
 from argparse import Namespace
 
 import pytest
@@ -33,7 +34,12 @@ BROKEN = [
     ),
     ("--ffn-hidden-size 8", 1, "--ffn-hidden-size 8 must be a multiple of 16: 16"),
     ("--kv-channels 20 --num-attention-heads 6", 1, "the 120 query channels of 6 heads of 20"),
-    ("--micro-batch-size 1 --seq-length 250", 1, "1 x --seq-length 250 = 250 tokens must be a multiple of 8"),
+    (
+        "--micro-batch-size 1 --seq-length 250",
+        1,
+        "1 x --seq-length 250 = 250 tokens must be a multiple of 16",
+    ),
+    ("--micro-batch-size 1 --seq-length 200", 1, "= 200 tokens must be a multiple of 16"),
     (
         "--tensor-model-parallel-size 4 --sequence-parallel --micro-batch-size 1 --seq-length 240",
         4,
@@ -47,6 +53,14 @@ BROKEN = [
     ("--cuda-graph-impl transformer_engine", 1, "use --cuda-graph-impl local"),
     ("--cuda-graph-impl local --recompute-activations", 1, "does not go with recomputation"),
     ("--cuda-graph-warmup-steps 2", 1, "--cuda-graph-warmup-steps cannot take effect"),
+    ("--reset-attention-mask", 1, "--reset-attention-mask has no effect on Transformer Engine's attention"),
+    ("--no-fp8-wgrad", 1, "--no-fp8-wgrad is known to Megatron-LM"),
+    ("--context-parallel-size 2 --cp-comm-type p2p a2a", 2, "--cp-comm-type takes one value"),
+    (
+        "--context-parallel-size 2 --cp-comm-type a2a --group-query-attention --num-query-groups 1",
+        2,
+        "1 heads or query groups are not divisible by",
+    ),
 ]
 
 
@@ -99,24 +113,34 @@ def test_flags_reach_the_configuration(single_process):
     assert optimizer_config(args).fp8_recipe == "tensorwise"
 
 
+@pytest.mark.parametrize("kind", ["p2p", "all_gather", "a2a"])
+def test_ways_of_context_parallelism_are_spelled_as_the_engine_does(kind):
+    """transformer_engine/pytorch/attention/dot_product_attention/context_parallel.py knows these words."""
+    line = f"{RUN} {SHAPE} --bf16 --context-parallel-size 2 --cp-comm-type {kind}"
+    args = read_args(line.split(), world_size=2, device="cuda")
+    assert transformer_config(args).cp_comm_type == kind
+
+
 @pytest.mark.parametrize(
-    ("recipe", "version", "capability", "expected"),
+    ("recipe", "capability", "cuda", "expected"),
     [
-        ("tensorwise", (2, 1), (9, 0), "Transformer Engine 2.2 or newer (2.1 is here): pip install"),
         (
             "delayed",
-            (2, 8),
             (8, 0),
+            (12, 8),
             "a GPU of compute capability 8.9 (Ada, Hopper or newer), this one has 8.0",
         ),
-        ("mxfp8", (2, 8), (9, 0), "Blackwell"),
-        ("mxfp8", (2, 8), (10, 0), None),
-        ("blockwise", (2, 8), (8, 9), "Hopper"),
-        ("delayed", (2, 0), (9, 0), None),
+        ("mxfp8", (9, 0), (12, 8), "Blackwell"),
+        ("mxfp8", (12, 0), (12, 8), "compute capability 10.0"),
+        ("mxfp8", (10, 0), (12, 8), None),
+        ("blockwise", (8, 9), (12, 9), "Hopper"),
+        ("blockwise", (9, 0), (12, 8), "a torch built for CUDA 12.9 or newer, this one is for 12.8"),
+        ("blockwise", (9, 0), (13, 0), None),
+        ("delayed", (9, 0), (12, 1), None),
     ],
 )
-def test_recipes_need_versions_and_gpus(recipe, version, capability, expected):
-    args = Namespace(fp8="hybrid", fp8_recipe=recipe, engine_version=version, gpu_capability=capability)
+def test_recipes_need_gpus_and_cuda(recipe, capability, cuda, expected):
+    args = Namespace(fp8="hybrid", fp8_recipe=recipe, gpu=(capability, cuda))
     problems = list(rules.recipe_suits_the_machine(args, {}))
     assert (expected is None) == (problems == [])
     if expected:
@@ -134,22 +158,22 @@ def engine_module(monkeypatch, tmp_path):
         (tmp_path / "transformer_engine" / "__init__.py").touch()
         (tmp_path / "transformer_engine" / "pytorch.py").write_text(content)
         monkeypatch.syspath_prepend(str(tmp_path))
+        monkeypatch.delitem(sys.modules, "transformer_engine", raising=False)  # a CPU has none
 
     yield make
-    import sys
-
     engine.problem.cache_clear()
-    for name in [name for name in sys.modules if name.split(".")[0] == "transformer_engine"]:
-        del sys.modules[name]
+    for name in [name for name in sys.modules if name.startswith("transformer_engine")]:
+        monkeypatch.delitem(sys.modules, name)
 
 
 @pytest.mark.parametrize(
     ("version", "content", "expected"),
     [
         (None, "", "the package is not installed: pip install"),
-        ("1.13.0", "", "1.13 is too old, 2.0 or newer is needed: pip install"),
-        ("2.8.0", "raise ImportError('libcudnn.so.9')", "its import fails (ImportError: libcudnn.so.9)"),
-        ("2.8.0", "", None),
+        ("2.8.0", "", "2.8 is too old, >=2.9,<2.12 is needed: pip install"),
+        ("2.11.0", "raise ImportError('libcudnn.so.9')", "its import fails (ImportError: libcudnn.so.9)"),
+        ("2.11.0", "raise OSError('libcuda.so.1')", "its import fails (OSError: libcuda.so.1)"),
+        ("2.11.0", "", None),
     ],
 )
 def test_an_engine_that_cannot_be_used_says_what_to_install(engine_module, version, content, expected):
@@ -162,7 +186,7 @@ def test_an_engine_that_cannot_be_used_says_what_to_install(engine_module, versi
 
 
 def test_the_engine_is_not_imported_without_a_gpu(engine_module):
-    engine_module("2.8.0", "raise SystemExit('imported')")
+    engine_module("2.11.0", "raise SystemExit('imported')")
     assert engine.problem(False) == "it needs a GPU"
 
 

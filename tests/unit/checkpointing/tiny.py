@@ -35,8 +35,11 @@ PI_MODULES = """
 """
 
 
-def arguments(layout: Layout, *more: str, pi: str = PI_MODULES) -> Namespace:
-    """The arguments of a tiny run at ``layout``; ``pi`` are the flags of the PanGu-pi modules."""
+def arguments(layout: Layout, *more: str, pi: str = PI_MODULES, device: str | None = None) -> Namespace:
+    """The arguments of a tiny run at ``layout``; ``pi`` are the flags of the PanGu-pi modules.
+
+    ``device`` assumes a machine, as for a command line that is checked for another one.
+    """
     flags = [
         *FLAGS.split(),
         *pi.split(),
@@ -45,7 +48,7 @@ def arguments(layout: Layout, *more: str, pi: str = PI_MODULES) -> Namespace:
     ]
     if layout.vpp:
         flags += ["--num-layers-per-virtual-pipeline-stage", str(4 // layout.pp // layout.vpp)]
-    args = parse_args([*flags, *more], world_size=layout.world_size)
+    args = parse_args([*flags, *more], world_size=layout.world_size, device=device)
     args.padded_vocab_size = VOCABULARY + 16
     args.tokenizer_sha256 = "0" * 64
     return args

@@ -42,14 +42,15 @@ def test_missing_things_come_with_commands(monkeypatch):
 def with_gpu(monkeypatch):
     """A machine that has a GPU, as far as the checks can tell, and no network of packages."""
     monkeypatch.setattr(machine, "_gpu_count", lambda: 1)
-    monkeypatch.setattr(machine.engine, "gpu_capability", lambda: (9, 0))
+    monkeypatch.setattr(machine.engine, "gpu", lambda: ((9, 0), (12, 9)))
 
 
 @pytest.mark.parametrize(
     ("version", "module", "state", "said"),
     [
         (None, None, "absent", "not installed"),
-        ("1.13.0", None, "problem", "1.13.0 is too old"),
+        ("2.8.0", None, "problem", "2.8.0 is too old"),
+        ("2.13.0", "", "warning", "2.13.0 is untested"),
         ("2.11.0+abc", "raise OSError('no libcudnn')", "problem", "does not import: OSError: no libcudnn"),
         ("2.11.0", "", "ok", "2.11.0"),
     ],
@@ -65,7 +66,20 @@ def test_transformer_engine_on_a_gpu(with_gpu, monkeypatch, tmp_path, version, m
     found = machine.transformer_engine()
     assert found.state == state and said in found.found
     assert bool(found.command) == (state != "ok")
-    assert "transformer_engine" not in sys.modules
+    assert sys.modules.get("transformer_engine") is None
+
+
+@pytest.mark.parametrize(("check", "module"), [(machine.apex, "apex"), (machine.triton, "triton")])
+@pytest.mark.parametrize("content", [None, "", "raise RuntimeError('built for another torch')"])
+def test_optional_packages_that_do_not_import(with_gpu, monkeypatch, tmp_path, check, module, content):
+    if content is not None:
+        (tmp_path / f"{module}.py").write_text(content)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+        monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    found = check()
+    said = {None: "not installed", "": "installed"}.get(content, "RuntimeError: built for another torch")
+    assert (found.state == "ok") == (content == "") and said in found.found
 
 
 def test_link_and_disk_are_measured():
