@@ -173,6 +173,6 @@ def fused_rope_forward(t, freqs, start_positions, tensor_format, interleaved, cu
     return _rotated(t, freqs[: t.size(0)], 1.0)
 
 
-def fused_rope_backward(dy, freqs, start_positions, tensor_format, interleaved, cu_seqlens, cp_size, cp_rank):
+def fused_rope_backward(dy, freqs, *layout):
     """Its gradient: the same rotation backwards."""
     return _rotated(dy, freqs[: dy.size(0)], -1.0)

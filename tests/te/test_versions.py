@@ -18,7 +18,7 @@ from megatron_ext.platform import engine
 from tests.conftest import REPOSITORY
 from tests.te import wheels
 
-SOME = "tp1-plain or tp2-sequence-parallel or fp32 or without_data_parallelism or stays"
+SOME = "tp1-plain or tp2-sequence-parallel or fp32-engine-first or (stays and ours-to-theirs)"
 
 
 @pytest.fixture(scope="module")
