@@ -8,6 +8,7 @@ rng_state.
 
 import enum
 import random
+import signal
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -152,7 +153,8 @@ def plain(value: Any) -> Any:
         return type(value)(plain(item) for item in value) if type(value) in (list, tuple) else str(value)
     if isinstance(value, Path):
         return str(value)
-    if isinstance(value, enum.Enum) and type(value).__module__.startswith("megatron_ext"):
+    ours = isinstance(value, enum.Enum) and type(value).__module__.startswith("megatron_ext")
+    if ours or isinstance(value, signal.Signals):  # Python 3.10 pickles a signal as a name to look up
         return value.name
     known = value is None or isinstance(value, bool | int | float | str | bytes | torch.dtype | enum.Enum)
     return value if known else str(value)

@@ -8,6 +8,7 @@ unpickler, for ``.metadata``, a plain pickle, through one of our own.
 import io
 import pickle
 import pickletools
+import signal
 import warnings
 from functools import cache
 from pathlib import Path
@@ -61,6 +62,8 @@ def _harmless_classes() -> list:
     kinds = [type(numpy.dtype(kind)) for kind in ("u4", "u8", "i4", "i8", "f4", "f8", "?")]
     # The same function under the name it had before NumPy 2 and the one it has since.
     names = [(_reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
+    # Upstream stores --exit-signal, which Python 3.10 pickles by its own name, later ones by its class.
+    names += [(member, f"signal.{member.name}") for member in signal.Signals]
     return [*SAFE_GLOBALS, *kinds, *names]
 
 

@@ -3,6 +3,7 @@
 import io
 import pickle
 import shutil
+import signal
 import zipfile
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import pytest
 import torch
 
 from megatron_ext.training.checkpointing import CheckpointError, checkpoint_dir, load_checkpoint
+from megatron_ext.training.checkpointing.content import plain
 from megatron_ext.training.checkpointing.integrity import CHECKSUMS
-from megatron_ext.training.checkpointing.safe import load_metadata
+from megatron_ext.training.checkpointing.safe import load_metadata, load_object
 from tests.helpers.parallel import Layout
 from tests.unit.checkpointing.tiny import Run, arguments
 
@@ -36,12 +38,12 @@ def evil_torch_save(trace: Path) -> bytes:
     return buffer.getvalue()
 
 
-def in_zip(original: bytes, trace: Path) -> bytes:
+def in_zip(original: bytes, pickled: bytes) -> bytes:
     """The archive of torch.save with its pickle replaced."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(original)) as old, zipfile.ZipFile(buffer, "w") as new:
         for name in old.namelist():
-            new.writestr(name, evil_pickle(trace) if name.endswith("data.pkl") else old.read(name))
+            new.writestr(name, pickled if name.endswith("data.pkl") else old.read(name))
     return buffer.getvalue()
 
 
@@ -77,7 +79,7 @@ def test_planted_pickles_do_not_run(saved, tmp_path, name, plain):
 def test_pickle_inside_the_archive_of_common_pt_does_not_run(saved, tmp_path):
     folder, trace = checkpoint_dir(saved, 2), tmp_path / "trace"
     path = folder / "common.pt"
-    path.write_bytes(in_zip(path.read_bytes(), trace))
+    path.write_bytes(in_zip(path.read_bytes(), evil_pickle(trace)))
     (folder / CHECKSUMS).unlink()
     shutil.rmtree(checkpoint_dir(saved, 1))
     with pytest.raises(CheckpointError, match="cannot be read safely"):
@@ -107,3 +109,14 @@ def test_metadata_cannot_ask_for_gigabytes_of_memory(saved):
     path.write_bytes(whole[:-1] + b"r" + (2**30 - 1).to_bytes(4, "little") + whole[-1:])
     with pytest.raises(CheckpointError, match="numbers an object 1073741823"):
         load_metadata(path.parent)
+
+
+def test_a_signal_as_each_python_pickles_it(tmp_path):
+    """Megatron-LM's args hold --exit-signal; Python 3.10 writes it down as a name of the module signal."""
+    empty = io.BytesIO()
+    torch.save({}, empty)
+    for pickled in (b"\x80\x02csignal\nSIGTERM\n.", b"\x80\x02csignal\nSignals\nK\x0f\x85R."):
+        path = tmp_path / "common.pt"
+        path.write_bytes(in_zip(empty.getvalue(), pickled))
+        assert load_object(path) is signal.SIGTERM
+    assert plain(signal.SIGUSR1) == "SIGUSR1"
