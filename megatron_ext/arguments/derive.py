@@ -58,7 +58,7 @@ def before_rules(args: Namespace) -> list[str]:
         warnings.append(f"--data-path without --split: taking Megatron-LM's default {LEGACY_SPLIT!r}")
     if args.dataloader_type is None:
         args.dataloader_type = "single"
-    _model_shape(args)
+    model_shape(args)
     _layout(args)
     _precision(args, warnings)
     if args.weight_decay_incr_style == "constant":
@@ -66,7 +66,8 @@ def before_rules(args: Namespace) -> list[str]:
     return warnings
 
 
-def _model_shape(args: Namespace) -> None:
+def model_shape(args: Namespace) -> Namespace:
+    """Fill in the sizes and switches of the model that follow from others; returns ``args``."""
     hidden, heads = args.hidden_size, args.num_attention_heads
     if args.ffn_hidden_size is None and hidden:
         # A gated FFN has three matrices for two: 8h/3 keeps the parameters, in multiples of 64.
@@ -76,6 +77,7 @@ def _model_shape(args: Namespace) -> None:
     args.bias_gelu_fusion = args.bias_gelu_fusion and args.add_bias_linear
     args.add_qkv_bias = args.add_qkv_bias or args.add_bias_linear
     args.apply_rope_fusion = args.apply_rope_fusion and args.position_embedding_type == "rope"
+    return args
 
 
 def model_parallel_size(args: Namespace) -> int:

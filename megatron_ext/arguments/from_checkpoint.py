@@ -1,77 +1,87 @@
-"""``--use-checkpoint-args``: the model and tokenizer of the checkpoint that a run starts from."""
+"""What a command line leaves open of the model is taken from the checkpoint that the run starts from."""
 
 from argparse import Namespace
 
-#: Arguments that describe the model and its tokenizer, not the run (Megatron-LM's
-#: checkpointing.py:load_args_from_checkpoint), and those of the pi modules.
-DESCRIBE_THE_MODEL = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "group_query_attention",
-    "num_query_groups",
-    "kv_channels",
+from megatron_ext.arguments import derive, model_function
+from megatron_ext.models.presets import PRESETS
+from megatron_ext.training.errors import RunError
+
+#: What ``--use-checkpoint-args`` takes besides the model's function (Megatron-LM's
+#: checkpointing.py:load_args_from_checkpoint).
+BESIDES = (
     "seq_length",
-    "max_position_embeddings",
-    "position_embedding_type",
-    "rotary_base",
-    "rotary_percent",
-    "rotary_seq_len_interpolation_factor",
-    "use_rope_scaling",
-    "rope_scaling_factor",
-    "add_bias_linear",
-    "add_qkv_bias",
-    "swiglu",
-    "squared_relu",
-    "quick_geglu",
-    "normalization",
-    "layernorm_epsilon",
-    "qk_layernorm",
-    "untie_embeddings_and_output_weights",
     "attention_dropout",
     "hidden_dropout",
-    "series_activation_order",
-    "augmented_shortcuts",
-    "augmented_shortcut_reduction",
     "tokenizer_type",
     "tokenizer_model",
     "vocab_size",
-    "padded_vocab_size",
 )
 
 
-def take_model(args: Namespace, typed: Namespace) -> list[str]:
-    """Set what describes the model from the checkpoint that the run would start from; returns problems.
+def take_model(args: Namespace, typed: Namespace) -> tuple[list[str], str | None]:
+    """Complete what the command line says of the model from the checkpoint that the run would start from.
 
-    That is the one in --load, or, before there is one, that in --pretrained-checkpoint. What was typed
-    wins, as a changed --attention-dropout or a moved tokenizer must be possible; a shape that does not
-    fit the weights is refused when they are loaded. A folder without a checkpoint is a problem only if
-    nothing else describes the model.
+    That is the one in --load, or, before there is one, that in --pretrained-checkpoint. What was typed,
+    or set by a preset, stays, and must not contradict the checkpoint. ``--use-checkpoint-args`` takes the
+    tokenizer and the dropouts too, what a preset says gives way to it, and it is a problem if there is no
+    checkpoint and nothing else describes the model.
+
+    Returns problems, and a sentence on what was taken, None if nothing was.
     """
-    if not args.use_checkpoint_args:
-        return []
-    folders = {"--load": args.load, "--pretrained-checkpoint": args.pretrained_checkpoint}
+    asked = args.use_checkpoint_args
     if args.load is None:
-        return ["--use-checkpoint-args needs --load"]
-    from megatron_ext.training.checkpointing import CheckpointError, read_checkpoint_args
-
-    saved = None
-    for flag, folder in folders.items():
-        if folder is None or saved is not None:
-            continue
-        try:
-            saved = read_checkpoint_args(folder, args.ckpt_step if flag == "--load" else None)
-        except (CheckpointError, OSError, ValueError) as error:
-            return [f"--use-checkpoint-args: {error}"]
-        if saved is not None and not hasattr(saved, "num_layers"):
-            return [f"--use-checkpoint-args: the checkpoint in {flag} {folder} holds no arguments"]
-    if saved is None and args.num_layers is not None:
-        return []  # the first start of a run that is given its shape, as upstream has it
+        return (["--use-checkpoint-args needs --load"] if asked else []), None
+    try:
+        where, saved = start_of(args)
+    except (RunError, OSError, ValueError) as error:
+        # Without the flag, loading tells what is wrong with the checkpoint.
+        return ([f"--use-checkpoint-args: {error}"] if asked else []), None
     if saved is None:
-        looked = " or ".join(f"{flag} {folder}" for flag, folder in folders.items() if folder is not None)
-        return [f"--use-checkpoint-args: there is no checkpoint in {looked}"]
-    for name in DESCRIBE_THE_MODEL:
-        if name not in typed and getattr(saved, name, None) is not None:
-            setattr(args, name, getattr(saved, name))
-    return []
+        # The first start of a run that is given its shape, as upstream has it.
+        missing = asked and args.num_layers is None
+        return ([f"--use-checkpoint-args: there is no checkpoint in {where}"] if missing else []), None
+    if not hasattr(saved, "num_layers"):
+        return (
+            [f"--use-checkpoint-args: the checkpoint in {where} holds no arguments"] if asked else []
+        ), None
+    said = set(vars(typed))
+    if not asked and args.model_preset in PRESETS:
+        said |= PRESETS[args.model_preset].flags().keys()
+    before = derive.model_shape(Namespace(**vars(args)))
+    taken = model_function.take(saved, args, said, BESIDES if asked else ())
+    new = [name for name in taken if getattr(args, name) != getattr(before, name)]
+    found = model_function.differences(saved, args)
+    problems = [f"the checkpoint in {where} is of another model: {'; '.join(found)}"] if found else []
+    told = ", ".join(f"{model_function.spelled(name)} {getattr(args, name)}" for name in new)
+    return problems, f"taken from the checkpoint in {where}: {told}" if new else None
+
+
+def start_of(args: Namespace) -> tuple[str, Namespace | None]:
+    """Where a run with ``args`` begins, in flags, and the arguments of the checkpoint that is there, if any.
+
+    Raises RunError, OSError or ValueError for a checkpoint that cannot be read.
+    """
+    folders = {"--load": args.load, "--pretrained-checkpoint": args.pretrained_checkpoint}
+    folders = {flag: folder for flag, folder in folders.items() if folder is not None}
+    for flag, folder in folders.items():
+        saved = _newest_readable(folder, args.ckpt_step if flag == "--load" else None)
+        if saved is not None:
+            return f"{flag} {folder}", saved
+    return " or ".join(f"{flag} {folder}" for flag, folder in folders.items()), None
+
+
+def _newest_readable(folder: str, step: int | None) -> Namespace | None:
+    """The arguments in the newest checkpoint, or in the one before where they cannot be read."""
+    from megatron_ext.training.checkpointing import DamagedCheckpoint, latest_iteration, read_checkpoint_args
+    from megatron_ext.training.checkpointing.folders import list_iterations
+
+    latest = latest_iteration(folder)
+    usable = [number for number in list_iterations(folder) if latest is None or number <= latest]
+    candidates: list[int | None] = [*reversed(usable)] if step is None and usable else [step]
+    for number in candidates:
+        try:
+            return read_checkpoint_args(folder, number)
+        except DamagedCheckpoint:
+            if number == candidates[-1]:
+                raise
+    return None

@@ -97,15 +97,16 @@ def read_args(
     args = with_defaults(typed, problems)
     derive.from_environment(args, world_size)
     problems += derive.device(args, device)
-    problems += from_checkpoint.take_model(args, typed)
+    of_checkpoint, taken = from_checkpoint.take_model(args, typed)
+    problems += of_checkpoint
     warnings = derive.before_rules(args)
     problems += validate.problems(args, MappingProxyType(vars(typed)), check_files)
     if problems:
         raise CommandLineError(problems)
     derive.after_rules(args)
     if args.rank == 0:
-        for warning in warnings:
-            print(f"WARNING: {warning}", file=sys.stderr)
+        for note in [f"WARNING: {warning}" for warning in warnings] + [taken] * (taken is not None):
+            print(note, file=sys.stderr)
     return args
 
 

@@ -3,7 +3,7 @@
 from argparse import Namespace
 from pathlib import Path
 
-from megatron_ext.arguments import derive, validate
+from megatron_ext.arguments import derive, model_function, validate
 from megatron_ext.arguments.configs import padded_vocab_size, transformer_config
 from megatron_ext.arguments.parser import with_defaults
 from megatron_ext.interchange import tokenizer_files
@@ -63,9 +63,7 @@ def arguments(saved: Namespace, load: str | Path, iteration: int | None = None) 
     Raises ValueError, naming what is missing or wrong, if ``saved`` does not describe a model.
     """
     args = with_defaults(Namespace(), [])
-    for name in (*saved_args.MODEL, *saved_args.TOKENIZER):
-        if getattr(saved, name, None) is not None:
-            setattr(args, name, getattr(saved, name))
+    model_function.take(saved, args, set(), (*saved_args.MODEL, *saved_args.TOKENIZER))
     derive.from_environment(args, None)
     problems = derive.device(args, None)
     args.tensor_model_parallel_size = args.world_size

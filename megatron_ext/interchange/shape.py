@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
+from megatron_ext.arguments import model_function
 from megatron_ext.interchange.errors import InterchangeError
 
 #: Embedding rows of a checkpoint of ours are a multiple of this (--make-vocab-size-divisible-by).
@@ -196,22 +198,24 @@ def padded(vocab_size: int) -> int:
     return -(-vocab_size // VOCABULARY_UNIT) * VOCABULARY_UNIT
 
 
-def _not_llama(args: Namespace):
+#: Arguments of the model's function that have one value in every Llama-like model.
+LLAMA = {
+    "normalization": "RMSNorm",
+    "swiglu": True,
+    "squared_relu": False,
+    "quick_geglu": False,
+    "add_bias_linear": False,
+    "position_embedding_type": "rope",
+    "qk_layernorm": False,
+    "rotary_percent": 1.0,
+    "rotary_seq_len_interpolation_factor": 1,
+}
+
+
+def _not_llama(args: Namespace) -> Iterator[str]:
     """The reasons why ``args`` describe a model of another kind."""
-    expected = {
-        "normalization": "RMSNorm",
-        "swiglu": True,
-        "add_bias_linear": False,
-        "position_embedding_type": "rope",
-        "qk_layernorm": False,
-        "rotary_percent": 1.0,
-        "rotary_seq_len_interpolation_factor": None,
-        "rotary_interleaved": False,
-        "apply_layernorm_1p": False,
-        "window_size": None,
-        "num_experts": None,
-        "multi_latent_attention": False,
-    }
-    for name, value in expected.items():
-        if getattr(args, name, value) not in (value, None):
-            yield f"{name} is {getattr(args, name)}, not {value}"
+    function = model_function.function_of(args)
+    for name, value in LLAMA.items():
+        if function[name] not in (value, None):
+            yield f"{name} is {function[name]}, not {value}"
+    yield from model_function.unknown_here(args)

@@ -60,8 +60,8 @@ class CheckpointArguments:
     """Let one data parallel rank write what all of them hold, instead of dividing the work."""
 
     use_checkpoint_args: bool = False
-    """Take the model's shape and the tokenizer from the checkpoint in --load, or, where there is none yet,
-    in --pretrained-checkpoint; flags given here win."""
+    """Take the tokenizer, the sequence length and the dropouts too from the checkpoint in --load, or, where
+    there is none yet, in --pretrained-checkpoint; flags given here win, a preset does not."""
 
     ckpt_fully_parallel_load: bool = False
     """Let each rank read only what it needs; always so here."""

@@ -7,6 +7,7 @@ rng_state.
 """
 
 import enum
+import logging
 import random
 import signal
 from argparse import Namespace
@@ -21,7 +22,10 @@ from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer
 from torch import nn
 
 from megatron_ext import platform
+from megatron_ext.arguments import model_function
 from megatron_ext.training.checkpointing.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINT_VERSION = 3.0
 #: Where a resumed run stands; upstream keeps these in the checkpoint's args.
@@ -160,32 +164,16 @@ def plain(value: Any) -> Any:
     return value if known else str(value)
 
 
-#: What must agree for the tensors of a checkpoint to fit a model, and the flag that says it.
-_SHAPES = {
-    "num_layers": "--num-layers",
-    "hidden_size": "--hidden-size",
-    "ffn_hidden_size": "--ffn-hidden-size",
-    "num_attention_heads": "--num-attention-heads",
-    "kv_channels": "--kv-channels",
-    "swiglu": "--swiglu",
-    "add_bias_linear": "--disable-bias-linear (add_bias_linear)",
-    "add_qkv_bias": "--add-qkv-bias",
-    "normalization": "--normalization",
-    "untie_embeddings_and_output_weights": "--untie-embeddings-and-output-weights",
-    "series_activation_order": "--series-activation-order",
-    "augmented_shortcuts": "--augmented-shortcuts",
-}
+def require_same_function(saved: Namespace | None, args: Namespace, path: Path) -> None:
+    """Raise CheckpointError, naming every flag that differs, if the model is not the checkpoint's.
 
-
-def require_same_shape(saved: Namespace | None, args: Namespace, path: Path) -> None:
-    """Raise CheckpointError, naming every flag that differs, if the model is not the checkpoint's."""
-    wrong = []
-    for name, flag in _SHAPES.items():
-        theirs, ours = getattr(saved, name, None), getattr(args, name, None)
-        if theirs is not None and ours is not None and theirs != ours:
-            wrong.append(f"{flag}: checkpoint {theirs}, this run {ours}")
-    if wrong:
-        raise CheckpointError(f"{path} holds another model: " + "; ".join(wrong))
+    Not its sizes alone: all that decides what it computes. A checkpoint without arguments says nothing.
+    """
+    if saved is None or not hasattr(saved, "num_layers"):
+        if torch.distributed.get_rank() == 0:
+            logger.warning("%s holds no arguments: whether it is of the same model is not known", path)
+    elif found := model_function.differences(saved, args):
+        raise CheckpointError(f"{path} holds another model: " + "; ".join(found))
 
 
 def require_same_tokenizer(common: dict, args: Namespace, path: Path) -> None:

@@ -71,7 +71,7 @@ def load_checkpoint(
     common, metadata = together(f"read {folder}", lambda: read(folder))
 
     def check() -> None:
-        content.require_same_shape(common.get("args"), args, folder)
+        content.require_same_function(common.get("args"), args, folder)
         if not finetune:
             content.require_same_tokenizer(common, args, folder)
 

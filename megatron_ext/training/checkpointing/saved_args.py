@@ -16,20 +16,16 @@ from typing import Any, Literal
 
 import torch
 
+from megatron_ext.arguments import model_function
 from megatron_ext.arguments.groups import options
 from megatron_ext.training.checkpointing.errors import DamagedCheckpoint
 
-#: What the model computes, by the names of our flags.
+#: What the model computes and is run with, by the names of our flags.
 MODEL = (
-    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels"),
-    *("group_query_attention", "num_query_groups", "seq_length", "max_position_embeddings"),
-    *("position_embedding_type", "use_rotary_position_embeddings", "rotary_base", "rotary_percent"),
-    *("rotary_seq_len_interpolation_factor", "use_rope_scaling", "rope_scaling_factor"),
-    *("normalization", "layernorm_epsilon", "add_bias_linear", "add_qkv_bias", "qk_layernorm"),
-    *("swiglu", "squared_relu", "quick_geglu", "untie_embeddings_and_output_weights"),
-    *("attention_dropout", "hidden_dropout", "attention_softmax_in_fp32", "fp32_residual_connection"),
-    *("series_activation_order", "augmented_shortcuts", "augmented_shortcut_reduction"),
-    *("make_vocab_size_divisible_by", "padded_vocab_size", "bf16", "fp16"),
+    *model_function.names(),
+    *("use_rotary_position_embeddings", "seq_length", "attention_dropout", "hidden_dropout"),
+    *("attention_softmax_in_fp32", "fp32_residual_connection", "bf16", "fp16"),
+    *("make_vocab_size_divisible_by", "padded_vocab_size"),
 )
 TOKENIZER = (
     *("tokenizer_type", "tokenizer_model", "vocab_size"),
@@ -46,18 +42,24 @@ _TRAINING = (
     *("eod_mask_loss", "round_schedule", "tensor_model_parallel_size", "pipeline_model_parallel_size"),
     *("context_parallel_size", "use_distributed_optimizer"),
 )
-#: Counters, and what Megatron-LM has a name for and we have no flag: other kinds of model, to refuse them.
+#: Counters, what is worked out from flags, and what Megatron-LM has a name for and we have no flag: other
+#: kinds of model (``model_function.ALWAYS``), to refuse them.
 _MORE: dict[str, Any] = {
     **dict.fromkeys(("iteration", "consumed_train_samples", "consumed_valid_samples"), int),
     **dict.fromkeys(("skipped_train_samples", "world_size", "data_parallel_size"), int),
-    **dict.fromkeys(("num_experts", "mtp_num_layers", "virtual_pipeline_model_parallel_size"), int),
+    **dict.fromkeys(("virtual_pipeline_model_parallel_size", "softmax_vocab_size"), int),
+    **dict.fromkeys(("num_experts", "mtp_num_layers"), int),
     **dict.fromkeys(("norm_epsilon", "rotary_scaling_factor", "activation_func_clamp_value"), float),
+    **dict.fromkeys(("softmax_scale", "glu_linear_offset"), float),
     **dict.fromkeys(("rotary_interleaved", "apply_layernorm_1p", "layernorm_zero_centered_gamma"), bool),
     **dict.fromkeys(("multi_latent_attention", "openai_gelu", "qk_l2_norm", "attention_output_gate"), bool),
-    **dict.fromkeys(("apply_query_key_layer_scaling", "is_hybrid_model", "sft"), bool),
+    **dict.fromkeys(("apply_query_key_layer_scaling", "is_hybrid_model", "sft", "onnx_safe"), bool),
+    **dict.fromkeys(("softmax_type", "rope_type", "hybrid_override_pattern"), str),
+    **dict.fromkeys(("experimental_attention_variant", "tokenizer_sha256"), str),
+    **dict.fromkeys(("heterogeneous_layers_config_path", "heterogeneous_layers_config_encoded_json"), str),
+    **dict.fromkeys(("no_rope_freq", "linear_attention_freq"), int | list[int] | str),
+    **dict.fromkeys(("window_size", "mrope_section"), list[int]),
     "apply_residual_connection_post_layernorm": bool,
-    "softmax_type": str,
-    "window_size": list[int],
     "params_dtype": torch.dtype,
 }
 #: No size or count of a real run is larger; float64 still holds it exactly.

@@ -129,8 +129,38 @@ def test_another_model_is_refused_naming_the_flags(saved):
     assert "--series-activation-order: checkpoint 2, this run 0" in str(failure.value)
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--rotary-base 1000000",
+        "--norm-epsilon 1",
+        "--use-rope-scaling --rope-scaling-factor 32",
+        "--rotary-percent 0.5",
+        "--position-embedding-type none",
+        "--qk-layernorm",
+    ],
+)
+def test_another_function_of_the_same_sizes_is_refused(saved, flags):
+    run = Run(arguments(Layout(), *flags.split()))
+    for run.args.finetune in (False, True):
+        with pytest.raises(CheckpointError, match=f"holds another model: {flags.split()[0]}.*: checkpoint "):
+            load_checkpoint(saved, **run.parts)
+
+
+def test_a_checkpoint_that_says_nothing_is_named(saved, caplog):
+    folder = checkpoint_dir(saved, 2)
+    common = load_object(folder / "common.pt")
+    for name in ("args", "pangu_pro"):
+        del common[name]
+    torch.save(common, folder / "common.pt")
+    (folder / CHECKSUMS).unlink()
+    assert loaded(saved, "--rotary-base", "7").state.iteration == 2
+    assert "holds no arguments: whether it is of the same model is not known" in caplog.text
+
+
 def test_weights_that_only_one_of_them_has_are_an_error(saved):
     run = Run(arguments(Layout(), "--qk-layernorm"))
+    run.args.qk_layernorm = False  # as a checkpoint whose args say what its weights are not
     with pytest.raises(CheckpointError, match="lacks .*q_layernorm"):
         load_checkpoint(saved, **run.parts)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_ext.arguments.from_checkpoint import DESCRIBE_THE_MODEL
+from megatron_ext.arguments import from_checkpoint, model_function
 from megatron_ext.arguments.groups import options
 from megatron_ext.arguments.parser import read_args
 from megatron_ext.inference.load import arguments, load_for_inference
@@ -121,7 +121,8 @@ def test_what_a_user_decides_is_not_taken_from_a_checkpoint(saved):
 
 def test_no_listed_argument_is_a_path_or_free_text():
     listed = {*readers.MODEL, *readers.TOKENIZER, *readers._TRAINING, *readers._MORE}
-    assert set(DESCRIBE_THE_MODEL) <= listed and not listed & set(FOREIGN)
+    needed = {*model_function.names(), *model_function.ALWAYS, *from_checkpoint.BESIDES}
+    assert needed <= listed and not listed & set(FOREIGN)
     paths = {name for name in listed & set(options()) if options()[name].meta.get("metavar")}
     assert paths <= {"tokenizer_model", "tokenizer_type", "rampup_batch_size"}
 
