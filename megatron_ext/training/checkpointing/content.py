@@ -94,7 +94,7 @@ def gather_rng() -> list[dict]:
         "np_rng_state": numpy.random.get_state(),
         "torch_rng_state": torch.get_rng_state(),
         "cuda_rng_state": platform.rng_state()["device"],
-        "rng_tracker_states": tensor_parallel.get_cuda_rng_tracker().get_states(),
+        "rng_tracker_states": _tracked_states(),
     }
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     states = [None] * group.size()
@@ -102,17 +102,38 @@ def gather_rng() -> list[dict]:
     return states
 
 
+def _tracked_states() -> dict[str, torch.Tensor]:
+    """The states of Megatron-Core's tracker; where CUDA graphs run it keeps generators."""
+    states = tensor_parallel.get_cuda_rng_tracker().get_states().items()
+    return {name: kept.get_state() if isinstance(kept, torch.Generator) else kept for name, kept in states}
+
+
 def restore_rng(states: list[dict]) -> None:
     """Set this rank's generators from what :func:`gather_rng` collected.
 
-    A checkpoint of upstream's has one entry for all data parallel ranks.
+    A checkpoint of upstream's has one entry for all data parallel ranks. The state of a CPU's generator
+    means nothing to a GPU's, nor the other way round: on another kind of device than the one that saved,
+    the device's own generators go on from the seed.
     """
     own = states[parallel_state.get_data_parallel_rank(with_context_parallel=True) % len(states)]
     random.setstate(own["random_rng_state"])
     numpy.random.set_state(own["np_rng_state"])
     torch.set_rng_state(own["torch_rng_state"])
+    if own["cuda_rng_state"].numel() != platform.rng_state()["device"].numel():
+        if torch.distributed.get_rank() == 0:
+            logger.warning(
+                "the checkpoint is of another kind of device: its dropout is not continued, but seeded"
+            )
+        return
     platform.set_rng_state({"device": own["cuda_rng_state"]})
-    tensor_parallel.get_cuda_rng_tracker().set_states(own["rng_tracker_states"])
+    tracker = tensor_parallel.get_cuda_rng_tracker()
+    tracked = tracker.get_states()
+    for name, state in own["rng_tracker_states"].items():
+        if isinstance(tracked.get(name), torch.Generator):
+            tracked[name].set_state(state)  # the very generator that CUDA graphs know
+        else:
+            tracked[name] = state
+    tracker.set_states(tracked)
 
 
 def common_part(iteration: int, run_state: dict, args: Namespace, scheduler) -> dict:
