@@ -20,6 +20,7 @@ from torch.distributed.checkpoint._nested_dict import unflatten_state_dict
 
 from megatron_ext.training.checkpointing import saved_args
 from megatron_ext.training.checkpointing.errors import DamagedCheckpoint
+from megatron_ext.training.checkpointing.extra_state import without_code
 from megatron_ext.training.checkpointing.safe import load_metadata, load_object
 
 
@@ -40,7 +41,9 @@ class SafePlanner(MCoreLoadPlanner):
 
     def load_bytes(self, read_item, value) -> None:
         """Keep one object that was read from a file."""
-        self.state_dict[read_item.dest_index.fqn] = load_object(value, read_item.dest_index.fqn)
+        key = read_item.dest_index.fqn
+        found = load_object(value, key)
+        self.state_dict[key] = without_code(key, found) if "_extra_state" in key else found
 
 
 class SafeLoadStrategy(TorchDistLoadShardedStrategy):

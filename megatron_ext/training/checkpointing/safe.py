@@ -83,7 +83,7 @@ def load_object(source: str | Path | io.BytesIO, name: str | None = None) -> Any
         raise DamagedCheckpoint(f"{name or source} cannot be read safely: {reason}") from error
 
 
-def _require_modest(data: bytes) -> None:
+def require_modest(data: bytes) -> None:
     """Raise if a pickle numbers its objects beyond what it can hold, or is cut off.
 
     The unpickler makes a table up to the largest number: five bytes can ask for gigabytes of memory.
@@ -101,7 +101,7 @@ def load_metadata(folder: Path):
     path = folder / ".metadata"
     try:
         data = path.read_bytes()
-        _require_modest(data)
+        require_modest(data)
         metadata = _MetadataUnpickler(io.BytesIO(data)).load()
         files = {place.relative_path for place in metadata.storage_data.values()}
         fields = metadata.state_dict_metadata.items()

@@ -12,6 +12,7 @@ import torch
 
 from megatron_ext.training.checkpointing import CheckpointError, checkpoint_dir, load_checkpoint
 from megatron_ext.training.checkpointing.content import plain
+from megatron_ext.training.checkpointing.extra_state import without_code
 from megatron_ext.training.checkpointing.integrity import CHECKSUMS
 from megatron_ext.training.checkpointing.safe import load_metadata, load_object
 from tests.helpers.parallel import Layout
@@ -120,3 +121,9 @@ def test_a_signal_as_each_python_pickles_it(tmp_path):
         path.write_bytes(in_zip(empty.getvalue(), pickled))
         assert load_object(path) is signal.SIGTERM
     assert plain(signal.SIGUSR1) == "SIGUSR1"
+
+
+def test_fp8_state_is_not_unpickled_where_no_engine_reads_it():
+    """Its bytes may ask for anything; with Transformer Engine: tests/te/cases/test_extra_state.py."""
+    data = torch.frombuffer(bytearray(b"cos\nabort\n(tR."), dtype=torch.uint8)
+    assert without_code("decoder._extra_state/shard_0_1", [data, None]) == [None, None]
