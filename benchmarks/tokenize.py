@@ -19,6 +19,7 @@ import sys
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 import argparse
+import contextlib
 import gzip
 import json
 import statistics
@@ -28,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ext.tokenizer.encoder import NativeEncoder
-from megatron_ext.tokenizer.hf_export import fast_tokenizer
+from megatron_ext.tokenizer.hf_export import NotExpressible, fast_tokenizer
 
 LANGUAGES = {"English": "en", "Chinese": "zh", "code": "code"}
 BASELINE = "sentencepiece"
@@ -83,8 +84,8 @@ def candidates(encoder: NativeEncoder, corpus: Corpus, warm_up: list[str]) -> di
         "ours, warm, count only": (warm, lambda: encoder.count(documents)),
         "ours, one by one": (warm, lambda: [encoder.encode(text) for text in documents]),
     }
-    hugging_face = fast_tokenizer(encoder)
-    if hugging_face is not None:
+    with contextlib.suppress(NotExpressible):
+        hugging_face = fast_tokenizer(encoder)
         rows["Hugging Face tokenizers"] = (
             nothing,
             lambda: [hugging_face.encode(text, add_special_tokens=False) for text in documents],

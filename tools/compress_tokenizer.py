@@ -11,7 +11,8 @@ stay. Order and scores of BPE pieces stay as they were.
 
 Writes OUTPUT.model, OUTPUT.vocab, OUTPUT.idmap.npz and .json (old id -> new id, for inheritance),
 OUTPUT.counts.npz (counts, to be used again or merged with others through --counts) and OUTPUT_hf/, a Hugging
-Face tokenizer folder. --report DIR adds report.md, report.json and report.png.
+Face tokenizer folder, which is left out, with the reason, where transformers cannot give the model's ids.
+--report DIR adds report.md, report.json and report.png.
 
 Exit code 0: everything is in place; 1: bad input; 2: bad usage.
 """

@@ -3,8 +3,9 @@
 
     python tools/train_tokenizer.py --input train.jsonl --vocab-size 4096 --output my.model
 
-Byte fallback, digits one by one, no normalisation: any text survives encoding and decoding. Use the
-model with --tokenizer-type SentencePieceTokenizer --tokenizer-model my.model.
+Byte fallback, digits one by one, no normalisation: decoding gives a text back, with one exception, U+2581,
+which is sentencepiece's own sign for a blank and comes back as one. Use the model with
+--tokenizer-type SentencePieceTokenizer --tokenizer-model my.model.
 """
 
 import argparse

@@ -6,10 +6,11 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from megatron_ext.interchange.errors import InterchangeError
 from megatron_ext.interchange.hf_tokenizer import SpecialIds, write_tokenizer
 from megatron_ext.interchange.mapping import Architecture, architecture_named, architecture_of
 from megatron_ext.interchange.model_card import model_card
+from megatron_ext.interchange.numbers import to_format
 from megatron_ext.interchange.shape import ModelShape
 from megatron_ext.interchange.tokenizer_files import TokenizerFiles
 from megatron_ext.training.checkpointing.folders import fsync_dir, write_durably
@@ -64,6 +66,7 @@ def export_folder(
         special = write_tokenizer(tokenizer, aside)  # first, for it may be refused
         _write_weights(aside, kind, shape, get, shard_bytes)
         _write_texts(aside, shape, config, special, origin)
+        _require_same(aside, shape)
         _seal(aside)
         os.replace(aside, save_dir)
         fsync_dir(save_dir.absolute().parent)
@@ -84,7 +87,8 @@ def _write_weights(
         file = "model.safetensors" if one else f"model-{number:05}-of-{len(shards):05}.safetensors"
         tensors = {}
         for entry in entries:
-            parts = entry.layout.split(get(entry.ours).to(shape.dtype), shape)
+            tensor = to_format(entry.ours, get(entry.ours), shape.dtype)
+            parts = entry.layout.split(tensor, shape)
             tensors |= {
                 name: part.clone(memory_format=torch.contiguous_format)
                 for name, part in zip(entry.theirs, parts, strict=True)
@@ -98,12 +102,28 @@ def _write_weights(
 
 
 def _write_file(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write one file and compare what is read from it again."""
     try:
         save_file(tensors, path, metadata={"format": "pt"})
+        with safe_open(path, framework="pt") as back:
+            for name, tensor in tensors.items():
+                if not torch.equal(back.get_tensor(name), tensor):
+                    raise InterchangeError(
+                        f"{path.name} does not hold {name} as it was written; is the disk sound?"
+                    )
     except SafetensorError as error:
         raise InterchangeError(
             f"{path.name} could not be written to {path.parent.parent}: {error}"
         ) from error
+
+
+def _require_same(folder: Path, shape: ModelShape) -> None:
+    """Raise unless the folder, read as any other, is the model that was meant."""
+    from megatron_ext.interchange.hf_source import HuggingFaceSource
+
+    back = replace(HuggingFaceSource(folder).shape, padded_vocab_size=shape.padded_vocab_size)
+    if back != shape:
+        raise InterchangeError(f"config.json cannot say what this model is: it would be read as {back}")
 
 
 def _shards(kind: Architecture, shape: ModelShape, shard_bytes: int) -> Iterator[list]:

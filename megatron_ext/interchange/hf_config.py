@@ -152,7 +152,7 @@ def _rotary_problems(rotary: dict) -> Iterator[str]:
     if kind not in (*_PLAIN_ROTARY, "llama3"):
         known = ", ".join((*_PLAIN_ROTARY, "llama3"))
         yield f"rotary embeddings of type {kind!r} are not supported, only {known}"
-    if not _is_real(base) or base != int(base) or not 1 <= base < 2**53:
+    if not _is_real(base) or base != int(base) or not 1 <= base < 2**31:
         yield f"rope_theta {base!r} is not a whole number from 1"
     if rotary.get("partial_rotary_factor") not in (None, 1):
         yield f"partial_rotary_factor {rotary['partial_rotary_factor']!r} is not supported"

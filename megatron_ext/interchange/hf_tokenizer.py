@@ -46,14 +46,15 @@ def write_tokenizer(tokenizer: TokenizerFiles | None, folder: Path) -> SpecialId
 def _describe(model: Path, folder: Path) -> None:
     """A SentencePiece model, described for transformers."""
     from megatron_ext.tokenizer.encoder import NativeEncoder
-    from megatron_ext.tokenizer.hf_export import write_folder
+    from megatron_ext.tokenizer.hf_export import NotExpressible, folder_files
 
     proto = model.read_bytes()
-    if not write_folder(NativeEncoder(model_proto=proto), proto, folder):
-        raise InterchangeError(
-            f"{model} cannot be described for transformers: it must be a BPE model that the native encoder "
-            "reads, or a unigram model without a normalizer, and the package tokenizers must be there"
-        )
+    try:
+        files = folder_files(NativeEncoder(model_proto=proto), proto)
+    except NotExpressible as error:
+        raise InterchangeError(f"{model} cannot be described for transformers: {error}") from error
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
 
 
 def _special_ids(folder: Path, tokenizer: TokenizerFiles) -> SpecialIds:

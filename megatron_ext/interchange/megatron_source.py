@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import mmap
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,6 +17,7 @@ from megatron_ext.interchange import tokenizer_files
 from megatron_ext.interchange.errors import InterchangeError
 from megatron_ext.interchange.shape import ModelShape
 from megatron_ext.interchange.source import Source
+from megatron_ext.interchange.weight_files import widest
 from megatron_ext.training.checkpointing import CheckpointError, checkpoint_dir, latest_iteration
 from megatron_ext.training.checkpointing.folders import list_iterations
 from megatron_ext.training.checkpointing.integrity import damage
@@ -50,11 +53,13 @@ class MegatronSource(Source):
         saved_sha256 = common.get("pangu_pro", {}).get("tokenizer_sha256")
         self.tokenizer = self._find_tokenizer(tokenizer_model, saved_sha256)
         try:
-            self.shape = ModelShape.from_args(self.args, self._vocab_size(), self._dtype())
-        except AttributeError as error:
+            shape = ModelShape.from_args(self.args, self._vocab_size(), torch.float32)
+        except (AttributeError, TypeError) as error:
             raise InterchangeError(
                 f"the args in {folder / 'common.pt'} do not say what it is: {error}"
             ) from error
+        self._require_layers(shape.num_layers)
+        self.shape = replace(shape, dtype=self._dtype(shape))
         if self.tokenizer:
             tokenizer_files.require_fit(self.tokenizer, self.shape.vocab_size, folder)
         self.origin = f"a checkpoint of iteration {self.iteration}"
@@ -82,8 +87,26 @@ class MegatronSource(Source):
             raise InterchangeError(f"{self.path} has {rows} rows in its embedding, too few for {size} ids")
         return size or rows
 
-    def _dtype(self) -> torch.dtype:
-        return self._stored("embedding.word_embeddings.weight")[1].properties.dtype
+    def _require_layers(self, told: int) -> None:
+        """Raise unless there are as many layers as the args say, before anything is named by them."""
+        name = f"{_LAYERS}self_attention.linear_proj.weight"
+        fields = self._metadata.state_dict_metadata
+        if isinstance(stacked := fields.get(name), TensorStorageMetadata):
+            there = stacked.size[0]
+        else:
+            numbered = re.compile(rf"{re.escape(_LAYERS)}\d+\.self_attention\.linear_proj\.weight")
+            there = sum(numbered.fullmatch(key) is not None for key in fields)
+        if there != told:
+            raise InterchangeError(f"{self.path} holds {there} layers, but its args say {told}")
+
+    def _dtype(self, shape: ModelShape) -> torch.dtype:
+        """The number format of the model's tensors, the widest where they differ."""
+        formats = {self._stored(key)[1].properties.dtype for key in shape.parameters()}
+        if other := formats - {torch.float32, torch.float16, torch.bfloat16}:
+            raise InterchangeError(
+                f"{self.path} holds {other.pop()}; only fp32, fp16 and bf16 can be exchanged"
+            )
+        return widest(formats)
 
     def _stored(self, key: str) -> tuple[str, TensorStorageMetadata, int | None]:
         """Under which name a tensor is stored, its metadata, and its place if all layers are stacked."""

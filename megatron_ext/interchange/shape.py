@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -13,6 +14,20 @@ from megatron_ext.interchange.errors import InterchangeError
 
 #: Embedding rows of a checkpoint of ours are a multiple of this (--make-vocab-size-divisible-by).
 VOCABULARY_UNIT = 128
+
+
+def _is_real(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+#: What the fields may hold: files of other makers say anything. Sizes stay countable when multiplied.
+_KINDS = {
+    "int": ("a size", lambda value: type(value) is int and 0 <= value < 1 << 31),
+    "bool": ("true or false", lambda value: type(value) is bool),
+    "float": ("a number", _is_real),
+    "float | None": ("a number", lambda value: value is None or _is_real(value)),
+    "torch.dtype": ("a number format", lambda value: isinstance(value, torch.dtype)),
+}
 
 
 @dataclass(frozen=True)
@@ -45,6 +60,12 @@ class ModelShape:
 
     def __post_init__(self) -> None:
         problems = [
+            f"{field.name} is {value!r}, not {kind}"
+            for field in fields(self)
+            for kind, fits in [_KINDS[str(field.type)]]
+            if not fits(value := getattr(self, field.name))
+        ]
+        problems = problems or [
             f"{name} is {value}, it must be at least 1"
             for name, value in vars(self).items()
             if type(value) is int

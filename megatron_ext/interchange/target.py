@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 from megatron_ext.arguments.parser import CommandLineError, read_args
 from megatron_ext.interchange import tokenizer_files
 from megatron_ext.interchange.errors import InterchangeError
+from megatron_ext.interchange.numbers import to_format
 from megatron_ext.interchange.shape import ModelShape
 from megatron_ext.interchange.tokenizer_files import TokenizerFiles
 from megatron_ext.training.checkpointing import content, folders, writer
@@ -113,6 +114,8 @@ def checkpoint_args(
         args = read_args(flags, world_size=1, device="cpu", check_files=False)
     except CommandLineError as error:
         raise InterchangeError(f"no run could make this model: {'; '.join(error.problems)}") from error
+    # Not by flags: fp16 trains on GPUs alone, but is written and read anywhere.
+    args.fp16, args.params_dtype = shape.dtype == torch.float16, shape.dtype
     vars(args).update(overrides or {})
     args.tokenizer_sha256 = tokenizer.sha256
     return args
@@ -130,7 +133,7 @@ def _in_order(tensors: Tensors, shape: ModelShape) -> Iterator[tuple[str, Tensor
             tensor, size = _with_padding(tensor, shape), torch.Size((shape.padded_vocab_size, size[1]))
         if tensor.size() != size:
             raise InterchangeError(f"{name} is {list(tensor.size())}, it must be {list(size)}")
-        yield name, tensor.to(shape.dtype)
+        yield name, to_format(name, tensor, shape.dtype)
     if missing:
         raise InterchangeError(f"these tensors did not come: {', '.join(missing)}")
 

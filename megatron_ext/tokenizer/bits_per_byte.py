@@ -15,7 +15,9 @@ def sentencepiece_bytes(processor) -> np.ndarray:
     """Bytes of each piece of a ``SentencePieceProcessor``, int32 [vocabulary].
 
     A byte piece is one byte, a blank one, and control and unknown pieces stand for no text. Pieces
-    that are never produced (fillers) keep the bytes of their text.
+    that are never produced (fillers) keep the bytes of their text. What a text had before sentencepiece
+    normalized it cannot be told from ids: U+2581 counts as the blank that it becomes, the blank in front
+    of a text as one byte.
     """
     silent = {i for i in range(len(processor)) if processor.is_control(i) or processor.is_unknown(i)}
     byte = {i for i in range(len(processor)) if processor.is_byte(i)}

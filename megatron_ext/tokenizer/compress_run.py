@@ -76,7 +76,8 @@ def compress(args: Namespace) -> dict:
         "coverage": float(counts.total[kept].sum() / max(counts.total.sum(), 1)),
     }
     ids = IdMap.of_kept(kept, encoder.vocab_size, sha256(data), sha256(new_data))
-    write_files(args.output, new_data, new, ids)
+    if left_out := write_files(args.output, new_data, new, ids):
+        summary["no_hf_folder"] = left_out
     if args.input:
         summary["measured"] = measure(args, new, int(counts.total.sum()))
     if args.report:
@@ -116,16 +117,38 @@ def measure(args: Namespace, new: NativeEncoder, before: int) -> dict:
     return {"tokens": after} | ({} if counted_elsewhere else {"more_tokens": after / before - 1})
 
 
-def write_files(output: str, model: bytes, new: NativeEncoder, ids: IdMap) -> None:
-    """OUTPUT.model, .vocab, .idmap.npz, .idmap.json and OUTPUT_hf/."""
+def write_files(output: str, model: bytes, new: NativeEncoder, ids: IdMap) -> str | None:
+    """OUTPUT.model, .vocab, .idmap.npz, .idmap.json and OUTPUT_hf/; or why the last is left out."""
     ids.save(f"{output}.idmap.npz")
     ids.save(f"{output}.idmap.json")
     processor = new.processor
     lines = [f"{processor.id_to_piece(i)}\t{processor.get_score(i):g}\n" for i in range(new.vocab_size)]
     write_aside(Path(f"{output}.vocab"), lambda file: file.write("".join(lines).encode()))
-    if not hf_export.write_folder(new, model, Path(f"{output}_hf")):
-        say("tokenizer.json is left out: it needs the tokenizers package, and a BPE or unigram model")
+    left_out = write_hf_folder(Path(f"{output}_hf"), model, new)
     write_aside(Path(f"{output}.model"), lambda file: file.write(model))
+    return left_out
+
+
+def write_hf_folder(folder: Path, model: bytes, new: NativeEncoder) -> str | None:
+    """OUTPUT_hf/; or the reason why there is none.
+
+    Raises:
+        CompressionError: there is none, but a folder of that name, which is another model's.
+    """
+    try:
+        files = hf_export.folder_files(new, model)
+    except hf_export.NotExpressible as error:
+        if folder.exists():
+            raise CompressionError(
+                f"{folder} is of another model, and this one cannot be described for transformers ({error}); "
+                "remove it"
+            ) from error
+        say(f"WARNING: {folder} is left out, for transformers cannot do what the model does: {error}")
+        return str(error)
+    folder.mkdir(exist_ok=True)
+    for name, content in files.items():
+        write_aside(folder / name, lambda file, content=content: file.write(content))
+    return None
 
 
 def report(

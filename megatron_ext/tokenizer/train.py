@@ -1,7 +1,8 @@
 """Train a SentencePiece BPE tokenizer on a sample of JSON Lines files.
 
 The settings are those of Llama's tokenizers: byte fallback (no text is unknown), digits one by one,
-no normalisation, spaces kept as they are, so that text and code survive a round trip.
+no normalisation, spaces kept as they are. Decoding gives text and code back, but for U+2581, which
+sentencepiece cannot tell from a blank.
 """
 
 import bz2

@@ -213,6 +213,20 @@ def test_tool(model, corpus, tmp_path):
     assert bad.returncode == 1 and "bad.jsonl: line 2" in bad.stderr
 
 
+def test_tool_without_a_description_for_transformers(corpus, tmp_path):
+    """A model whose normalizer tokenizer.json cannot say: no folder, and the reason."""
+    (tmp_path / "full.model").write_bytes(samples.trained(normalization_rule_name="nmt_nfkc"))
+    words = ("--tokenizer-model", tmp_path / "full.model", "--output", tmp_path / "small", "--json")
+    words += ("--input", corpus / "one.jsonl", "--vocab-size", 500)
+    done = run_tool(*words)
+    assert done.returncode == 0, done.stderr
+    assert "nmt_nfkc" in json.loads(done.stdout)["no_hf_folder"] and "WARNING" in done.stderr
+    assert (tmp_path / "small.model").exists() and not (tmp_path / "small_hf").exists()
+    (tmp_path / "small_hf").mkdir()
+    again = run_tool(*words)
+    assert again.returncode == 1 and "small_hf is of another model" in again.stderr
+
+
 def test_benchmark_beside_a_newly_trained_model(model, corpus, tmp_path):
     (tmp_path / "full.model").write_bytes(model)
     benchmark = Path(__file__).parents[3] / "benchmarks" / "compress.py"

@@ -20,15 +20,17 @@ def corpus(tmp_path):
     return path
 
 
-def test_any_text_survives(corpus, tmp_path):
+def test_what_decoding_gives_back(corpus, tmp_path):
+    """Everything but U+2581, as the help says."""
     model = tmp_path / "made" / "my.model"
     sample = train_tokenizer([str(corpus)], model, 320, **SETTINGS)
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(model))
     assert (sample.documents, sample.documents_used, tokenizer.vocab_size()) == (300, 300, 320)
-    for text in ("x = 2024\n\n\tif  y:", "Grüße, 世界 🙂", "  led by spaces  "):
+    for text in ("x = 2024\n\n\tif  y:", "Grüße, 世界 🙂", "  led by spaces  ", "a\x00\u2028b"):
         ids = tokenizer.encode(text)
         assert tokenizer.unk_id() not in ids
         assert tokenizer.decode(ids) == text
+    assert tokenizer.decode(tokenizer.encode("a▁b")) == "a b"
 
 
 def test_sample_is_bounded_and_repeatable(corpus, tmp_path):
