@@ -21,6 +21,7 @@ import time
 
 import numpy as np
 
+from megatron_ext.data.preprocess.sources import find_sources
 from megatron_ext.tokenizer import NativeEncoder, compress
 from megatron_ext.tokenizer.counts import count_text
 from megatron_ext.tokenizer.train import train_tokenizer
@@ -55,12 +56,13 @@ def measure(args: argparse.Namespace) -> list[dict]:
     """A row for the full tokenizer and for each contender of each size."""
     data = Path(args.tokenizer_model).read_bytes()
     full, proto = NativeEncoder(args.tokenizer_model), compress.read_proto(data)
-    counts = count_text(args.input, full, "", args.workers)
+    counts, _ = count_text(find_sources(args.input), full, "", args.workers)
     vocabulary = compress.describe(proto, full, False, counts.total)
 
     def row(name: str, encoder: NativeEncoder) -> dict:
         texts = {"training": args.input, "validation": args.validation}
-        tokens = {k: int(count_text(v, encoder, "", args.workers).total.sum()) for k, v in texts.items()}
+        found = {k: count_text(find_sources(v), encoder, "", args.workers)[0] for k, v in texts.items()}
+        tokens = {k: int(counts.total.sum()) for k, counts in found.items()}
         dead = len(compress.unreachable(encoder))
         return {"choice": name, "pieces": encoder.vocab_size, "unreachable": dead} | tokens
 

@@ -102,11 +102,12 @@ def _run(command: list[str]) -> tuple[float, float]:
 
 def corpus(inputs: list[str], path: Path, max_bytes: int) -> int:
     """The inputs as plain JSON lines, line by line in turn, so that a part of it is mixed too; its bytes."""
-    from megatron_ext.data.preprocess.sources import chunks, find_sources
-    from megatron_ext.data.preprocess.worker import _lines
+    from megatron_ext.data.preprocess.chunks import chunks, lines_of
+    from megatron_ext.data.preprocess.sources import find_sources
 
     sources = find_sources(inputs)
-    streams = [(line for chunk in chunks([source], 1 << 22) for line in _lines(chunk)) for source in sources]
+    cut = [chunks([source], 1 << 22) for source in sources]
+    streams = [(line for chunk in stream for line in lines_of(chunk)) for stream in cut]
     written = 0
     with open(path, "wb") as file:
         while streams and written < max_bytes:

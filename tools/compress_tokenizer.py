@@ -36,6 +36,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--input", nargs="+", default=[], metavar="FILE", help="JSON lines: files, globs, folders")
     p.add_argument("--json-key", default="text", help="key of the text in each line (default text)")
     p.add_argument(
+        "--on-bad-line",
+        choices=["stop", "skip"],
+        default="stop",
+        help="a line that is not UTF-8, not JSON, or has no text: stop (default), or leave it out",
+    )
+    p.add_argument(
         "--dataset", nargs="+", default=[], metavar="PREFIX", help=".bin/.idx made with the full model"
     )
     p.add_argument("--counts", nargs="+", default=[], metavar="FILE", help="counts that earlier runs saved")
@@ -64,8 +70,6 @@ def problems(args: argparse.Namespace) -> list[str]:
         found.append("nothing to count: give --input, --dataset or --counts")
     if args.workers < 1:
         found.append("--workers must be 1 or more")
-    if "-" in args.input and args.vocab_size is not None:
-        found.append("--input -: the text is read twice, which standard input does not allow; count it first")
     if args.vocab_size is None and args.report:
         found.append("--report needs --vocab-size")
     if args.vocab_size is None and args.drop_fillers:
@@ -85,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments.error("; ".join(found))
     try:
         summary = compress(args)
-    except (ValueError, OSError, LookupError) as error:
+    except (ValueError, OSError, LookupError, RuntimeError) as error:
         print(f"compress_tokenizer.py: error: {error}", file=sys.stderr)
         return 1
     print(json.dumps(summary) if args.json else "\n".join(f"{k}: {v}" for k, v in summary.items()))

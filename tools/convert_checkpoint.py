@@ -24,6 +24,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron_ext.data.files import is_same_place
+
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
 
@@ -87,7 +89,7 @@ def usage_problems(options: argparse.Namespace) -> list[str]:
         "--max-shard-size": (options.max_shard_size is not None, options.target == "hf", "--to hf"),
     }
     problems = [f"{flag} needs {needs}" for flag, (given, fits, needs) in only.items() if given and not fits]
-    if Path(options.load).resolve() == Path(options.save).resolve():
+    if is_same_place(options.load, options.save):
         problems.append("--load and --save are the same folder")
     return problems
 

@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_ext.data.demo_corpus import collect, split, write
+from megatron_ext.data.files import is_same_place
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,6 +41,8 @@ def main(argv: list[str] | None = None) -> int:
     args = p.parse_args(argv)
     if args.max_bytes < 1:
         p.error("--max-bytes must be above 0")
+    if args.valid_output and is_same_place(args.output, args.valid_output):
+        p.error("--output and --valid-output are the same file")
     documents = collect(args.max_bytes)
     if not documents:
         print(

@@ -18,7 +18,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_ext.data import forgetting
-from megatron_ext.data.loss_record import read_losses
+from megatron_ext.data.files import refuse_overwriting
+from megatron_ext.data.loss_record import read_losses, record_paths
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,6 +41,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.points < 1:
         p.error(f"--points {args.points}: must be at least 1")
     try:
+        files = [file for path in args.losses for file in vars(record_paths(path)).values()]
+        refuse_overwriting([args.output], files)
         recordings = {str(path): read_losses(path) for path in args.losses}
         curves = {}
         for name, found in recordings.items():

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_ext.data.files import write_picture
+from megatron_ext.data.files import OverwritesInput, refuse_overwriting, write_picture
 
 Records = list[dict]
 
@@ -28,12 +28,13 @@ class MetricsError(ValueError):
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     try:
+        refuse_overwriting([args.output], args.metrics)
         runs = {str(path): read_run(path) for path in args.metrics}
         draw(runs, args.x, args.output)
     except ImportError:
         print("plot_metrics.py: error: drawing needs: pip install matplotlib", file=sys.stderr)
         return 1
-    except (MetricsError, OSError) as error:
+    except (MetricsError, OverwritesInput, OSError) as error:
         print(f"plot_metrics.py: error: {error}", file=sys.stderr)
         return 1
     summaries = {name: summary(*run) for name, run in runs.items()}

@@ -31,8 +31,6 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX.bin, .idx, .json")
     p.add_argument("--json", action="store_true", help="print the summary as one JSON object")
     args = p.parse_args(argv)
-    if Path(args.input).absolute() == Path(args.output_prefix).absolute():
-        p.error("--output-prefix must differ from --input")
     try:
         summary = retokenize(
             args.input, args.old_tokenizer_model, args.new_tokenizer_model, args.output_prefix

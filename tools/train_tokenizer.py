@@ -16,8 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_ext.data.preprocess.sources import SourceError
-from megatron_ext.tokenizer.train import TrainingTextError, train_tokenizer
+from megatron_ext.tokenizer.train import train_tokenizer
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,12 +32,16 @@ def main(argv: list[str] | None = None) -> int:
             key=args.json_key,
             sample_bytes=int(args.sample_mb * 1e6),
             seed=args.seed,
+            on_bad_line=args.on_bad_line,
         )
-    except (TrainingTextError, SourceError, OSError) as error:
+    except (ValueError, OSError) as error:
         print(f"train_tokenizer.py: error: {error}", file=sys.stderr)
         return 1
     seconds = time.monotonic() - start
-    summary = {"output": str(args.output), "vocab_size": args.vocab_size, "seconds": seconds} | vars(sample)
+    facts = vars(sample) | {"left_out": sample.left_out.count}
+    summary = {"output": str(args.output), "vocab_size": args.vocab_size, "seconds": seconds} | facts
+    if sample.left_out.count:
+        print(sample.left_out, file=sys.stderr)
     if args.json:
         print(json.dumps(summary))
     else:
@@ -58,6 +61,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, required=True, help="the model file to write")
     parser.add_argument("--vocab-size", type=int, required=True, help="pieces, with 3 specials and 256 bytes")
     parser.add_argument("--json-key", default="text", help="key of the text (default: text)")
+    parser.add_argument(
+        "--on-bad-line",
+        choices=["stop", "skip"],
+        default="stop",
+        help="a line that is not UTF-8, not JSON, or has no text: stop (default), or leave it out",
+    )
     parser.add_argument(
         "--sample-mb", type=float, default=10.0, help="text to learn from, in MB (default: 10)"
     )

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from megatron_ext.data import draw as drawing
-from megatron_ext.data.files import write_aside
+from megatron_ext.data.files import refuse_overwriting, unchanged, write_aside
 from megatron_ext.data.indexed import DatasetError
-from megatron_ext.data.loss_record import Losses, read_losses
+from megatron_ext.data.loss_record import Losses, read_losses, record_paths
 from megatron_ext.data.progress import Progress
-from megatron_ext.data.rounds import FORMAT, round_paths
+from megatron_ext.data.rounds import FORMAT, RoundPaths, round_paths
 
 HISTOGRAM_BINS = 60
 #: Bins in which losses are counted to work out what is to be expected of a draw.
@@ -127,8 +127,17 @@ def build_round(
 
     Raises:
         DatasetError: the losses are not complete, hold NaN or Inf, or cannot be drawn from like this.
+        ValueError: the losses would be overwritten, or change meanwhile.
     """
-    source = read_losses(losses_path)
+    files, paths = vars(record_paths(losses_path)).values(), round_paths(output)
+    refuse_overwriting(vars(paths).values(), files)
+    with unchanged(files):
+        return _build(read_losses(losses_path), options, paths, show_progress)
+
+
+def _build(
+    source: Losses, options: RoundOptions, paths: RoundPaths, show_progress: bool
+) -> tuple[dict, Report]:
     groups = Groups(source, options.group_size)
     names = source.source_names or ["all"]
     sources = source.sources
@@ -150,7 +159,6 @@ def build_round(
     report = _empty_report(*_range(groups), names)
     levels = _expected_levels(chunks, counts, report.edges / options.temperature)
     limits = drawing.thresholds(chunks, counts, options.key)
-    paths = round_paths(output)
     paths.index.parent.mkdir(parents=True, exist_ok=True)
     paths.manifest.unlink(missing_ok=True)  # until the new index is whole there is none
     drawn = drawing.draw(chunks, limits, options.key)

@@ -1,11 +1,20 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, never over what is read, and read without a change meanwhile."""
 
+import contextlib
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
+
+
+class OverwritesInput(ValueError):
+    """What shall be written is what is read; the message names both."""
+
+
+class InputChanged(ValueError):
+    """A file was written to, replaced or removed while it was read; the message names it."""
 
 
 def write_aside(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -62,6 +71,109 @@ def pieces_digest(path: str | Path) -> str:
             file.seek(start)
             digest.update(file.read(PIECE_BYTES))
     return digest.hexdigest()
+
+
+class FileState(NamedTuple):
+    """What differs when a file was written to or replaced. Links and permissions change ``status_ns`` too."""
+
+    size: int
+    modified_ns: int
+    inode: int
+    device: int
+    status_ns: int
+
+    @classmethod
+    def of(cls, file: str | Path | int) -> "FileState":
+        """Of a path or of an open file's descriptor."""
+        status = os.stat(file)
+        return cls(status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev, status.st_ctime_ns)
+
+    def is_as(self, other: "FileState") -> bool:
+        """Whether size, time of change and place are the same."""
+        return self[:4] == other[:4]
+
+
+def input_changed(path: str | Path) -> InputChanged:
+    """The error for a file that changed while it was read."""
+    return InputChanged(
+        f"{path}: was written to, replaced or removed while it was read. Nothing was written; start again "
+        "when the file is complete"
+    )
+
+
+@contextlib.contextmanager
+def unchanged(paths: Iterable[str | Path]) -> Iterator[None]:
+    """Within it files are read; a change of one of them is an error, also in place of another error.
+
+    Files that are not there at the beginning are left to their readers.
+
+    Raises:
+        InputChanged: at the end, naming the first file that is not as it was.
+    """
+    before = {path: state for path in paths if (state := _state(path)) is not None}
+
+    def check() -> None:
+        for path, state in before.items():
+            if _state(path) != state:
+                raise input_changed(path)
+
+    try:
+        yield
+    except Exception:
+        check()
+        raise
+    check()
+
+
+def _state(path: str | Path) -> FileState | None:
+    try:
+        return FileState.of(path) if os.path.isfile(path) else None
+    except OSError:
+        return None
+
+
+def refuse_overwriting(outputs: Iterable[str | Path], inputs: Iterable[str | Path]) -> None:
+    """Raise if an output is one of the inputs by any spelling, or a folder that holds one.
+
+    Args:
+        outputs: every file that will be written or removed, with all its endings; folders for all in them.
+        inputs: every file and folder that will be read.
+
+    Raises:
+        OverwritesInput: naming both.
+    """
+    by_path: dict[str, str | Path] = {}
+    by_inode: dict[tuple[int, int], str | Path] = {}
+    for path in outputs:
+        by_path[os.path.realpath(path)] = path
+        if (inode := _inode(path)) is not None:
+            by_inode[inode] = path
+    for path in inputs:
+        real = Path(os.path.realpath(path))
+        for place in (real, *real.parents):
+            found = by_path.get(str(place)) or by_inode.get(_inode(place))
+            if found is not None:
+                is_or_holds = "is" if place == real else "holds"
+                raise OverwritesInput(
+                    f"{found}: would be written or removed, and {is_or_holds} the input {path}; give another "
+                    "output"
+                )
+
+
+def is_same_place(one: str | Path, other: str | Path) -> bool:
+    """Whether two names are of one file or folder, by any spelling; also of one that is not there yet."""
+    inode = _inode(one)
+    same_inode = inode is not None and inode == _inode(other)
+    return same_inode or os.path.realpath(one) == os.path.realpath(other)
+
+
+def _inode(path: str | Path) -> tuple[int, int] | None:
+    """The same for all spellings, links and cases of a name; None where nothing is."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _umask() -> int:

@@ -40,6 +40,11 @@ def manifest_path(prefix: str | Path) -> Path:
     return Path(f"{prefix}.json")
 
 
+def dataset_files(prefix: str | Path) -> list[Path]:
+    """Every file of a dataset, the manifest last, which may not be there."""
+    return [bin_path(prefix), idx_path(prefix), manifest_path(prefix)]
+
+
 def optimal_dtype(vocab_size: int) -> np.dtype:
     """uint16 for vocabularies below 65,500, else int32 (upstream's DType.optimal_dtype)."""
     return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)

@@ -1,11 +1,13 @@
 """Several datasets -> one, document after document, as Megatron-LM's merge_datasets.py joins them."""
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from megatron_ext.data.indexed import DatasetError, Index, bin_path, idx_path
+from megatron_ext.data.files import refuse_overwriting, unchanged
+from megatron_ext.data.indexed import DatasetError, Index, bin_path, dataset_files, idx_path
 from megatron_ext.data.manifest import check_dataset, read_manifest
 from megatron_ext.data.writer import file_blocks, publish, write_dataset
 
@@ -41,24 +43,40 @@ def merge(prefixes: Sequence[str], output_prefix: str | Path) -> dict:
 
     Raises:
         DatasetError: a dataset is damaged, or two were made with different tokenizers or id types.
+        ValueError: a dataset would be overwritten, or changes meanwhile.
     """
-    if str(output_prefix) in map(str, prefixes):
-        raise DatasetError(f"{output_prefix}: is one of the datasets to merge; give another --output-prefix")
-    indices = [check_dataset(prefix) for prefix in prefixes]
-    manifests = [read_manifest(prefix) for prefix in prefixes]
-    _check_same(prefixes, [index.dtype for index in indices], "ids of type")
-    known = [(p, m["tokenizer"]["sha256"]) for p, m in zip(prefixes, manifests, strict=True) if _knows(m)]
-    _check_same([p for p, _ in known], [sha256[:12] for _, sha256 in known], "the tokenizer")
-    written = write_dataset(
-        output_prefix,
-        (block for prefix in prefixes for block in file_blocks(bin_path(prefix))),
-        indices[0].dtype,
-        np.concatenate([index.lengths for index in indices]),
-        _joined_documents(indices),
-    )
+    files = [path for prefix in prefixes for path in dataset_files(prefix)]
+    refuse_overwriting(dataset_files(output_prefix), files)
+    with unchanged(files):
+        indices = [check_dataset(prefix) for prefix in prefixes]
+        manifests = [read_manifest(prefix) for prefix in prefixes]
+        _check_same(prefixes, [index.dtype for index in indices], "ids of type")
+        known = [(p, m["tokenizer"]["sha256"]) for p, m in zip(prefixes, manifests, strict=True) if _knows(m)]
+        _check_same([p for p, _ in known], [sha256[:12] for _, sha256 in known], "the tokenizer")
+        written = write_dataset(
+            output_prefix,
+            (block for pair in zip(prefixes, manifests, strict=True) for block in _checked_blocks(*pair)),
+            indices[0].dtype,
+            np.concatenate([index.lengths for index in indices]),
+            _joined_documents(indices),
+        )
     manifest = _joined_manifest(prefixes, manifests, indices[0].dtype)
     publish(written, manifest)
     return written.counts() | manifest
+
+
+def _checked_blocks(prefix: str, manifest: dict | None) -> Iterator[bytes]:
+    """The content of PREFIX.bin, which is compared with the manifest on the way."""
+    digest = hashlib.sha256()
+    for block in file_blocks(bin_path(prefix)):
+        digest.update(block)
+        yield block
+    told = (manifest or {}).get("files", {}).get("bin", {}).get("sha256")
+    if told not in (None, digest.hexdigest()):
+        raise DatasetError(
+            f"{bin_path(prefix)}: its sha256 is not the manifest's: it was changed or damaged; copy it "
+            "again or make the dataset again"
+        )
 
 
 def _joined_documents(indices: list[Index]) -> np.ndarray:

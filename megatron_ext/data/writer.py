@@ -1,10 +1,12 @@
 """A new dataset: .bin and .idx written under other names, then published with the manifest last."""
 
+import fcntl
 import hashlib
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -17,14 +19,16 @@ from megatron_ext.data.manifest import write_manifest
 class Written:
     """A dataset that is complete on disk, but not yet under its name.
 
-    ``files`` holds size and checksums of "bin" and "idx", as the manifest has them.
+    ``files`` holds size and checksums of "bin" and "idx", as the manifest has them. ``lock``, the
+    .idx, is locked until it has its name or is removed: two runs must not write one dataset.
     """
 
     prefix: str
-    documents: int
-    sequences: int
-    tokens: int
-    files: dict[str, dict]
+    lock: BinaryIO
+    documents: int = 0
+    sequences: int = 0
+    tokens: int = 0
+    files: dict[str, dict] = field(default_factory=dict)
 
     def counts(self) -> dict:
         """The manifest's entries that are known here."""
@@ -39,6 +43,7 @@ class Written:
         """Remove the files."""
         for suffix in ("bin", "idx"):
             _aside(self.prefix, suffix).unlink(missing_ok=True)
+        self.lock.close()
 
 
 def write_dataset(
@@ -49,23 +54,42 @@ def write_dataset(
     Args:
         blocks: the bytes of .bin, in order.
         dtype: of the ids.
-        lengths: ids of each sequence, int32 [sequences].
+        lengths: ids of each sequence, int32 [sequences]; looked at when all blocks are written.
         documents: bounds of the documents in sequences, int64 [documents + 1], from 0.
+
+    Raises:
+        OSError: another run is writing a dataset of this name, or the disk is full.
     """
-    tokens = int(lengths.sum(dtype=np.int64))
-    written = Written(str(prefix), len(documents) - 1, len(lengths), tokens, {})
+    written = Written(str(prefix), _lock(_aside(prefix, "idx")))
     try:
-        written.files["bin"] = _write(_aside(prefix, "bin"), lambda file: _copy(blocks, file))
-        written.files["idx"] = _write(
-            _aside(prefix, "idx"), lambda file: write_index(file, dtype, lengths, documents)
-        )
+        with open(_aside(prefix, "bin"), "wb") as raw:
+            written.files["bin"] = _write(raw, lambda file: _copy(blocks, file))
+        written.files["idx"] = _write(written.lock, lambda file: write_index(file, dtype, lengths, documents))
+        written.documents, written.sequences = len(documents) - 1, len(lengths)
+        written.tokens = int(lengths.sum(dtype=np.int64))
+        if written.files["bin"]["bytes"] != written.tokens * np.dtype(dtype).itemsize:
+            raise AssertionError(f"{prefix}: {written.files['bin']['bytes']} bytes for {written.tokens} ids")
     except BaseException:
         written.discard()
         raise
-    if written.files["bin"]["bytes"] != tokens * np.dtype(dtype).itemsize:
-        written.discard()
-        raise AssertionError(f"{prefix}: {written.files['bin']['bytes']} bytes for {tokens} ids")
     return written
+
+
+def _lock(path: Path) -> BinaryIO:
+    """The file, new and empty, for this process alone as long as it is open."""
+    while True:
+        file = open(path, "ab")  # noqa: SIM115 - held by Written
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+                file.truncate(0)
+                return file
+        except FileNotFoundError:  # published or discarded by another run at this moment
+            pass
+        except BlockingIOError:
+            file.close()
+            raise OSError(f"{path}: another run is writing this output; wait for it, or stop it") from None
+        file.close()
 
 
 def publish(written: Written, manifest: dict) -> None:
@@ -76,6 +100,7 @@ def publish(written: Written, manifest: dict) -> None:
     os.replace(_aside(prefix, "bin"), bin_path(prefix))
     os.replace(_aside(prefix, "idx"), idx_path(prefix))
     write_manifest(prefix, written.counts() | manifest)
+    written.lock.close()
 
 
 def file_blocks(path: Path, size: int = 1 << 22) -> Iterable[bytes]:
@@ -105,15 +130,14 @@ class _Hashing:
         self.file.write(data)
 
 
-def _write(path: Path, write: Callable) -> dict:
-    """Write a file and wait until it is on disk; what the manifest says of it."""
-    with open(path, "wb") as raw:
-        file = _Hashing(raw)
-        write(file)
-        raw.flush()
-        os.fsync(raw.fileno())
+def _write(raw: BinaryIO, write: Callable) -> dict:
+    """Write an open file and wait until it is on disk; what the manifest says of it."""
+    file = _Hashing(raw)
+    write(file)
+    raw.flush()
+    os.fsync(raw.fileno())
     return {
-        "bytes": path.stat().st_size,
+        "bytes": os.fstat(raw.fileno()).st_size,
         "sha256": file.digest.hexdigest(),
-        "pieces_sha256": pieces_digest(path),
+        "pieces_sha256": pieces_digest(raw.name),
     }

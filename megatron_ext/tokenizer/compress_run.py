@@ -6,13 +6,17 @@ import hashlib
 import sys
 import time
 from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from megatron_ext.data.files import write_aside
+from megatron_ext.data.files import refuse_overwriting, write_aside
+from megatron_ext.data.indexed import dataset_files
+from megatron_ext.data.preprocess.chunks import chunks
+from megatron_ext.data.preprocess.documents import Document, Documents, LeftOut, bad_line_message
 from megatron_ext.data.preprocess.progress import Progress
-from megatron_ext.data.preprocess.sources import chunks, find_sources
+from megatron_ext.data.preprocess.sources import STDIN, Source, find_sources, refuse_pipes
 from megatron_ext.tokenizer import compress_report, hf_export
 from megatron_ext.tokenizer.compress import (
     UNIGRAM,
@@ -26,9 +30,12 @@ from megatron_ext.tokenizer.compress import (
     unigram_scores,
     unreachable,
 )
-from megatron_ext.tokenizer.counts import CHUNK_BYTES, Counts, count_dataset, count_text, read_documents
+from megatron_ext.tokenizer.counts import CHUNK_BYTES, Counts, count_dataset, count_text, group_name
 from megatron_ext.tokenizer.encoder import NativeEncoder
 from megatron_ext.tokenizer.idmap import IdMap
+
+#: What OUTPUT_hf holds.
+HF_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
 
 
 def say(text: str) -> None:
@@ -48,15 +55,18 @@ def compress(args: Namespace) -> dict:
         ValueError: bad input; names the file and what to do.
     """
     started = time.monotonic()
+    files = Files.of(args)
     data = Path(args.tokenizer_model).read_bytes()
-    proto, encoder = read_proto(data), NativeEncoder(args.tokenizer_model)
+    proto, encoder = read_proto(data), NativeEncoder(model_proto=data)
+    counts, left_out = gather(args, files, encoder, sha256(data))
     Path(args.output).absolute().parent.mkdir(parents=True, exist_ok=True)
-    counts = gather(args, encoder, sha256(data))
-    counts.save(f"{args.output}.counts.npz")
+    if not files.only_own_counts:
+        counts.save(files.own_counts)
     summary = {
         "old_size": encoder.vocab_size,
         "counted_tokens": int(counts.total.sum()),
         "counted_bytes": int(counts.text_bytes.sum()),
+        "left_out": left_out.count,
     }
     if args.vocab_size is None:
         return summary | {"seconds": round(time.monotonic() - started, 2)}
@@ -79,40 +89,89 @@ def compress(args: Namespace) -> dict:
     if left_out := write_files(args.output, new_data, new, ids):
         summary["no_hf_folder"] = left_out
     if args.input:
-        summary["measured"] = measure(args, new, int(counts.total.sum()))
+        summary["measured"] = measure(args, files, new, int(counts.total.sum()))
     if args.report:
-        summary["recommended"] = report(args, summary, vocabulary, counts, kept, (encoder, new))
+        texts = held_out(files.validation, args.json_key, args.on_bad_line)
+        summary["recommended"] = report(args, summary, vocabulary, counts, kept, (encoder, new), texts)
     return summary | {"seconds": round(time.monotonic() - started, 2)}
 
 
-def gather(args: Namespace, encoder: NativeEncoder, digest: str) -> Counts:
+@dataclass(frozen=True)
+class Files:
+    """What is read and what is written, none of which is both.
+
+    Attributes:
+        own_counts: where the counts are written.
+        only_own_counts: nothing is counted anew, and what is read are these counts.
+    """
+
+    inputs: list[Source]
+    validation: list[Source]
+    own_counts: Path
+    only_own_counts: bool
+
+    @classmethod
+    def of(cls, args: Namespace) -> Files:
+        """Those that the flags name.
+
+        Raises:
+            ValueError: an input is not there, would be overwritten, or is a pipe that is to be read twice.
+        """
+        counts = Path(f"{args.output}.counts.npz")
+        produced = produced_files(args.output, args.report)
+        inputs = find_sources(args.input, [*produced, counts])
+        validation = find_sources(args.validation, [*produced, counts])
+        if args.vocab_size is not None:
+            refuse_pipes(inputs, "the text is read twice")
+        only_own = not args.input and not args.dataset and [Path(name) for name in args.counts] == [counts]
+        datasets = [path for prefix in args.dataset for path in dataset_files(prefix)]
+        texts = [source.path for source in [*inputs, *validation] if source.path != STDIN]
+        read = [args.tokenizer_model, *texts, *datasets, *([] if only_own else args.counts)]
+        refuse_overwriting([*produced, counts], read)
+        return cls(inputs, validation, counts, only_own)
+
+
+def produced_files(output: str, report: str | None) -> list[Path]:
+    """What is written besides the counts."""
+    endings = (".model", ".vocab", ".idmap.npz", ".idmap.json")
+    files = [Path(f"{output}{ending}") for ending in endings]
+    files += [Path(f"{output}_hf", name) for name in HF_FILES]
+    return files + [Path(report, f"report.{ending}") for ending in ("md", "json", "png") if report]
+
+
+def gather(args: Namespace, files: Files, encoder: NativeEncoder, digest: str) -> tuple[Counts, LeftOut]:
     """The counts of everything that --input, --dataset and --counts name."""
-    counts = Counts.empty(digest, encoder.vocab_size)
+    counts, left_out = Counts.empty(digest, encoder.vocab_size), LeftOut()
     for name in args.counts:
         counts.merge(Counts.load(name), name)
     for prefix in args.dataset:
         counts.merge(count_dataset(prefix, encoder, digest))
-    if args.input:
-        counts.merge(counted(args, encoder, digest))
+    if files.inputs:
+        found, left_out = counted(args, files, encoder, digest)
+        counts.merge(found)
     if counts.total.sum() == 0:
         raise CompressionError("the input holds no tokens; nothing says which pieces matter")
     say(f"counted {int(counts.total.sum()):,} tokens in {int(counts.text_bytes.sum()):,} bytes")
-    return counts
+    if left_out.count:
+        say(str(left_out))
+    return counts, left_out
 
 
-def counted(args: Namespace, encoder: NativeEncoder, digest: str) -> Counts:
+def counted(args: Namespace, files: Files, encoder: NativeEncoder, digest: str) -> tuple[Counts, LeftOut]:
     """The text of --input, counted with progress."""
     progress = Progress(None, log_interval=1000)
     try:
-        return count_text(args.input, encoder, digest, args.workers, args.json_key, progress)
+        return count_text(
+            files.inputs, encoder, digest, args.workers, args.json_key, args.on_bad_line, progress
+        )
     finally:
         progress.close()
 
 
-def measure(args: Namespace, new: NativeEncoder, before: int) -> dict:
+def measure(args: Namespace, files: Files, new: NativeEncoder, before: int) -> dict:
     """Tokens of --input with the new model."""
     say("counting again with the new model")
-    after = int(counted(args, new, "").total.sum())
+    after = int(counted(args, files, new, "")[0].total.sum())
     counted_elsewhere = bool(args.counts or args.dataset)
     return {"tokens": after} | ({} if counted_elsewhere else {"more_tokens": after / before - 1})
 
@@ -158,6 +217,7 @@ def report(
     counts: Counts,
     kept: np.ndarray,
     encoders: tuple[NativeEncoder, NativeEncoder],
+    texts: dict[str, list[str]],
 ) -> dict:
     """Writes everything of --report; the sizes recommended."""
     points = compress_report.curve(vocabulary, counts, [*compress_report.SIZES, args.vocab_size])
@@ -167,17 +227,24 @@ def report(
         "curve": points,
         "recommended": compress_report.recommend(points),
         "examples": compress_report.examples(vocabulary, counts.total, kept),
-        "held_out": compress_report.compare(*encoders, held_out(args)),
+        "held_out": compress_report.compare(*encoders, texts),
     }
     compress_report.write(summary | facts, Path(args.report))
     return facts["recommended"]
 
 
-def held_out(args: Namespace) -> dict[str, list[str]]:
-    """Texts of --validation by file and source."""
+def held_out(sources: list[Source], key: str, on_bad_line: str) -> dict[str, list[str]]:
+    """Texts of --validation by file and source.
+
+    Raises:
+        ValueError: a line cannot be used and ``on_bad_line`` is "stop".
+    """
     documents: dict[str, list[str]] = {}
-    for chunk in chunks(find_sources(args.validation), CHUNK_BYTES):
-        stem = Path(chunk.path).name.split(".")[0]
-        for source, text in read_documents(chunk, args.json_key):
-            documents.setdefault(f"{stem}/{source}" if source else stem, []).append(text)
+    for chunk in chunks(sources, CHUNK_BYTES):
+        for document in Documents(chunk, [key]):
+            if isinstance(document, Document):
+                texts = documents.setdefault(group_name(chunk.path, document.source), [])
+                texts += [text.decode() for text in document.texts[0]]
+            elif on_bad_line == "stop":
+                raise ValueError(bad_line_message(chunk, document.place, document.reason, "skip"))
     return documents

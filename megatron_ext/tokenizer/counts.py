@@ -6,28 +6,35 @@ before; they add up, so that machines can count their own shares.
 
 from __future__ import annotations
 
-import contextlib
-import json
-import multiprocessing
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from megatron_ext.data.files import write_aside
-from megatron_ext.data.indexed import check_layout, map_tokens
+from megatron_ext.data.files import unchanged, write_aside
+from megatron_ext.data.indexed import DatasetError, dataset_files, map_tokens
+from megatron_ext.data.manifest import check_dataset, read_manifest
+from megatron_ext.data.preprocess.chunks import Chunk, chunks
+from megatron_ext.data.preprocess.documents import (
+    Document,
+    Documents,
+    LeftOut,
+    StoppedAtBadLine,
+    bad_line_message,
+    require_documents,
+)
+from megatron_ext.data.preprocess.encoding import refusals
+from megatron_ext.data.preprocess.pool import Note, run_chunks
 from megatron_ext.data.preprocess.progress import Progress
-from megatron_ext.data.preprocess.sources import Chunk, Source, chunks, find_sources
-from megatron_ext.data.preprocess.worker import _lines as lines_of
+from megatron_ext.data.preprocess.sources import Source
 from megatron_ext.tokenizer.bits_per_byte import sentencepiece_bytes
 from megatron_ext.tokenizer.encoder import NativeEncoder
 
 FORMAT = "megatron_ext.token_counts/1"
 CHUNK_BYTES = 4 << 20
 TEXTS_AT_ONCE = 512
-#: What a worker needs, inherited by fork.
-_worker: dict = {}
 
 
 @dataclass
@@ -119,108 +126,134 @@ class Counts:
             raise ValueError(f"{path}: not a file of token counts ({error})") from error
 
 
-def read_documents(chunk: Chunk, key: str) -> Iterator[tuple[str, str]]:
-    """(source, text) of each line of a chunk; the source is the record's own ``source`` up to the first "/".
+@dataclass
+class ChunkCounts:
+    """What a worker found in a chunk: of each source counts, text bytes and documents; the lines left out."""
+
+    groups: dict[str, tuple[np.ndarray, list[int]]]
+    left_out: list[tuple[int, str]]
+
+
+def count_chunk(chunk: Chunk, note: Note, encoder: NativeEncoder, key: str, on_bad_line: str) -> ChunkCounts:
+    """Counts a chunk; runs in a worker process.
 
     Raises:
-        ValueError: a line is no JSON object with that key, or the file is damaged; names file and line.
+        StoppedAtBadLine: a line cannot be used and ``on_bad_line`` is "stop".
     """
-    for number, line in enumerate(lines_of(chunk), start=1):
-        if not line.strip():
-            continue
+    waiting: dict[str, list[Document]] = {}
+    found = ChunkCounts({}, [])
+
+    def flush(source: str, batch: list[Document]) -> None:
+        note(batch[0].place, batch[-1].place)
+        texts = [text for document in batch for text in document.texts[0]]
+        counts = np.zeros(encoder.vocab_size, dtype=np.int64)
         try:
-            record = json.loads(line)
-            text, source = record[key], record.get("source", "")
-            if not isinstance(text, str):
-                raise TypeError(f"the value of {key!r} is not text")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            where = (
-                f"line {number} of the part at byte {chunk.begin}" if chunk.text is None else f"{line[:60]!r}"
-            )
-            raise ValueError(
-                f"{chunk.path}: {where}: no JSON object with the text under {key!r} "
-                f"({type(error).__name__}: {error}); set --json-key or repair the file"
-            ) from error
-        yield str(source).split("/")[0], text
-    if chunk.damage:
-        raise ValueError(f"{chunk.path}: {chunk.damage}")
-
-
-def count_chunk(chunk: Chunk) -> list[tuple[str, np.ndarray, int, int]]:
-    """(group, counts, text bytes, documents) of each source in a chunk; runs in a worker process."""
-    encoder: NativeEncoder = _worker["encoder"]
-    texts: dict[str, list[str]] = {}
-    totals: dict[str, tuple[np.ndarray, list[int]]] = {}
-
-    def flush(source: str) -> None:
-        batch = texts.pop(source, [])
-        counts, sizes = totals.setdefault(source, (np.zeros(encoder.vocab_size, dtype=np.int64), [0, 0]))
-        encoder.add_histogram(batch, counts)
-        sizes[0] += sum(len(text.encode()) for text in batch)
+            with refusals():
+                encoder.add_histogram(texts, counts)
+        except ValueError as error:
+            if len(batch) == 1:
+                found.left_out.append(left_out(batch[0].place, str(error), on_bad_line))
+                return
+            for document in batch:  # find the one that fails
+                flush(source, [document])
+            return
+        total, sizes = found.groups.setdefault(source, (np.zeros_like(counts), [0, 0]))
+        total += counts
+        sizes[0] += sum(map(len, texts))
         sizes[1] += len(batch)
 
-    for source, text in read_documents(chunk, _worker["key"]):
-        texts.setdefault(source, []).append(text)
-        if len(texts[source]) == TEXTS_AT_ONCE:
-            flush(source)
-    for source in list(texts):
-        flush(source)
-    stem = Path(chunk.path).name.split(".")[0]
-    return [(f"{stem}/{source}" if source else stem, c, *sizes) for source, (c, sizes) in totals.items()]
+    for document in Documents(chunk, [key]):
+        if isinstance(document, Document):
+            batch = waiting.setdefault(document.source, [])
+            batch.append(document)
+            if len(batch) == TEXTS_AT_ONCE:
+                flush(document.source, waiting.pop(document.source))
+        else:
+            found.left_out.append(left_out(document.place, document.reason, on_bad_line))
+    for source, batch in waiting.items():
+        flush(source, batch)
+    return found
+
+
+def left_out(place: int, reason: str, on_bad_line: str) -> tuple[int, str]:
+    """What is noted of a line that cannot be used, where it may be left out."""
+    if on_bad_line == "stop":
+        raise StoppedAtBadLine(place, reason)
+    return place, reason
+
+
+def group_name(path: str, source: str) -> str:
+    """The group of a document: its file without endings, and its source."""
+    stem = Path(path).name.split(".")[0]
+    return f"{stem}/{source}" if source else stem
 
 
 def count_text(
-    inputs: Sequence[str],
+    sources: Sequence[Source],
     encoder: NativeEncoder,
     tokenizer_sha256: str,
     workers: int = 1,
     key: str = "text",
+    on_bad_line: str = "stop",
     progress: Progress | None = None,
-) -> Counts:
-    """Counts JSON lines: files (.gz, .zst, .xz, .bz2 too), folders, globs.
+) -> tuple[Counts, LeftOut]:
+    """Counts the ids of the documents of ``sources``, and says which lines were left out.
 
     Args:
+        on_bad_line: "stop" or "skip".
         progress: is told of text, documents and tokens.
 
     Raises:
-        ValueError: a source cannot be read or a line cannot be used.
+        ValueError: a source cannot be read or changes meanwhile, holds no document, or a line cannot be used.
+        WorkerFailed: a worker died; names the lines that it was at.
     """
-    sources: list[Source] = find_sources(list(inputs))
-    counts = Counts.empty(tokenizer_sha256, encoder.vocab_size)
-    _worker.update(encoder=encoder, key=key)
-    parts = chunks(sources, CHUNK_BYTES)
-    with contextlib.ExitStack() as stack:
-        if workers > 1:
-            pool = stack.enter_context(multiprocessing.get_context("fork").Pool(workers))
-            results = pool.imap_unordered(count_chunk, parts)
-        else:
-            results = map(count_chunk, parts)
-        for result in results:
-            for group, found, text_bytes, documents in result:
-                counts.add(group, found, text_bytes, documents)
-                if progress is not None:
-                    progress.add(text_bytes, text_bytes, documents, int(found.sum()))
+    counts, skipped = Counts.empty(tokenizer_sha256, encoder.vocab_size), LeftOut()
+    documents = [0] * len(sources)
+
+    def done(chunk: Chunk, found: ChunkCounts) -> None:
+        for source, (total, (text_bytes, number)) in found.groups.items():
+            counts.add(group_name(chunk.path, source), total, text_bytes, number)
+            documents[chunk.source] += number
+            if progress is not None:
+                progress.add(text_bytes, text_bytes, number, int(total.sum()))
+        for place, reason in found.left_out:
+            documents[chunk.source] += 1
+            skipped.add(chunk, place, reason)
+
+    work = functools.partial(count_chunk, encoder=encoder, key=key, on_bad_line=on_bad_line)
+    with unchanged(source.path for source in sources):
+        failure = run_chunks(chunks(list(sources), CHUNK_BYTES), workers, work, done)
+    if failure is not None:
+        raise ValueError(bad_line_message(failure.chunk, failure.line, failure.reason, "skip"))
+    require_documents(sources, documents, on_bad_line)
     order = np.argsort(counts.groups)  # workers finish in any order
     counts.groups = [counts.groups[i] for i in order]
     counts.counts = counts.counts[order]
     counts.text_bytes, counts.documents = counts.text_bytes[order], counts.documents[order]
-    return counts
+    return counts, skipped
 
 
 def count_dataset(prefix: str, encoder: NativeEncoder, tokenizer_sha256: str) -> Counts:
     """Counts the ids of PREFIX.bin; text bytes are those the ids stand for.
 
     Raises:
-        ValueError: the dataset is damaged or has ids outside the vocabulary.
+        ValueError: the dataset is damaged, changes meanwhile, is of another tokenizer, or has ids outside the
+            vocabulary.
     """
-    index = check_layout(prefix)
-    tokens = map_tokens(prefix, index)
-    histogram = np.zeros(encoder.vocab_size, dtype=np.int64)
-    for begin in range(0, len(tokens), 1 << 24):
-        found = np.bincount(tokens[begin : begin + (1 << 24)], minlength=encoder.vocab_size)
-        if len(found) > encoder.vocab_size:
-            raise ValueError(f"{prefix}.bin: id {len(found) - 1} is outside the {encoder.vocab_size} pieces")
-        histogram += found
+    with unchanged(dataset_files(prefix)):
+        index = check_dataset(prefix)
+        made_with = ((read_manifest(prefix) or {}).get("tokenizer") or {}).get("sha256")
+        if made_with not in (None, tokenizer_sha256):
+            raise DatasetError(f"{prefix}.bin: was made with another tokenizer; count it with that one")
+        tokens = map_tokens(prefix, index)
+        histogram = np.zeros(encoder.vocab_size, dtype=np.int64)
+        for begin in range(0, len(tokens), 1 << 24):
+            found = np.bincount(tokens[begin : begin + (1 << 24)], minlength=encoder.vocab_size)
+            if len(found) > encoder.vocab_size:
+                raise DatasetError(
+                    f"{prefix}.bin: id {len(found) - 1} is outside the {encoder.vocab_size} pieces"
+                )
+            histogram += found
     text_bytes = int(histogram @ sentencepiece_bytes(encoder.processor).astype(np.int64))
     counts = Counts.empty(tokenizer_sha256, encoder.vocab_size)
     counts.add(Path(prefix).name, histogram, text_bytes, len(index.documents) - 1)

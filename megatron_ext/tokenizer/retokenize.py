@@ -7,16 +7,16 @@ exactly (identity normalizer, byte fallback), that equals preprocessing the text
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from megatron_ext.data.indexed import DatasetError, Index, check_layout, map_tokens, optimal_dtype
-from megatron_ext.data.manifest import read_manifest
+from megatron_ext.data.files import refuse_overwriting, unchanged
+from megatron_ext.data.indexed import DatasetError, Index, dataset_files, map_tokens, optimal_dtype
+from megatron_ext.data.manifest import check_dataset, read_manifest
 from megatron_ext.data.preprocess.progress import Progress
-from megatron_ext.data.writer import file_blocks, publish, write_dataset
+from megatron_ext.data.writer import Written, publish, write_dataset
 from megatron_ext.tokenizer.encoder import NativeEncoder
 
 TOKENS_AT_ONCE = 1 << 21
@@ -96,42 +96,55 @@ def retokenize(old_prefix: str, old_model: str, new_model: str, new_prefix: str)
     """Writes the dataset ``new_prefix``; the summary.
 
     Raises:
-        ValueError: the dataset is damaged, of another tokenizer, or cannot be translated.
+        ValueError: the dataset is damaged, changes meanwhile, is of another tokenizer, cannot be translated,
+            or would be overwritten.
     """
-    old, new = NativeEncoder(old_model), NativeEncoder(new_model)
-    index, manifest = check_layout(old_prefix), read_manifest(old_prefix)
-    made_with = (manifest or {}).get("tokenizer", {}).get("sha256")
-    if made_with and made_with != _sha256(old_model):
-        raise DatasetError(f"{old_prefix}: made with another tokenizer than {old_model}")
-    translator, dtype = Retokenizer(old, new), optimal_dtype(new.vocab_size)
-    lengths = np.zeros(len(index.lengths), dtype=np.int32)
+    files = dataset_files(old_prefix)
+    refuse_overwriting(dataset_files(new_prefix), [*files, old_model, new_model])
+    old_proto, new_proto = Path(old_model).read_bytes(), Path(new_model).read_bytes()
+    old, new = NativeEncoder(model_proto=old_proto), NativeEncoder(model_proto=new_proto)
     Path(new_prefix).absolute().parent.mkdir(parents=True, exist_ok=True)
-    progress = Progress(index.num_tokens * index.dtype.itemsize, log_interval=1)
-    with tempfile.NamedTemporaryFile(dir=Path(new_prefix).absolute().parent, suffix=".aside") as ids:
-        for begin, end in _batches(index):
-            sequences = _translated(translator, old_prefix, index, begin, end, dtype)
-            for at, sequence in enumerate(sequences, begin):
-                lengths[at] = len(sequence)
-                ids.write(sequence.tobytes())
-            size = int(index.lengths[begin:end].sum(dtype=np.int64)) * index.dtype.itemsize
-            progress.add(size, size, len(sequences), int(lengths[begin:end].sum(dtype=np.int64)))
-        progress.close()
-        ids.flush()
-        written = write_dataset(new_prefix, file_blocks(Path(ids.name)), dtype, lengths, index.documents)
+    with unchanged(files):
+        index, manifest = check_dataset(old_prefix), read_manifest(old_prefix)
+        made_with = (manifest or {}).get("tokenizer", {}).get("sha256")
+        if made_with and made_with != _sha256(old_proto):
+            raise DatasetError(f"{old_prefix}: made with another tokenizer than {old_model}")
+        written = _translate(Retokenizer(old, new), old_prefix, index, new_prefix)
     tokenizer = {
         "type": "SentencePieceTokenizer",
         "name": Path(new_model).name,
-        "sha256": _sha256(new_model),
+        "sha256": _sha256(new_proto),
         "vocab_size": new.vocab_size,
         "eod": new.eod,
     }
-    source = {"name": Path(old_prefix).name, "tokenizer_sha256": _sha256(old_model)}
+    source = {"name": Path(old_prefix).name, "tokenizer_sha256": _sha256(old_proto)}
+    dtype = optimal_dtype(new.vocab_size)
     publish(written, {"dtype": dtype.name, "tokenizer": tokenizer, "retokenized_from": source})
     return {"documents": written.documents, "tokens_before": index.num_tokens, "tokens": written.tokens}
 
 
-def _sha256(path: str) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+def _translate(translator: Retokenizer, old_prefix: str, index: Index, new_prefix: str) -> Written:
+    """The new dataset, complete on disk and not yet in place."""
+    dtype = optimal_dtype(translator.new.vocab_size)
+    lengths = np.zeros(len(index.lengths), dtype=np.int32)
+    progress = Progress(index.num_tokens * index.dtype.itemsize, log_interval=1)
+
+    def blocks() -> Iterator[bytes]:
+        for begin, end in _batches(index):
+            sequences = _translated(translator, old_prefix, index, begin, end, dtype)
+            lengths[begin:end] = [len(sequence) for sequence in sequences]
+            yield b"".join(sequence.tobytes() for sequence in sequences)
+            size = int(index.lengths[begin:end].sum(dtype=np.int64)) * index.dtype.itemsize
+            progress.add(size, size, len(sequences), int(lengths[begin:end].sum(dtype=np.int64)))
+
+    try:
+        return write_dataset(new_prefix, blocks(), dtype, lengths, index.documents)
+    finally:
+        progress.close()
+
+
+def _sha256(proto: bytes) -> str:
+    return hashlib.sha256(proto).hexdigest()
 
 
 def _batches(index: Index) -> Iterator[tuple[int, int]]:

@@ -5,23 +5,27 @@ no normalisation, spaces kept as they are. Decoding gives text and code back, bu
 sentencepiece cannot tell from a blank.
 """
 
-import bz2
-import gzip
 import io
-import lzma
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import sentencepiece
 
-from megatron_ext.data.files import write_aside
-from megatron_ext.data.preprocess.records import BadLine, parse_line
-from megatron_ext.data.preprocess.sources import Source, find_sources, open_zstd
+from megatron_ext.data.files import refuse_overwriting, unchanged, write_aside
+from megatron_ext.data.preprocess.chunks import chunks
+from megatron_ext.data.preprocess.documents import (
+    Document,
+    Documents,
+    LeftOut,
+    bad_line_message,
+    require_documents,
+)
+from megatron_ext.data.preprocess.sources import Source, find_sources, refuse_pipes
 
+CHUNK_BYTES = 4 << 20
 #: sentencepiece skips longer lines; a longer line of ours is cut.
 MAX_LINE_CHARACTERS = 2000
 SPECIAL_PIECES = 3 + 256  # <unk> <s> </s> and the bytes
@@ -41,43 +45,58 @@ class Sample:
     text_bytes: int
     documents_used: int
     text_bytes_used: int
+    left_out: LeftOut
 
 
 def train_tokenizer(
-    inputs: list[str], output: Path, vocab_size: int, *, key: str, sample_bytes: int, seed: int
+    inputs: list[str],
+    output: Path,
+    vocab_size: int,
+    *,
+    key: str,
+    sample_bytes: int,
+    seed: int,
+    on_bad_line: str = "stop",
 ) -> Sample:
     """Write a BPE model of ``vocab_size`` pieces to ``output``.
 
     Where the inputs hold more than ``sample_bytes`` of text, documents are drawn at random: the same
     for the same ``seed``.
 
+    ``on_bad_line``: "stop", or "skip", which leaves such lines out.
+
     Raises:
         TrainingTextError: a line is no JSON object with text at ``key``, or too little text.
-        SourceError: an input cannot be opened.
+        ValueError: an input cannot be opened, changes meanwhile, holds no document, or would be overwritten.
     """
     if vocab_size <= SPECIAL_PIECES:
         raise TrainingTextError(
             f"--vocab-size {vocab_size}: byte fallback alone needs {SPECIAL_PIECES} pieces"
         )
-    sources = find_sources(inputs)
-    sizes = [len(text) for text in _texts(sources, key)]
-    keep = min(1.0, sample_bytes / max(1, sum(sizes)))
-    draw = random.Random(seed)
-    kept = [draw.random() < keep for _ in sizes]
-    used = sum(size for size, wanted in zip(sizes, kept, strict=True) if wanted)
+    sources = find_sources(inputs, [output])
+    refuse_pipes(sources, "the text is read twice")
+    refuse_overwriting([output], [source.path for source in sources])
+    with unchanged(source.path for source in sources):
+        left_out = LeftOut()
+        sizes = [len(text) for text in _texts(sources, key, on_bad_line, left_out)]
+        keep = min(1.0, sample_bytes / max(1, sum(sizes)))
+        draw = random.Random(seed)
+        kept = [draw.random() < keep for _ in sizes]
+        used = sum(size for size, wanted in zip(sizes, kept, strict=True) if wanted)
 
-    def texts() -> Iterator[bytes]:
-        return (text for text, wanted in zip(_texts(sources, key), kept, strict=True) if wanted)
+        def texts() -> Iterator[bytes]:
+            found = _texts(sources, key, on_bad_line, LeftOut())
+            return (text for text, wanted in zip(found, kept, strict=True) if wanted)
 
-    try:
-        model = _train(texts, vocab_size)
-    except RuntimeError as error:
-        raise TrainingTextError(
-            f"sentencepiece could not make {vocab_size} pieces from {used} bytes of text: {error}"
-        ) from error
+        try:
+            model = _train(texts, vocab_size)
+        except RuntimeError as error:
+            raise TrainingTextError(
+                f"sentencepiece could not make {vocab_size} pieces from {used} bytes of text: {error}"
+            ) from error
     output.parent.mkdir(parents=True, exist_ok=True)
     write_aside(output, lambda file: file.write(model))
-    return Sample(len(sizes), sum(sizes), sum(kept), used)
+    return Sample(len(sizes), sum(sizes), sum(kept), used, left_out)
 
 
 def _train(texts: Callable[[], Iterator[bytes]], vocab_size: int) -> bytes:
@@ -119,26 +138,19 @@ def rare_characters(texts: Iterable[bytes], most: int) -> set[str]:
     return rare
 
 
-def _texts(sources: list[Source], key: str) -> Iterator[bytes]:
-    for source in sources:
-        with _open(source) as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    (parts,) = parse_line(line, [key])
-                except BadLine as error:
-                    raise TrainingTextError(f"{source.path}, line {number}: {error}") from None
-                yield b"\n".join(parts)
-
-
-def _open(source: Source) -> BinaryIO:
-    if source.kind == "zstd":
-        return open_zstd(open(source.path, "rb"))  # noqa: SIM115 - closed with its reader
-    if source.kind == "pipe":
-        raise TrainingTextError(f"--input {source.path}: the text is read twice, which a pipe does not allow")
-    openers = {"plain": open, "gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
-    return openers[source.kind](source.path, "rb")
+def _texts(sources: list[Source], key: str, on_bad_line: str, left_out: LeftOut) -> Iterator[bytes]:
+    """The text of every document; those of a list are joined as lines."""
+    found = [0] * len(sources)
+    for chunk in chunks(sources, CHUNK_BYTES):
+        for document in Documents(chunk, [key]):
+            found[chunk.source] += 1
+            if isinstance(document, Document):
+                yield b"\n".join(document.texts[0])
+            elif on_bad_line == "stop":
+                raise TrainingTextError(bad_line_message(chunk, document.place, document.reason, "skip"))
+            else:
+                left_out.add(chunk, document.place, document.reason)
+    require_documents(sources, found, on_bad_line)
 
 
 def _lines(text: str) -> Iterator[str]:

@@ -1,7 +1,8 @@
 """Texts -> ids, by the fastest encoder that gives the tokenizer's own ids."""
 
+import contextlib
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -22,7 +23,35 @@ def load(flags: Namespace, dtype: np.dtype | None = None) -> tuple[Tokenizer, En
 
 
 def make_encode(tokenizer: Tokenizer) -> Encode:
-    """The compiled encoder for SentencePiece models where it is built, else the tokenizer itself."""
+    """The compiled encoder for SentencePiece models where it is built, else the tokenizer itself.
+
+    It raises ValueError for texts that the tokenizer cannot encode, whatever the tokenizer raises.
+    """
+    encode = _encoder_of(tokenizer)
+
+    def encode_or_refuse(texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        with refusals():
+            return encode(texts)
+
+    return encode_or_refuse
+
+
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    """Whatever a tokenizer raises over a text is a ValueError with its first line.
+
+    Libraries in Rust panic with a BaseException of their own, which no ``except Exception`` sees.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+        raise
+    except BaseException as error:
+        said = (str(error).strip().splitlines() or [""])[0]
+        raise ValueError(f"cannot be encoded: {type(error).__name__}: {said}") from error
+
+
+def _encoder_of(tokenizer: Tokenizer) -> Encode:
     from megatron_ext.data.indexed import optimal_dtype
 
     dtype = optimal_dtype(tokenizer.vocab_size)
@@ -47,4 +76,5 @@ def _native(tokenizer: SentencePieceTokenizer):
         from megatron_ext.tokenizer.encoder import NativeEncoder
     except ImportError:
         return None
-    return NativeEncoder(tokenizer.model_file)
+    # Not from its file: that may be another one by now.
+    return NativeEncoder(model_proto=tokenizer.processor.serialized_model_proto())

@@ -6,11 +6,12 @@ from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_ext.data.preprocess.sources import Source
+from megatron_ext.data.indexed import dataset_files
+from megatron_ext.data.preprocess.sources import BAD_LINES, STDIN, WORK_FOLDER, Source
 
 MIB = 1 << 20
 #: Raised when parts of older code must not be mixed with those of newer code.
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 
 
 class PreprocessError(ValueError):
@@ -55,11 +56,21 @@ class Options:
     @property
     def work_folder(self) -> Path:
         """Where finished parts wait for the end of the run."""
-        return Path(f"{self.prefix}_preprocess_work")
+        return Path(f"{self.prefix}{WORK_FOLDER}")
 
     @property
     def bad_lines_file(self) -> Path:
-        return Path(f"{self.prefix}_bad_lines.jsonl")
+        return Path(f"{self.prefix}{BAD_LINES}")
+
+    def produced(self) -> list[Path]:
+        """All that a run writes, or removes."""
+        files = [path for key in self.json_keys for path in dataset_files(self.dataset(key))]
+        return [*files, self.work_folder, self.bad_lines_file]
+
+    def files_read(self, sources: list[Source]) -> list[str]:
+        """All that a run reads and that has a name."""
+        names = [source.path for source in sources if source.path != STDIN]
+        return [*names, *filter(None, [self.tokenizer.tokenizer_model])]
 
     def describe(self) -> dict:
         """The options that decide the output, for the manifest."""
@@ -82,12 +93,14 @@ def chunk_size(options: Options, sources: list[Source]) -> int:
 
 def plan_id(options: Options, sources: list[Source], tokenizer_sha256: str) -> str:
     """Hash of everything that decides the parts; parts of another plan are not reused."""
+    # Size and time of change; nothing is known of pipes.
+    inputs = [[source.path, *(source.state or (None, None))[:2]] for source in sources]
     facts = {
         "version": PLAN_VERSION,
         "options": options.describe(),
         "tokenizer": tokenizer_sha256,
         "include_special_tokens": getattr(options.tokenizer, "tokenizer_hf_include_special_tokens", False),
         "chunk_bytes": chunk_size(options, sources),
-        "inputs": [[source.path, source.bytes, source.modified_ns] for source in sources],
+        "inputs": inputs,
     }
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

@@ -1,22 +1,36 @@
-"""Worker processes that turn chunks into parts."""
+"""Worker processes that do something with every chunk, and end with the process that began them."""
 
 import contextlib
+import ctypes
+import mmap
 import multiprocessing
 import os
 import signal
+import sys
+import time
 import traceback
-from argparse import Namespace
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from typing import Any
 
-from megatron_ext.data.preprocess import encoding
-from megatron_ext.data.preprocess.sources import Chunk
-from megatron_ext.data.preprocess.worker import Part, Recipe, StoppedAtBadLine, process
+from megatron_ext.data.files import InputChanged
+from megatron_ext.data.preprocess.chunks import Chunk, line_number
+from megatron_ext.data.preprocess.documents import StoppedAtBadLine
+
+#: Tells of the first and the last line, from 1 within the chunk, that a worker is about to encode.
+Note = Callable[[int, int], None]
+#: (chunk, note) -> the answer, in a worker; raises StoppedAtBadLine for a line that must end the run.
+Work = Callable[[Chunk, Note], Any]
+#: A worker that is at the same lines for so long is reported.
+SLOW_SECONDS = 600.0
+PR_SET_PDEATHSIG = 1
+#: Signals that a library's own mistakes end in.
+CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGTRAP}
 
 
 class WorkerFailed(RuntimeError):
-    """The run cannot go on, though nothing is wrong with the input; what is finished is kept."""
+    """The run cannot go on: a worker died, or met an error that is not of the kind that it knows."""
 
 
 @dataclass
@@ -31,28 +45,26 @@ class Failure:
 def run_chunks(
     chunks: Iterable[Chunk],
     workers: int,
-    recipe: Recipe,
-    tokenizer: Namespace,
-    done: Callable[[Chunk, Part], None],
-    lock: int,
+    work: Work,
+    done: Callable[[Chunk, Any], None],
+    lock: int | None = None,
 ) -> Failure | None:
-    """Process every chunk, in this order, in ``workers`` processes; at most one is read ahead.
+    """Do ``work`` for every chunk, in this order, in ``workers`` processes; at most one is read ahead.
 
     Args:
         chunks: a generator that reads streams as it goes.
-        done: called in this process for each finished part, in any order.
-        lock: file descriptor that workers must not keep open.
+        work: runs in a process forked from this one.
+        done: called in this process with each chunk and its answer, in any order.
+        lock: a file descriptor whose lock ends with this process, so that workers must not keep it open.
 
     Returns:
         The first failure in the order of the chunks, with every chunk before it done; or None.
 
     Raises:
-        WorkerFailed: a worker died, or met an error that is not the input's.
+        WorkerFailed: a worker died, or met an error that is not the input's; names the lines.
+        InputChanged: an input is not as it was when the run began.
     """
-    context = multiprocessing.get_context(
-        "fork" if "fork" in multiprocessing.get_all_start_methods() else None
-    )
-    team = [_Worker(context, recipe, tokenizer, lock) for _ in range(workers)]
+    team = [_Worker(work, lock) for _ in range(workers)]
     failures: list[Failure] = []
     try:
         for chunk in chunks:
@@ -75,27 +87,43 @@ def run_chunks(
 def _collect(team: list["_Worker"], done: Callable, failures: list[Failure]) -> "_Worker":
     """Wait for a busy worker to finish its chunk."""
     busy = {worker.connection: worker for worker in team if worker.chunk}
-    worker = busy[wait(list(busy))[0]]
+    while not (ready := wait(list(busy), SLOW_SECONDS / 10)):
+        for worker in busy.values():
+            worker.say_if_slow()
+    worker = busy[ready[0]]
     chunk, answer = worker.take()
-    if isinstance(answer, Part):
-        done(chunk, answer)
+    if isinstance(answer, StoppedAtBadLine):
+        failures.append(Failure(chunk, answer.line, answer.reason))
     else:
-        failures.append(Failure(chunk, *answer))
+        done(chunk, answer)
     return worker
+
+
+class _Failed:
+    """What a worker answers when it cannot go on: the error that the parent shall raise."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
 
 
 class _Worker:
     """The parent's side of one process; ``chunk`` is what it works on."""
 
-    def __init__(self, context, recipe: Recipe, tokenizer: Namespace, lock: int) -> None:
+    def __init__(self, work: Work, lock: int | None) -> None:
+        context = multiprocessing.get_context("fork")
         self.connection, theirs = context.Pipe()
         self.chunk: Chunk | None = None
+        # First and last line that it is at, and since when (ns): written by the worker, read by the parent.
+        self.at = memoryview(mmap.mmap(-1, 24)).cast("q")
+        self.slow_since = 0
         ends = (theirs, self.connection)
-        self.process = context.Process(target=_work, args=(*ends, recipe, tokenizer, lock), daemon=True)
+        arguments = (*ends, os.getpid(), work, self.at, lock)
+        self.process = context.Process(target=_live, args=arguments, daemon=True)
         self.process.start()
         theirs.close()
 
     def give(self, chunk: Chunk) -> None:
+        self.at[0], self.at[1], self.at[2] = 0, 0, time.monotonic_ns()
         try:
             self.connection.send(chunk)
         except OSError:
@@ -103,22 +131,43 @@ class _Worker:
         chunk.text = None  # the worker has it now
         self.chunk = chunk
 
-    def take(self) -> tuple[Chunk, Part | tuple[int, str]]:
+    def take(self) -> tuple[Chunk, Any]:
         try:
             answer = self.connection.recv()
         except (EOFError, OSError):
             raise self._died() from None
-        if isinstance(answer, str):
-            raise WorkerFailed(f"a worker failed: {answer}")
+        if isinstance(answer, _Failed):
+            raise answer.error
         chunk, self.chunk = self.chunk, None
         return chunk, answer
 
     def _died(self) -> WorkerFailed:
         self.process.join(1)
         code = self.process.exitcode
-        how = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
-        hint = ", probably out of memory: use fewer --workers" if how == "SIGKILL" else ""
-        return WorkerFailed(f"a worker died ({how}{hint}); run the same command again to go on")
+        killed = signal.Signals(-code) if code is not None and code < 0 else None
+        how = f"exit code {code}" if killed is None else killed.name
+        if killed is None or killed in CRASHES:
+            hint = "the tokenizer crashed on one of them: leave them out of the input"
+        else:
+            memory = "probably out of memory: use fewer --workers; " if killed is signal.SIGKILL else ""
+            hint = f"{memory}run the same command again to go on"
+        return WorkerFailed(f"{self._where()}a worker died ({how}); {hint}")
+
+    def _where(self) -> str:
+        if self.chunk is None:
+            return ""
+        before, path = line_number(self.chunk, 0), self.chunk.path
+        if self.at[0] == 0:  # it read, and had not come to encode
+            return f"{path}: behind line {before}: "
+        return f"{path}: lines {before + self.at[0]} to {before + self.at[1]}: "
+
+    def say_if_slow(self) -> None:
+        """Name the lines that it has been at for long, once: a tokenizer may never end on a text."""
+        since = self.at[2]
+        if since != self.slow_since and time.monotonic_ns() - since > SLOW_SECONDS * 1e9:
+            self.slow_since = since
+            where = f"{self._where()}a worker has been busy with them for {SLOW_SECONDS / 60:.0f} minutes"
+            print(where, file=sys.stderr, flush=True)
 
     def stop(self) -> None:
         with contextlib.suppress(OSError):
@@ -130,16 +179,25 @@ class _Worker:
         self.connection.close()
 
 
-def _work(
-    connection: Connection, parents_end: Connection, recipe: Recipe, tokenizer: Namespace, lock: int
+def _live(
+    connection: Connection,
+    parents_end: Connection,
+    parent: int,
+    work: Work,
+    at: memoryview,
+    lock: int | None,
 ) -> None:
     """A worker's life; ends when the parent says so, or is gone."""
     # A fork inherits the parent's end too: while a copy is open, the parent's death goes unnoticed.
     parents_end.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the group; the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    os.close(lock)
-    _, encode = encoding.load(tokenizer)
+    if end_with_parent(parent) and lock is not None:
+        os.close(lock)  # else the next run waits until this worker has ended as well
+
+    def note(first: int, last: int) -> None:
+        at[0], at[1], at[2] = first, last, time.monotonic_ns()
+
     while True:
         try:
             chunk = connection.recv()
@@ -148,16 +206,35 @@ def _work(
         if chunk is None:
             return
         try:
-            answer = process(chunk, recipe, encode)
-        except StoppedAtBadLine as stop:
-            answer = (stop.line, stop.reason)
-        except OSError as error:
-            answer = f"{error.filename or recipe.folder}: {error.strerror or error}"
-        except MemoryError:
-            answer = f"{chunk.path}: out of memory; use fewer --workers"
-        except Exception:
-            answer = traceback.format_exc()
-        try:
-            connection.send(answer)
+            connection.send(_answer(work, chunk, note))
         except OSError:  # the parent is gone
             return
+
+
+def _answer(work: Work, chunk: Chunk, note: Note) -> Any:
+    try:
+        return work(chunk, note)
+    except (StoppedAtBadLine, InputChanged) as error:
+        return error if isinstance(error, StoppedAtBadLine) else _Failed(error)
+    except OSError as error:
+        name = f"{error.filename}: " if error.filename else ""
+        return _Failed(WorkerFailed(f"{name}{error.strerror or error}"))
+    except MemoryError:
+        return _Failed(WorkerFailed(f"{chunk.path}: out of memory; use fewer --workers"))
+    except Exception:
+        return _Failed(WorkerFailed(f"{chunk.path}: a worker failed: {traceback.format_exc()}"))
+
+
+def end_with_parent(parent: int) -> bool:
+    """Let the kernel end this process together with ``parent``, stopped or not, before it does anything more.
+
+    False where the system cannot do it; then the process ends when it looks for its next chunk.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    # SIGTERM, which a stopped process keeps until it goes on, and then dies of at once.
+    if ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0) != 0:
+        return False
+    if os.getppid() != parent:  # it was gone before
+        os._exit(1)
+    return True

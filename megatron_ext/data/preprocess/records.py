@@ -18,15 +18,25 @@ class BadLine(ValueError):
 
 
 def parse_line(line: bytes, keys: Sequence[str]) -> list[Texts]:
-    """The texts of each key, as UTF-8.
+    """The texts of each key of a line, as UTF-8.
 
     Raises:
         BadLine: not UTF-8, not JSON, no object, a key is missing, or its value is no text.
     """
+    record = load_record(line)
+    return [texts_of(record, key) for key in keys]
+
+
+def load_record(line: bytes) -> dict:
+    """The JSON object of a line.
+
+    Raises:
+        BadLine: not UTF-8, not JSON, or no object.
+    """
     record = _load(line)
     if not isinstance(record, dict):
         raise BadLine(f"the line is {_kind(record)}, not a JSON object")
-    return [_texts(record, key) for key in keys]
+    return record
 
 
 def _load(line: bytes) -> object:
@@ -47,10 +57,15 @@ def _load(line: bytes) -> object:
         raise BadLine(f"not usable JSON: {error}") from None
 
 
-def _texts(record: dict, key: str) -> Texts:
+def texts_of(record: dict, key: str) -> Texts:
+    """What a record holds at ``key``: one text, or those of a list.
+
+    Raises:
+        BadLine: it holds nothing there, or no text.
+    """
     if key not in record:
         there = ", ".join(map(repr, list(record)[:8])) or "none"
-        raise BadLine(f"no key {key!r} (keys: {there}); see --json-keys")
+        raise BadLine(f"no key {key!r} (keys: {there}); name the one that holds the text")
     value = record[key]
     parts = value if isinstance(value, list) else [value]
     for part in parts:

@@ -7,18 +7,21 @@ last and tells the sizes of the others: a part with a sound marker is never made
 import base64
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from megatron_ext.data.preprocess.chunks import Chunk
+from megatron_ext.data.preprocess.documents import BadDocument, Document, Documents, StoppedAtBadLine
 from megatron_ext.data.preprocess.encoding import Encode
-from megatron_ext.data.preprocess.records import BadLine, Texts, content_hash, parse_line
-from megatron_ext.data.preprocess.sources import Chunk
+from megatron_ext.data.preprocess.pool import Note
+from megatron_ext.data.preprocess.records import Texts, content_hash
 
 #: Texts are encoded in batches of about this many bytes.
 BATCH_BYTES = 1 << 20
+#: The files that a part has for each key.
+COLUMNS = ("sequences", "lengths", "bin")
 
 
 @dataclass(frozen=True)
@@ -34,11 +37,12 @@ class Recipe:
 
 @dataclass
 class Part:
-    """What a marker says: counts of one chunk, sizes of its files."""
+    """What a marker says: counts of one chunk, ``digest`` of its lines, sizes of its files."""
 
     number: int
     source: int
     fingerprint: str
+    digest: str = ""
     lines: int = 0
     blank_lines: int = 0
     bytes: int = 0
@@ -47,14 +51,6 @@ class Part:
     bad_lines: int = 0
     tokens: dict[str, int] = field(default_factory=dict)
     files: dict[str, int] = field(default_factory=dict)
-
-
-class StoppedAtBadLine(Exception):
-    """--on-bad-line stop met one; ``line`` counts from 1 within the chunk."""
-
-    def __init__(self, line: int, reason: str) -> None:
-        super().__init__(line, reason)
-        self.line, self.reason = line, reason
 
 
 def part_file(folder: Path, number: int, suffix: str) -> Path:
@@ -71,57 +67,39 @@ def read_part(folder: Path, number: int) -> Part | None:
     return part if sizes == part.files else None
 
 
-def process(chunk: Chunk, recipe: Recipe, encode: Encode) -> Part:
+def process(chunk: Chunk, note: Note, recipe: Recipe, encode: Encode) -> Part:
     """Encode a chunk, write its part, and return the marker.
 
     Raises:
         StoppedAtBadLine: a line cannot be used and ``on_bad_line`` is "stop".
+        InputChanged: the file is not as it was when the run began.
     """
-    with _Writer(chunk, recipe, encode) as writer:
-        for line in _lines(chunk):
-            if chunk.damage and not line.endswith(b"\n"):
-                break
-            writer.add(line)
-        if chunk.damage:
-            writer.bad(chunk.damage, b"", writer.part.lines + 1)
-        return writer.finish()
-
-
-def _lines(chunk: Chunk) -> Iterator[bytes]:
-    """The lines of a stream's chunk, or those that begin in a file's range."""
-    if chunk.text is not None:
-        begin = 0
-        while begin < len(chunk.text):
-            end = chunk.text.find(b"\n", begin) + 1 or len(chunk.text)
-            yield chunk.text[begin:end]
-            begin = end
-        return
-    with open(chunk.path, "rb") as file:
-        if chunk.begin:
-            file.seek(chunk.begin - 1)
-            # In pieces: the line that began before may be longer than memory.
-            while not (piece := file.readline(1 << 20)).endswith(b"\n"):
-                if not piece or file.tell() >= chunk.end:
-                    return
-        position = file.tell()
-        while position < chunk.end and (line := file.readline()):
-            yield line
-            position += len(line)
+    documents = Documents(chunk, recipe.keys)
+    with _Writer(chunk, recipe, encode, note) as writer:
+        for document in documents:
+            if isinstance(document, Document):
+                writer.add(document)
+            else:
+                writer.bad(document)
+        return writer.finish(documents)
 
 
 class _Writer:
-    """Gathers texts into batches, and writes ids, lengths and notes of bad lines."""
+    """Gathers documents into batches, and writes ids, lengths and notes of bad lines."""
 
-    def __init__(self, chunk: Chunk, recipe: Recipe, encode: Encode) -> None:
-        self.recipe, self.encode = recipe, encode
+    def __init__(self, chunk: Chunk, recipe: Recipe, encode: Encode, note: Note) -> None:
+        self.recipe, self.encode, self.note = recipe, encode, note
         self.part = Part(chunk.number, chunk.source, chunk.fingerprint())
         self.part.tokens = dict.fromkeys(recipe.keys, 0)
         self.files = {}
-        self.batch: list[tuple[int, bytes, list[Texts]]] = []
+        self.batch: list[Document] = []
         self.batch_bytes = 0
 
     def __enter__(self) -> "_Writer":
-        part_file(self.recipe.folder, self.part.number, "json").unlink(missing_ok=True)
+        # Removed and not written over: a worker of a run that was killed may still have them open.
+        columns = [f"{key}.{what}" for key in range(len(self.recipe.keys)) for what in COLUMNS]
+        for suffix in ("json", "json.aside", "bad", "hashes", *columns):
+            part_file(self.recipe.folder, self.part.number, suffix).unlink(missing_ok=True)
         return self
 
     def __exit__(self, *_) -> None:
@@ -130,32 +108,21 @@ class _Writer:
 
     def _file(self, suffix: str):
         if suffix not in self.files:
-            self.files[suffix] = open(part_file(self.recipe.folder, self.part.number, suffix), "wb")
+            self.files[suffix] = open(part_file(self.recipe.folder, self.part.number, suffix), "xb")
         return self.files[suffix]
 
-    def add(self, line: bytes) -> None:
-        self.part.lines += 1
-        self.part.bytes += len(line)
-        if line.isspace():
-            self.part.blank_lines += 1
-            return
-        try:
-            record = parse_line(line, self.recipe.keys)
-        except BadLine as error:
-            self.bad(str(error), line)
-            return
-        self.batch.append((self.part.lines, line, record))
-        self.batch_bytes += len(line)
+    def add(self, document: Document) -> None:
+        self.batch.append(document)
+        self.batch_bytes += len(document.raw)
         if self.batch_bytes >= BATCH_BYTES:
             self._flush()
 
-    def bad(self, reason: str, line: bytes, number: int | None = None) -> None:
-        number = self.part.lines if number is None else number
+    def bad(self, document: BadDocument) -> None:
         if self.recipe.on_bad_line == "stop":
-            raise StoppedAtBadLine(number, reason)
-        note: dict = {"line": number, "reason": reason}
-        if self.recipe.on_bad_line == "quarantine" and line:
-            note |= _quote(line)
+            raise StoppedAtBadLine(document.place, document.reason)
+        note: dict = {"line": document.place, "reason": document.reason}
+        if self.recipe.on_bad_line == "quarantine" and document.raw:
+            note |= _quote(document.raw)
         self.part.bad_lines += 1
         self._file("bad").write(json.dumps(note, ensure_ascii=False).encode() + b"\n")
 
@@ -163,19 +130,20 @@ class _Writer:
         batch, self.batch, self.batch_bytes = self.batch, [], 0
         if not batch:
             return
+        self.note(batch[0].place, batch[-1].place)
         try:
             self._write(batch)
-        except (ValueError, TypeError) as error:
+        except ValueError as error:
             if len(batch) == 1:
-                self.bad(f"cannot be encoded: {error}", batch[0][1], batch[0][0])
+                self.bad(BadDocument(batch[0].place, batch[0].raw, str(error)))
                 return
-            for entry in batch:  # find the one that fails
-                self.batch = [entry]
+            for document in batch:  # find the one that fails
+                self.batch = [document]
                 self._flush()
 
-    def _write(self, batch: list[tuple[int, bytes, list[Texts]]]) -> None:
+    def _write(self, batch: list[Document]) -> None:
         encoded = [
-            _documents([record[k] for _, _, record in batch], self.encode, self.recipe.eod)
+            _documents([document.texts[k] for document in batch], self.encode, self.recipe.eod)
             for k in range(len(self.recipe.keys))
         ]
         for key, (ids, lengths, sequences) in zip(self.recipe.keys, encoded, strict=True):
@@ -187,10 +155,13 @@ class _Writer:
         self.part.documents += len(batch)
         self.part.empty_documents += int((encoded[0][2] == 0).sum())
         if self.recipe.hashes:
-            self._file("hashes").write(b"".join(content_hash(record) for _, _, record in batch))
+            self._file("hashes").write(b"".join(content_hash(document.texts) for document in batch))
 
-    def finish(self) -> Part:
+    def finish(self, documents: Documents) -> Part:
+        """The last batch and the marker; ``documents`` is read to its end."""
         self._flush()
+        self.part.lines, self.part.blank_lines = documents.lines, documents.blank_lines
+        self.part.bytes, self.part.digest = documents.bytes, documents.digest.hexdigest()
         for file in self.files.values():
             file.close()
             self.part.files[Path(file.name).name] = os.path.getsize(file.name)

@@ -298,8 +298,9 @@ def test_a_build_folder_is_removed_when_its_process_is_dead(tmp_path):
         assert holder.stdout.readline() == "held\n"
         os.utime(old, (0, 0))
         job(tmp_path, 0)
-        assert old.exists()
+        alive = old.exists()
         holder.communicate("\n")
+    assert alive
     os.utime(old, (0, 0))
     job(tmp_path, 0)
     assert not old.exists()

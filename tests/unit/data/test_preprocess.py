@@ -14,9 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ext.data.preprocess import documents
+from megatron_ext.data.preprocess.chunks import chunks, lines_of
 from megatron_ext.data.preprocess.options import Options, PreprocessError
+from megatron_ext.data.preprocess.pool import WorkerFailed
 from megatron_ext.data.preprocess.run import preprocess
-from megatron_ext.data.preprocess.sources import SourceError, chunks, find_sources
+from megatron_ext.data.preprocess.sources import SourceError, find_sources
 from tests.unit.data import corpora
 
 TOOL = Path(__file__).resolve().parents[3] / "tools" / "preprocess_data.py"
@@ -89,14 +92,12 @@ def test_same_bytes_for_any_number_of_workers(model, tmp_path, workers, suffix, 
 @pytest.mark.parametrize("chunk_bytes", [1, 40, 333, 10**6])
 def test_lines_are_cut_nowhere(tmp_path, chunk_bytes):
     """Whatever the size of the chunks, every line is in one of them, once; CRLF, blank, unended lines too."""
-    from megatron_ext.data.preprocess.worker import _lines
-
     data = b'{"text": "a"}\r\n\n' + b"x" * 100 + b"\n\n\n{}\n" + "é".encode() * 30 + b"\nlast"
     (tmp_path / "in.jsonl").write_bytes(data)
     (tmp_path / "in.gz").write_bytes(gzip.compress(data))
     for name in ("in.jsonl", "in.gz"):
         cut = list(chunks(find_sources([str(tmp_path / name)]), chunk_bytes))
-        assert [line for chunk in cut for line in _lines(chunk)] == data.splitlines(keepends=True)
+        assert [line for chunk in cut for line in lines_of(chunk)] == data.splitlines(keepends=True)
 
 
 def test_several_keys_and_lists_of_sentences(model, tmp_path):
@@ -363,22 +364,12 @@ def test_standard_input_and_a_signal(model, tmp_path):
     assert corpora.hashes(tmp_path / "out_text_document") == expected
 
 
-def test_a_killed_worker_ends_the_run_with_a_reason(model, tmp_path):
-    from megatron_ext.data.preprocess import worker
-    from megatron_ext.data.preprocess.pool import WorkerFailed
-
+def test_a_killed_worker_ends_the_run_with_a_reason(model, tmp_path, monkeypatch):
     source = corpora.write_jsonl(tmp_path / "in.jsonl", corpora.documents(50))
-    original = worker.parse_line
-
-    def dies(line, keys):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    worker.parse_line = dies  # inherited by the forked workers
-    try:
+    with monkeypatch.context() as patched:  # inherited by the forked workers
+        patched.setattr(documents, "load_record", lambda line: os.kill(os.getpid(), signal.SIGKILL))
         with pytest.raises(WorkerFailed, match="SIGKILL"):
             run(model, source, tmp_path / "out")
-    finally:
-        worker.parse_line = original
     run(model, source, tmp_path / "out")
     assert left(tmp_path, "out") == [
         "out_text_document.bin",

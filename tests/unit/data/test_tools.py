@@ -48,7 +48,7 @@ def test_what_cannot_be_merged(tmp_path, capsys):
     assert merge(["--input", str(a), str(tmp_path / "none"), *output]) == 1
     assert "none.bin: there is no such file" in capsys.readouterr().err
     assert merge(["--input", str(a), "--output-prefix", str(a)]) == 1
-    assert "is one of the datasets" in capsys.readouterr().err
+    assert "is the input" in capsys.readouterr().err
     for prefix, sha256 in (("a", "1" * 64), ("c", "2" * 64)):
         corpora.make_dataset(tmp_path / prefix, [5, 6])
         facts = {"format": "megatron_ext.dataset/1", "tokenizer": {"sha256": sha256}}

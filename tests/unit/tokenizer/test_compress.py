@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from megatron_ext.data.indexed import write_index
+from megatron_ext.data.preprocess.sources import find_sources
 from megatron_ext.tokenizer import compress, encoder
 from megatron_ext.tokenizer.counts import Counts, count_dataset, count_text
 from megatron_ext.tokenizer.encoder import NativeEncoder
@@ -40,7 +41,7 @@ def corpus(tmp_path_factory) -> Path:
 
 
 def counted(model: bytes, corpus: Path, workers: int = 1) -> Counts:
-    return count_text([str(corpus)], NativeEncoder(model_proto=model), "sha", workers)
+    return count_text(find_sources([str(corpus)]), NativeEncoder(model_proto=model), "sha", workers)[0]
 
 
 def vocabulary_of(model: bytes, counts: Counts, drop_fillers: bool = False) -> compress.Vocabulary:
@@ -256,11 +257,11 @@ def test_internlm_to_48000(shared):
     data = shared / "data"
     model = (data / "tokenizers" / "internlm-103168.model").read_bytes()
     inputs = [str(path) for path in sorted((data / "corpus").glob("train_*.jsonl.gz"))]
-    counts = count_text(inputs, NativeEncoder(model_proto=model), "", workers=2)
+    counts, _ = count_text(find_sources(inputs), NativeEncoder(model_proto=model), "", workers=2)
     new = shrunk(model, compress.choose(vocabulary_of(model, counts), counts.counts, 48_000))
     assert new.vocab_size == 48_000
     assert compress.unreachable(new) == []
-    assert count_text(inputs, new, "", workers=2).total.sum() <= 1.014 * counts.total.sum()
+    assert count_text(find_sources(inputs), new, "", workers=2)[0].total.sum() <= 1.014 * counts.total.sum()
     for path in (data / "corpus").glob("valid_*.jsonl.gz"):
         with gzip.open(path, "rt", encoding="utf-8") as lines:
             for line in lines:

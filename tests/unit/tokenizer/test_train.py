@@ -44,7 +44,7 @@ def test_sample_is_bounded_and_repeatable(corpus, tmp_path):
 def test_bad_line_is_named_and_nothing_is_written(tmp_path):
     corpus = tmp_path / "bad.jsonl"
     corpus.write_text('{"text": "fine"}\n{"text": 3}\n')
-    with pytest.raises(TrainingTextError, match="bad.jsonl, line 2"):
+    with pytest.raises(TrainingTextError, match="bad.jsonl: line 2: "):
         train_tokenizer([str(corpus)], tmp_path / "my.model", 400, **SETTINGS)
     assert not (tmp_path / "my.model").exists()
 
