@@ -43,12 +43,21 @@ step "3/6 dataset"
     "${TOKENIZER_ARGS[@]}" --append-eod --workers 2
 python tools/inspect_dataset.py --input "$run/corpus_text_document"
 
+documents=$(python -c 'import json, sys; print(json.load(open(sys.argv[1]))["documents"])' "$run/corpus_text_document.json")
+if [ "$documents" -lt 2 ]; then
+  echo "quickstart: $corpus holds $documents document, and one more is needed to validate on: cut the text into" \
+    "several (a line {\"text\": ...} each), then rm -r $run" >&2
+  exit 1
+fi
+split=98,2,0
+[ "$documents" -ge 50 ] || split=$((documents - 1)),1,0 # shares are taken in whole documents
+
 step "4/6 training: $iterations iterations, tensor parallel on 2 processes"
 MODEL_ARGS=(--model-preset tiny)
 PARALLEL_ARGS=(--tensor-model-parallel-size 2)
 DATA_ARGS=(
   --data-path "$run/corpus_text_document"
-  --split 98,2,0
+  --split "$split"
   --data-cache-path "$run/cache"
   "${TOKENIZER_ARGS[@]}"
 )
@@ -70,6 +79,7 @@ LOGGING_ARGS=(
   --eval-iters 8
   --save "$run/checkpoints"
   --load "$run/checkpoints"
+  --override-opt_param-scheduler # a larger QUICKSTART_ITERS goes on
   --save-interval 100
   --metrics-file "$run/metrics.jsonl"
   --tensorboard-dir "$run/tensorboard"

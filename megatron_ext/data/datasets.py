@@ -26,6 +26,7 @@ from megatron_ext.data.agree import on_every_rank, on_first_rank
 from megatron_ext.data.gpt import GPTDataset, MockGPTDataset
 from megatron_ext.data.indexed import DatasetError, Index
 from megatron_ext.data.manifest import check_dataset, sampled_ids
+from megatron_ext.data.parts import check_parts
 
 Blend = tuple[list[str], list[float] | None]
 DEFAULT_SPLIT = "969, 30, 1"
@@ -41,7 +42,7 @@ def build_datasets(args: Namespace, tokenizer, sizes: Sequence[int | None]) -> t
             per_split_data_args_path, mock_data, data_cache_path, seed, seq_length and the other
             data flags.
         tokenizer: of build_tokenizer.
-        sizes: samples to draw from each set; None draws one epoch.
+        sizes: samples to draw from each set; None draws one epoch, whatever the weights of a blend.
 
     Returns:
         Megatron-Core datasets; a sample is a dict of tokens, labels (int64 [s]), loss_mask (float
@@ -54,23 +55,39 @@ def build_datasets(args: Namespace, tokenizer, sizes: Sequence[int | None]) -> t
     """
     config = on_every_rank(lambda: dataset_config(args, tokenizer))
     for split in Split:
-        if sizes[split.value] == 0 and config.split_matrix:
-            config.split_matrix[split.value] = None
+        if sizes[split.value] == 0:
+            _leave_out(config, split)
+    if sizes[0] != 0 and not (config.blend_per_split or config.split_matrix)[0]:
+        raise DatasetError(
+            "no training data: the flags name none, or --split leaves none; or give --skip-train"
+        )
     kind = MockGPTDataset if config.mock else GPTDataset
 
     def prepare() -> str | None:
         if config.mock:
             return None
-        _check_data(config, tokenizer)
+        _check_data(config, sizes, tokenizer, args.split)
         return _fill_cache(kind, sizes, config)
 
     config.path_to_cache = on_first_rank(prepare)
     return tuple(on_every_rank(lambda: _build(kind, sizes, config)))
 
 
+def _leave_out(config: GPTDatasetConfig, split: Split) -> None:
+    """Build no such set."""
+    if config.blend_per_split:
+        config.blend_per_split[split.value] = None
+    else:
+        config.split_matrix[split.value] = None
+
+
 def dataset_config(args: Namespace, tokenizer) -> GPTDatasetConfig:
     """The configuration that Megatron-LM's core_gpt_dataset_config_from_args makes of the flags."""
     blend, blend_per_split = blends(args)
+    if not args.mock_data and not blend and not any(blend_per_split or ()):
+        # Megatron-Core would train on made-up data.
+        named = args.data_args_path or args.per_split_data_args_path
+        raise DatasetError(f"{named}: names no data; give a prefix of at least one dataset")
     return GPTDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
@@ -154,32 +171,11 @@ def _prefixes(config: GPTDatasetConfig) -> set[str]:
     return {prefix for blend in found if blend for prefix in blend[0]}
 
 
-def _check_data(config: GPTDatasetConfig, tokenizer) -> None:
-    """Check every dataset, and that each part of it holds text.
-
-    Megatron-Core adds epochs of an empty part until there are enough tokens: for ever.
-    """
+def _check_data(config: GPTDatasetConfig, sizes: Sequence[int | None], tokenizer, split: str | None) -> None:
+    """Check every dataset, and that each part of it holds text."""
     indices = {prefix: check_dataset(prefix, tokenizer) for prefix in sorted(_prefixes(config))}
+    check_parts(config, indices, sizes, split)
     _warn_of_pad_tokens(indices, tokenizer)
-    for split in Split:
-        if config.blend:
-            blend, part = config.blend, config.split_matrix[split.value]
-        else:
-            blend, part = config.blend_per_split[split.value], (0.0, 1.0)
-        if blend is None or part is None:
-            continue
-        for prefix in blend[0]:
-            lengths = indices[prefix].lengths
-            # Rounded as in BlendedMegatronDatasetBuilder._build_megatron_dataset_splits.
-            begin, end = (int(round(bound * float(len(lengths)))) for bound in part)
-            if not lengths[begin:end].any():
-                raise DatasetError(
-                    f"{prefix}: its {len(lengths)} documents leave no text for the {split.name} set"
-                    + (
-                        f" with --split {config.split!r}; give other shares, such as 90,10,0"
-                        * bool(config.blend)
-                    )
-                )
 
 
 def _warn_of_pad_tokens(indices: dict[str, Index], tokenizer) -> None:
@@ -225,10 +221,34 @@ class LocalBuilder(BlendedMegatronDatasetBuilder):
 
 
 def _build(kind: type, sizes: Sequence[int | None], config: GPTDatasetConfig) -> list:
+    built: list = [None] * len(Split)
     try:
-        return LocalBuilder(kind, sizes, config).build()
+        for part, wanted in _by_weights(config, sizes):
+            for split, dataset in enumerate(LocalBuilder(kind, wanted, part).build()):
+                built[split] = built[split] if dataset is None else dataset
+        return built
     except (AssertionError, IndexError, ValueError, RuntimeError) as error:
         raise DatasetError(_explain(error, config)) from error
+
+
+def _by_weights(
+    config: GPTDatasetConfig, sizes: Sequence[int | None]
+) -> list[tuple[GPTDatasetConfig, Sequence[int | None]]]:
+    """What to build, in two steps where weights decide some sets and of others one epoch is drawn.
+
+    An epoch takes all of each dataset, so that weights have no say in it; Megatron-Core refuses them.
+    """
+    weighted = [blend for blend in (config.blend, *(config.blend_per_split or ())) if blend and blend[1]]
+    if config.mock or not weighted or None not in sizes:
+        return [(config, sizes)]
+    drawn, whole = copy.copy(config), copy.copy(config)
+    for part, blends in ((drawn, lambda blend: blend), (whole, lambda blend: blend and (blend[0], None))):
+        part.blend = blends(config.blend)
+        part.blend_per_split = config.blend_per_split and list(map(blends, config.blend_per_split))
+        part.split_matrix = config.blend and list(config.split_matrix)
+    for split in Split:
+        _leave_out(drawn if sizes[split.value] is None else whole, split)
+    return [(drawn, [size or 0 for size in sizes]), (whole, sizes)]
 
 
 def _explain(error: Exception, config: GPTDatasetConfig) -> str:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_ext.data.indexed import DatasetError
+
 
 @dataclass(frozen=True)
 class SequentialSampler:
@@ -56,7 +58,10 @@ class CyclicSampler:
         size = self.micro_batch_size
         per_epoch = self.total_samples // size
         if per_epoch == 0:
-            return
+            raise DatasetError(
+                f"the dataset's {self.total_samples} samples are fewer than --micro-batch-size {size}; add "
+                "data, or give a smaller --micro-batch-size or --seq-length"
+            )
         number = self.consumed_samples // size + self.data_parallel_rank
         epoch, order = -1, []
         while True:

@@ -1,6 +1,7 @@
 """The flags of tools/inherit_checkpoint.py."""
 
 import argparse
+import os
 
 EXAMPLES = """A smaller model that starts from a larger one's weights, as a checkpoint of iteration 0.
 
@@ -143,6 +144,12 @@ def problems(options: argparse.Namespace) -> list[str]:
     ):
         if getattr(options, name) < 1:
             found.append(f"--{name.replace('_', '-')} must be at least 1")
+    unit = options.micro_batch_size * int(os.environ.get("WORLD_SIZE", 1))
+    if learned and unit > 0 and options.mask_batch_size % unit:
+        found.append(
+            f"--mask-batch-size {options.mask_batch_size} is not divisible by --micro-batch-size x processes "
+            f"= {unit}"
+        )
     start, end = options.mask_temperature
     if not float("inf") > start >= end > 0:
         found.append("--mask-temperature must fall from START to END, both above 0")

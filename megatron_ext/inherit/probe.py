@@ -69,6 +69,10 @@ class Probe:
             options.data_path, options.calibration_samples * options.seq_length + 1
         )
         self.windows = Windows.of(self.documents, options.seq_length)
+        if not self.windows.counted.any():
+            raise ValueError(
+                f"--data-path {' '.join(options.data_path)}: has no two tokens to measure a loss on"
+            )
         self.losses = {}
         if rows is not None:
             self.losses["loss_before"] = self._loss_of_source(source)

@@ -1,12 +1,17 @@
 """The samples of a run: how many it needs, and this rank's stream of microbatches."""
 
+import math
 from argparse import Namespace
 from collections.abc import Iterator
 
 from megatron.core import parallel_state
 
 from megatron_ext.data import build_data_loader
+from megatron_ext.data.agree import on_first_rank
+from megatron_ext.data.amounts import epochs, without_a_sample
+from megatron_ext.data.views import Endless, Span
 from megatron_ext.training.batch import needs_data
+from megatron_ext.training.distributed import print_rank_0
 from megatron_ext.training.errors import RunError
 
 
@@ -29,6 +34,35 @@ def dataset_sizes(args: Namespace) -> tuple[int, int | None, int | None]:
     return (train, None, None) if args.full_validation else (train, rounds * batch, batch)
 
 
+def say_what_is_read(datasets: tuple, args: Namespace) -> None:
+    """How often the run reads its data, and what of it is not as one would expect; a collective call."""
+    for line in on_first_rank(lambda: list(_what_is_read(datasets, args))):
+        print_rank_0(line)
+
+
+def _what_is_read(datasets: tuple, args: Namespace) -> Iterator[str]:
+    train, *held_out = datasets
+    if train is not None:
+        samples = dataset_sizes(args)[0]
+        often = epochs(train, samples)
+        yield f" data: {samples:,} training samples, {often:.3g} epochs of the training set"
+        if often > samples:
+            yield f"WARNING: the training set is shorter than one sequence of --seq-length {args.seq_length}"
+        for prefix in without_a_sample(train):
+            yield f"WARNING: none of the {samples:,} samples is of {prefix}: its weight is too small"
+    for name, dataset in zip(("validation", "test"), held_out, strict=True):
+        samples = args.eval_iters * args.global_batch_size
+        if dataset is None or args.full_validation:
+            continue
+        if (often := epochs(dataset, samples)) > 1:
+            yield (
+                f"WARNING: --eval-iters {args.eval_iters} of --global-batch-size {args.global_batch_size} go "
+                f"{often:.1f} times through the {name} set; --full-validation looks at each sample once"
+            )
+    if held_out[0] is None and args.eval_interval and (args.eval_iters or args.full_validation):
+        yield "WARNING: there is no validation set: --eval-interval does nothing"
+
+
 def chunk_iterators(dataset, args: Namespace, consumed_samples: int) -> list[Iterator[dict] | None]:
     """One stream of this rank's microbatches for each of its model chunks; None where none is read.
 
@@ -48,15 +82,41 @@ def chunk_iterators(dataset, args: Namespace, consumed_samples: int) -> list[Ite
 
 
 def _microbatches(dataset, args: Namespace, consumed_samples: int) -> Iterator[dict]:
-    """The microbatches from ``consumed_samples`` on; a cyclic loader starts over, another ends."""
-    return _in_turn(dataset, args, consumed_samples, iter(build_data_loader(dataset, args, consumed_samples)))
+    """The microbatches from ``consumed_samples`` on."""
+    return _to_the_end(dataset, iter(build_data_loader(dataset, args, consumed_samples)))
 
 
-def _in_turn(dataset, args: Namespace, consumed_samples: int, first: Iterator[dict]) -> Iterator[dict]:
-    yield from first
-    while args.dataloader_type == "cyclic":
-        consumed_samples += len(dataset) - consumed_samples % len(dataset)
-        yield from build_data_loader(dataset, args, consumed_samples)
-    raise OutOfData(
-        f"the dataset's {len(dataset)} samples are used up; lower --train-iters or --eval-iters, or add data"
-    )
+def _to_the_end(dataset, microbatches: Iterator[dict]) -> Iterator[dict]:
+    yield from microbatches
+    raise OutOfData(f"the dataset's {len(dataset)} samples are used up; lower --train-iters, or add data")
+
+
+def validation_iterators(dataset, args: Namespace, consumed_samples: int) -> list[Iterator[dict] | None]:
+    """As chunk_iterators, of a dataset that begins again where it ends.
+
+    A run may be resumed with fewer validations than it was begun with, and what it has consumed then lies
+    beyond the set that they need.
+    """
+    if dataset is not None and args.dataloader_type != "cyclic":
+        dataset = Endless(dataset)
+    return chunk_iterators(dataset, args, consumed_samples)
+
+
+def pipeline_group(args: Namespace) -> int:
+    """What the number of microbatches in a pass through an interleaved pipeline is a multiple of."""
+    stages = args.pipeline_model_parallel_size
+    return math.lcm(stages, args.microbatch_group_size_per_vp_stage or stages)
+
+
+def whole_set(dataset, args: Namespace) -> tuple[list[Iterator[dict] | None], list[int]]:
+    """Every sample of a dataset once: streams as of chunk_iterators, and the microbatches of each pass.
+
+    The last microbatches are filled up with what does not count, so that neither the layout nor the batch
+    decides what is looked at.
+    """
+    group, unit = pipeline_group(args), args.micro_batch_size * args.data_parallel_size
+    span = Span(dataset, 0, len(dataset), unit * group)
+    most = max(1, args.global_batch_size // unit // group) * group
+    count = len(span) // unit
+    iterators = chunk_iterators(span, Namespace(**vars(args) | {"dataloader_type": "single"}), 0)
+    return iterators, [min(most, count - done) for done in range(0, count, most)]

@@ -2,7 +2,7 @@
 
 import math
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,14 +14,16 @@ from megatron_ext.training.step import evaluation_mode, forward_backward, parame
 
 @dataclass
 class Evaluation:
-    """``lm_loss`` in nats a token; ``bits_per_byte`` of text, comparable between tokenizers.
+    """``lm_loss`` in nats a token, over so many ``tokens``; ``bits_per_byte`` of text.
 
-    Special tokens stand for no text: their loss counts in ``lm_loss`` only, as nanochat's
-    evaluate_bpb does. Both are NaN on ranks that do not hold the loss.
+    Bits per byte compare tokenizers. Special tokens stand for no text: their loss counts in ``lm_loss``
+    only, as nanochat's evaluate_bpb does. Both are NaN on ranks that do not hold the loss, and where no
+    token counts.
     """
 
     lm_loss: float
     bits_per_byte: float
+    tokens: int
 
 
 @torch.no_grad()
@@ -30,18 +32,17 @@ def evaluate(
     model: list[nn.Module],
     args: Namespace,
     token_bytes: torch.Tensor,
-    iterations: int,
+    passes: Sequence[int],
     stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
-    """Forward only over ``iterations`` global batches; a collective call.
+    """Forward only, in passes of so many microbatches of each data parallel rank; a collective call.
 
-    ``stop`` is asked before each batch, on all ranks alike; None if it ended the evaluation.
+    ``stop`` is asked before each pass, on all ranks alike; None if it ended the evaluation.
     """
-    num_microbatches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
     counter = LossCounter(token_bytes=token_bytes)
     total = torch.zeros(4, dtype=torch.float64)
     with parameters_in_place(model, args), evaluation_mode(model):
-        for _ in range(iterations):
+        for num_microbatches in passes:
             if stop():
                 return None
             sums = forward_backward(
@@ -51,5 +52,6 @@ def evaluate(
                 total += sums.cpu()
     loss, tokens, text_loss, text_bytes = total.tolist()
     if not tokens:
-        return Evaluation(math.nan, math.nan)
-    return Evaluation(loss / tokens, text_loss / math.log(2) / text_bytes if text_bytes else math.nan)
+        return Evaluation(math.nan, math.nan, 0)
+    per_byte = text_loss / math.log(2) / text_bytes if text_bytes else math.nan
+    return Evaluation(loss / tokens, per_byte, int(tokens))

@@ -18,7 +18,7 @@ from megatron.core.timers import Timers
 
 from megatron_ext import platform
 from megatron_ext.training.bad_numbers import BadNumberPolicy, BadNumbers, LocalGradients
-from megatron_ext.training.data import chunk_iterators
+from megatron_ext.training.data import chunk_iterators, validation_iterators, whole_set
 from megatron_ext.training.distributed import print_rank_0
 from megatron_ext.training.evaluation import evaluate
 from megatron_ext.training.metrics import params_norm
@@ -85,10 +85,10 @@ class Trainer:
             watchdog.on_launcher_gone = lambda: self.stopping.request("word that the launcher has gone")
         self.saver = Saver(args, self.model, self.optimizer, self.scheduler, progress.iteration)
         self.bad_numbers = BadNumberPolicy(args, self.datasets[0])
-        read_in_parts = args.eval_iters and not args.full_validation
-        self.valid_iterators = chunk_iterators(
-            self.datasets[1] if read_in_parts else None, args, progress.consumed_valid_samples
-        )
+        # One and the same model is to have one and the same loss.
+        consumed = 0 if args.skip_train else progress.consumed_valid_samples
+        read_in_parts = None if args.full_validation else self.datasets[1]
+        self.valid_iterators = validation_iterators(read_in_parts, args, consumed)
         try:
             reason = None
             if not args.skip_train:
@@ -114,9 +114,11 @@ class Trainer:
         consumed = progress.consumed_train_samples - progress.round_start
         iterators = chunk_iterators(self.datasets[0], args, consumed)
         iterators = [self.watched(iterator) for iterator in iterators]
+        if progress.iteration >= args.train_iters:
+            print_rank_0(f" nothing to train: iteration {progress.iteration} of {args.train_iters} is done")
         if args.manual_gc:
             gc.disable()
-        if progress.validation_due and self.datasets[1]:
+        if progress.validation_due and self.datasets[1] is not None:
             self.validate("validation")
         while progress.iteration < args.train_iters:
             update_num_microbatches(progress.consumed_train_samples, consistency_check=True, verbose=True)
@@ -130,7 +132,7 @@ class Trainer:
             progress.consumed_train_samples += get_current_global_batch_size()
             self._report(result, time.perf_counter() - started)
             self.profiler.after(progress.iteration)
-            if args.eval_interval and progress.iteration % args.eval_interval == 0 and self.datasets[1]:
+            if self._validation_is_due():
                 self.validate("validation")
             if (
                 args.manual_gc
@@ -147,6 +149,7 @@ class Trainer:
                     self.recorder.flush()  # a run resumed from here does not train on these samples again
                 self.saver.save(progress)
             if reason:
+                self.reporter.rest()
                 print_rank_0(f"exiting program at iteration {progress.iteration}: {reason}")
                 return reason
         return None
@@ -209,32 +212,32 @@ class Trainer:
         if args.manual_gc and args.manual_gc_eval:
             gc.collect()
         dataset = self.datasets[1 if split == "validation" else 2]
-        iterations, iterators = args.eval_iters, self.valid_iterators
+        unit = args.micro_batch_size * args.data_parallel_size
+        iterators, passes = self.valid_iterators, [args.global_batch_size // unit] * args.eval_iters
         if args.full_validation:
-            iterations = len(dataset) // args.global_batch_size
-        if args.full_validation or split == "test":
-            iterators = chunk_iterators(dataset, args, 0)
+            iterators, passes = whole_set(dataset, args)
+        elif split == "test":
+            iterators = validation_iterators(dataset, args, 0)
         iterators = [self.watched(iterator) for iterator in iterators]
-        result = evaluate(
-            iterators, self.model, args, self.token_bytes, iterations, stop=self.stopping.requested
-        )
+        result = evaluate(iterators, self.model, args, self.token_bytes, passes, self.stopping.requested)
         progress.validation_due = result is None and split == "validation"
         if result is None:
             print_rank_0(f"validation of iteration {progress.iteration} cut short: the run stops")
             return
         if split == "validation":
-            progress.consumed_valid_samples += iterations * args.global_batch_size
+            progress.consumed_valid_samples += sum(passes) * unit
         self.reporter.evaluation(result, progress.iteration, progress.consumed_train_samples, split)
+
+    def _validation_is_due(self) -> bool:
+        """Whether the validation set is there and ``--eval-interval`` divides the iteration."""
+        interval, iteration = self.args.eval_interval, self.progress.iteration
+        return self.datasets[1] is not None and bool(interval and iteration) and iteration % interval == 0
 
     def _last_evaluations(self) -> None:
         """Validation and test loss of the final model, as Megatron-LM ends a run."""
-        if not self.args.eval_iters:
-            return
-        at = self.progress.iteration
-        evaluated = self.args.eval_interval and at and at % self.args.eval_interval == 0
-        if self.datasets[1] and (self.args.skip_train or not evaluated):
+        if self.datasets[1] is not None and (self.args.skip_train or not self._validation_is_due()):
             self.validate("validation")
-        if self.datasets[2]:
+        if self.datasets[2] is not None:
             self.validate("test")
 
 

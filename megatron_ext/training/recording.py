@@ -17,11 +17,12 @@ from megatron_ext.data.identity import dataset_hash, identify, probe
 from megatron_ext.data.loss_record import LossRecord, open_record
 from megatron_ext.data.progress import Progress
 from megatron_ext.data.rounds import NumberedDataset, RoundDataset
+from megatron_ext.data.views import Span
 from megatron_ext.models.builder import build_model, half_precision
 from megatron_ext.tokenizer import build_tokenizer
 from megatron_ext.training.batch import Batch, LossCounter
 from megatron_ext.training.checkpointing import load_checkpoint
-from megatron_ext.training.data import chunk_iterators, dataset_sizes
+from megatron_ext.training.data import chunk_iterators, dataset_sizes, pipeline_group
 from megatron_ext.training.distributed import print_rank_0
 from megatron_ext.training.step import evaluation_mode, forward_backward
 from megatron_ext.training.stopping import Stopping
@@ -150,24 +151,6 @@ def online_recorder(args: Namespace, tokenizer, datasets: tuple) -> tuple[Online
     return OnlineRecorder(args.record_sample_loss, manifest), (train, *others)
 
 
-class _Span:
-    """Samples ``begin`` .. ``end`` - 1 of a dataset, made whole microbatches by repeating the last.
-
-    The repetitions have numbers from ``end`` on, which are not written down.
-    """
-
-    def __init__(self, dataset, begin: int, end: int, unit: int):
-        self.dataset, self.begin, self.end = dataset, begin, end
-        self.length = -(-(end - begin) // unit) * unit
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, place: int) -> dict:
-        number = self.begin + place
-        return {**self.dataset[min(number, self.end - 1)], "sample_id": number}
-
-
 def record_training_set(args: Namespace, watchdog: Watchdog | None = None) -> None:
     """Run the frozen model of ``--load`` over the training set; a collective call.
 
@@ -211,9 +194,9 @@ def _record_from(dataset, model: list, args: Namespace, manifest: dict, note: Ca
     losses = SampleLosses()
     counter = LossCounter(record=losses)
     record = LossRecord(args.record_sample_loss, manifest) if losses.writes else None
-    # An interleaved pipeline takes microbatches in multiples of its stages.
-    unit = args.micro_batch_size * args.data_parallel_size * args.pipeline_model_parallel_size
-    span = _Span(dataset, done, samples, unit)
+    group = pipeline_group(args)
+    unit = args.micro_batch_size * args.data_parallel_size * group
+    span = Span(dataset, done, samples, unit)
     iterators = chunk_iterators(span, Namespace(**vars(args) | {"dataloader_type": "single"}), 0)
     stopping = Stopping(Namespace(**vars(args) | {"exit_interval": None}))
     progress = Progress("recorded", samples, done, losses.writes)
@@ -222,7 +205,7 @@ def _record_from(dataset, model: list, args: Namespace, manifest: dict, note: Ca
             while done < samples:
                 note("recording")
                 units = min(MICROBATCHES_PER_STAGE, -(-(samples - done) // unit))
-                microbatches = units * args.pipeline_model_parallel_size
+                microbatches = units * group
                 forward_backward(iterators, model, args, counter, True, num_microbatches=microbatches)
                 done = min(done + units * unit, samples)
                 taken = losses.take()

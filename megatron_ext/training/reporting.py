@@ -19,6 +19,9 @@ from megatron_ext.training.evaluation import Evaluation
 from megatron_ext.training.metrics import flops_per_token, peak_flops
 from megatron_ext.training.spikes import SpikeDetector
 
+#: exp of a larger loss is no float.
+MOST_EXPONENT = 709.0
+
 
 @dataclass
 class IterationReport:
@@ -44,9 +47,10 @@ class _Window:
 
     reports: list[IterationReport] = field(default_factory=list)
 
-    def mean(self, name: str) -> float:
+    def mean(self, name: str) -> float | None:
+        """Over the iterations that were trained on; None if there are none."""
         values = [getattr(report, name) for report in self.reports if not report.skipped]
-        return sum(values) / len(values) if values else 0.0
+        return sum(values) / len(values) if values else None
 
 
 class Reporter:
@@ -93,16 +97,23 @@ class Reporter:
             self.bar.update(1)
             self.bar.set_postfix_str(f"loss {report.lm_loss:.4f}, {speed['tokens_per_second']:.0f} tokens/s")
         if report.iteration % self.args.log_interval == 0 or report.iteration == self.args.train_iters:
+            self.rest()
+
+    def rest(self) -> None:
+        """Print the line of the iterations since the last one, if there are any."""
+        if self.active and self.window.reports:
             self.say(self._line())
-            self.window, self.skipped = _Window(), 0
-            self.bad = 0
+            self.window, self.skipped, self.bad = _Window(), 0, 0
 
     def evaluation(self, result: Evaluation, iteration: int, consumed_samples: int, split: str) -> None:
         """Report a validation or test loss."""
         if not self.active:
             return
-        ppl = math.exp(min(20, result.lm_loss))
         where = f"iteration {iteration} on {split} set"
+        if not result.tokens:
+            self.say(f" WARNING: no token counts in the loss at {where}: there is no validation loss")
+            return
+        ppl = math.exp(min(result.lm_loss, MOST_EXPONENT))
         text = (
             f" validation loss at {where} | lm loss value: {result.lm_loss:.6E} | lm loss PPL: {ppl:.6E} | "
         )
@@ -110,7 +121,7 @@ class Reporter:
             text += f"bits per byte: {result.bits_per_byte:.4f} | "
         self.say("-" * len(text) + "\n" + text + "\n" + "-" * len(text))
         record = {"iteration": iteration, "split": split}
-        self._write(record | {"lm_loss": result.lm_loss, "bits_per_byte": _number(result.bits_per_byte)})
+        self._write(record | {"lm_loss": result.lm_loss, "bits_per_byte": result.bits_per_byte})
         if self.boards.writers:
             tag = "lm loss validation" if split == "validation" else f"lm loss {split}"
             self.boards.scalar(tag, result.lm_loss, iteration, consumed_samples)
@@ -155,7 +166,8 @@ class Reporter:
             line += f" tokens/s: {speed['tokens_per_second']:.0f} | MFU: {100 * speed['mfu']:.1f}% |"
         line += f" learning rate: {last.learning_rate:.6E} |"
         line += f" global batch size: {last.global_batch_size:5d} |"
-        line += f" lm loss: {window.mean('lm_loss'):.6E} |"
+        if (loss := window.mean("lm_loss")) is not None:
+            line += f" lm loss: {loss:.6E} |"
         line += f" loss scale: {last.loss_scale:.1f} |"
         line += f" grad norm: {last.grad_norm:.3f} |"
         if last.num_zeros_in_grad is not None:
@@ -184,12 +196,13 @@ class Reporter:
             "params-norm": report.params_norm,
         }
         for tag, value in values.items():
-            if value is not None:
+            if _number(value) is not None:
                 self.boards.scalar(tag, value, report.iteration, report.consumed_samples)
 
     def _write(self, record: dict) -> None:
         if self.metrics:
-            self.metrics.write(json.dumps(record) + "\n")
+            finite = {name: _number(value) for name, value in record.items()}
+            self.metrics.write(json.dumps(finite, allow_nan=False) + "\n")
             self.metrics.flush()
 
 
@@ -198,8 +211,8 @@ def _iteration_record(report: IterationReport, seq_length: int) -> dict:
         "iteration": report.iteration,
         "consumed_samples": report.consumed_samples,
         "consumed_tokens": report.consumed_samples * seq_length,
-        "lm_loss": _number(report.lm_loss),
-        "grad_norm": _number(report.grad_norm),
+        "lm_loss": report.lm_loss,
+        "grad_norm": report.grad_norm,
         "learning_rate": report.learning_rate,
         "global_batch_size": report.global_batch_size,
         "loss_scale": report.loss_scale,
@@ -219,6 +232,6 @@ def _open_to_append(path: Path) -> TextIO:
     return file
 
 
-def _number(value: float) -> float | None:
+def _number(value: object) -> object:
     """JSON has no NaN."""
-    return value if math.isfinite(value) else None
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -6,7 +6,7 @@ from megatron_ext.data import DatasetError, build_datasets
 from megatron_ext.data.agree import on_every_rank, on_first_rank
 from megatron_ext.data.identity import identify, probe, require_same
 from megatron_ext.data.rounds import RoundDataset, RoundIndex, read_round
-from megatron_ext.training.data import dataset_sizes
+from megatron_ext.training.data import dataset_sizes, say_what_is_read
 from megatron_ext.training.distributed import print_rank_0
 
 
@@ -68,6 +68,11 @@ def enter_round(progress, loaded_from: str | None, index: RoundIndex | None, arg
             f" round {index.manifest['round']}: {len(index.ids):,} of {index.manifest['samples']:,} samples, "
             f"from iteration {progress.iteration}"
         )
+        if len(index.ids) < args.global_batch_size:
+            print_rank_0(
+                f"WARNING: these are fewer than one --global-batch-size {args.global_batch_size}: a batch "
+                "holds samples more than once"
+            )
 
 
 def build_round_datasets(args: Namespace, tokenizer, progress, index: RoundIndex | None) -> tuple:
@@ -79,8 +84,10 @@ def build_round_datasets(args: Namespace, tokenizer, progress, index: RoundIndex
         DatasetError: on every rank; also if the samples are not those that were recorded.
     """
     train_samples, *others = dataset_sizes(args)
-    if index is None:
-        return build_datasets(args, tokenizer, (train_samples, *others))
+    if index is None or args.skip_train:
+        datasets = build_datasets(args, tokenizer, (0 if args.skip_train else train_samples, *others))
+        say_what_is_read(datasets, args)
+        return datasets
     samples = index.manifest["samples"]
     base, *rest = build_datasets(args, tokenizer, (samples, *others))
 
@@ -96,4 +103,5 @@ def build_round_datasets(args: Namespace, tokenizer, progress, index: RoundIndex
             require_same(described, ours, f"--round-index {index.path}", _ADVICE)
 
     on_first_rank(check)
+    say_what_is_read((None, *rest), args)
     return RoundDataset(base, index, train_samples - progress.round_start, args.seed), *rest

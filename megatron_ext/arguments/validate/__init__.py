@@ -10,14 +10,14 @@ from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_ext.arguments.validate import effect, engine, files, layout, model, numbers, run
+from megatron_ext.arguments.validate import amounts, effect, engine, files, layout, model, numbers, run
 
 
 def problems(args: Namespace, typed: Mapping[str, Any], check_files: bool = True) -> list[str]:
     """The problems of every rule; ``check_files=False`` leaves this machine's files out."""
     found = _ask(numbers.RULES, args, typed)
     calculable = not found and not numbers.missing(args)
-    rules = (*model.RULES, *engine.RULES, *layout.RULES, *run.RULES) if calculable else ()
+    rules = (*model.RULES, *engine.RULES, *layout.RULES, *run.RULES, *amounts.RULES) if calculable else ()
     found += _ask((*effect.RULES, *rules, *files.RULES), args, typed)
     if check_files:
         found += _ask(files.RULES_OF_THIS_MACHINE, args, typed)

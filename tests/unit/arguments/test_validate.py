@@ -28,6 +28,7 @@ def test_the_bases_are_valid():
 
 #: (flags added to BASE, processes, part of the one problem)
 BROKEN = [
+    ("--skip-train --eval-iters 0", 1, "--skip-train with --eval-iters 0 does nothing"),
     ("--tensor-model-parallel-size 2", 3, "the 3 processes cannot be divided into models of 2"),
     ("--tensor-model-parallel-size 8", 8, "--num-attention-heads 4 is not divisible"),
     ("--pipeline-model-parallel-size 3", 3, "--num-layers 8 is not divisible"),
@@ -162,6 +163,7 @@ def test_gpu_flags_are_checked_for_a_gpu():
         ("--rampup-batch-size 1 1 32 --global-batch-size 8", "must be divisible by --micro-batch-size"),
         ("--lr-warmup-iters 3", "--lr-warmup-iters cannot go with --train-samples"),
         ("--lr-decay-style WSD", "needs --lr-wsd-decay-samples"),
+        ("--global-batch-size 66", "--train-samples 64: fewer than one global batch of 66, so no iteration"),
     ],
 )
 def test_runs_in_samples(flags, expected):
@@ -212,6 +214,18 @@ class TestFiles:
     def test_split_is_of_data_path(self, prefix):
         (problem,) = problems_of(f"{self.DATA} --train-data-path {prefix} --split 9,1,0")
         assert "--split cannot take effect" in problem
+
+    def test_there_is_data_to_train_on(self, prefix):
+        """Or to evaluate, with --skip-train."""
+        (problem,) = problems_of(f"{self.DATA} --valid-data-path {prefix}")
+        assert problem == "no training data: give --train-data-path, or --skip-train"
+        (problem,) = problems_of(f"{self.DATA} --data-path {prefix} --split 0,50,50")
+        assert problem.startswith("no training data: --split '0,50,50' leaves none")
+        for data in (f"--valid-data-path {prefix}", f"--data-path {prefix} --split 0,1,0"):
+            assert problems_of(f"{self.DATA} {data} --skip-train") == []
+        for data in (f"--train-data-path {prefix}", f"--data-path {prefix} --split 100"):
+            (problem,) = problems_of(f"{self.DATA} {data} --skip-train")
+            assert problem.startswith("--skip-train: there is no data to evaluate on")
 
     def test_tokenizer_file(self, tmp_path):
         line = BASE.replace(TOKENS, f"--tokenizer-type Llama2Tokenizer --tokenizer-model {tmp_path}/no.model")

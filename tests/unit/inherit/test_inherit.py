@@ -174,6 +174,9 @@ def test_a_command_line_has_all_its_problems_reported(folder, capsys):
         assert problem in said
     assert tool(["--load", folder, "--save", "x", "--width-criterion", "taylor"]) == 2
     assert "--width-criterion taylor looks at text: give --data-path" in capsys.readouterr().err
+    learned = ["--width-criterion", "learned", "--data-path", "x", "--mask-batch-size", "2"]
+    assert tool(["--load", folder, "--save", "x", *learned]) == 2
+    assert "--mask-batch-size 2 is not divisible by --micro-batch-size" in capsys.readouterr().err
 
 
 def calibrated(folder: str, save: str, flags: list[str]) -> None:

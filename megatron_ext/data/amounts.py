@@ -1,0 +1,25 @@
+"""How often a run reads its data: epochs, and datasets of a blend that give it nothing."""
+
+import numpy as np
+from megatron.core.datasets.blended_dataset import BlendedDataset
+
+
+def epochs(dataset, samples: int) -> float:
+    """How often ``samples`` of a dataset of Megatron-Core go through its documents; of a blend, the most."""
+    if isinstance(dataset, BlendedDataset):
+        parts = zip(dataset.datasets, dataset.weights, strict=True)
+        whole = sum(dataset.weights)
+        return max(epochs(part, samples * weight / whole) for part, weight in parts)
+    drawn = len(dataset.document_index) / len(dataset.indices)
+    return samples * drawn / len(dataset)
+
+
+def without_a_sample(dataset) -> list[str]:
+    """The prefixes of a blend of which no sample is drawn, because their weight is too small for the run."""
+    if not isinstance(dataset, BlendedDataset):
+        return []
+    # Only then can there be one; counting reads the whole order.
+    if min(dataset.weights) / sum(dataset.weights) * len(dataset) >= 2:
+        return []
+    counts = np.bincount(dataset.dataset_index, minlength=len(dataset.datasets))
+    return [part.dataset_path for part, count in zip(dataset.datasets, counts, strict=True) if not count]

@@ -1,0 +1,40 @@
+"""Datasets seen in another way: without an end, and once through in whole microbatches."""
+
+import sys
+
+import torch
+
+
+class Endless:
+    """A dataset that begins again at its end."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, place: int) -> dict:
+        return self.dataset[place % len(self.dataset)]
+
+
+class Span:
+    """Samples ``begin`` .. ``end`` - 1 of a dataset, filled up to a multiple of ``unit``.
+
+    What fills it is the last sample, with no token that counts in the loss and numbered from ``end`` on. Each
+    sample says its number in the dataset, as ``sample_id``.
+    """
+
+    def __init__(self, dataset, begin: int, end: int, unit: int):
+        self.dataset, self.begin, self.end = dataset, begin, end
+        self.length = -(-(end - begin) // unit) * unit
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, place: int) -> dict:
+        number = self.begin + place
+        if number < self.end:
+            return {**self.dataset[number], "sample_id": number}
+        sample = self.dataset[self.end - 1]
+        return {**sample, "loss_mask": torch.zeros_like(sample["loss_mask"]), "sample_id": number}
