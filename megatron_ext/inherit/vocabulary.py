@@ -1,13 +1,14 @@
 """Which rows of the source's vocabulary each piece of the target's starts from."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_ext.tokenizer.bits_per_byte import SPACE
 from megatron_ext.tokenizer.build import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
 
 
@@ -43,10 +44,23 @@ class Rows:
         return out
 
 
+class Piece(NamedTuple):
+    """How a tokenizer spells an id, and the bytes that it stands for: none where it is special."""
+
+    name: str
+    text: bytes
+
+
 def match(
-    target: Sequence[str], source: Sequence[str], roles: dict[int, int], encode: Callable[[str], list[int]]
+    target: Sequence[Piece],
+    source: Sequence[Piece],
+    roles: dict[int, int],
+    encode: Callable[[Piece], list[int]],
 ) -> Rows:
-    """Rows by piece string.
+    """Rows by the bytes that pieces stand for, of special pieces by their name.
+
+    Of several source pieces with the same bytes, the one of the same name is taken, and one of a byte (as in
+    byte fallback) last, for the others are what a text becomes.
 
     Args:
         target, source: pieces by id.
@@ -56,15 +70,32 @@ def match(
     Raises:
         ValueError: nothing stands for a piece in the source.
     """
-    known = {piece: i for i, piece in enumerate(source)}
+    same = {piece: i for i, piece in enumerate(source)}
+    by_text = _by_text(source)
+    named = {piece.name: i for i, piece in enumerate(source)}
+    special = {piece.name: i for i, piece in enumerate(source) if not piece.text}
     lists = []
     for i, piece in enumerate(target):
-        found = roles.get(i, known.get(piece))
+        found = roles.get(i, same.get(piece, by_text.get(piece.text, special.get(piece.name))))
+        if found is None and not piece.text:
+            found = named.get(piece.name)
         ids = encode(piece) if found is None else [found]
         if not ids:
-            raise ValueError(f"the target tokenizer's piece {i} ({piece!r}) has no text and no source")
+            raise ValueError(f"the target tokenizer's piece {i} ({piece.name!r}) has no text and no source")
         lists.append(ids)
     return Rows.of(lists)
+
+
+def _by_text(source: Sequence[Piece]) -> dict[bytes, int]:
+    """Bytes -> id; a piece that is named after its byte only where there is no other."""
+    byte_last = sorted(
+        enumerate(source), key=lambda each: each[1].name == f"<0x{each[1].text.hex().upper()}>"
+    )
+    found: dict[bytes, int] = {}
+    for i, piece in byte_last:
+        if piece.text:
+            found.setdefault(piece.text, i)
+    return found
 
 
 def match_tokenizers(target: Tokenizer, source: Tokenizer) -> Rows:
@@ -77,7 +108,9 @@ def match_tokenizers(target: Tokenizer, source: Tokenizer) -> Rows:
     both = (target, source)
     if all(isinstance(tokenizer, SentencePieceTokenizer) for tokenizer in both):
         roles[target.processor.unk_id()] = source.processor.unk_id()
-    return match(pieces(target), pieces(source), roles, lambda piece: encode_piece(piece, source))
+    mine, theirs = (list(map(Piece, pieces(each), each.token_texts())) for each in both)
+    by_text = _by_text(theirs)
+    return match(mine, theirs, roles, lambda piece: encode_piece(piece, source, by_text))
 
 
 def pieces(tokenizer: Tokenizer) -> list[str]:
@@ -94,9 +127,28 @@ def pieces(tokenizer: Tokenizer) -> list[str]:
     raise ValueError(f"{type(tokenizer).__name__} has no pieces to match")
 
 
-def encode_piece(piece: str, source: Tokenizer) -> list[int]:
-    """Ids of a piece's text inside a longer text: no dummy blank is put in front of it."""
-    text = piece.replace(SPACE, " ")
+def encode_piece(piece: Piece, source: Tokenizer, by_text: dict[bytes, int]) -> list[int]:
+    """Ids of a piece's bytes inside a longer text; a special piece counts as the text of its name.
+
+    Bytes that are no characters, as in a piece that ends within one, become those of single bytes.
+    """
+    text = (piece.text or piece.name.encode()).decode("utf-8", errors="surrogateescape")
+    ids = []
+    for part in re.findall("[\udc80-\udcff]+|[^\udc80-\udcff]+", text):
+        if part[0] < "\udc80" or part[0] > "\udcff":
+            ids += _encode_inside(part, source)
+            continue
+        for byte in part.encode("utf-8", errors="surrogateescape"):
+            if (found := by_text.get(bytes([byte]))) is None:
+                raise ValueError(
+                    f"the source tokenizer has nothing for byte {byte:#04x} of piece {piece.name!r}"
+                )
+            ids.append(found)
+    return ids
+
+
+def _encode_inside(text: str, source: Tokenizer) -> list[int]:
+    """Ids of a text inside a longer one: no dummy blank is put in front of it."""
     before = source.tokenize("\n")
     together = source.tokenize("\n" + text)
     if together[: len(before)] == before:

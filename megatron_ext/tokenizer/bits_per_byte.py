@@ -1,66 +1,87 @@
-"""UTF-8 bytes that each token id stands for: what turns a loss in nats a token into bits per byte.
+"""The bytes that each token id stands for: what turns a loss in nats a token into bits per byte.
 
 Losses of two tokenizers cannot be compared, bits per byte can: the summed loss of a text in bits,
-divided by the bytes of that text (as nanochat's evaluate_bpb does it).
+divided by the bytes of that text (as nanochat's evaluate_bpb does it). By their bytes, too, the pieces of
+tokenizers that spell them differently are the same: "\u2581cat" and "\u0120cat" are both " cat".
 """
 
+import re
 from collections.abc import Iterable
 
 import numpy as np
 
-SPACE = "▁"  # sentencepiece writes a blank as U+2581
+SPACE = "\u2581"  # sentencepiece writes a blank as this
+_BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
 
 
-def sentencepiece_bytes(processor) -> np.ndarray:
-    """Bytes of each piece of a ``SentencePieceProcessor``, int32 [vocabulary].
+def sentencepiece_texts(processor) -> list[bytes]:
+    """UTF-8 of each piece of a ``SentencePieceProcessor``; empty for control and unknown pieces.
 
-    A byte piece is one byte, a blank one, and control and unknown pieces stand for no text. Pieces
-    that are never produced (fillers) keep the bytes of their text. What a text had before sentencepiece
-    normalized it cannot be told from ids: U+2581 counts as the blank that it becomes, the blank in front
-    of a text as one byte.
+    A byte piece is that byte, U+2581 a blank. Pieces that are never produced (fillers) keep their text. What
+    a text had before sentencepiece normalized it cannot be told from ids: U+2581 is the blank that it
+    becomes, and the blank in front of a text is one.
     """
-    silent = {i for i in range(len(processor)) if processor.is_control(i) or processor.is_unknown(i)}
-    byte = {i for i in range(len(processor)) if processor.is_byte(i)}
-    pieces = (processor.id_to_piece(i) for i in range(len(processor)))
-    return np.array(
-        [0 if i in silent else 1 if i in byte else text_bytes(piece) for i, piece in enumerate(pieces)],
-        dtype=np.int32,
-    )
+    texts = []
+    for i in range(len(processor)):
+        piece = processor.id_to_piece(i)
+        silent = processor.is_control(i) or processor.is_unknown(i)
+        texts.append(b"" if silent else _bytes_of(piece) if processor.is_byte(i) else _text_of(piece))
+    return texts
 
 
-def huggingface_bytes(tokenizer) -> np.ndarray:
-    """Bytes of each id of a Hugging Face tokenizer, int32 [vocabulary]; 0 for special tokens.
+def huggingface_texts(tokenizer) -> list[bytes]:
+    """Bytes of each id of a Hugging Face tokenizer; empty for special tokens and ids without a token.
 
     Knows the two families in use: byte-level BPE, where one character of a piece is one byte, and
     pieces in sentencepiece's manner, with byte fallback.
     """
     special = set(tokenizer.all_special_ids)
+    special |= {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     added = set(tokenizer.get_added_vocab())
-    byte_level = _is_byte_level(pieces)
-    bytes_of = []
-    for token_id, piece in enumerate(pieces):
-        if piece is None or token_id in special:
-            bytes_of.append(0)
-        elif piece in added:
-            bytes_of.append(len(piece.encode()))
-        elif byte_level:
-            bytes_of.append(len(piece))
-        else:
-            bytes_of.append(1 if _is_byte_piece(piece) else text_bytes(piece))
-    return np.array(bytes_of, dtype=np.int32)
+    of_piece = _byte_level_text if _is_byte_level(tokenizer, pieces) else _bytes_of
+    return [
+        b"" if piece is None or number in special else piece.encode() if piece in added else of_piece(piece)
+        for number, piece in enumerate(pieces)
+    ]
 
 
-def text_bytes(piece: str) -> int:
-    """UTF-8 bytes of a piece in sentencepiece's spelling."""
-    return len(piece.replace(SPACE, " ").encode())
+def lengths(texts: Iterable[bytes]) -> np.ndarray:
+    """Bytes of each, int32 [vocabulary]."""
+    return np.array([len(text) for text in texts], dtype=np.int32)
 
 
-def _is_byte_piece(piece: str) -> bool:
-    return len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
+def _text_of(piece: str) -> bytes:
+    """A piece in sentencepiece's spelling."""
+    return piece.replace(SPACE, " ").encode()
 
 
-def _is_byte_level(pieces: Iterable[str | None]) -> bool:
+def _bytes_of(piece: str) -> bytes:
+    """The same, where ``<0x41>`` is the byte."""
+    spelled = _BYTE_PIECE.fullmatch(piece)
+    return bytes([int(spelled[1], 16)]) if spelled else _text_of(piece)
+
+
+def _alphabet() -> dict[str, int]:
+    """GPT-2's characters for bytes: the printable ones for themselves, the others from U+0100 on."""
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return {chr(byte): byte for byte in shown} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+
+
+_ALPHABET = _alphabet()
+
+
+def _byte_level_text(piece: str) -> bytes:
+    if all(character in _ALPHABET for character in piece):
+        return bytes(_ALPHABET[character] for character in piece)
+    return piece.encode()
+
+
+def _is_byte_level(tokenizer, pieces: Iterable[str | None]) -> bool:
     """GPT-2's alphabet writes a blank as U+0120; sentencepiece's pieces begin with U+2581."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and backend.decoder is not None:
+        return "ByteLevel" in repr(backend.decoder)
     starts = [piece[0] for piece in pieces if piece]
     return starts.count("\u0120") > starts.count(SPACE)

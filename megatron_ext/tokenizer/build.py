@@ -57,9 +57,19 @@ class Tokenizer:
         """The text that ids stand for."""
         raise NotImplementedError
 
-    def token_bytes(self) -> np.ndarray:
-        """UTF-8 bytes each id stands for, int32 [vocab_size]; 0 for special tokens."""
+    def token_texts(self) -> list[bytes]:
+        """The bytes that each id stands for; empty for special tokens.
+
+        Raises:
+            ValueError: ids stand for no text (NullTokenizer).
+        """
         raise NotImplementedError
+
+    def token_bytes(self) -> np.ndarray:
+        """How many bytes each id stands for, int32 [vocab_size]; 0 for special tokens."""
+        from megatron_ext.tokenizer.bits_per_byte import lengths
+
+        return lengths(self.token_texts())
 
     @property
     def unique_identifiers(self) -> OrderedDict:
@@ -106,10 +116,10 @@ class SentencePieceTokenizer(Tokenizer):
     def detokenize(self, ids: Sequence[int]) -> str:
         return self.processor.decode([int(i) for i in ids])
 
-    def token_bytes(self) -> np.ndarray:
-        from megatron_ext.tokenizer.bits_per_byte import sentencepiece_bytes
+    def token_texts(self) -> list[bytes]:
+        from megatron_ext.tokenizer.bits_per_byte import sentencepiece_texts
 
-        return sentencepiece_bytes(self.processor)
+        return sentencepiece_texts(self.processor)
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -172,10 +182,10 @@ class HuggingFaceTokenizer(Tokenizer):
     def detokenize(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
-    def token_bytes(self) -> np.ndarray:
-        from megatron_ext.tokenizer.bits_per_byte import huggingface_bytes
+    def token_texts(self) -> list[bytes]:
+        from megatron_ext.tokenizer.bits_per_byte import huggingface_texts
 
-        return huggingface_bytes(self.tokenizer)
+        return huggingface_texts(self.tokenizer)
 
 
 class NullTokenizer(Tokenizer):
@@ -202,6 +212,9 @@ class NullTokenizer(Tokenizer):
 
     def detokenize(self, ids: Sequence[int]) -> str:
         return " ".join(str(int(i)) for i in ids)
+
+    def token_texts(self) -> list[bytes]:
+        raise ValueError("NullTokenizer has no pieces: its ids are numbers")
 
     def token_bytes(self) -> np.ndarray:
         """All 0: numbers stand for no text, so there are no bits per byte."""

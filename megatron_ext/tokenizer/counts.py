@@ -29,7 +29,7 @@ from megatron_ext.data.preprocess.encoding import refusals
 from megatron_ext.data.preprocess.pool import Note, run_chunks
 from megatron_ext.data.preprocess.progress import Progress
 from megatron_ext.data.preprocess.sources import Source
-from megatron_ext.tokenizer.bits_per_byte import sentencepiece_bytes
+from megatron_ext.tokenizer.bits_per_byte import lengths, sentencepiece_texts
 from megatron_ext.tokenizer.encoder import NativeEncoder
 
 FORMAT = "megatron_ext.token_counts/1"
@@ -254,7 +254,7 @@ def count_dataset(prefix: str, encoder: NativeEncoder, tokenizer_sha256: str) ->
                     f"{prefix}.bin: id {len(found) - 1} is outside the {encoder.vocab_size} pieces"
                 )
             histogram += found
-    text_bytes = int(histogram @ sentencepiece_bytes(encoder.processor).astype(np.int64))
+    text_bytes = int(histogram @ lengths(sentencepiece_texts(encoder.processor)).astype(np.int64))
     counts = Counts.empty(tokenizer_sha256, encoder.vocab_size)
     counts.add(Path(prefix).name, histogram, text_bytes, len(index.documents) - 1)
     return counts

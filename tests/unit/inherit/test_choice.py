@@ -1,15 +1,17 @@
 """Which layers, channels and rows: functions from arrays to indices."""
 
+import random
+
 import pytest
 import torch
 
 from megatron_ext.inherit import axes, depth, width
 from megatron_ext.inherit.axes import Axis
 from megatron_ext.inherit.choice import top
-from megatron_ext.inherit.vocabulary import Rows, match, match_tokenizers
-from megatron_ext.tokenizer.build import SentencePieceTokenizer
+from megatron_ext.inherit.vocabulary import Piece, Rows, match, match_tokenizers, pieces
+from megatron_ext.tokenizer.build import HuggingFaceTokenizer, SentencePieceTokenizer
 from tests.unit.inherit import toy
-from tests.unit.tokenizer.sample_models import trained
+from tests.unit.tokenizer.sample_models import corpus_lines, trained
 
 
 def test_ends_and_uniform():
@@ -93,12 +95,25 @@ def test_rows_copy_bit_for_bit_or_take_the_mean():
     torch.testing.assert_close(taken[1], (weights[0] + weights[3]) / 2)
 
 
-def test_pieces_are_matched_by_string_and_role():
-    encoded = {"new": [0, 1]}
-    rows = match(["<end>", "b", "new"], ["a", "b", "</s>"], {0: 2}, encoded.__getitem__)
-    assert [rows.ids[rows.starts[i] : rows.starts[i + 1]].tolist() for i in range(3)] == [[2], [1], [0, 1]]
-    with pytest.raises(ValueError, match="'x' has no text|has no text"):
-        match(["x"], ["a"], {}, lambda piece: [])
+def rows_of(rows: Rows, i: int) -> list[int]:
+    """The source ids that target id ``i`` starts from."""
+    return rows.ids[rows.starts[i] : rows.starts[i + 1]].tolist()
+
+
+def test_pieces_are_matched_by_bytes_name_and_role():
+    source = [Piece(name, text) for name, text in (("<0x41>", b"A"), ("A", b"A"), ("</s>", b""), ("b", b"b"))]
+    wanted = {
+        Piece("<end>", b""): [2],  # by its role
+        Piece("Ab", b"Ab"): [1, 3],  # by the ids of its text
+        Piece("<0x41>", b"A"): [0],  # of the same bytes, the same name first
+        Piece("À", b"A"): [1],  # and a byte's piece last
+        Piece("</s>", b""): [2],
+        Piece("</s>", b"</s>"): [2],  # special there, an added token here
+    }
+    rows = match(list(wanted), source, {0: 2}, lambda piece: {"Ab": [1, 3]}[piece.name])
+    assert [rows_of(rows, i) for i in range(len(wanted))] == list(wanted.values())
+    with pytest.raises(ValueError, match="'x'. has no text and no source"):
+        match([Piece("x", b"x")], source, {}, lambda piece: [])
 
 
 def test_tokenizers_are_matched(tmp_path):
@@ -116,3 +131,60 @@ def test_tokenizers_are_matched(tmp_path):
         assert "".join(small.processor.id_to_piece(j) for j in ids) == piece
     assert (up.counts > 1).any() and (down.counts == 1).mean() > 0.9
     assert down.ids[down.starts[small.eod]] == big.eod
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory) -> tuple[SentencePieceTokenizer, HuggingFaceTokenizer]:
+    """The same text learnt by sentencepiece and by a byte-level BPE, as those of Qwen2 and Llama 3."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    path = tmp_path_factory.mktemp("families")
+    (path / "a.model").write_bytes(trained())
+    byte_level = Tokenizer(models.BPE())
+    byte_level.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    byte_level.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=700,
+        special_tokens=["<|end|>", "<unk>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    byte_level.train_from_iterator(corpus_lines(random.Random(7)), trainer)
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=byte_level, eos_token="<|end|>")
+    fast.add_tokens(["<sep>"])
+    fast.save_pretrained(path / "b")
+    return SentencePieceTokenizer(path / "a.model"), HuggingFaceTokenizer(path / "b")
+
+
+@pytest.mark.parametrize("down", [True, False])
+def test_families_of_tokenizers_are_matched_by_bytes(families, down):
+    """Every piece starts from pieces of exactly its bytes, of one piece where the source has one."""
+    target, source = families if down else families[::-1]
+    rows, texts, theirs = match_tokenizers(target, source), target.token_texts(), source.token_texts()
+    for i, text in enumerate(texts):
+        if text:
+            ids = rows_of(rows, i)
+            assert b"".join(theirs[j] for j in ids) == text, pieces(target)[i]
+            assert len(ids) == 1 or text not in theirs
+    assert rows_of(rows, target.eod) == [source.eod]
+    assert (rows.counts > 1).any() and (rows.counts == 1).mean() > 0.4
+
+
+def test_well_known_pieces_of_both_families(families):
+    sentencepiece, byte_level = families
+    wanted = {
+        families: {
+            "▁the": "Ġthe",
+            "<0x41>": "A",
+            "<0xE4>": "ä",
+            "<0x0A>": "Ċ",
+            "<sep>": "<sep>",
+            "的": "çļĦ",
+        },
+        families[::-1]: {"Ġthe": "▁the", "Ċ": "<0x0A>", "ä": "<0xE4>", "e": "e", "<sep>": "<sep>"},
+    }
+    for (target, source), pairs in wanted.items():
+        rows, mine, theirs = match_tokenizers(target, source), pieces(target), pieces(source)
+        for piece, right in pairs.items():
+            assert "".join(theirs[j] for j in rows_of(rows, mine.index(piece))) == right
