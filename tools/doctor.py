@@ -62,11 +62,11 @@ def measured() -> dict[str, float]:
     import torch
 
     from megatron_ext import platform
-    from megatron_ext.training.metrics import peak_flops
+    from megatron_ext.training.metrics import measured_flops
 
     dtype = torch.bfloat16 if platform.on_gpu() else torch.float32
     return {
-        "matmul_tflops": peak_flops(dtype) / 1e12,
+        "matmul_tflops": measured_flops(dtype) / 1e12,
         "link_gbytes": speed.link_bytes_per_second() / 1e9,
         "disk_mbytes": speed.disk_bytes_per_second() / 1e6,
     }

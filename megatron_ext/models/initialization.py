@@ -120,8 +120,9 @@ def initialize(model: nn.Module, config: PanguProConfig, seed: int) -> None:
         whole = torch.cat(drawn) if len(drawn) > 1 else drawn[0]
         parameter.copy_(whole)
         if hasattr(parameter, "_high_precision_init_val"):
-            # What Transformer Engine kept from before the rounding to FP8, and the optimizer starts from.
-            parameter._high_precision_init_val = whole
+            # What Transformer Engine kept from before the rounding to FP8, and the optimizer starts from. The
+            # distributed one views it flat, and a window would keep the whole draw in memory.
+            parameter._high_precision_init_val = whole.clone(memory_format=torch.contiguous_format)
 
 
 def _drawn(shard: ShardedTensor, rules: dict[str, Draw | None], seed: int) -> torch.Tensor | None:

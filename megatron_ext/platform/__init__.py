@@ -286,21 +286,6 @@ def empty_cache() -> None:
         torch.cuda.empty_cache()
 
 
-def data_sheet_peak_flops(dtype) -> float | None:
-    """Dense peak of this GPU from its data sheet in floating point operations a second, if known.
-
-    Half the figures that are advertised "with sparsity": an H100 or H200 does 989e12 in bf16.
-    """
-    import torch
-
-    name = torch.cuda.get_device_name()
-    half = dtype in (torch.bfloat16, torch.float16)
-    for model, peak in {"H200": 989e12, "H100": 989e12, "A100": 312e12}.items():
-        if model in name:
-            return peak if half else peak / 2
-    return None
-
-
 class NsysWindow:
     """The part of a run that nsys captures (``--capture-range cudaProfilerApi``)."""
 

@@ -1,10 +1,37 @@
-"""How fast two processes of this machine exchange bytes, and how fast its disk takes them."""
+"""How fast a GPU multiplies by its data sheet, two processes exchange bytes, and the disk takes them."""
 
 import os
+import re
 import tempfile
 import time
 
 from megatron_ext.platform import network
+
+#: Words of a GPU's name -> dense peaks of its data sheet in TFLOP/s: bf16 and fp16, fp32. The first row whose
+#: words are all in the name. Half of what is advertised "with sparsity"; fp32 is that of the ordinary units,
+#: because TF32 is not switched on.
+_DATA_SHEETS = (
+    ("GB200", 2500, 80),
+    ("B200", 2250, 75),
+    ("GH200", 989, 67),
+    ("H200 NVL", 835, 60),
+    ("H200", 989, 67),
+    ("H100 NVL", 835, 60),
+    ("H100 PCIe", 756, 51),
+    ("H100", 989, 67),
+    ("A100", 312, 19.5),
+    ("A800", 312, 19.5),
+    ("L40S", 362, 91.6),
+)
+
+
+def data_sheet_flops(name: str, half: bool) -> float | None:
+    """Floating point operations a second of a GPU by its name, in half or single precision, if known."""
+    said = re.split(r"[\s_-]+", name.upper())
+    for words, in_half, in_single in _DATA_SHEETS:
+        if set(words.upper().split()) <= set(said):
+            return (in_half if half else in_single) * 1e12
+    return None
 
 
 def link_bytes_per_second(size: int = 64 << 20, times: int = 5) -> float:

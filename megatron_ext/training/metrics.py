@@ -11,6 +11,7 @@ from megatron.core.transformer.module import param_is_not_shared
 
 from megatron_ext import platform
 from megatron_ext.platform.numerics import sum_of_squares
+from megatron_ext.platform.speed import data_sheet_flops
 
 
 def flops_per_token(args: Namespace) -> float:
@@ -31,18 +32,21 @@ def flops_per_token(args: Namespace) -> float:
 
 
 @cache
-def peak_flops(dtype: torch.dtype, seconds: float = 0.3) -> float:
-    """Floating point operations a second of this device: a data sheet's for a GPU we know, else measured.
-
-    On a CPU it is the best of repeated matmuls with the threads of this process, once a run.
-    """
+def peak_flops(dtype: torch.dtype) -> float:
+    """Floating point operations a second of this device: a data sheet's for a GPU we know, else measured."""
+    known = None
     if platform.on_gpu():
-        return platform.data_sheet_peak_flops(dtype) or _measured_peak(dtype, 4096, seconds)
-    return _measured_peak(dtype, 1024, seconds)
+        known = data_sheet_flops(platform.device_name(), dtype in (torch.bfloat16, torch.float16))
+    return known or measured_flops(dtype)
 
 
-def _measured_peak(dtype: torch.dtype, n: int, seconds: float) -> float:
-    a, b = (torch.ones(n, n, dtype=dtype, device=platform.current_device()) for _ in range(2))
+def measured_flops(dtype: torch.dtype, seconds: float = 0.3) -> float:
+    """The same from the best of repeated products, on a CPU with the threads of this process.
+
+    Of random numbers: a GPU multiplies equal ones at a clock that real ones do not let it keep.
+    """
+    n = 8192 if platform.on_gpu() else 1024
+    a, b = (torch.randn(n, n, device=platform.current_device()).to(dtype) for _ in range(2))
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
         start = time.perf_counter()

@@ -26,6 +26,7 @@ from tests.helpers.pool import WorkerError
 from tests.unit.checkpointing.tiny import RELATIVE, Run, arguments
 
 DISTRIBUTED = "--use-distributed-optimizer"
+MEM_EFFICIENT = "--distrib-optim-fully-reshardable-mem-efficient"
 DROPOUT = ("--hidden-dropout", "0.1", "--attention-dropout", "0.1")
 TIMEOUT = 300
 
@@ -71,6 +72,7 @@ def resumed_bit_for_bit(folder: str, layout: Layout, flags: tuple, async_save: b
         (Layout(tp=2, pp=2), DROPOUT, False),
         (Layout(dp=2), DROPOUT, True),
         (Layout(dp=2), (DISTRIBUTED, *DROPOUT), False),
+        (Layout(dp=2), (DISTRIBUTED, "--save", "unused", "--save-interval", "1", MEM_EFFICIENT), False),
         (Layout(tp=2, dp=2), (DISTRIBUTED, "--sequence-parallel", "--bf16"), False),
         (Layout(dp=2), ("--bf16",), False),
     ],

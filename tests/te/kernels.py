@@ -176,3 +176,10 @@ def fused_rope_forward(t, freqs, start_positions, tensor_format, interleaved, cu
 def fused_rope_backward(dy, freqs, *layout):
     """Its gradient: the same rotation backwards."""
     return _rotated(dy, freqs[: dy.size(0)], -1.0)
+
+
+def dequantize(tensor, dtype):
+    """The numbers that a Float8Tensor stands for."""
+    kinds = {DType.kFloat8E4M3: torch.float8_e4m3fn, DType.kFloat8E5M2: torch.float8_e5m2}
+    values = tensor._data.view(kinds[DType(tensor._fp8_dtype)]).float() * tensor._scale_inv
+    return values.to(_TORCH[DType(dtype)])

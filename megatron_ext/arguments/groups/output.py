@@ -59,6 +59,10 @@ class CheckpointArguments:
     ckpt_fully_parallel_save: bool = True
     """Let one data parallel rank write what all of them hold, instead of dividing the work."""
 
+    distrib_optim_fully_reshardable_mem_efficient: bool = False
+    """Gather the distributed optimizer's state for a checkpoint on one data parallel rank, over gloo: slower,
+    and the others need no memory for it."""
+
     use_checkpoint_args: bool = False
     """Take the tokenizer, the sequence length and the dropouts too from the checkpoint in --load, or, where
     there is none yet, in --pretrained-checkpoint; flags given here win, a preset does not."""

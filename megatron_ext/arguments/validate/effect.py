@@ -106,6 +106,11 @@ DEPENDENCES = (
         lambda a: a.save,
         "--save",
     ),
+    Dependence(
+        ("distrib_optim_fully_reshardable_mem_efficient",),
+        lambda a: a.save and a.use_distributed_optimizer,
+        "--save and --use-distributed-optimizer",
+    ),
     Dependence(("ckpt_fully_parallel_save", "log_progress", "keep_latest_k"), lambda a: a.save, "--save"),
     Dependence(
         ("ckpt_step", "exit_on_missing_checkpoint", "pretrained_checkpoint"), lambda a: a.load, "--load"

@@ -50,6 +50,8 @@ def eight_bit_formats_agree(args, typed):
         yield "--fp8-format and --fp4-format exclude each other"
     if args.fp8_param_gather and not args.use_distributed_optimizer:
         yield "--fp8-param-gather needs --use-distributed-optimizer"
+    if args.fp8_param_gather and args.fp8_recipe == "mxfp8":
+        yield "--fp8-param-gather does not go with --fp8-recipe mxfp8, whose weights cannot share a buffer"
     if args.fp8_recipe == "custom" and args.fp8 or args.fp4_recipe == "custom" and args.fp4:
         yield "a custom recipe for FP8 or FP4 needs code of its own and is not supported here"
 

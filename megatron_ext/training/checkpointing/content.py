@@ -46,9 +46,8 @@ def content_metadata(optimizer, args: Namespace) -> dict:
         isinstance(o, DistributedOptimizer) for o in inner_optimizers(optimizer)
     ):
         metadata["distrib_optim_sharding_type"] = "fully_reshardable"
-        metadata["distrib_optim_fully_reshardable_mem_efficient"] = bool(
-            getattr(args, "distrib_optim_fully_reshardable_mem_efficient", False)
-        )
+        name = "distrib_optim_fully_reshardable_mem_efficient"
+        metadata[name] = bool(getattr(args, name, False))
     return metadata
 
 

@@ -17,6 +17,7 @@ from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     distribute_main_replicas_with_precomputed_distribution,
 )
+from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from torch import nn
 
 from megatron_ext import platform
@@ -111,6 +112,7 @@ def _sharded_part(model: list, optimizer, args: Namespace, rng_states: bool) -> 
             state["optimizer"] = optimizer.sharded_state_dict(dict(state), metadata=metadata)
     if rng_states and not getattr(args, "no_save_rng", None):
         state["rng_state"] = content.rng_object(content.gather_rng())
+    force_all_tensors_to_non_fp8(state)  # a checkpoint is read without Transformer Engine too
     return state | {"content_metadata": metadata}
 
 

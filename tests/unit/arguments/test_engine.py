@@ -50,6 +50,11 @@ BROKEN = [
     ("--fp8-recipe delayed --first-last-layers-bf16", 1, "does not go with --fp8-recipe delayed"),
     ("--first-last-layers-bf16 --num-layers-at-end-in-bf16 5", 1, "exceeds the 4 layers"),
     ("--fp8-param-gather", 1, "--fp8-param-gather needs --use-distributed-optimizer"),
+    (
+        "--fp8-param-gather --use-distributed-optimizer --fp8-recipe mxfp8",
+        1,
+        "--fp8-param-gather does not go with --fp8-recipe mxfp8",
+    ),
     ("--cuda-graph-impl transformer_engine", 1, "use --cuda-graph-impl local"),
     ("--cuda-graph-impl local --recompute-activations", 1, "does not go with recomputation"),
     ("--cuda-graph-warmup-steps 2", 1, "--cuda-graph-warmup-steps cannot take effect"),

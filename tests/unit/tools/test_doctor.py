@@ -5,8 +5,10 @@ import json
 import sys
 
 import pytest
+import torch
 
 from megatron_ext.platform import machine, speed
+from megatron_ext.training import metrics
 from tests.conftest import REPOSITORY
 
 SPEC = importlib.util.spec_from_file_location("doctor", REPOSITORY / "tools" / "doctor.py")
@@ -85,3 +87,21 @@ def test_optional_packages_that_do_not_import(with_gpu, monkeypatch, tmp_path, c
 def test_link_and_disk_are_measured():
     assert speed.link_bytes_per_second(size=1 << 20, times=2) > 1e6
     assert speed.disk_bytes_per_second(1 << 20) > 1e5
+
+
+def test_what_is_called_measured_was_measured(monkeypatch):
+    """A data sheet's peak, handed to tools/plan_run.py as measured, would make every plan too fast."""
+    monkeypatch.setattr(metrics, "data_sheet_flops", lambda name, half: pytest.fail("not measured"))
+    monkeypatch.setattr(metrics, "measured_flops", lambda dtype: 5e12)
+    monkeypatch.setattr(speed, "link_bytes_per_second", lambda: 1e9)
+    monkeypatch.setattr(speed, "disk_bytes_per_second", lambda: 1e8)
+    assert doctor.measured()["matmul_tflops"] == 5.0
+
+
+def test_a_run_takes_the_data_sheet_where_there_is_one(monkeypatch):
+    monkeypatch.setattr(metrics.platform, "on_gpu", lambda: True)
+    monkeypatch.setattr(metrics.platform, "device_name", lambda: "NVIDIA H100 NVL")
+    metrics.peak_flops.cache_clear()
+    assert metrics.peak_flops(torch.bfloat16) == 835e12
+    assert metrics.peak_flops(torch.float32) == 60e12
+    metrics.peak_flops.cache_clear()

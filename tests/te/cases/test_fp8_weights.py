@@ -1,0 +1,46 @@
+"""Weights that Transformer Engine keeps in FP8, in a checkpoint: as numbers that anyone can read."""
+
+import torch
+from transformer_engine.pytorch.tensor.float8_tensor import Float8Tensor
+
+from megatron_ext.training.checkpointing import load_checkpoint, save_checkpoint
+from tests.helpers.parallel import Layout
+from tests.te import kernels
+from tests.te.cases.machines import run
+
+
+def in_fp8(weight: torch.Tensor) -> torch.nn.Parameter:
+    """The weight as ``fp8_model_init`` leaves it."""
+    scale = weight.abs().max() / 448
+    data = (weight / scale).to(torch.float8_e4m3fn).view(torch.uint8)
+    tensor = Float8Tensor(
+        shape=weight.shape, dtype=weight.dtype, data=data, fp8_scale_inv=scale.reshape(1),
+        fp8_dtype=kernels.DType.kFloat8E4M3, requires_grad=True,
+    )  # fmt: skip
+    return torch.nn.Parameter(tensor)
+
+
+def saved_and_read(folder: str) -> tuple[dict, dict, int]:
+    """Weights as FP8 has them, the same read by local layers, and how many were in FP8."""
+    first = run(Layout(), True)
+    model, count = first.model[0].module, 0
+    for module in model.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):  # Transformer Engine's linear layers
+            module.weight = in_fp8(module.weight.detach())
+            count += 1
+    expected = {name: p.float().detach().clone() for name, p in model.named_parameters()}
+    args = first.args
+    save_checkpoint(
+        folder, 1, model=[model], optimizer=None, scheduler=None, args=args, run_state={}
+    ).finish()
+    second = run(Layout(), False)
+    second.args.no_load_optim = True
+    load_checkpoint(folder, model=second.model, args=second.args)
+    found = second.model[0].module.named_parameters()
+    return expected, {name: p.detach() for name, p in found}, count
+
+
+def test_a_checkpoint_holds_no_fp8(pool, tmp_path):
+    ((expected, found, count),) = pool.run(Layout(), saved_and_read, str(tmp_path))
+    assert count == 16
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
