@@ -42,6 +42,8 @@ def inherit(options: Namespace) -> dict:
         iteration=options.ckpt_step,
         tokenizer_model=options.tokenizer_model,
     )
+    for note in source.notes:
+        print(f"WARNING: {note}", file=sys.stderr)
     if there := folders.list_iterations(Path(options.save)):
         raise InheritanceError(
             [f"--save {options.save} holds checkpoints already ({there}): give a new folder"]

@@ -37,6 +37,8 @@ def convert(options: Namespace) -> dict:
         raise InterchangeError(f"--from {options.source}: {options.load} is a {source.kind} folder")
     if options.target == "hf" and source.tokenizer is None and not options.tokenizer_model:
         _say_no_tokenizer(source)
+    for note in source.notes:
+        print(f"WARNING: {note}", file=sys.stderr)
     shape = replace(source.shape, dtype=DTYPES.get(options.dtype, source.shape.dtype))
     progress = Progress(shape.num_parameters * source.shape.dtype.itemsize, quiet=options.json)
     try:

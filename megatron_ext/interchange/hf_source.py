@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from megatron_ext.interchange import tokenizer_files
 from megatron_ext.interchange.errors import InterchangeError
 from megatron_ext.interchange.hf_config import read_shape
+from megatron_ext.interchange.hf_tokenizer import special_ids
 from megatron_ext.interchange.json_file import read_object
 from megatron_ext.interchange.mapping import Entry, architecture_named
 from megatron_ext.interchange.source import Source
@@ -41,6 +43,7 @@ class HuggingFaceSource(Source):
         self._find_tied_embedding()
         self._require_names()
         self.tokenizer = self._find_tokenizer(tokenizer_model)
+        self.notes = tuple(self._contradictions(config))
         self.origin = f"a {architecture.class_name}"
 
     def _require_layers(self) -> None:
@@ -109,6 +112,20 @@ class HuggingFaceSource(Source):
         if tokenizer:
             tokenizer_files.require_fit(tokenizer, self.shape.vocab_size, self.path)
         return tokenizer
+
+    def _contradictions(self, config: dict) -> Iterator[str]:
+        """Where the end of a text is another id than the tokenizer's."""
+        eos = special_ids(self.tokenizer).eos if self.tokenizer else None
+        for name, said in (
+            ("config.json", config),
+            ("generation_config.json", read_object(self.path / "generation_config.json", missing={})),
+        ):
+            told = said.get("eos_token_id")
+            if None not in (told, eos) and eos not in (told if isinstance(told, list) else [told]):
+                yield (
+                    f"{self.path / name} ends texts with id {told}, the tokenizer with {eos}: that of the "
+                    "tokenizer ends documents here"
+                )
 
     def _read(self, key: str) -> Tensor:
         entry = self._entries[key]

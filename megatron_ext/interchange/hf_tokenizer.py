@@ -40,7 +40,7 @@ def write_tokenizer(tokenizer: TokenizerFiles | None, folder: Path) -> SpecialId
             shutil.copyfile(file, folder / file.name)
     else:
         _describe(tokenizer.model, folder)
-    return _special_ids(folder, tokenizer)
+    return special_ids(tokenizer)
 
 
 def _describe(model: Path, folder: Path) -> None:
@@ -57,13 +57,17 @@ def _describe(model: Path, folder: Path) -> None:
         (folder / name).write_bytes(content)
 
 
-def _special_ids(folder: Path, tokenizer: TokenizerFiles) -> SpecialIds:
+def special_ids(tokenizer: TokenizerFiles) -> SpecialIds:
+    """The ids that a tokenizer says are special."""
+    if tokenizer.model is None:
+        return SpecialIds()
     if tokenizer.kind == "SentencePieceTokenizer":
         from megatron_ext.tokenizer.build import SentencePieceTokenizer
 
-        built = SentencePieceTokenizer(folder / "tokenizer.model")
+        built = SentencePieceTokenizer(tokenizer.model)
         ids = [token if token >= 0 else None for token in (built.bos, built.eos, built.pad)]
         return SpecialIds(*ids, has_tokenizer=True)
+    folder = tokenizer.model
     names, known = read_object(folder / "tokenizer_config.json", missing={}), known_tokens(folder)
     if "added_tokens_decoder" not in names:  # transformers looks at the older file only then
         names |= read_object(folder / "special_tokens_map.json", missing={})

@@ -25,6 +25,7 @@ class Source(ABC):
         iteration: the training iteration of a checkpoint, else 0.
         kind: "hf" or "megatron".
         origin: one line on what was opened.
+        notes: what the files say differently in two places, and which is taken.
     """
 
     kind: str
@@ -35,6 +36,7 @@ class Source(ABC):
     args: Namespace | None = None
     iteration: int = 0
     origin: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def description(self) -> str:
@@ -56,7 +58,11 @@ class Source(ABC):
             InterchangeError: it is not there, or has another size, or is not finite.
         """
         expected = self.shape.parameters()[key]
-        tensor = self._read(key)
+        try:
+            tensor = self._read(key)
+        except (LookupError, TypeError, RuntimeError) as error:  # of what damaged or hostile files lead to
+            reason = str(error).strip().split("\n")[0]
+            raise InterchangeError(f"{self.path}: {key} cannot be read: {reason}") from error
         if tensor.size() != expected:
             raise InterchangeError(
                 f"{self.path}: {key} is {list(tensor.size())}, its configuration says {list(expected)}"

@@ -2,10 +2,13 @@
 
 import importlib
 import json
+import shutil
 
 import pytest
 
+from megatron_ext.interchange.errors import InterchangeError
 from megatron_ext.interchange.source import open_source
+from tests.unit.tokenizer.sample_models import trained
 
 toys = pytest.importorskip("tests.unit.interchange.toys", reason="needs transformers")
 tool = importlib.import_module("tools.convert_checkpoint")
@@ -74,3 +77,26 @@ def test_all_usage_problems_at_once(tmp_path, capsys):
         "the same folder",
     ):
         assert part in said
+
+
+def test_ends_of_text_that_differ(tmp_path, capsys):
+    """A folder of chat models often names several, one of which is the tokenizer's; another one is told."""
+    (tmp_path / "small.model").write_bytes(trained(vocab_size=500))
+    folder = toys.folder(tmp_path / "hf", "llama", 2, False, vocab_size=500)
+    shutil.copyfile(tmp_path / "small.model", folder / "tokenizer.model")
+    words = ("--from", "hf", "--to", "megatron", "--load", folder, "--save")
+    for told, warned in (([7, 2], 0), (7, 1), (None, 0)):
+        config = json.loads((folder / "config.json").read_text()) | {"eos_token_id": told}
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "generation_config.json").unlink(missing_ok=True)
+        assert run(*words, tmp_path / f"ours {told}") == 0
+        said = capsys.readouterr().err
+        assert said.count("config.json ends texts with id 7, the tokenizer with 2") == warned
+
+
+def test_tensors_that_are_not_where_the_metadata_says(tmp_path):
+    toys.checkpoint(tmp_path / "ours", toys.pi_shape())
+    source = open_source(tmp_path / "ours")
+    source._metadata.storage_data.clear()
+    with pytest.raises(InterchangeError, match="decoder.final_layernorm.weight cannot be read"):
+        source.get("decoder.final_layernorm.weight")

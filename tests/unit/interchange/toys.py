@@ -54,9 +54,9 @@ def model(maker: str, groups: int, tied: bool, **changes):
     return built
 
 
-def folder(path: Path, maker: str, groups: int, tied: bool, shards: bool = False) -> Path:
+def folder(path: Path, maker: str, groups: int, tied: bool, shards: bool = False, **changes) -> Path:
     """The model's folder, in one file or in several."""
-    built = model(maker, groups, tied)
+    built = model(maker, groups, tied, **changes)
     built.save_pretrained(path, max_shard_size="100KB" if shards else "1GB")
     if maker == "internlm2":
         _rename_to_internlm2(path)
