@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 from datetime import timedelta
 
-from megatron_ext.platform import engine, loader, network, optional
+from megatron_ext.platform import engine, loader, network, optional, rendezvous
 from megatron_ext.platform.seams import SUPPORTED_MEGATRON_CORE
 
 _device_type: str | None = None
@@ -127,23 +127,6 @@ def default_backend() -> str:
     return "nccl" if on_gpu() else "gloo"
 
 
-def meet(rank: int, world_size: int, timeout: timedelta):
-    """The key-value store of the job, at MASTER_ADDR:MASTER_PORT, before its processes join in a group.
-
-    A process without a launcher has one of its own; where a group was joined before, it is the group's.
-
-    Raises RuntimeError if the first process does not answer in time.
-    """
-    import torch
-
-    if torch.distributed.is_initialized():
-        return torch.distributed.distributed_c10d._get_default_store()
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    if "MASTER_PORT" not in os.environ:
-        return torch.distributed.HashStore()
-    return next(torch.distributed.rendezvous("env://", rank, world_size, timeout=timeout))[0]
-
-
 def init_process_group(
     backend: str | None, rank: int, world_size: int, local_rank: int, timeout: timedelta, store=None
 ):
@@ -158,7 +141,7 @@ def init_process_group(
         return
     if on_gpu():
         torch.cuda.set_device(local_rank)
-    store = meet(rank, world_size, timeout) if store is None else store
+    store = rendezvous.meet(rank, world_size, timeout) if store is None else store
     backend = backend or default_backend()
     if "gloo" in backend and "GLOO_SOCKET_IFNAME" not in os.environ:
         interface = network.gloo_interface(os.environ["MASTER_ADDR"])

@@ -10,18 +10,19 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch.distributed import Store
 
 from megatron_ext import platform
+from megatron_ext.platform import rendezvous
 from megatron_ext.training.errors import LostProcess
 
 
 def meet(args: Namespace) -> Store:
     """Where the job's processes find each other: its key-value store.
 
-    Raises LostProcess if the first one does not answer within --distributed-timeout-minutes.
+    Raises LostProcess if they have not met within --distributed-timeout-minutes.
     """
     try:
-        return platform.meet(args.rank, args.world_size, _timeout(args))
+        return rendezvous.meet(args.rank, args.world_size, _timeout(args))
     except RuntimeError as error:
-        raise LostProcess(f"the first process of the job does not answer: {error}") from error
+        raise LostProcess(f"the processes of the job have not found each other: {error}") from error
 
 
 def initialize(args: Namespace, store: Store | None = None) -> None:

@@ -1,11 +1,14 @@
 """Lines between ranks: who has gone is known at once, and nobody is thought gone who is not."""
 
 import os
+import resource
 import socket
+import time
 
 import pytest
 import torch
 
+from megatron_ext.training import lifelines
 from megatron_ext.training.errors import LostProcess
 from megatron_ext.training.lifelines import Lifelines
 
@@ -59,13 +62,100 @@ def test_copies_in_a_forked_process_keep_no_line_open(three):
     assert [heard(end) for end in three] == [[], [], []]
 
 
-@pytest.mark.parametrize("words", [b"", b"0123456789abcdef 1\n", b"\xff" * 5000, b"gone 1\nbye\n"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        b"",
+        b"0123456789abcdef 1\n",
+        b"\xff" * 5000,
+        b"gone 1\nbye\n",
+        b"TOKEN 7\n",
+        b"TOKEN x\n",
+        b"x\nTOKEN 1\n",
+    ],
+)
 def test_a_stranger_says_nothing_that_counts(three, words):
     with socket.create_connection(three[0]._listener.getsockname()[:2]) as stranger:
         heard(three[0])
-        stranger.sendall(words)
+        stranger.sendall(words.replace(b"TOKEN", three[0]._token.encode()))
         heard(three[0])
     assert [heard(end) for end in three] == [[], [], []]
+
+
+def strangers(lines: Lifelines, count: int) -> list[socket.socket]:
+    """So many connections to the port that say nothing, taken in as they come."""
+    there = []
+    for _ in range(count):
+        there.append(socket.create_connection(lines._listener.getsockname()[:2]))
+        lines.wait(0.0)
+    return there
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_silent_strangers_use_up_nothing_and_keep_nobody_out(store, monkeypatch):
+    monkeypatch.setattr(lifelines, "_BREATH_SECONDS", 0.0)
+    monkeypatch.setattr(lifelines, "MOST_STRANGERS", 8)
+    first, before = Lifelines(store, 0, 3), descriptors()
+    there = strangers(first, 100)
+    assert len(first._strangers) == 8 and descriptors() <= before + 100 + 8
+    second = Lifelines(store, 1, 3)
+    there += strangers(first, 20)
+    third = Lifelines(store, 2, 3)
+    for end in (first, second, third):
+        assert heard(end) == []
+    second.forget()
+    assert heard(first) == [1] and heard(third) == [1]
+    monkeypatch.setattr(lifelines, "STRANGER_SECONDS", 0.0)
+    heard(first)
+    assert first._strangers == []
+    for end in (first, third, *there):
+        end.close()
+
+
+def test_a_flood_of_strangers_takes_no_core(store):
+    first, there, turns, end = Lifelines(store, 0, 2), [], 0, time.monotonic() + 1.0
+    while time.monotonic() < end:
+        stranger = socket.socket()
+        stranger.setblocking(False)
+        stranger.connect_ex(first._listener.getsockname()[:2])
+        there.append(stranger)
+        first.wait(5.0)
+        turns += 1
+    assert turns < 50
+    for line in (first, *there):
+        line.close()
+
+
+def test_without_descriptors_it_waits_for_some(store, three):
+    """The listening socket stays ready: to be told so again and again would take a core."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with socket.socket() as stranger:
+        stranger.connect(three[0]._listener.getsockname()[:2])
+        resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors() - 1, limits[1]))
+        try:
+            started, turns = time.monotonic(), 0
+            while time.monotonic() < started + 1.0:
+                three[0].wait(0.3)
+                turns += 1
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert turns < 10
+        three[2].forget()
+        assert heard(three[0]) == [2]
+
+
+def test_a_rank_that_was_taken_for_a_stranger_comes_again(store, monkeypatch):
+    first, second = Lifelines(store, 0, 2), Lifelines(store, 1, 2)
+    accepted, _ = first._listener.accept()
+    accepted.close()  # before it was read
+    assert heard(second) == [] and len(second._lines) == 1
+    assert heard(first) == [] and heard(second) == [] and second._lines[0].welcome
+    first.forget()
+    assert heard(second) == [0]
+    second.close()
 
 
 def test_a_rank_0_that_has_gone_before_is_an_error(store):
