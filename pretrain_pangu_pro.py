@@ -15,13 +15,23 @@ import time
 
 START = time.time()
 
-from megatron_ext.arguments import parse_args  # noqa: E402
-from megatron_ext.training.errors import LostProcess, RunError  # noqa: E402
+from megatron_ext.training.errors import Interrupted, LostProcess, RunError  # noqa: E402
+from megatron_ext.training.side import steady_streams, tell  # noqa: E402
+from megatron_ext.training.signals import StopSignals  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, build and train; or record the losses of a model that was trained."""
+    with steady_streams(), StopSignals() as signals:
+        run(argv, signals)
+
+
+def run(argv: list[str] | None, signals: StopSignals) -> None:
+    """The same, with the signals answered by ``signals``."""
+    from megatron_ext.arguments import parse_args
+
     args = parse_args(argv)
+    signals.answer(args.exit_signal)
 
     # Imported after the flags are known to be right: these take seconds.
     from megatron_ext.training import distributed
@@ -34,23 +44,28 @@ def main(argv: list[str] | None = None) -> None:
     with watching(args, store) as watchdog:
         distributed.initialize(args, store)
         if args.record_sample_loss and args.record_mode == "frozen":
-            record_training_set(args, watchdog)
+            record_training_set(args, watchdog, signals)
         else:
             with only_run_in(args.save):
                 trainer = build_trainer(args)
                 distributed.print_rank_0(f" set up in {time.time() - START:.1f} s")
                 distributed.shorten_timeout(args)
-                trainer.train(watchdog)
+                trainer.train(watchdog, signals)
     distributed.finalize()
+
+
+def leave(error: BaseException, code: int) -> None:
+    """At once: Python's end closes process groups, which may wait for processes that have gone."""
+    tell(f"pretrain_pangu_pro.py: error: {error}")
+    os._exit(code)
 
 
 if __name__ == "__main__":
     try:
         main()
     except LostProcess as error:
-        # At once: Python's end closes process groups, which may wait for those that have gone.
-        sys.stdout.flush()
-        print(f"pretrain_pangu_pro.py: error: {error}", file=sys.stderr, flush=True)
-        os._exit(1)
+        leave(error, 1)
+    except Interrupted as error:
+        leave(error, error.code)
     except (ValueError, OSError, RunError) as error:
         sys.exit(f"pretrain_pangu_pro.py: error: {error}")

@@ -7,4 +7,6 @@ bash tools/setup.sh
 export OMP_NUM_THREADS=1 PATH="$PWD/.venv/bin:$PATH"
 # Megatron-Core warns at every import, in every process, that Apex and Transformer Engine are not there.
 export PYTHONWARNINGS=ignore::UserWarning,ignore::FutureWarning,ignore::DeprecationWarning
+# Training saves and exits 0 at Ctrl-C: the script would go on with its next step.
+trap 'exit 130' INT
 step() { printf '\n== %s\n' "$*"; }

@@ -12,7 +12,7 @@ from megatron_ext.data.sampler import CyclicSampler, SequentialSampler
 
 SAMPLERS = {"single": SequentialSampler, "cyclic": CyclicSampler}
 #: A signal for the job reaches every process of its group; these are the trainer's to answer.
-TRAINERS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+TRAINERS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def build_data_loader(dataset: Dataset, args: Namespace, consumed_samples: int) -> DataLoader:

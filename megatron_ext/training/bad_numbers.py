@@ -16,6 +16,7 @@ from megatron_ext.models.builder import unwrap
 from megatron_ext.training.batch import LossCounter
 from megatron_ext.training.distributed import agree_max, print_rank_0
 from megatron_ext.training.errors import RunError
+from megatron_ext.training.side import LinesFile
 
 REPORT = "bad_samples.jsonl"
 _MOST_NAMES = 5
@@ -94,6 +95,9 @@ class BadNumberPolicy:
 
     def __init__(self, args: Namespace, dataset):
         self.args, self.dataset = args, dataset
+        self.report: LinesFile | None = None
+        if args.save and torch.distributed.get_rank() == 0:
+            self.report = LinesFile(Path(args.save) / REPORT, "report of bad samples")
 
     def pass_over(self, error: BadNumbers, progress, microbatches: int) -> None:
         """Report the iteration after ``progress`` and count it; raises BadNumbers past the limit.
@@ -103,7 +107,9 @@ class BadNumberPolicy:
         iteration, limit = progress.iteration + 1, self.args.skip_bad_iterations
         consumed = progress.consumed_train_samples - progress.round_start
         samples = self.samples(error.findings, consumed, microbatches)
-        self._write({"iteration": iteration, "problems": str(error), "samples": samples})
+        if self.report is not None:
+            record = {"iteration": iteration, "problems": str(error), "samples": samples}
+            self.report.write(json.dumps(record))
         progress.bad_iterations += 1
         numbers = ", ".join(str(sample["number"]) for sample in samples[:8]) + ", ..." * (len(samples) > 8)
         text = f"iteration {iteration}: {error}; samples {numbers}"
@@ -131,10 +137,3 @@ class BadNumberPolicy:
                     place = {"data_parallel_rank": rank, "microbatch": number}
                     found += [provenance(self.dataset, sample) | place for sample in batch]
         return found
-
-    def _write(self, record: dict) -> None:
-        if self.args.save and torch.distributed.get_rank() == 0:
-            folder = Path(self.args.save)
-            folder.mkdir(parents=True, exist_ok=True)
-            with open(folder / REPORT, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")

@@ -1,56 +1,106 @@
 """TensorBoard and Weights & Biases under Megatron-LM's tags."""
 
+import contextlib
+import threading
 from argparse import Namespace
-from collections.abc import Callable
+from typing import Any
+
+from megatron_ext.training.side import Side
 
 
 class Boards:
-    """Writes scalars to whichever boards the flags name; none costs nothing."""
+    """Writes scalars to whichever boards the flags name; none costs nothing.
+
+    A board that fails is tried again later (side.py); the points in between are missing on it.
+    """
 
     def __init__(self, args: Namespace):
-        self.writers: list[Callable[[str, float, int], None]] = []
-        self.closers: list[Callable[[], None]] = []
+        self.boards: list[tuple[Side, Any]] = []
         if args.tensorboard_dir:
-            self._add_tensorboard(args)
+            self.boards.append((Side(f"--tensorboard-dir {args.tensorboard_dir}"), _TensorBoard(args)))
         if args.wandb_project:
-            self._add_wandb(args)
+            self.boards.append((Side(f"--wandb-project {args.wandb_project}"), _WeightsAndBiases(args)))
+        for side, board in self.boards:
+            side.attempt(board.connect)
 
-    def _add_tensorboard(self, args: Namespace) -> None:
-        # Imported here: it costs a second, and most short runs do without.
-        from torch.utils.tensorboard import SummaryWriter
+    def __bool__(self) -> bool:
+        return bool(self.boards)
 
-        writer = SummaryWriter(args.tensorboard_dir, max_queue=args.tensorboard_queue_size)
-        self.writers.append(writer.add_scalar)
-        self.closers.append(writer.close)
-        writer.add_text("arguments", "\n".join(f"    {name} {value}" for name, value in vars(args).items()))
-
-    def _add_wandb(self, args: Namespace) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise ValueError("--wandb-project needs Weights & Biases: pip install wandb") from None
-        run = wandb.init(
-            project=args.wandb_project,
-            name=args.wandb_exp_name,
-            entity=args.wandb_entity,
-            dir=args.wandb_save_dir or args.save,
-            config={name: str(value) for name, value in vars(args).items()},
-        )
-        self.writers.append(lambda tag, value, iteration: run.log({tag: value}, step=iteration))
-        self.closers.append(run.finish)
-
-    def scalar(self, tag: str, value: float, iteration: int, samples: int) -> None:
-        """One point against iterations, and one against samples."""
-        for write in self.writers:
-            write(tag, value, iteration)
-            write(f"{tag} vs samples", value, samples)
-
-    def add_scalar(self, tag: str, value: float, iteration: int) -> None:
-        """One point against iterations, as Megatron-Core's timers write them."""
-        for write in self.writers:
-            write(tag, value, iteration)
+    def scalar(self, tag: str, value: float, iteration: int, samples: int | None = None) -> None:
+        """One point against iterations, and, on TensorBoard, one against samples where they are given."""
+        for side, board in self.boards:
+            side.attempt(lambda board=board: board.write(tag, value, iteration, samples))
 
     def close(self) -> None:
         """Write what is queued and close."""
-        for close in self.closers:
-            close()
+        for side, board in self.boards:
+            side.attempt(board.close, now=True)
+
+
+class _TensorBoard:
+    def __init__(self, args: Namespace):
+        # Imported here: it costs a second, and most short runs do without.
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.args, self.make, self.writer = args, SummaryWriter, None
+        self._hook = threading.excepthook
+        threading.excepthook = self._errors_of_threads
+
+    def connect(self) -> None:
+        if self.writer is None:
+            args = self.args
+            self.writer = self.make(args.tensorboard_dir, max_queue=args.tensorboard_queue_size)
+            text = "\n".join(f"    {name} {value}" for name, value in vars(args).items())
+            self._keep(lambda: self.writer.add_text("arguments", text))
+
+    def write(self, tag: str, value: float, iteration: int, samples: int | None) -> None:
+        self.connect()
+        self._keep(lambda: self.writer.add_scalar(tag, value, iteration))
+        if samples is not None:
+            self._keep(lambda: self.writer.add_scalar(f"{tag} vs samples", value, samples))
+
+    def close(self) -> None:
+        threading.excepthook = self._hook
+        if self.writer is not None:
+            self._keep(self.writer.flush)  # says what closing passes over in silence
+            self._keep(self.writer.close)
+
+    def _keep(self, action) -> None:
+        """A writer whose thread has met an error writes no more: the next attempt makes a new one."""
+        try:
+            action()
+        except Exception:
+            writer, self.writer = self.writer, None
+            with contextlib.suppress(Exception):
+                writer.close()
+            raise
+
+    def _errors_of_threads(self, args) -> None:
+        """The error of a writer's thread is raised again by the next call: its stack is not for the log."""
+        if not type(args.thread).__module__.startswith("tensorboard"):
+            self._hook(args)
+
+
+class _WeightsAndBiases:
+    def __init__(self, args: Namespace):
+        import wandb
+
+        self.args, self.wandb, self.run = args, wandb, None
+
+    def connect(self) -> None:
+        if self.run is None:
+            self.run = self.wandb.init(
+                project=self.args.wandb_project,
+                name=self.args.wandb_exp_name,
+                entity=self.args.wandb_entity,
+                dir=self.args.wandb_save_dir or self.args.save,
+                config={name: str(value) for name, value in vars(self.args).items()},
+            )
+
+    def write(self, tag: str, value: float, iteration: int, samples: int | None) -> None:
+        self.connect()
+        self.run.log({tag: value}, step=iteration)  # its steps only grow: samples would be ahead of them
+
+    def close(self) -> None:
+        if self.run is not None:
+            self.run.finish()

@@ -1,5 +1,7 @@
 """The errors that end a run with one clear line instead of a traceback; imports nothing heavy."""
 
+import signal
+
 
 class RunError(RuntimeError):
     """The run cannot go on; the message says why and what to do. The same on every rank."""
@@ -7,3 +9,13 @@ class RunError(RuntimeError):
 
 class LostProcess(RunError):
     """Another process of the job failed, was killed, or does not answer."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal came during set-up, before there was anything to save; ``code`` is the exit code."""
+
+    def __init__(self, number: int):
+        super().__init__(
+            f"received {signal.Signals(number).name} during set-up: there is nothing to save yet"
+        )
+        self.code = 128 + number

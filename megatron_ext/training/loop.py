@@ -26,6 +26,7 @@ from megatron_ext.training.profiling import Profiler
 from megatron_ext.training.recording import OnlineRecorder
 from megatron_ext.training.reporting import IterationReport, Reporter
 from megatron_ext.training.saving import Saver
+from megatron_ext.training.signals import StopSignals
 from megatron_ext.training.step import StepResult, train_step
 from megatron_ext.training.stopping import Stopping
 from megatron_ext.training.watchdog import Watchdog
@@ -68,21 +69,22 @@ class Trainer:
     progress: Progress = field(default_factory=Progress)
     recorder: OnlineRecorder | None = None
 
-    def train(self, watchdog: Watchdog | None = None) -> None:
+    def train(self, watchdog: Watchdog | None = None, signals: StopSignals | None = None) -> None:
         """Train to ``--train-iters``, or until a signal, a time limit or an interval says stop.
 
-        ``watchdog`` is told how far the run is.
+        ``watchdog`` is told how far the run is; ``signals`` answers those that came, and come.
         """
         args, progress = self.args, self.progress
         connect(self.model, self.optimizer, args)
         for chunk in self.model:
             chunk.train()
         self.reporter = Reporter(args, progress.iteration)
-        self.stopping, self.profiler = Stopping(args), Profiler(args)
+        signals = signals or StopSignals()
+        self.stopping, self.profiler = Stopping(args, signals), Profiler(args)
         self.note: Callable = watchdog.note if watchdog else lambda *phase: None
         self.watched: Callable = watchdog.watch if watchdog else lambda iterator: iterator
         if watchdog:
-            watchdog.on_launcher_gone = lambda: self.stopping.request("word that the launcher has gone")
+            watchdog.on_launcher_gone = lambda: signals.request("word that the launcher has gone")
         self.saver = Saver(args, self.model, self.optimizer, self.scheduler, progress.iteration)
         self.bad_numbers = BadNumberPolicy(args, self.datasets[0])
         # One and the same model is to have one and the same loss.
@@ -105,8 +107,8 @@ class Trainer:
             # Frees the processes that read data. The watchdog knows this object and this object the
             # watchdog, so both outlive the run, and Python waits at its end for processes that do not.
             self.valid_iterators = []
+            self.profiler.close()
             self.reporter.close()
-            self.stopping.restore()
 
     def _train_iterations(self) -> str | None:
         """Returns why the loop ended early, or None."""
@@ -150,7 +152,8 @@ class Trainer:
                 self.saver.save(progress)
             if reason:
                 self.reporter.rest()
-                print_rank_0(f"exiting program at iteration {progress.iteration}: {reason}")
+                unsaved = "" if args.save else "; nothing was saved, as there is no --save"
+                print_rank_0(f"exiting program at iteration {progress.iteration}: {reason}{unsaved}")
                 return reason
         return None
 
@@ -195,15 +198,7 @@ class Trainer:
         if args.empty_unused_memory_level:
             platform.empty_cache()
         if args.timing_log_level and self.progress.iteration % args.log_interval == 0:
-            self._report_times()
-
-    def _report_times(self) -> None:
-        """Megatron-Core's timers of the schedule and the optimizer; a collective call."""
-        timers = self.model[0].config.timers
-        names = sorted(timers._timers)
-        if self.args.log_timers_to_tensorboard and self.reporter.boards:
-            timers.write(names, self.reporter.boards, self.progress.iteration, reset=False)
-        timers.log(names, normalizer=self.args.log_interval)
+            self.reporter.times(self.model[0].config.timers, self.progress.iteration)
 
     def validate(self, split: str) -> None:
         """Evaluate on ``--eval-iters`` global batches, or all there are, and report; a collective call."""

@@ -1,11 +1,13 @@
-"""A window of iterations under a profiler (``--profile``)."""
+"""A window of iterations under a profiler (``--profile``), and the record of GPU memory."""
 
+import os
 from argparse import Namespace
 from pathlib import Path
 
 import torch
 
 from megatron_ext import platform
+from megatron_ext.training.side import Side
 
 
 class Profiler:
@@ -15,34 +17,67 @@ class Profiler:
     ``--use-pytorch-profiler`` asks for torch's profiler; a CPU has torch's profiler only. That one
     writes a Chrome trace per rank below ``--tensorboard-dir`` (or ``profile/``) and, on the first
     of the ranks, a table of the operators by their own time on standard output.
+
+    ``--record-memory-history`` records the allocations of the same ranks, and writes them at the end of
+    the window, or without ``--profile`` at the end of the run. A profile that fails does not end training.
     """
 
     def __init__(self, args: Namespace):
         self.args = args
-        self.profiler: torch.profiler.profile | None = None
-        self.wanted = args.profile and args.rank in args.profile_ranks
+        self.profiler: torch.profiler.profile | platform.NsysWindow | None = None
+        chosen = args.rank in args.profile_ranks
+        self.wanted = args.profile and chosen
         self.for_nsys = platform.on_gpu() and not args.use_pytorch_profiler
-        if args.record_memory_history:
-            platform.record_memory_history()
+        self.side, self.memory_side = Side("--profile"), Side("--record-memory-history")
+        self.records_memory = args.record_memory_history and chosen
+        if self.records_memory:
+            self.memory_side.attempt(platform.record_memory_history)
 
     def before(self, iteration: int) -> None:
         """Start, if ``iteration`` (finished ones so far) opens the window."""
         if self.wanted and iteration == self.args.profile_step_start:
             self.profiler = platform.NsysWindow() if self.for_nsys else torch.profiler.profile()
-            self.profiler.start()
+            if not self.side.attempt(self.profiler.start):
+                self.profiler = None
 
     def after(self, iteration: int) -> None:
         """Stop and write, if ``iteration`` closes the window."""
         if self.profiler is None or iteration < self.args.profile_step_end:
             return
-        self.profiler.stop()
-        if self.args.record_memory_history:
-            platform.dump_memory_history(self.args.memory_snapshot_path)
-        if self.for_nsys:
-            return
+        self._end()
+
+    def close(self) -> None:
+        """Stop and write what is still recorded: the run may end, or fail, within the window."""
+        self._end()
+
+    def _end(self) -> None:
+        profiler, self.profiler = self.profiler, None
+        if profiler is not None and self.side.attempt(profiler.stop) and not self.for_nsys:
+            self.side.attempt(lambda: self._write(profiler))
+        if self.records_memory:
+            self.records_memory = False
+            path = _of_rank(Path(self.args.memory_snapshot_path), self.args)
+            self.memory_side.attempt(lambda: platform.dump_memory_history(str(path)))
+
+    def _write(self, profiler: torch.profiler.profile) -> None:
         folder = Path(self.args.tensorboard_dir or "profile")
         folder.mkdir(parents=True, exist_ok=True)
-        self.profiler.export_chrome_trace(str(folder / f"trace_rank{self.args.rank}.json"))
+        path = folder / f"trace_rank{self.args.rank}.json"
+        profiler.export_chrome_trace(str(path))
+        _require_whole(path)
         if self.args.rank == self.args.profile_ranks[0]:
-            print(self.profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=20))
-        self.profiler = None
+            print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=20))
+
+
+def _require_whole(path: Path) -> None:
+    """Raise OSError if a JSON file was not written to its end, which torch does not tell."""
+    with open(path, "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 16))
+        if not file.read().rstrip().endswith(b"}"):
+            raise OSError(f"{path}: was not written to its end")
+
+
+def _of_rank(path: Path, args: Namespace) -> Path:
+    """``path``, with the number of the rank in its name where several ranks write one."""
+    several = len(args.profile_ranks) > 1
+    return path.with_name(f"{path.stem}_rank{args.rank}{path.suffix}") if several else path

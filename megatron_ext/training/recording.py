@@ -24,6 +24,8 @@ from megatron_ext.training.batch import Batch, LossCounter
 from megatron_ext.training.checkpointing import load_checkpoint
 from megatron_ext.training.data import chunk_iterators, dataset_sizes, pipeline_group
 from megatron_ext.training.distributed import print_rank_0
+from megatron_ext.training.side import Side
+from megatron_ext.training.signals import StopSignals
 from megatron_ext.training.step import evaluation_mode, forward_backward
 from megatron_ext.training.stopping import Stopping
 from megatron_ext.training.watchdog import Watchdog
@@ -88,6 +90,7 @@ class OnlineRecorder:
     def __init__(self, path: str, manifest: dict):
         self.losses = SampleLosses()
         self.record = LossRecord(path, manifest) if self.losses.writes else None
+        self.side = Side(f"--record-sample-loss {path}")
 
     def __call__(self, batch: Batch, losses: Tensor) -> None:
         self.losses(batch, losses)
@@ -98,10 +101,13 @@ class OnlineRecorder:
             self._write()
 
     def flush(self) -> None:
-        """Bring everything to the disk; a collective call of the data parallel ranks."""
+        """Bring everything to the disk, if it takes it; a collective call of the data parallel ranks.
+
+        Losses that were not brought there stay in memory, and are with the next call.
+        """
         self._write()
         if self.record is not None:
-            self.record.mark(force=True)
+            self.side.attempt(lambda: self.record.mark(force=True), now=True)
 
     def _write(self) -> None:
         taken = self.losses.take()
@@ -151,12 +157,14 @@ def online_recorder(args: Namespace, tokenizer, datasets: tuple) -> tuple[Online
     return OnlineRecorder(args.record_sample_loss, manifest), (train, *others)
 
 
-def record_training_set(args: Namespace, watchdog: Watchdog | None = None) -> None:
+def record_training_set(
+    args: Namespace, watchdog: Watchdog | None = None, signals: StopSignals | None = None
+) -> None:
     """Run the frozen model of ``--load`` over the training set; a collective call.
 
     Forward only, at any tensor, pipeline and data parallel layout, without an optimizer. Every sample
     is seen once, in order; a recording that was stopped or killed goes on where it was. ``watchdog`` is
-    told how far it is.
+    told how far it is; ``signals`` answers those that came, and come.
 
     Raises:
         DatasetError: on every rank, if the file holds other losses.
@@ -176,7 +184,9 @@ def record_training_set(args: Namespace, watchdog: Watchdog | None = None) -> No
     manifest = begin_record(args, tokenizer, dataset, samples, "frozen", checkpoint_identity(loaded))
     there = f", {manifest['recorded']:,} are there" if manifest["recorded"] else ""
     print_rank_0(f" recording the losses of {samples:,} samples with {loaded.path}{there}")
-    done = _record_from(dataset, model, args, manifest, watchdog.note if watchdog else lambda phase: None)
+    note = watchdog.note if watchdog else lambda phase: None
+    stopping = Stopping(Namespace(**vars(args) | {"exit_interval": None}), signals or StopSignals())
+    done = _record_from(dataset, model, args, manifest, note, stopping)
     print_rank_0(f" recorded {done:,} of {samples:,} losses in {args.record_sample_loss}")
 
 
@@ -188,7 +198,9 @@ def checkpoint_identity(loaded) -> dict:
 
 
 @torch.no_grad()
-def _record_from(dataset, model: list, args: Namespace, manifest: dict, note: Callable[[str], None]) -> int:
+def _record_from(
+    dataset, model: list, args: Namespace, manifest: dict, note: Callable[[str], None], stopping: Stopping
+) -> int:
     """Record what is missing, until the end or a reason to stop; returns how many there are."""
     done, samples = manifest["recorded"], manifest["samples"]
     losses = SampleLosses()
@@ -198,7 +210,6 @@ def _record_from(dataset, model: list, args: Namespace, manifest: dict, note: Ca
     unit = args.micro_batch_size * args.data_parallel_size * group
     span = Span(dataset, done, samples, unit)
     iterators = chunk_iterators(span, Namespace(**vars(args) | {"dataloader_type": "single"}), 0)
-    stopping = Stopping(Namespace(**vars(args) | {"exit_interval": None}))
     progress = Progress("recorded", samples, done, losses.writes)
     try:
         with evaluation_mode(model):
@@ -220,6 +231,5 @@ def _record_from(dataset, model: list, args: Namespace, manifest: dict, note: Ca
         if record is not None:
             record.mark(done, force=True)
     finally:
-        stopping.restore()
         progress.close()
     return done

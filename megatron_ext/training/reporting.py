@@ -7,9 +7,9 @@ import time
 from argparse import Namespace
 from dataclasses import dataclass, field
 from datetime import datetime
-from pathlib import Path
-from typing import TextIO
 
+import torch
+from megatron.core.timers import Timers
 from tqdm import tqdm
 
 from megatron_ext import platform
@@ -17,6 +17,7 @@ from megatron_ext.training.boards import Boards
 from megatron_ext.training.distributed import is_last_rank
 from megatron_ext.training.evaluation import Evaluation
 from megatron_ext.training.metrics import flops_per_token, peak_flops
+from megatron_ext.training.side import LinesFile
 from megatron_ext.training.spikes import SpikeDetector
 
 #: exp of a larger loss is no float.
@@ -72,7 +73,7 @@ class Reporter:
         self.flops_per_token = flops_per_token(args)
         self.peak_flops = peak_flops(args.params_dtype)
         if args.metrics_file:
-            self.metrics = _open_to_append(Path(args.metrics_file))
+            self.metrics = LinesFile(args.metrics_file, "--metrics-file")
         self.boards = Boards(args)
         if sys.stderr.isatty():
             self.bar = tqdm(total=args.train_iters, initial=first_iteration, unit="it", dynamic_ncols=True)
@@ -122,7 +123,7 @@ class Reporter:
         self.say("-" * len(text) + "\n" + text + "\n" + "-" * len(text))
         record = {"iteration": iteration, "split": split}
         self._write(record | {"lm_loss": result.lm_loss, "bits_per_byte": result.bits_per_byte})
-        if self.boards.writers:
+        if self.boards:
             tag = "lm loss validation" if split == "validation" else f"lm loss {split}"
             self.boards.scalar(tag, result.lm_loss, iteration, consumed_samples)
             if math.isfinite(result.bits_per_byte):
@@ -134,6 +135,21 @@ class Reporter:
         """Print without breaking the bar."""
         if self.active:
             tqdm.write(text) if self.bar else print(text, flush=True)
+
+    def times(self, timers: Timers, iteration: int) -> None:
+        """Report Megatron-Core's timers of the schedule and the optimizer; a collective call."""
+        names: list = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(names, sorted(timers._timers))
+        names = sorted(set().union(*names))  # the stages of a pipeline have timers of their own
+        if not names:
+            return
+        if self.args.log_timers_to_tensorboard:
+            largest = timers._get_global_min_max_time(names, False, False, 1.0)
+            for name, (_, seconds) in largest.items() if self.boards else ():
+                self.boards.scalar(f"{name}-time", seconds, iteration)
+        text = timers.get_all_timers_string(names, normalizer=self.args.log_interval)
+        if text:
+            self.say(text)
 
     def close(self) -> None:
         """Flush and close what is open."""
@@ -200,10 +216,9 @@ class Reporter:
                 self.boards.scalar(tag, value, report.iteration, report.consumed_samples)
 
     def _write(self, record: dict) -> None:
-        if self.metrics:
+        if self.metrics is not None:
             finite = {name: _number(value) for name, value in record.items()}
-            self.metrics.write(json.dumps(finite, allow_nan=False) + "\n")
-            self.metrics.flush()
+            self.metrics.write(json.dumps(finite, allow_nan=False))
 
 
 def _iteration_record(report: IterationReport, seq_length: int) -> dict:
@@ -221,15 +236,6 @@ def _iteration_record(report: IterationReport, seq_length: int) -> dict:
     }
     optional = {"num_zeros_in_grad": report.num_zeros_in_grad, "params_norm": report.params_norm}
     return record | {name: value for name, value in optional.items() if value is not None}
-
-
-def _open_to_append(path: Path) -> TextIO:
-    """Open a file of lines; half a line that a killed run left at its end stays a line of its own."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (closed by Reporter.close)
-    if file.tell() and not path.read_bytes().endswith(b"\n"):
-        file.write("\n")
-    return file
 
 
 def _number(value: object) -> object:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_ext.training.checkpointing import PendingSave, save_checkpoint
 from megatron_ext.training.distributed import print_rank_0
+from megatron_ext.training.side import LinesFile
 from megatron_ext.training.step import parameters_in_place
 
 
@@ -24,6 +25,9 @@ class Saver:
         self.args, self.model, self.optimizer, self.scheduler = args, model, optimizer, scheduler
         self.saved_at = saved_at
         self.pending: PendingSave | None = None
+        self.progress: LinesFile | None = None
+        if args.log_progress and args.save and args.rank == 0:
+            self.progress = LinesFile(Path(args.save) / "progress.txt", "--log-progress")
         self.buffers: dict = {}
 
     def due(self, iteration: int, last: bool) -> bool:
@@ -75,13 +79,7 @@ class Saver:
         pending.finish()
         if self.args.async_save:
             print_rank_0(f" checkpoint {pending.iteration}: in place in {self.args.save}")
-        if self.args.log_progress:
-            log_progress(self.args, pending.iteration, "Saved checkpoint")
-
-
-def log_progress(args: Namespace, iteration: int, event: str) -> None:
-    """Append a line to progress.txt in the --save folder (``--log-progress``)."""
-    if args.rank == 0:
-        when, job = time.strftime("%Y-%m-%d %H:%M:%S"), os.environ.get("SLURM_JOB_ID", "")
-        with open(Path(args.save) / "progress.txt", "a", encoding="utf-8") as file:
-            file.write(f"{when}\tJob ID: {job}\t# GPUs: {args.world_size}\t{event}\tIteration: {iteration}\n")
+        if self.progress is not None:
+            when, job = time.strftime("%Y-%m-%d %H:%M:%S"), os.environ.get("SLURM_JOB_ID", "")
+            gpus, end = self.args.world_size, f"Saved checkpoint\tIteration: {pending.iteration}"
+            self.progress.write(f"{when}\tJob ID: {job}\t# GPUs: {gpus}\t{end}")

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from torch.distributed import PrefixStore, Store
 
 from megatron_ext.training.distributed import flush
-from megatron_ext.training.errors import LostProcess
+from megatron_ext.training.errors import Interrupted, LostProcess
 from megatron_ext.training.lifelines import Lifelines
 
 #: A rank that was told of another's failure gets this long to end by itself; less before its first step.
@@ -52,6 +52,9 @@ def watching(args: Namespace, store: Store) -> Iterator["Watchdog"]:
         reason = dog.reason_elsewhere()
         dog.tell(f"rank {args.rank} lost its connection: {lost}")
         raise LostProcess(reason or lost) from error
+    except Interrupted as error:
+        dog.tell(f"rank {args.rank} {error}")
+        raise
     finally:
         dog.stop()
 

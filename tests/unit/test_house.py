@@ -35,6 +35,8 @@ FOREIGN_FLAGS = {
     "--rdzv-endpoint",
     "--rdzv-id",
     "--standalone",
+    "--max-restarts",
+    "--shutdown-timeout",
     "--logdir",
     "--no-build-isolation",
 }

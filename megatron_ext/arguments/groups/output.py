@@ -174,7 +174,8 @@ class ProfilingArguments:
     """Ranks that are profiled."""
 
     record_memory_history: bool = False
-    """Record every allocation of GPU memory."""
+    """Record every allocation of GPU memory, on --profile-ranks."""
 
     memory_snapshot_path: str = flag("snapshot.pickle", metavar="FILE")
-    """Where the memory record goes."""
+    """Where the memory record goes, at the end of the profile or of the run; with several --profile-ranks
+    a file each, with its rank in the name."""

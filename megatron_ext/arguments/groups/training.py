@@ -45,10 +45,11 @@ class TrainingArguments:
     """Save and stop after this many minutes."""
 
     exit_signal_handler: bool = False
-    """Save and stop when --exit-signal arrives; SIGTERM is always handled so."""
+    """Save and stop when --exit-signal arrives; always so here."""
 
     exit_signal: Signals = flag(Signals.SIGTERM, type=signal_by_name, metavar="NAME")
-    """The signal that asks for a checkpoint and an exit, such as SIGUSR1."""
+    """One more signal that asks for a checkpoint and an exit; SIGTERM, SIGINT (Ctrl-C), SIGHUP and SIGUSR1
+    always do."""
 
     iterations_to_skip: list[int] = flag([])
     """Iterations, numbered as in the log (Megatron-LM 0.16 numbers from 0), whose batch is not trained on."""

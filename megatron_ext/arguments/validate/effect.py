@@ -138,9 +138,14 @@ DEPENDENCES = (
         ("wandb_exp_name", "wandb_save_dir", "wandb_entity"), lambda a: a.wandb_project, "--wandb-project"
     ),
     Dependence(
-        ("profile_step_start", "profile_step_end", "use_pytorch_profiler", "profile_ranks"),
+        ("profile_step_start", "profile_step_end", "use_pytorch_profiler"),
         lambda a: a.profile,
         "--profile",
+    ),
+    Dependence(
+        ("profile_ranks",),
+        lambda a: a.profile or a.record_memory_history,
+        "--profile or --record-memory-history",
     ),
     Dependence(("memory_snapshot_path",), lambda a: a.record_memory_history, "--record-memory-history"),
     Dependence(("record_memory_history", "empty_unused_memory_level"), lambda a: a.device == "cuda", "a GPU"),

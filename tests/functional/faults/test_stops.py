@@ -105,7 +105,7 @@ def test_at_random_times(pool, tmp_path, whole):
             rng.choice(["a training step", "waiting for data", "evaluating", "saving", str(folder)]),
             rng.randint(1, 4),
             rng.choice([0.0, rng.uniform(0, 0.1)]),
-            (rng.choice([signal.SIGTERM, signal.SIGUSR1]),),
+            (rng.choice([signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1]),),
             begins="a training step",  # in set-up there is nothing to save, and a signal ends the process
         )
         pool.run(2, fused_run, run_flags(folder), fuse, timeout=240)
@@ -113,10 +113,10 @@ def test_at_random_times(pool, tmp_path, whole):
         assert_is_whole(pool, folder, whole)
 
 
-def stuck_in_a_collective(argv: list[str], fuse: Fuse) -> None:
+def stuck_in_a_collective(argv: list[str], fuse: Fuse, log: str) -> None:
     """Rank 1 never reads its sixth microbatch: rank 0 waits for it in a collective."""
     if torch.distributed.get_rank() == 0:
-        return fused_run(argv, fuse)
+        return fused_run(argv, fuse, log)
     count, original = 0, batch.next_batch
 
     def stuck(iterator):
@@ -130,13 +130,19 @@ def stuck_in_a_collective(argv: list[str], fuse: Fuse) -> None:
     fused_run(argv, None)  # connects as rank 0 does
 
 
-def test_a_second_signal_ends_at_once_even_in_a_collective(pool, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_at_once_even_in_a_collective(pool, tmp_path, number):
     folder = tmp_path / "run"
-    fuse = Fuse(0, "a training step", 7, 0.5, signals=(signal.SIGTERM, signal.SIGTERM), apart=2.2)
+    fuse = Fuse(0, "a training step", 7, 0.5, signals=(number, number), apart=2.2)
     argv = run_flags(folder, save_interval=1, eval_iters=0)
     started = time.monotonic()
-    with pytest.raises(WorkerError, match="rank 0 of 2 failed: the process died with exit code 143"):
-        pool.run(2, stuck_in_a_collective, argv, fuse, timeout=120, grace=0.2)
+    with pytest.raises(
+        WorkerError, match=f"rank 0 of 2 failed: the process died with exit code {128 + number}"
+    ):
+        pool.run(2, stuck_in_a_collective, argv, fuse, str(tmp_path / "log"), timeout=120, grace=0.2)
+    first, second = (tmp_path / "log0").read_text().splitlines()
+    assert first == f"received {number.name}: stopping in order; a second one ends the run at once"
+    assert second == f"second signal ({number.name}): ending without a save"
     assert time.monotonic() - started < 60
     assert newest_whole(folder) == 2
 
