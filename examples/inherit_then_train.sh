@@ -105,7 +105,7 @@ for criterion in "${criteria[@]}"; do
 done
 
 step "6/6 all curves"
-python tools/plot_metrics.py "${curves[@]}" --x consumed_tokens --output "$run/curves.png"
+picture tools/plot_metrics.py "${curves[@]}" --x consumed_tokens --output "$run/curves.png"
 python - "$run" random_weights "${criteria[@]}" <<'PYTHON'
 import json, sys
 

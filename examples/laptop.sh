@@ -9,4 +9,6 @@ export OMP_NUM_THREADS=1 PATH="$PWD/.venv/bin:$PATH"
 export PYTHONWARNINGS=ignore::UserWarning,ignore::FutureWarning,ignore::DeprecationWarning
 # Training saves and exits 0 at Ctrl-C: the script would go on with its next step.
 trap 'exit 130' INT
+# A picture is not what a run is for: without matplotlib, say, the script goes on.
+picture() { python "$@" || echo "going on without the picture" >&2; }
 step() { printf '\n== %s\n' "$*"; }

@@ -64,7 +64,7 @@ trained_to "$run/round1" "$iterations" ||
 
 step "3/6 losses of round 1's samples"
 record "$run/round1"
-python tools/plot_forgetting.py "$run/round1/losses.npy" --output "$run/forgetting1.png"
+picture tools/plot_forgetting.py "$run/round1/losses.npy" --output "$run/forgetting1.png"
 
 step "4/6 half of the batches, drawn by softmax of their loss"
 python tools/build_round.py --losses "$run/round1/losses.npy" --rate 0.5 --group-size "$batch" \
@@ -79,7 +79,7 @@ trained_to "$run/round2" $((selected / batch)) ||
 
 step "6/6 what is remembered now"
 record "$run/round2"
-python tools/plot_forgetting.py "$run/round1/losses.npy" "$run/round2/losses.npy" --output "$run/forgetting2.png"
+picture tools/plot_forgetting.py "$run/round1/losses.npy" "$run/round2/losses.npy" --output "$run/forgetting2.png"
 
 python - "$run" <<'PYTHON'
 import json, sys

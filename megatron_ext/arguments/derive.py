@@ -4,7 +4,7 @@ import os
 from argparse import Namespace
 
 from megatron_ext import platform
-from megatron_ext.platform import engine
+from megatron_ext.platform import engine, environment
 
 LEGACY_SPLIT = "969, 30, 1"
 
@@ -26,7 +26,8 @@ def device(args: Namespace, assumed: str | None) -> list[str]:
         args.engine_problem = None if assumed == "cuda" else "it needs a GPU"
     else:
         try:
-            args.device = platform.activate(args.device)
+            split = args.tensor_model_parallel_size > 1 or args.context_parallel_size > 1
+            args.device = platform.activate(args.device, environment.settings(split, args.deterministic_mode))
         except platform.PlatformError as error:
             return [str(error)]
         args.engine_problem = engine.problem(args.device == "cuda")

@@ -13,10 +13,10 @@ import importlib.util
 import os
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 
-from megatron_ext.platform import engine, loader, network, optional, rendezvous
+from megatron_ext.platform import engine, environment, loader, network, optional, rendezvous
 from megatron_ext.platform.seams import SUPPORTED_MEGATRON_CORE
 
 _device_type: str | None = None
@@ -43,8 +43,11 @@ def install() -> None:
         sys.meta_path.insert(0, _FirstImport())
 
 
-def activate(device: str = "auto") -> str:
+def activate(device: str = "auto", variables: Mapping[str, str] | None = None) -> str:
     """Choose the device of this process, ``"cpu"`` or ``"cuda"``, and return it.
+
+    ``variables`` are put into the environment, unless they are there, where a GPU is used
+    (``environment.py``).
 
     ``"auto"`` takes a GPU if torch sees one. The first call decides; a later call that asks for
     the other device, or a Megatron-Core that was imported before, is a :class:`PlatformError`,
@@ -56,6 +59,8 @@ def activate(device: str = "auto") -> str:
     if _device_type is not None:
         if device not in ("auto", _device_type):
             raise PlatformError(f"this process already runs on {_device_type}, cannot change to {device}")
+        if _device_type == "cuda":
+            environment.apply(variables or {})
         return _device_type
     check_megatron_core_version()
     import torch
@@ -64,6 +69,10 @@ def activate(device: str = "auto") -> str:
     if device == "cuda" and not available:
         raise PlatformError("--device cuda: torch sees no GPU; use --device cpu, or see tools/doctor.py")
     chosen = "cuda" if available and device != "cpu" else "cpu"
+    if chosen == "cuda":
+        environment.apply(
+            variables or {}
+        )  # before the first kernel, and before Transformer Engine is imported
     if chosen == "cpu":
         _see_cpu()
         optional.block(*optional.GPU_ONLY)
@@ -132,8 +141,9 @@ def init_process_group(
 ):
     """Join the job's processes, which met at ``store``; alone, the process is a world of one.
 
-    gloo is bound to the interface that leads to the first host (``network.py``), unless
-    GLOO_SOCKET_IFNAME names one. A group that was joined before is kept.
+    gloo, which Megatron-Core makes groups of beside those of nccl, is bound to the interface that leads to
+    the first host (``network.py``), unless GLOO_SOCKET_IFNAME names one. A group that was joined before
+    is kept.
     """
     import torch
 
@@ -143,13 +153,18 @@ def init_process_group(
         torch.cuda.set_device(local_rank)
     store = rendezvous.meet(rank, world_size, timeout) if store is None else store
     backend = backend or default_backend()
-    if "gloo" in backend and "GLOO_SOCKET_IFNAME" not in os.environ:
+    if "GLOO_SOCKET_IFNAME" not in os.environ:
         interface = network.gloo_interface(os.environ["MASTER_ADDR"])
         if interface is not None:
             os.environ["GLOO_SOCKET_IFNAME"] = interface
     torch.distributed.init_process_group(
         backend, store=store, rank=rank, world_size=world_size, timeout=timeout
     )
+
+
+def group_timeout(group) -> timedelta:
+    """How long an operation of a process group may take."""
+    return group._get_backend(current_device()).options._timeout
 
 
 def beside_computation() -> Callable[[], contextlib.AbstractContextManager]:

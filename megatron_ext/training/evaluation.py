@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from megatron_ext import platform
 from megatron_ext.training.batch import LossCounter
 from megatron_ext.training.step import evaluation_mode, forward_backward, parameters_in_place
 
@@ -50,6 +51,8 @@ def evaluate(
             )
             if sums is not None:
                 total += sums.cpu()
+    if args.empty_unused_memory_level:
+        platform.empty_cache()
     loss, tokens, text_loss, text_bytes = total.tolist()
     if not tokens:
         return Evaluation(math.nan, math.nan, 0)

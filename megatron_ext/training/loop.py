@@ -195,8 +195,6 @@ class Trainer:
                 params_norm=params_norm(self.model) if logs_norm else None,
             )
         )
-        if args.empty_unused_memory_level:
-            platform.empty_cache()
         if args.timing_log_level and self.progress.iteration % args.log_interval == 0:
             self.reporter.times(self.model[0].config.timers, self.progress.iteration)
 

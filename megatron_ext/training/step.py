@@ -56,7 +56,11 @@ def train_step(
         check_finite(model, counter)
 
     before_update()
+    if args.empty_unused_memory_level >= 1:
+        platform.empty_cache()
     updated, grad_norm, num_zeros = optimizer.step()
+    if args.empty_unused_memory_level >= 2:
+        platform.empty_cache()
     updated = not agree_max([0.0 if updated else 1.0])[0]
     if updated:
         scheduler.step(increment=get_num_microbatches() * args.micro_batch_size * args.data_parallel_size)
@@ -110,4 +114,3 @@ def evaluation_mode(model: list[nn.Module]):
     finally:
         for chunk in model:
             chunk.train()
-        platform.empty_cache()

@@ -28,6 +28,14 @@ from megatron_ext.training.lifelines import Lifelines
 GRACE_SECONDS, SET_UP_GRACE_SECONDS = 10.0, 2.0
 #: After a lost connection: how long to wait for the reason. A rank that fails tells it before it ends.
 REASON_SECONDS = 0.5
+#: What gloo, the key-value store and nccl say of a peer that has gone. Of nccl's errors no others: that two
+#: ranks have one GPU, or that CUDA has failed, is this rank's own trouble.
+_LOST_WORDS = (
+    *("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe"),
+    *("Timed out waiting", "timed out", "Wait timeout", "wait timeout", "has gone or does not answer"),
+    *("closed by remote peer", "remote process exited", "ncclRemoteError", "communicator was aborted"),
+    *("collective operation timeout",),
+)
 
 
 @contextlib.contextmanager
@@ -61,10 +69,7 @@ def watching(args: Namespace, store: Store) -> Iterator["Watchdog"]:
 
 def _lost_connection(error: BaseException) -> bool:
     """Whether this is how a process group reports that another process has gone."""
-    words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting",
-             "timed out", "Wait timeout", "wait timeout", "has gone or does not answer", "NCCL",
-             "Connection refused")  # fmt: skip
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in _LOST_WORDS)
 
 
 @dataclass

@@ -87,3 +87,19 @@ def test_inheritance_from_end_to_end(tmp_path):
     assert list(rows) == ["random_weights", "random", "l1", "l2", "taylor", "learned"]
     assert all(0 < value < 10 for row in rows.values() for value in row)
     assert (tmp_path / "run" / "curves.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("done", ["true", "false"])
+def test_a_picture_that_cannot_be_drawn_ends_no_example(tmp_path, done):
+    examples = REPOSITORY / "examples"
+    drawn = [
+        line for path in examples.glob("*.sh") for line in path.read_text().splitlines() if "plot_" in line
+    ]
+    assert len(drawn) == 4 and all(line.startswith("picture tools/plot_") for line in drawn)
+    function = next(line for line in (examples / "laptop.sh").read_text().splitlines() if "picture()" in line)
+    (tmp_path / "python").write_text(f"#!/bin/sh\n{done}\n")
+    (tmp_path / "python").chmod(0o755)
+    script = f"set -euo pipefail; PATH={tmp_path}:$PATH; {function}\npicture tools/plot_metrics.py; echo end"
+    run = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=20)
+    assert (run.returncode, run.stdout) == (0, "end\n")
+    assert run.stderr == ("" if done == "true" else "going on without the picture\n")

@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from argparse import Namespace
 
 import pytest
 import torch
@@ -63,6 +64,28 @@ def test_sigterm_on_one_rank_saves_on_all(pool, tmp_path):
     saved = int((tmp_path / "latest_checkpointed_iteration.txt").read_text())
     assert 0 < saved < 100_000
     assert (tmp_path / f"iter_{saved:07d}").is_dir()
+
+
+def _memory_given_back(argv: list[str], level: int) -> int:
+    """How often a run gives the cache of GPU memory back: on a CPU, how often it would."""
+    from megatron_ext import arguments, platform
+
+    calls, parse = [], arguments.parse_args
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(platform, "empty_cache", lambda: calls.append(1))
+
+        def with_level(argv):  # which the command line has for GPUs only
+            return Namespace(**vars(parse(argv)) | {"empty_unused_memory_level": level})
+
+        patch.setattr(arguments, "parse_args", with_level)
+        _pretrain(argv)
+    return len(calls)
+
+
+@pytest.mark.parametrize(("level", "expected"), [(0, 0), (1, 6 + 3), (2, 2 * 6 + 3)])
+def test_unused_memory_is_given_back_when_asked(pool, level, expected):
+    """Before each of six updates, after each at level 2, after two validations and the test."""
+    assert pool.run(1, _memory_given_back, flags(**BASE | dict(eval_interval=3)), level) == [expected]
 
 
 def test_exit_interval_saves(pool, tmp_path):

@@ -64,7 +64,8 @@ class TrainingArguments:
     """Do not collect garbage around validation under --manual-gc."""
 
     empty_unused_memory_level: Literal[0, 1, 2] = 0
-    """Give cached GPU memory back: 0 never, 1 after each step, 2 before it too."""
+    """Give cached GPU memory back: 0 never, 1 before each update and after a validation, 2 after the update
+    too."""
 
     check_for_nan_in_loss_and_grad: bool = flag(True, "--no-check-for-nan-in-loss-and-grad")
     """Do not stop at a NaN or Inf in the loss or a gradient."""

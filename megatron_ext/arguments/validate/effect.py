@@ -180,4 +180,12 @@ def local_attention_chooses_for_itself(args, typed):
         )
 
 
-RULES = (flags_take_effect, local_attention_chooses_for_itself)
+def engine_has_a_backend_left(args, typed):
+    if args.transformer_impl == "transformer_engine" and args.attention_backend == "local":
+        yield (
+            "--attention-backend local switches every backend of Transformer Engine off: leave it at auto, "
+            "or use --transformer-impl local"
+        )
+
+
+RULES = (flags_take_effect, local_attention_chooses_for_itself, engine_has_a_backend_left)

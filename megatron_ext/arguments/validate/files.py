@@ -1,11 +1,13 @@
 """Rules of data, tokenizer and checkpoints; the second list looks at this machine's files."""
 
+import importlib.util
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_ext.arguments.validate.numbers import flag_of
+from megatron_ext.platform.environment import not_deterministic
 
 SENTENCEPIECE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 SUPPORTED_TOKENIZERS = (*SENTENCEPIECE, "HuggingFaceTokenizer", "NullTokenizer")
@@ -192,4 +194,22 @@ def _unwritable(flag: str, folder: Path) -> Iterator[str]:
         yield f"{flag} {folder}: cannot be written ({error.strerror} in {there})"
 
 
-RULES_OF_THIS_MACHINE = (datasets_exist, named_files_exist, tokenizer_exists, outputs_are_writable)
+def environment_is_deterministic(args, typed):
+    if args.deterministic_mode and args.device == "cuda":
+        yield from (f"--deterministic-mode: {problem}" for problem in not_deterministic())
+
+
+def boards_are_installed(args, typed):
+    for name, package in (("tensorboard_dir", "tensorboard"), ("wandb_project", "wandb")):
+        if getattr(args, name) and importlib.util.find_spec(package) is None:
+            yield f"{flag_of(name)} needs {package}: pip install {package}"
+
+
+RULES_OF_THIS_MACHINE = (
+    datasets_exist,
+    named_files_exist,
+    tokenizer_exists,
+    outputs_are_writable,
+    boards_are_installed,
+    environment_is_deterministic,
+)

@@ -124,6 +124,14 @@ def exit_signal_can_be_caught(args, typed):
         yield f"--exit-signal {args.exit_signal.name}: a process cannot handle this signal"
 
 
+def fused_cross_entropy_is_exact_enough(args, typed):
+    """Megatron-Core's returns the gradient of the logits in bf16, whatever they are in, and in any order."""
+    if args.cross_entropy_loss_fusion and not args.bf16:
+        yield "--cross-entropy-loss-fusion rounds the logits' gradient to bf16: it goes with --bf16 only"
+    if args.cross_entropy_loss_fusion and args.deterministic_mode:
+        yield "--cross-entropy-loss-fusion is not deterministic: leave it out, or --deterministic-mode"
+
+
 def profile_has_a_span(args, typed):
     if args.profile and args.profile_step_end <= args.profile_step_start:
         yield (
@@ -178,6 +186,7 @@ RULES = (
     weight_decay_is_complete,
     schedule_comes_from_one_place,
     exit_signal_can_be_caught,
+    fused_cross_entropy_is_exact_enough,
     profile_has_a_span,
     round_has_its_own_order,
     recording_is_possible,

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from megatron_ext import platform
 from megatron_ext.training.errors import RunError
 
 T = TypeVar("T")
@@ -21,10 +22,13 @@ class DamagedCheckpoint(CheckpointError):
 
 @cache
 def _control_group(world: Any):
-    """A gloo group over all ranks: it notices at once when a process has gone, which nccl does not."""
+    """A gloo group over all ranks: it notices at once when a process has gone, which nccl does not.
+
+    It waits as long as the world does: left to gloo, half an hour.
+    """
     if "gloo" in torch.distributed.get_backend(world):
         return world
-    return torch.distributed.new_group(backend="gloo")
+    return torch.distributed.new_group(backend="gloo", timeout=platform.group_timeout(world))
 
 
 def gather(value: Any) -> list[Any]:

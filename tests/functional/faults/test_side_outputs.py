@@ -72,4 +72,5 @@ def test_times_of_all_ranks_are_reported(pool, tmp_path):
 
     events = EventAccumulator(str(tmp_path / "board"))
     events.Reload()
-    assert {"forward-backward-time", "optimizer-time"} <= set(events.Tags()["scalars"])
+    tags = set(events.Tags()["scalars"])
+    assert "forward-backward-time" in tags and any(tag.startswith("optimizer-") for tag in tags)

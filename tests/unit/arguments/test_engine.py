@@ -59,6 +59,7 @@ BROKEN = [
     ("--cuda-graph-impl local --recompute-activations", 1, "does not go with recomputation"),
     ("--cuda-graph-warmup-steps 2", 1, "--cuda-graph-warmup-steps cannot take effect"),
     ("--reset-attention-mask", 1, "--reset-attention-mask has no effect on Transformer Engine's attention"),
+    ("--attention-backend local", 1, "switches every backend of Transformer Engine off"),
     ("--no-fp8-wgrad", 1, "--no-fp8-wgrad is known to Megatron-LM"),
     ("--context-parallel-size 2 --cp-comm-type p2p a2a", 2, "--cp-comm-type takes one value"),
     (

@@ -110,6 +110,8 @@ BROKEN = [
     ("--tokenizer-type GPT2BPETokenizer", 1, "--tokenizer-type GPT2BPETokenizer is not supported here"),
     ("--tokenizer-model x.model", 1, "--tokenizer-model cannot take effect"),
     ("--exit-signal SIGKILL", 1, "--exit-signal SIGKILL"),
+    ("--cross-entropy-loss-fusion", 1, "it goes with --bf16 only"),
+    ("--cross-entropy-loss-fusion --bf16 --deterministic-mode", 1, "is not deterministic"),
     ("--profile --profile-step-end 5", 1, "--profile-step-end 5 must be above"),
     ("--profile-ranks 1", 1, "--profile-ranks cannot take effect: needs --profile"),
     ("--manual-gc-interval 5", 1, "--manual-gc-interval cannot take effect: needs --manual-gc"),
