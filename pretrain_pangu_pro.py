@@ -10,6 +10,7 @@ some, else on the CPU with the same parallelism over gloo.
 """
 
 import os
+import signal
 import sys
 import time
 
@@ -69,3 +70,4 @@ if __name__ == "__main__":
         leave(error, error.code)
     except (ValueError, OSError, RunError) as error:
         sys.exit(f"pretrain_pangu_pro.py: error: {error}")
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # all is done: no stack of Python's own end

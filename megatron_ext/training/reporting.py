@@ -73,7 +73,7 @@ class Reporter:
         self.flops_per_token = flops_per_token(args)
         self.peak_flops = peak_flops(args.params_dtype)
         if args.metrics_file:
-            self.metrics = LinesFile(args.metrics_file, "--metrics-file")
+            self.metrics = LinesFile(args.metrics_file, "--metrics-file").open()
         self.boards = Boards(args)
         if sys.stderr.isatty():
             self.bar = tqdm(total=args.train_iters, initial=first_iteration, unit="it", dynamic_ncols=True)

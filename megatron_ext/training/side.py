@@ -60,6 +60,11 @@ class LinesFile:
         self._waiting: deque[bytes] = deque(maxlen=MOST_WAITING)
         self._torn = False
 
+    def open(self) -> "LinesFile":
+        """Make the file, before there is a line."""
+        self._side.attempt(self._flush)
+        return self
+
     def write(self, line: str) -> None:
         """Append a line, which is given without its end."""
         self._waiting.append(line.encode() + b"\n")
