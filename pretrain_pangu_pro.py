@@ -36,7 +36,7 @@ def run(argv: list[str] | None, signals: StopSignals) -> None:
 
     # Imported after the flags are known to be right: these take seconds.
     from megatron_ext.training import distributed
-    from megatron_ext.training.checkpointing import only_run_in
+    from megatron_ext.training.checkpointing import only_recording_in, only_run_in
     from megatron_ext.training.recording import record_training_set
     from megatron_ext.training.setup import build_trainer
     from megatron_ext.training.watchdog import watching
@@ -44,10 +44,11 @@ def run(argv: list[str] | None, signals: StopSignals) -> None:
     store = distributed.meet(args)
     with watching(args, store) as watchdog:
         distributed.initialize(args, store)
-        if args.record_sample_loss and args.record_mode == "frozen":
-            record_training_set(args, watchdog, signals)
-        else:
-            with only_run_in(args.save):
+        frozen = args.record_sample_loss and args.record_mode == "frozen"  # reads checkpoints, saves none
+        with only_recording_in(args.record_sample_loss), only_run_in(None if frozen else args.save):
+            if frozen:
+                record_training_set(args, watchdog, signals)
+            else:
                 trainer = build_trainer(args)
                 distributed.print_rank_0(f" set up in {time.time() - START:.1f} s")
                 distributed.shorten_timeout(args)

@@ -59,29 +59,15 @@ def take_model(args: Namespace, typed: Namespace) -> tuple[list[str], str | None
 def start_of(args: Namespace) -> tuple[str, Namespace | None]:
     """Where a run with ``args`` begins, in flags, and the arguments of the checkpoint that is there, if any.
 
-    Raises RunError, OSError or ValueError for a checkpoint that cannot be read.
+    Raises RunError, OSError or ValueError for a checkpoint that cannot be read, or something else there.
     """
+    from megatron_ext.training.checkpointing import outputs_of, read_checkpoint_args
+
     folders = {"--load": args.load, "--pretrained-checkpoint": args.pretrained_checkpoint}
     folders = {flag: folder for flag, folder in folders.items() if folder is not None}
     for flag, folder in folders.items():
-        saved = _newest_readable(folder, args.ckpt_step if flag == "--load" else None)
+        step = args.ckpt_step if flag == "--load" else None
+        saved = read_checkpoint_args(folder, step, outputs_of(args))
         if saved is not None:
             return f"{flag} {folder}", saved
     return " or ".join(f"{flag} {folder}" for flag, folder in folders.items()), None
-
-
-def _newest_readable(folder: str, step: int | None) -> Namespace | None:
-    """The arguments in the newest checkpoint, or in the one before where they cannot be read."""
-    from megatron_ext.training.checkpointing import DamagedCheckpoint, latest_iteration, read_checkpoint_args
-    from megatron_ext.training.checkpointing.folders import list_iterations
-
-    latest = latest_iteration(folder)
-    usable = [number for number in list_iterations(folder) if latest is None or number <= latest]
-    candidates: list[int | None] = [*reversed(usable)] if step is None and usable else [step]
-    for number in candidates:
-        try:
-            return read_checkpoint_args(folder, number)
-        except DamagedCheckpoint:
-            if number == candidates[-1]:
-                raise
-    return None

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,8 +23,10 @@ from megatron_ext.interchange.model_card import model_card
 from megatron_ext.interchange.numbers import to_format
 from megatron_ext.interchange.shape import ModelShape
 from megatron_ext.interchange.tokenizer_files import TokenizerFiles
+from megatron_ext.training.checkpointing import CheckpointError
 from megatron_ext.training.checkpointing.folders import fsync_dir, write_durably
 from megatron_ext.training.checkpointing.integrity import CHECKSUMS, describe_file, marker
+from megatron_ext.training.checkpointing.lock import locked
 
 SHARD_BYTES = 2 << 30
 #: What a user may edit without making the weights suspect.
@@ -52,28 +55,42 @@ def export_folder(
         shard_bytes: a file of weights ends before it passes this many bytes; so much memory is used.
 
     Raises:
-        InterchangeError: the folder is taken, or the architecture has no place for a tensor.
+        InterchangeError: the folder is taken, also by an export that is still being written, or the
+            architecture has no place for a tensor.
     """
     save_dir = Path(save_dir)
     if save_dir.exists() and (not save_dir.is_dir() or any(save_dir.iterdir())):
         raise InterchangeError(f"--save {save_dir} is taken; give a folder that is empty or not there")
     kind = architecture_named(architecture) if architecture else architecture_of(shape)
     config = shape.to_hf_config(kind.model_type)
-    aside = save_dir.absolute().parent / f".incomplete_{save_dir.name}"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
+    with _aside(save_dir) as aside:
         special = write_tokenizer(tokenizer, aside)  # first, for it may be refused
         _write_weights(aside, kind, shape, get, shard_bytes)
         _write_texts(aside, shape, config, special, origin)
         _require_same(aside, shape)
         _seal(aside)
-        os.replace(aside, save_dir)
-        fsync_dir(save_dir.absolute().parent)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
     return save_dir
+
+
+@contextmanager
+def _aside(save_dir: Path) -> Iterator[Path]:
+    """A folder for this process alone, which in the end takes the place of ``save_dir``."""
+    parent = save_dir.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    aside = parent / f".incomplete_{save_dir.name}"
+    try:
+        with locked(aside.with_name(f"{aside.name}.lock"), "another process writes it"):
+            shutil.rmtree(aside, ignore_errors=True)  # of one that was killed, as the lock is free
+            try:
+                aside.mkdir()
+                yield aside
+                os.replace(aside, save_dir)
+            except BaseException:
+                shutil.rmtree(aside, ignore_errors=True)
+                raise
+            fsync_dir(parent)
+    except CheckpointError as error:
+        raise InterchangeError(f"--save {save_dir}: {error}") from error
 
 
 def _write_weights(

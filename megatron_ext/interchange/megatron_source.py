@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import mmap
 import re
 from collections.abc import Iterator
@@ -18,11 +19,13 @@ from megatron_ext.interchange.errors import InterchangeError
 from megatron_ext.interchange.shape import ModelShape
 from megatron_ext.interchange.source import Source
 from megatron_ext.interchange.weight_files import widest
-from megatron_ext.training.checkpointing import CheckpointError, checkpoint_dir, latest_iteration
-from megatron_ext.training.checkpointing.folders import list_iterations
+from megatron_ext.training.checkpointing import CheckpointError
+from megatron_ext.training.checkpointing.found import find
 from megatron_ext.training.checkpointing.integrity import damage
 from megatron_ext.training.checkpointing.reader import read
 from megatron_ext.training.checkpointing.safe import load_object
+
+logger = logging.getLogger(__name__)
 
 _LAYERS = "decoder.layers."
 _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
@@ -162,18 +165,14 @@ def _stored_names(key: str) -> Iterator[tuple[str, int | None]]:
 def find_checkpoint(path: Path, iteration: int | None = None) -> Path | None:
     """The folder of one checkpoint: ``path`` itself, or the one in it that is asked for or newest.
 
-    Raises InterchangeError if there are checkpoints, but not that one.
+    Raises InterchangeError if something is there, but no checkpoint, or not that one.
     """
     if (path / ".metadata").is_file():
         return path
-    there = list_iterations(path)
-    wanted = latest_iteration(path) if iteration is None else iteration
-    if wanted is None and (path / "release").is_dir():
-        return path / "release"
-    if wanted is None and there:
-        wanted = there[-1]
-    if wanted is None:
-        return None
-    if wanted not in there:
-        raise InterchangeError(f"--load {path}: there is no iteration {wanted}, only {there}")
-    return checkpoint_dir(path, wanted)
+    try:
+        found = find(path, iteration)
+    except CheckpointError as error:
+        raise InterchangeError(f"--load: {error}") from error
+    for note in found.notes:
+        logger.warning(note)
+    return found.tries[0][0] if found.tries else None

@@ -10,6 +10,7 @@ import io
 import shutil
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -30,8 +31,9 @@ from megatron_ext.interchange.errors import InterchangeError
 from megatron_ext.interchange.numbers import to_format
 from megatron_ext.interchange.shape import ModelShape
 from megatron_ext.interchange.tokenizer_files import TokenizerFiles
-from megatron_ext.training.checkpointing import content, folders, writer
+from megatron_ext.training.checkpointing import CheckpointError, content, folders, writer
 from megatron_ext.training.checkpointing.integrity import CHECKSUMS, describe, marker
+from megatron_ext.training.checkpointing.lock import saving_into
 from megatron_ext.training.checkpointing.save import FORMAT, serialised
 
 Tensors = Callable[[str], Tensor] | Iterable[tuple[str, Tensor]]
@@ -74,17 +76,13 @@ def write_checkpoint(
     Returns the checkpoint's folder.
 
     Raises:
-        InterchangeError: there are checkpoints already, the tensors are not those of ``shape``, or the
-            tokenizer has more ids than the model. Nothing is left behind then.
+        InterchangeError: there are checkpoints already, or a run saves there; the tensors are not those of
+            ``shape``, or the tokenizer has more ids than the model. Nothing is left behind then.
     """
     save_dir = Path(save_dir)
     tokenizer = tokenizer or tokenizer_files.null(shape.vocab_size)
     tokenizer_files.require_fit(tokenizer, shape.vocab_size, save_dir)
-    if there := folders.list_iterations(save_dir):
-        raise InterchangeError(f"--save {save_dir} holds checkpoints already ({there}); give a new folder")
-    new = [path for path in (save_dir / "tokenizer", save_dir) if not path.exists()]
-    working = folders.prepare(save_dir, iteration)
-    try:
+    with _working_folder(save_dir, iteration) as working:
         tokenizer.copy_into(save_dir / "tokenizer")
         args = checkpoint_args(shape, tokenizer.moved_to(save_dir.absolute() / "tokenizer"), overrides)
         files = _write_tensors(working, shape, _in_order(tensors, shape))
@@ -95,10 +93,30 @@ def write_checkpoint(
             files[name] = describe(data)
         folders.write_durably(working / CHECKSUMS, marker(iteration, files))
         return folders.publish(save_dir, iteration)
-    except BaseException:
-        for path in (working, *new):
-            shutil.rmtree(path, ignore_errors=True)
-        raise
+
+
+@contextmanager
+def _working_folder(save_dir: Path, iteration: int) -> Iterator[Path]:
+    """Where the checkpoint is written, by this process alone; an error removes all that was made."""
+    _require_new(save_dir)
+    made = [path for path in (save_dir / "tokenizer", save_dir) if not path.exists()]
+    try:
+        with saving_into(save_dir, wait=0):
+            _require_new(save_dir)
+            made.insert(0, folders.prepare(save_dir, iteration))
+            try:
+                yield made[0]
+            except BaseException:
+                for path in made:
+                    shutil.rmtree(path, ignore_errors=True)
+                raise
+    except CheckpointError as error:
+        raise InterchangeError(f"--save {save_dir}: {error}") from error
+
+
+def _require_new(save_dir: Path) -> None:
+    if there := folders.list_iterations(save_dir):
+        raise InterchangeError(f"--save {save_dir} holds checkpoints already ({there}); give a new folder")
 
 
 def checkpoint_args(

@@ -50,6 +50,9 @@ class Progress:
     bad_iterations: int = 0
     round_sha256: str | None = None
     round_start: int = 0
+    #: Iterations of the checkpoints in --save that this run made or goes on from, ascending: not of those
+    #: that it went back behind.
+    checkpoints: list[int] = field(default_factory=list)
 
 
 @dataclass

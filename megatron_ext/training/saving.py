@@ -37,7 +37,7 @@ class Saver:
         return last or iteration % self.args.save_interval == 0
 
     def save(self, progress) -> None:
-        """Write a checkpoint of ``progress``, a dataclass of plain values with an ``iteration``."""
+        """Write a checkpoint of ``progress``, a dataclass of plain values, and note it there."""
         self.finish()
         started = time.perf_counter()
         with parameters_in_place(self.model, self.args):
@@ -54,6 +54,7 @@ class Saver:
                 buffers=self.buffers,
             )
         self.saved_at = progress.iteration
+        progress.checkpoints.append(progress.iteration)
         blocked = time.perf_counter() - started
         if self.args.async_save:
             print_rank_0(f" checkpoint {progress.iteration}: begun in {blocked:.2f} s, being written")

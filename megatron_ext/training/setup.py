@@ -1,5 +1,6 @@
 """From arguments to a trainer that stands where the run stopped last."""
 
+import os
 from argparse import Namespace
 
 import torch
@@ -10,7 +11,8 @@ from megatron_ext.data.agree import on_every_rank
 from megatron_ext.models import describe
 from megatron_ext.models.builder import build_model, wrap_for_training
 from megatron_ext.tokenizer import build_tokenizer
-from megatron_ext.training.checkpointing import load_checkpoint
+from megatron_ext.training.checkpointing import CheckpointError, list_iterations, load_checkpoint
+from megatron_ext.training.checkpointing.errors import on_rank_0
 from megatron_ext.training.distributed import print_rank_0
 from megatron_ext.training.loop import Progress, Trainer
 from megatron_ext.training.optimizer import build_optimizer
@@ -37,6 +39,7 @@ def build_trainer(args: Namespace) -> Trainer:
 
     index = open_round(args, tokenizer)
     progress, loaded_from = load_progress(args, model, optimizer, scheduler)
+    claim_save_folder(args, progress, loaded_from)
     enter_round(progress, loaded_from, index, args)
     datasets = build_round_datasets(args, tokenizer, progress, index)
     recorder, datasets = online_recorder(args, tokenizer, datasets)
@@ -80,7 +83,37 @@ def load_progress(args: Namespace, model: list, optimizer, scheduler) -> tuple[P
 
 def _progress_of(loaded) -> Progress:
     known = {name: loaded.run_state[name] for name in vars(Progress()) if name in loaded.run_state}
-    return Progress(**known | {"iteration": loaded.iteration})
+    return Progress(**known | {"iteration": loaded.iteration, "checkpoints": loaded.checkpoints})
+
+
+def claim_save_folder(args: Namespace, progress: Progress, loaded_from: str | None) -> None:
+    """See to it that what the run will save replaces no checkpoint unasked; a collective call.
+
+    Raises:
+        CheckpointError: on every rank, if --save holds checkpoints of later iterations than ``progress``,
+            which does not come from there.
+    """
+    if not args.save or args.skip_train:
+        return
+    goes_on = loaded_from is not None and os.path.realpath(loaded_from) == os.path.realpath(args.save)
+    if not goes_on:
+        progress.checkpoints = []
+
+    def look() -> None:
+        ahead = [i for i in list_iterations(args.save) if i > progress.iteration]
+        if ahead and goes_on:
+            print_rank_0(
+                f" going back to iteration {progress.iteration}: the checkpoints of {ahead} in {args.save} "
+                "stay, each until this run has saved the same iteration"
+            )
+        elif ahead:
+            raise CheckpointError(
+                f"it holds the checkpoints of {ahead}, which this run, starting at iteration "
+                f"{progress.iteration}, would replace; --load {args.save} goes on from them, and to start "
+                "over give --save an empty or new folder"
+            )
+
+    on_rank_0(f"use --save {args.save}", look)
 
 
 def _round_continues(args: Namespace) -> bool:

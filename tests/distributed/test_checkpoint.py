@@ -193,7 +193,7 @@ def test_a_rank_that_cannot_write_fails_the_save_everywhere(pool, tmp_path):
         Layout(tp=2), fail_on_one_rank, str(tmp_path), Layout(tp=2), timeout=TIMEOUT
     ):
         assert "rank 1" in message or "File too large" in message
-        assert latest == 1 and left == ["iter_0000001", "latest_checkpointed_iteration.txt"]
+        assert latest == 1 and left == [".lock", "iter_0000001", "latest_checkpointed_iteration.txt"]
 
 
 def die_in_the_middle(folder: str, layout: Layout, victim: int) -> None:

@@ -182,10 +182,11 @@ def outputs_are_writable(args, typed):
 def _unwritable(flag: str, folder: Path) -> Iterator[str]:
     """Try to write into the folder, or into the nearest one above it that is there already."""
     there = folder.absolute()
-    while not there.exists():
+    while not os.path.lexists(there):
         there = there.parent
     if not there.is_dir():
-        yield f"{flag} {folder}: {there} is a file, not a folder"
+        link = "a link that leads nowhere" if there.is_symlink() else "a file, not a folder"
+        yield f"{flag} {folder}: {there} is {link}"
         return
     try:
         # Permission bits do not tell of read-only mounts, and mean nothing to root: so try it.

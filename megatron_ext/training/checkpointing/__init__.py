@@ -1,9 +1,16 @@
 """Checkpoints in Megatron-LM's torch_dist format: atomic, checked, and safe to read."""
 
 from megatron_ext.training.checkpointing.errors import CheckpointError, DamagedCheckpoint
-from megatron_ext.training.checkpointing.folders import Retain, checkpoint_dir, clean_up, latest_iteration
+from megatron_ext.training.checkpointing.folders import (
+    Retain,
+    checkpoint_dir,
+    clean_up,
+    latest_iteration,
+    list_iterations,
+)
+from megatron_ext.training.checkpointing.found import outputs_of
 from megatron_ext.training.checkpointing.load import LoadedState, load_checkpoint, read_checkpoint_args
-from megatron_ext.training.checkpointing.lock import only_run_in
+from megatron_ext.training.checkpointing.lock import only_recording_in, only_run_in
 from megatron_ext.training.checkpointing.save import PendingSave, save_checkpoint
 
 __all__ = [
@@ -15,8 +22,11 @@ __all__ = [
     "checkpoint_dir",
     "clean_up",
     "latest_iteration",
+    "list_iterations",
     "load_checkpoint",
+    "only_recording_in",
     "only_run_in",
+    "outputs_of",
     "read_checkpoint_args",
     "save_checkpoint",
 ]

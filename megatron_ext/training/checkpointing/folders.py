@@ -7,12 +7,15 @@
     SAVE/.removed_iter_0000050/                 one being removed
     SAVE/.next_tracker                          the tracker of a checkpoint about to be put in place
 
-Everything here is done by one process (rank 0) and communicates nothing.
+Everything here is done by one process (rank 0) and communicates nothing. What changes the folder of a
+run is for the process that holds its lock (``lock.py``); readers change nothing.
 """
 
+import logging
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +23,14 @@ from megatron_ext.training.checkpointing.errors import CheckpointError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _NEXT_TRACKER = ".next_tracker"
+#: What the tracker says of weights that were converted, and the folder that then holds them.
+RELEASE = "release"
 _WORKING, _REPLACED, _REMOVED = ".incomplete_", ".replaced_", ".removed_"
-_NAME = re.compile(r"iter_(\d{7,})")
+_NAME = re.compile(r"iter_([0-9]{7,18})")
+#: Ours alone: an export beside the checkpoints has another name in its ``.incomplete_NAME``.
+_LEFT_BY_A_SAVE = re.compile(r"(\.incomplete_|\.replaced_|\.removed_)(iter_[0-9]{7,18})")
+
+logger = logging.getLogger(__name__)
 
 
 def checkpoint_dir(base: str | os.PathLike, iteration: int) -> Path:
@@ -34,36 +43,53 @@ def working_dir(base: str | os.PathLike, iteration: int) -> Path:
     return Path(base) / f"{_WORKING}iter_{iteration:07d}"
 
 
+def stored(base: str | os.PathLike) -> dict[int, Path]:
+    """Iteration -> folder of every checkpoint in ``base``, ascending.
+
+    One that a killed save had moved aside, to put another of its iteration in its place, counts.
+    """
+    folder, found = Path(base), {}
+    for entry in folder.iterdir() if folder.is_dir() else ():
+        name = entry.name.removeprefix(_REPLACED)
+        match = _NAME.fullmatch(name)
+        if match and name == checkpoint_dir(base, int(match[1])).name and entry.is_dir():
+            in_place = folder / name
+            found[int(match[1])] = in_place if in_place.is_dir() else entry
+    return dict(sorted(found.items()))
+
+
 def list_iterations(base: str | os.PathLike) -> list[int]:
-    """The iterations of which ``base`` holds a folder in place, ascending."""
-    folder = Path(base)
-    if not folder.is_dir():
-        return []
-    names = (_NAME.fullmatch(entry.name) for entry in folder.iterdir() if entry.is_dir())
-    return sorted(int(name[1]) for name in names if name)
+    """The iterations of which ``base`` holds a checkpoint, ascending."""
+    return list(stored(base))
 
 
-def latest_iteration(base: str | os.PathLike) -> int | None:
-    """The iteration that the tracker names; None if there is no tracker or it cannot be read.
+def tracked(base: str | os.PathLike) -> int | str | None:
+    """What the tracker names: an iteration; ``RELEASE``; other text if it names none; None if there is none.
 
     A save that was killed between putting its folder in place and moving the tracker left
     ``.next_tracker`` behind; the folder is complete then, so its iteration counts.
     """
     base = Path(base)
-    pending = _read_number(base / _NEXT_TRACKER)
-    if pending is not None and checkpoint_dir(base, pending).is_dir():
+    pending = _read(base / _NEXT_TRACKER)
+    if isinstance(pending, int) and checkpoint_dir(base, pending).is_dir():
         return pending
-    return _read_number(base / TRACKER)
+    return _read(base / TRACKER)
 
 
-def _read_number(path: Path) -> int | None:
+def latest_iteration(base: str | os.PathLike) -> int | None:
+    """The iteration that the tracker names; None if it names none, or there is no tracker."""
+    named = tracked(base)
+    return named if isinstance(named, int) else None
+
+
+def _read(path: Path) -> int | str | None:
     try:
-        text = path.read_text().strip()
-    except (OSError, UnicodeDecodeError):
+        text = path.read_bytes().decode(errors="replace").strip()
+    except FileNotFoundError:
         return None
-    if text == "release":  # upstream's name for converted weights
-        return None
-    return int(text) if re.fullmatch(r"\d+", text) else None
+    except OSError as error:
+        return error.strerror or str(error)
+    return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else text
 
 
 def prepare(base: str | os.PathLike, iteration: int) -> Path:
@@ -77,23 +103,39 @@ def prepare(base: str | os.PathLike, iteration: int) -> Path:
 
 
 def clean_up(base: str | os.PathLike) -> None:
-    """Finish or undo what a killed process left half done; never touches a checkpoint in place."""
+    """Finish or undo what a killed save left half done; for the process that holds the folder's lock.
+
+    Touches what saves make and nothing else: neither a checkpoint in place nor another's files.
+    """
     base = Path(base)
     if not base.is_dir():
         return
-    for entry in list(base.iterdir()):
-        if entry.name.startswith(_REPLACED):
-            target = base / entry.name.removeprefix(_REPLACED)
-            if not target.exists():
-                entry.rename(target)
-                continue
-        if entry.name.startswith((_WORKING, _REPLACED, _REMOVED)):
-            shutil.rmtree(entry)
-    pending = _read_number(base / _NEXT_TRACKER)
-    if pending is not None and checkpoint_dir(base, pending).is_dir():
+    # First: of a folder that is moved back below it must not say that this is the new one.
+    pending = _read(base / _NEXT_TRACKER)
+    if isinstance(pending, int) and checkpoint_dir(base, pending).is_dir():
         (base / _NEXT_TRACKER).replace(base / TRACKER)
     else:
         (base / _NEXT_TRACKER).unlink(missing_ok=True)
+    for entry in list(base.iterdir()):
+        left = _LEFT_BY_A_SAVE.fullmatch(entry.name)
+        if left is None:
+            continue
+        target = base / left[2]
+        if left[1] == _REPLACED and not os.path.lexists(target):
+            entry.rename(target)
+        else:
+            _discard(entry)
+
+
+def _discard(entry: Path) -> None:
+    """Remove what is of no use any more, of a link the link alone; what cannot be removed is told."""
+    try:
+        if entry.is_symlink():
+            entry.unlink()
+        else:
+            shutil.rmtree(entry)
+    except OSError as error:
+        logger.warning("%s is of no use and could not be removed: %s", entry, error)
 
 
 def publish(base: str | os.PathLike, iteration: int) -> Path:
@@ -101,22 +143,29 @@ def publish(base: str | os.PathLike, iteration: int) -> Path:
     base = Path(base)
     target, working = checkpoint_dir(base, iteration), working_dir(base, iteration)
     fsync_dir(working)
-    write_durably(base / _NEXT_TRACKER, str(iteration).encode())
     replaced = base / f"{_REPLACED}{target.name}"
-    if target.exists():
+    if os.path.lexists(target):
         target.rename(replaced)
-    working.rename(target)
+    try:
+        # Only now: beside a folder of its iteration it says that this is the new one.
+        write_durably(base / _NEXT_TRACKER, str(iteration).encode())
+        working.rename(target)
+    except OSError:
+        (base / _NEXT_TRACKER).unlink(missing_ok=True)
+        if os.path.lexists(replaced):
+            replaced.rename(target)
+        raise
     fsync_dir(base)
     (base / _NEXT_TRACKER).replace(base / TRACKER)
     fsync_dir(base)
-    if replaced.exists():
-        shutil.rmtree(replaced)
+    if os.path.lexists(replaced):
+        _discard(replaced)
     return target
 
 
 @dataclass(frozen=True)
 class Retain:
-    """Which checkpoints stay when a newer one is in place; the newest always does.
+    """Which checkpoints of a run stay when a newer one is in place; the newest always does.
 
     ``interval`` is ``--save-retain-interval``: as upstream, the checkpoint before the newest goes
     unless ``interval`` divides its iteration. ``latest`` keeps that many of the newest, and those
@@ -126,22 +175,30 @@ class Retain:
     interval: int | None = None
     latest: int | None = None
 
-    def superseded(self, iterations: list[int], newest: int, previous: int | None) -> list[int]:
-        """Those of ``iterations`` to remove now that ``newest`` is in place of ``previous``."""
+    def superseded(self, before: Sequence[int], newest: int) -> list[int]:
+        """Those of ``before``, the run's checkpoints up to ``newest``, ascending, to remove now."""
+        before = [iteration for iteration in before if iteration < newest]
         if self.latest is not None:
-            candidates = [i for i in sorted(iterations) if i <= newest][: -max(self.latest, 1)]
+            candidates = before[: len(before) + 1 - max(self.latest, 1)]
         elif self.interval is not None:
-            candidates = [previous] if previous in iterations else []
+            candidates = before[-1:]
         else:
             return []
-        return [i for i in candidates if i != newest and not (self.interval and i % self.interval == 0)]
+        return [i for i in candidates if not (self.interval and i % self.interval == 0)]
 
 
 def remove(base: str | os.PathLike, iteration: int) -> None:
-    """Remove a checkpoint; interrupted, it leaves nothing that looks like one."""
-    doomed = Path(base) / f"{_REMOVED}iter_{iteration:07d}"
-    checkpoint_dir(base, iteration).rename(doomed)
-    shutil.rmtree(doomed)
+    """Remove a checkpoint; interrupted, it leaves nothing that looks like one.
+
+    A link to a checkpoint that lies elsewhere was made by somebody else: it stays, as does what it
+    leads to.
+    """
+    folder = checkpoint_dir(base, iteration)
+    if folder.is_symlink():
+        return
+    doomed = Path(base) / f"{_REMOVED}{folder.name}"
+    folder.rename(doomed)
+    _discard(doomed)
 
 
 def write_durably(path: Path, data: bytes) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 from argparse import Namespace
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,8 +12,15 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from torch import nn
 
-from megatron_ext.training.checkpointing import content, folders, optimizer_part
-from megatron_ext.training.checkpointing.errors import CheckpointError, gather, on_rank_0, together
+from megatron_ext.training.checkpointing import content, optimizer_part
+from megatron_ext.training.checkpointing.errors import (
+    CheckpointError,
+    DamagedCheckpoint,
+    gather,
+    on_rank_0,
+    together,
+)
+from megatron_ext.training.checkpointing.found import find, outputs_of
 from megatron_ext.training.checkpointing.integrity import damage
 from megatron_ext.training.checkpointing.reader import ReadCommon, SafeLoadStrategy, read, read_common
 
@@ -27,11 +35,15 @@ _NORMS = (
 
 @dataclass
 class LoadedState:
-    """What a checkpoint said besides the tensors that are now in the model and the optimizer."""
+    """What a checkpoint said besides the tensors that are now in the model and the optimizer.
+
+    ``checkpoints`` are those of its run up to this one that lay in the folder, ascending.
+    """
 
     iteration: int
     run_state: dict
     path: Path
+    checkpoints: list[int] = field(default_factory=list)
     args: Namespace = field(default_factory=Namespace)
     optimizer_loaded: bool = False
     rng_loaded: bool = False
@@ -49,16 +61,17 @@ def load_checkpoint(
 ) -> LoadedState | None:
     """Load the newest whole checkpoint of ``load_dir`` into model, optimizer and scheduler; collective.
 
-    The tracker says which is newest; one that is torn or altered is named in a warning and the one
-    before it used. ``iteration`` (or ``--ckpt-step``) asks for that one and no other. In ``args``,
+    The tracker says which is newest (``found.find`` says what else may be); one that is torn or altered
+    is named in a warning and the one before it in its run used. ``iteration`` (or ``--ckpt-step``) asks for
+    that one and no other. Nothing in the folder is changed. In ``args``,
     ``--finetune`` loads the weights alone (iteration 0, any tokenizer), ``--no-load-optim`` and
     ``--no-load-rng`` leave parts out. Generators are restored only where the tensor and pipeline
     layout is the one that saved them.
 
-    Returns None if ``load_dir`` holds no checkpoint.
+    Returns None if ``load_dir`` is empty or not there.
 
     Raises:
-        CheckpointError: on every rank, if checkpoints are there but none is whole, or the whole
+        CheckpointError: on every rank, if something is there but no whole checkpoint, or the whole
             one does not fit: another model, another tokenizer, another kind of optimizer state.
             ``strict=False`` only warns of weights that model and checkpoint do not share.
     """
@@ -66,7 +79,7 @@ def load_checkpoint(
     found = _find(Path(load_dir), args, wanted)
     if found is None:
         return None
-    folder, number = found
+    folder, number, before = found
     finetune = bool(getattr(args, "finetune", False))
     common, metadata = together(f"read {folder}", lambda: read(folder))
 
@@ -82,73 +95,60 @@ def load_checkpoint(
     state = together(f"load {folder}", lambda: _read_tensors(folder, template, common, metadata))
     together(f"load {folder}", lambda: parts.apply(state))
     if finetune:
-        return LoadedState(0, {}, folder, common.get("args", Namespace()))
+        return LoadedState(0, {}, folder, args=common.get("args", Namespace()))
     return LoadedState(
         iteration=int(common.get("iteration", number)),
-        run_state=content.run_state_of(common),
+        run_state={n: v for n, v in content.run_state_of(common).items() if n != "checkpoints"},
         path=folder,
+        checkpoints=[*before, number],
         args=common.get("args", Namespace()),
         optimizer_loaded=parts.with_optimizer,
         rng_loaded="rng_state" in state,
     )
 
 
-def read_checkpoint_args(load_dir: str | Path, iteration: int | None = None) -> Namespace | None:
+def read_checkpoint_args(
+    load_dir: str | Path, iteration: int | None = None, outputs: Iterable[Path] = ()
+) -> Namespace | None:
     """The args that a checkpoint was saved with, as far as :mod:`saved_args` lets them through.
 
-    By default those of the tracker's checkpoint; None if there is none. Communicates nothing. Raises
-    CheckpointError if the checkpoint cannot be read.
+    By default those of the newest that can be read. None if the folder is not there, or empty but for
+    ``outputs``. Communicates nothing.
+
+    Raises:
+        CheckpointError: something else is there, or the checkpoint cannot be read.
     """
-    number = folders.latest_iteration(load_dir) if iteration is None else iteration
-    folder = _folder(Path(load_dir), number)
-    return None if folder is None else read_common(folder).get("args")
+    problem = None
+    for folder, _ in find(load_dir, iteration, outputs).tries:
+        try:
+            return read_common(folder).get("args")
+        except DamagedCheckpoint as error:
+            problem = problem or error
+    if problem:
+        raise problem
+    return None
 
 
-def _folder(load_dir: Path, number: int | None) -> Path | None:
-    if number is not None:
-        return folders.checkpoint_dir(load_dir, number)
-    release = load_dir / "release"
-    return release if release.is_dir() else None
-
-
-def _find(load_dir: Path, args: Namespace, wanted: int | None) -> tuple[Path, int] | None:
-    """The folder and iteration of the newest whole checkpoint; collective."""
-    candidates = on_rank_0(f"look into --load {load_dir}", lambda: _candidates(load_dir, args, wanted))
-    if not candidates:
-        return None
+def _find(load_dir: Path, args: Namespace, wanted: int | None) -> tuple[Path, int, list[int]] | None:
+    """Folder and iteration of the newest whole checkpoint, and those before it in its run; collective."""
+    found = on_rank_0(f"look into {load_dir}", lambda: find(load_dir, wanted, outputs_of(args)))
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    for folder, number in candidates:
+    for note in found.notes if rank == 0 else ():
+        logger.warning(note)
+    problems: list[str] = []
+    for folder, number in found.tries:
         problem = together(f"check {folder}", lambda folder=folder: damage(folder, rank, world))
         problems = [p for p in gather(problem) if p]
         if not problems:
-            return folder, number
+            return folder, number, [i for i in found.before if i < number]
         if rank == 0:
             logger.warning("checkpoint %s is damaged and not used: %s", folder, problems[0])
-    tried = ", ".join(folder.name for folder, _ in candidates)
+    if not found.tries:
+        return None
+    tried = ", ".join(folder.name for folder, _ in found.tries)
     raise CheckpointError(
         f"no whole checkpoint in {load_dir}; tried {tried}; the last problem: {problems[0]}"
     )
-
-
-def _candidates(load_dir: Path, args: Namespace, wanted: int | None) -> list[tuple[Path, int]]:
-    if wanted is not None:
-        folder = folders.checkpoint_dir(load_dir, wanted)
-        if not folder.is_dir():
-            raise CheckpointError(f"there is no {folder}; it has {folders.list_iterations(load_dir)}")
-        return [(folder, wanted)]
-    save = getattr(args, "save", None)
-    if save and Path(save).resolve() == load_dir.resolve():
-        folders.clean_up(load_dir)
-    latest = folders.latest_iteration(load_dir)
-    present = folders.list_iterations(load_dir)
-    if latest is None and (release := _folder(load_dir, None)):
-        return [(release, 0)]
-    if present and latest is None:
-        logger.warning("%s/%s cannot be read; taking the newest checkpoint", load_dir, folders.TRACKER)
-    elif present and latest not in present:
-        logger.warning("%s/%s names iteration %d, which is not there", load_dir, folders.TRACKER, latest)
-    usable = [number for number in present if latest is None or number <= latest]
-    return [(folders.checkpoint_dir(load_dir, number), number) for number in reversed(usable)]
 
 
 def _read_tensors(folder: Path, template: dict, common: dict, metadata) -> dict:

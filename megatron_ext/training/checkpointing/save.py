@@ -2,11 +2,13 @@
 
 import io
 import json
+import logging
 import shutil
 from argparse import Namespace
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +27,9 @@ from megatron_ext.training.checkpointing import content, folders, writer
 from megatron_ext.training.checkpointing.errors import CheckpointError, gather, on_rank_0, together
 from megatron_ext.training.checkpointing.folders import Retain
 from megatron_ext.training.checkpointing.integrity import CHECKSUMS, describe, marker
+from megatron_ext.training.checkpointing.lock import saving_into
+
+logger = logging.getLogger(__name__)
 
 #: The content of ``metadata.json``.
 FORMAT = json.dumps(
@@ -55,9 +60,10 @@ def save_checkpoint(
     """Write ``SAVE/iter_{iteration}`` and make it the one to continue from; collective.
 
     Megatron-LM's torch_dist format, loadable by it and at any layout. ``run_state`` is returned by
-    :func:`load_checkpoint`: plain values only. ``--no-save-optim`` and ``--no-save-rng`` in
-    ``args`` leave parts out; ``retain`` says which older checkpoints go (by default what
-    ``--save-retain-interval`` says).
+    :func:`load_checkpoint`: plain values only. Its "checkpoints" are the iterations in ``save_dir`` that
+    this one goes on from (by default all below): it falls back to them if it is damaged, and of them
+    ``retain`` says which go (by default what ``--save-retain-interval`` and ``--keep-latest-k`` say).
+    ``--no-save-optim`` and ``--no-save-rng`` in ``args`` leave parts out.
 
     With ``async_save`` the call returns as soon as all tensors were copied, and the result's
     ``finish`` must be called, on all ranks alike, for the checkpoint to appear. Without
@@ -66,18 +72,17 @@ def save_checkpoint(
     next save.
 
     Raises:
-        CheckpointError: on every rank, if any could not do its part; nothing is left behind and
-            older checkpoints are as they were.
+        CheckpointError: on every rank, if any could not do its part, or another run saves there;
+            nothing is left behind and older checkpoints are as they were.
     """
     save_dir = Path(save_dir)
     retain = retain or Retain(
         getattr(args, "save_retain_interval", None), getattr(args, "keep_latest_k", None)
     )
-    previous = on_rank_0(f"prepare --save {save_dir}", lambda: _prepare(save_dir, iteration))
-    working = folders.working_dir(save_dir, iteration)
-    pending = PendingSave(save_dir, iteration, working, retain, previous)
+    pending = PendingSave(save_dir, iteration, folders.working_dir(save_dir, iteration), retain)
     try:
-        together(f"write to --save {save_dir}", lambda: folders.require_visible(working))
+        before = pending.prepare(run_state.get("checkpoints"))
+        run_state = run_state | {"checkpoints": before}
         state = content.common_part(iteration, run_state, args, scheduler)
         state |= _sharded_part(model, optimizer, args, rng_states)
         sharded, common = save_preprocess(state, preprocess_common_before_consistancy_check=lambda common: {})
@@ -95,11 +100,6 @@ def save_checkpoint(
         pending.abandon()
         raise
     return pending
-
-
-def _prepare(save_dir: Path, iteration: int) -> int | None:
-    folders.prepare(save_dir, iteration)
-    return folders.latest_iteration(save_dir)
 
 
 def _sharded_part(model: list, optimizer, args: Namespace, rng_states: bool) -> dict:
@@ -140,12 +140,31 @@ class PendingSave:
     iteration: int
     working: Path
     retain: Retain
-    previous: int | None
+    _before: list[int] = field(default_factory=list)
+    #: On rank 0, what is given back in the end: the lock, after the working folder if it is still there.
+    _mine: ExitStack = field(default_factory=ExitStack)
     _metadata: object = None
     _copying: Future | None = None
     _job: Future | None = None
     _publishing: bool = False
     _threads: ThreadPoolExecutor | None = None
+
+    def prepare(self, before: list[int] | None) -> list[int]:
+        """Make the working folder, under the lock of ``save_dir``; collective.
+
+        Returns those of ``before`` that lie there (None: of all), from which this checkpoint goes on.
+        """
+
+        def begin() -> list[int]:
+            self._mine.enter_context(saving_into(self.save_dir))
+            folders.prepare(self.save_dir, self.iteration)
+            self._mine.callback(shutil.rmtree, self.working, ignore_errors=True)
+            older = [i for i in folders.list_iterations(self.save_dir) if i < self.iteration]
+            return [i for i in older if before is None or i in before]
+
+        self._before = on_rank_0(f"prepare --save {self.save_dir}", begin)
+        together(f"write to --save {self.save_dir}", lambda: folders.require_visible(self.working))
+        return self._before
 
     def start(self, shard_plan: writer.ShardPlan, common: bytes) -> None:
         """Write this rank's files; communicates nothing."""
@@ -202,6 +221,7 @@ class PendingSave:
             self._begin_to_publish()
         job, self._job = self._job, None
         self._guarded(f"put checkpoint {self.iteration} into {self.save_dir}", job.result)
+        self._mine.close()
         if self._threads:
             self._threads.shutdown()
 
@@ -229,15 +249,16 @@ class PendingSave:
         files[".metadata"] = describe(metadata)
         folders.write_durably(self.working / CHECKSUMS, marker(self.iteration, files))
         folders.publish(self.save_dir, self.iteration)
-        present = folders.list_iterations(self.save_dir)
-        for iteration in self.retain.superseded(present, self.iteration, self.previous):
-            folders.remove(self.save_dir, iteration)
+        for iteration in self.retain.superseded(self._before, self.iteration):
+            try:
+                folders.remove(self.save_dir, iteration)
+            except OSError as error:
+                logger.warning("checkpoint %d could not be removed: %s", iteration, error)
 
     def abandon(self) -> None:
         """Give up: remove what this save wrote; communicates nothing."""
         self._job = None
-        if torch.distributed.get_rank() == 0:
-            shutil.rmtree(self.working, ignore_errors=True)
+        self._mine.close()
 
 
 def _done_now(action: Callable) -> Future:

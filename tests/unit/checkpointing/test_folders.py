@@ -1,8 +1,19 @@
 """A checkpoint appears, is found and disappears all or nothing, whenever the process is killed."""
 
+import contextlib
+import errno
+import shutil
+
 import pytest
 
-from megatron_ext.training.checkpointing import Retain, checkpoint_dir, clean_up, folders, latest_iteration
+from megatron_ext.training.checkpointing import (
+    Retain,
+    checkpoint_dir,
+    clean_up,
+    folders,
+    latest_iteration,
+    list_iterations,
+)
 
 
 class Killed(BaseException):
@@ -63,6 +74,87 @@ def test_killed_at_any_change_of_the_disk(tmp_path, again):
     assert len(calls) >= 6
 
 
+def test_killed_while_a_run_that_went_back_replaces_a_checkpoint(tmp_path):
+    """Killed anywhere, also again in cleaning up: the tracker names 20 where 20 is the new one, else 15."""
+    call, finished = 0, False
+    while not finished:
+        call += 1
+        base = tmp_path / str(call)
+        for iteration, content in ((10, "old"), (20, "old"), (15, "new")):
+            save(base, iteration, content)
+        with pytest.MonkeyPatch.context() as patch:
+            kill_at(patch, call)
+            try:
+                save(base, 20, "new")
+                finished = True
+            except Killed:
+                pass
+        for cleaning in range(4):
+            copy = shutil.copytree(base, base.with_name(f"{call}-{cleaning}"))
+            with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Killed):
+                kill_at(patch, cleaning)
+                if cleaning:
+                    clean_up(copy)
+            for _ in ("as a reader finds it", "as the next run does"):
+                place = folders.stored(copy)
+                latest = latest_iteration(copy)
+                assert (place[latest] / "data").read_text() == "new"
+                assert latest == 20 or (latest == 15 and (place[20] / "data").read_text() == "old")
+                clean_up(copy)
+
+
+def test_a_full_disk_leaves_the_checkpoint_that_was_to_be_replaced(tmp_path, monkeypatch):
+    save(tmp_path, 1, "old")
+
+    def full(path, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(folders, "write_durably", full)
+    with pytest.raises(OSError, match="No space"):
+        save(tmp_path, 1, "new")
+    assert (checkpoint_dir(tmp_path, 1) / "data").read_text() == "old"
+
+
+def test_cleaning_up_touches_what_saves_left_and_nothing_else(tmp_path):
+    """Neither what others write beside the checkpoints, nor what a link leads to."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "data").write_text("kept")
+    base = tmp_path / "run"
+    save(base, 5)
+    others = [
+        ".incomplete_hf",
+        ".removed_by_me",
+        ".incomplete_iter_5",
+        ".replaced_iter_0000005.old",
+        "iter_7",
+    ]
+    for name in others:
+        (base / name).mkdir()
+    for name in (".incomplete_iter_0000006", ".removed_iter_0000004", ".replaced_iter_0000005"):
+        (base / name).mkdir()
+    for name in (".incomplete_iter_0000008", ".removed_iter_0000009"):
+        (base / name).symlink_to(elsewhere)
+    clean_up(base)
+    assert {entry.name for entry in base.iterdir()} == {*others, "iter_0000005", folders.TRACKER}
+    assert (elsewhere / "data").read_text() == "kept"
+
+
+def test_a_linked_checkpoint_is_not_removed_and_ends_no_start(tmp_path):
+    """Moved to another disk, and a link left in its place."""
+    base, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    save(base, 10, "moved")
+    checkpoint_dir(base, 10).rename(elsewhere)
+    checkpoint_dir(base, 10).symlink_to(elsewhere)
+    save(base, 20)
+    folders.remove(base, 10)
+    assert list_iterations(base) == [10, 20]
+    save(base, 10, "new")
+    save(base, 30)
+    assert list_iterations(base) == [10, 20, 30] and not checkpoint_dir(base, 10).is_symlink()
+    assert (elsewhere / "data").read_text() == "moved"
+
+
 def test_reading_needs_no_clean_up(tmp_path):
     save(tmp_path, 1)
     with pytest.MonkeyPatch.context() as patch:
@@ -73,7 +165,9 @@ def test_reading_needs_no_clean_up(tmp_path):
     assert latest_iteration(tmp_path) == 2
 
 
-@pytest.mark.parametrize("content", ["", "release", "12x", "\x00\xff"])
+@pytest.mark.parametrize(
+    "content", ["", "release", "12x", "\x00\xff", "-5", "１２", "1 2", "9" * 5000, "\ufeff12"]
+)
 def test_tracker_that_names_no_iteration(tmp_path, content):
     (tmp_path / folders.TRACKER).write_text(content)
     assert latest_iteration(tmp_path) is None
@@ -96,9 +190,9 @@ def test_names_are_megatrons():
     ],
 )
 def test_retention(retain, removed):
-    assert retain.superseded([10, 20, 30, 40], newest=40, previous=30) == removed
+    assert retain.superseded([10, 20, 30], newest=40) == removed
 
 
-def test_newest_is_never_removed():
-    for latest in range(4):
-        assert 5 not in Retain(latest=latest, interval=2).superseded([5, 7, 9], newest=5, previous=7)
+def test_neither_the_newest_nor_a_later_one_is_removed():
+    for latest in (None, 0, 1, 2, 3):
+        assert Retain(latest=latest, interval=2).superseded([5, 7, 9], newest=5) == []

@@ -21,7 +21,8 @@ def holder(tmp_path):
     pid = os.fork()
     if pid == 0:
         os.setsid()
-        lock._lock(tmp_path, 0)
+        held = lock.saving_into(tmp_path, 0)
+        held.__enter__()
         if os.fork():
             os.write(writes, b"held")
         time.sleep(60)
@@ -39,9 +40,11 @@ def kill(pid: int) -> None:
 
 def test_a_folder_in_use_is_refused_until_its_process_is_killed(tmp_path, holder):
     with pytest.raises(CheckpointError, match=rf"host {socket.gethostname()}, process {holder}\);"):
-        lock._lock(tmp_path, 0.3)
+        with lock.saving_into(tmp_path, 0.3):
+            pass
     kill(holder)
-    os.close(lock._lock(tmp_path, 0))
+    with lock.saving_into(tmp_path, 0), lock.saving_into(tmp_path, 0):  # one process takes it twice
+        pass
 
 
 def test_a_run_that_is_just_ending_is_waited_for(tmp_path, holder):
@@ -50,7 +53,8 @@ def test_a_run_that_is_just_ending_is_waited_for(tmp_path, holder):
         time.sleep(0.5)
         os.kill(holder, signal.SIGKILL)
         os._exit(0)
-    os.close(lock._lock(tmp_path, 30))
+    with lock.saving_into(tmp_path, 30):
+        pass
     os.waitpid(killer, 0)
     os.waitpid(holder, 0)
 
@@ -80,5 +84,5 @@ def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, cap
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(lock.fcntl, "lockf", refuse)
-    os.close(lock._lock(tmp_path, 0))
-    assert f"no lock on --save {tmp_path} (No locks available)" in capsys.readouterr().err
+    with lock.saving_into(tmp_path, 0):
+        assert f"no lock on {tmp_path} (No locks available)" in capsys.readouterr().err
