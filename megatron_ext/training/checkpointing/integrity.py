@@ -150,6 +150,15 @@ def damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
     return None
 
 
+def is_as_written(path: Path) -> bool:
+    """Whether a file of a checkpoint is the one that its ``checksums.json`` names."""
+    try:
+        entry = (read_marker(path.parent) or {}).get(path.name)
+    except DamagedCheckpoint:
+        return False
+    return entry is not None and path.is_file() and entry == describe_file(path)
+
+
 def _damage_without_marker(folder: Path) -> str | None:
     if not (folder / "metadata.json").is_file():
         return f"{folder / 'metadata.json'} is missing: not a complete torch_dist checkpoint"

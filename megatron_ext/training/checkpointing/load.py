@@ -21,7 +21,7 @@ from megatron_ext.training.checkpointing.errors import (
     together,
 )
 from megatron_ext.training.checkpointing.found import find, outputs_of
-from megatron_ext.training.checkpointing.integrity import damage
+from megatron_ext.training.checkpointing.integrity import damage, is_as_written
 from megatron_ext.training.checkpointing.reader import ReadCommon, SafeLoadStrategy, read, read_common
 
 logger = logging.getLogger(__name__)
@@ -112,8 +112,8 @@ def read_checkpoint_args(
 ) -> Namespace | None:
     """The args that a checkpoint was saved with, as far as :mod:`saved_args` lets them through.
 
-    By default those of the newest that can be read. None if the folder is not there, or empty but for
-    ``outputs``. Communicates nothing.
+    By default those of the newest whose file is not damaged. None if the folder is not there, or empty
+    but for ``outputs``. Communicates nothing.
 
     Raises:
         CheckpointError: something else is there, or the checkpoint cannot be read.
@@ -123,6 +123,8 @@ def read_checkpoint_args(
         try:
             return read_common(folder).get("args")
         except DamagedCheckpoint as error:
+            if is_as_written(folder / "common.pt"):
+                raise
             problem = problem or error
     if problem:
         raise problem

@@ -13,6 +13,7 @@ from megatron_ext.training.checkpointing import (
     CheckpointError,
     checkpoint_dir,
     load_checkpoint,
+    read_checkpoint_args,
     save_checkpoint,
 )
 from megatron_ext.training.checkpointing.folders import TRACKER
@@ -147,6 +148,14 @@ def test_training_and_tools_agree(saved):
             read()
     (saved / TRACKER).write_text("")
     assert load_checkpoint(saved, **run.parts).iteration == open_source(saved).iteration == 2
+
+
+def test_arguments_of_a_damaged_checkpoint_are_those_of_the_one_before(saved):
+    (checkpoint_dir(saved, 2) / "common.pt").write_bytes(b"torn")
+    assert read_checkpoint_args(saved).iteration == 1
+    with pytest.raises(CheckpointError, match="iter_0000002"):
+        read_checkpoint_args(saved, 2)
+    assert read_checkpoint_args(saved / "absent") is None
 
 
 def tree(base: Path) -> dict[str, str]:

@@ -157,7 +157,7 @@ def test_args_that_are_no_arguments(saved, args):
     common = load_object(folder / "common.pt")
     torch.save(common | {"args": args}, folder / "common.pt")
     with pytest.raises(CheckpointError, match="not the arguments of a run"):
-        read_checkpoint_args(saved)
+        read_checkpoint_args(saved, 2)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_a_common_part_that_is_none(saved, part):
     common = load_object(folder / "common.pt")
     torch.save(common | part if isinstance(part, dict) else part, folder / "common.pt")
     with pytest.raises(CheckpointError, match="common.pt"):
-        read_checkpoint_args(saved)
+        read_checkpoint_args(saved, 2)
 
 
 def test_a_checkpoint_that_does_not_say_what_it_is(saved):
