@@ -21,6 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron_ext import command
 from megatron_ext.data import round_report
 from megatron_ext.data.build_round import RoundOptions, build_round
 from megatron_ext.data.rounds import ORDERS, round_paths
@@ -28,9 +29,7 @@ from megatron_ext.data.rounds import ORDERS, round_paths
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    p = command.parser(__doc__)
     p.add_argument(
         "--losses", required=True, metavar="PATH", help="written by --record-sample-loss, or an .npy"
     )
@@ -63,13 +62,14 @@ def usage_problems(args: argparse.Namespace) -> list[str]:
     rules = {
         f"--rate {args.rate:g}: must be above 0 and at most 1": 0 < args.rate <= 1,
         f"--temperature {args.temperature:g}: must be above 0": 0 < args.temperature < float("inf"),
-        f"--group-size {args.group_size}: must be at least 1": args.group_size >= 1,
+        f"--group-size {args.group_size}: must be at least 1, and below 2^53": 1 <= args.group_size < 2**53,
         f"--seed {args.seed}: must not be negative": args.seed >= 0,
         f"--rounds-seen {args.rounds_seen}: must be at least 1": args.rounds_seen >= 1,
     }
     return [problem for problem, holds in rules.items() if not holds]
 
 
+@command.tool
 def main(argv: list[str] | None = None) -> int:
     """Run; returns the exit code."""
     p = parser()
@@ -80,16 +80,13 @@ def main(argv: list[str] | None = None) -> int:
     names = ("rate", "group_size", "temperature", "seed", "rounds_seen", "per_source", "order")
     options = RoundOptions(**{name: getattr(args, name) for name in names})
 
+    manifest, report = build_round(args.losses, options, args.output, show_progress=True)
+    paths = round_paths(args.output)
     try:
-        manifest, report = build_round(args.losses, options, args.output, show_progress=True)
-        paths = round_paths(args.output)
         if not args.no_plot:
             round_report.plot(manifest, report, paths.plot)
     except ImportError:
         print("no picture: drawing needs matplotlib (pip install matplotlib)", file=sys.stderr)
-    except (ValueError, OSError) as error:
-        print(f"build_round.py: error: {error}", file=sys.stderr)
-        return 1
     if args.json:
         print(json.dumps(manifest | {"output": str(paths.index)}))
     else:

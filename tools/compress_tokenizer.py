@@ -24,15 +24,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron_ext import command
 from megatron_ext.models.presets import PRESETS
 from megatron_ext.tokenizer.compress_run import compress
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    p = command.parser(__doc__)
     p.add_argument("--input", nargs="+", default=[], metavar="FILE", help="JSON lines: files, globs, folders")
     p.add_argument("--json-key", default="text", help="key of the text in each line (default text)")
     p.add_argument(
@@ -68,6 +67,8 @@ def problems(args: argparse.Namespace) -> list[str]:
     found = []
     if not (args.input or args.dataset or args.counts):
         found.append("nothing to count: give --input, --dataset or --counts")
+    if args.vocab_size is not None and args.vocab_size < 1:
+        found.append("--vocab-size must be 1 or more")
     if args.workers < 1:
         found.append("--workers must be 1 or more")
     if args.vocab_size is None and args.report:
@@ -81,17 +82,14 @@ def problems(args: argparse.Namespace) -> list[str]:
     return found
 
 
+@command.tool
 def main(argv: list[str] | None = None) -> int:
     """Run; returns the exit code."""
     arguments = parser()
     args = arguments.parse_args(argv)
     if found := problems(args):
         arguments.error("; ".join(found))
-    try:
-        summary = compress(args)
-    except (ValueError, OSError, LookupError, RuntimeError) as error:
-        print(f"compress_tokenizer.py: error: {error}", file=sys.stderr)
-        return 1
+    summary = compress(args)
     print(json.dumps(summary) if args.json else "\n".join(f"{k}: {v}" for k, v in summary.items()))
     return 0
 

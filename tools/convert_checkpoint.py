@@ -24,6 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron_ext import command
 from megatron_ext.data.files import is_same_place
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
@@ -31,9 +32,7 @@ UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    p = command.parser(__doc__)
     kinds = ("hf", "megatron")
     p.add_argument("--from", dest="source", choices=kinds, required=True, help="what --load is")
     p.add_argument("--to", dest="target", choices=kinds, required=True, help="what --save shall be")
@@ -94,6 +93,7 @@ def usage_problems(options: argparse.Namespace) -> list[str]:
     return problems
 
 
+@command.tool
 def main(argv: list[str] | None = None) -> int:
     """Run; returns the exit code."""
     parser = build_parser()
@@ -105,11 +105,7 @@ def main(argv: list[str] | None = None) -> int:
     from megatron_ext.interchange.export import SHARD_BYTES
 
     options.max_shard_size = options.max_shard_size or SHARD_BYTES
-    try:
-        summary = convert(options)
-    except (ValueError, OSError) as error:
-        print(f"convert_checkpoint.py: error: {error}", file=sys.stderr)
-        return 1
+    summary = convert(options)
     print(json.dumps(summary) if options.json else "\n".join(f"{k}: {v}" for k, v in summary.items()))
     return 0
 

@@ -12,15 +12,18 @@ exact; memory counts weights, gradients, optimizer state, and the activations th
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron_ext import command
 from megatron_ext.arguments import derive
 from megatron_ext.arguments.factory import add_group
 from megatron_ext.arguments.groups import options
 from megatron_ext.arguments.parser import with_defaults
+from megatron_ext.arguments.validate import numbers
 from megatron_ext.models import describe
 from megatron_ext.models.presets import PRESETS
 
@@ -37,9 +40,11 @@ LAYOUT_FLAGS = (
 )
 
 
-def main() -> int:
+@command.tool
+def main(argv: list[str] | None = None) -> int:
+    """Run; returns the exit code."""
     parser = make_parser()
-    typed = parser.parse_args()
+    typed = parser.parse_args(argv)
     problems: list[str] = []
     args = with_defaults(typed, problems)
     for name in ("design", "params", "world_size", "sustained_tflops", "json"):
@@ -56,12 +61,8 @@ def main() -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """The shape and layout flags of the trainer, and what this tool adds."""
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s --model-preset NAME [flags]  |  %(prog)s --design --params X --vocab-size N",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    usage = "%(prog)s --model-preset NAME [flags]  |  %(prog)s --design --params X --vocab-size N"
+    parser = command.parser(__doc__, usage)
     tool = parser.add_argument_group("this tool")
     tool.add_argument("--design", action="store_true", help="list shapes of --params parameters")
     tool.add_argument("--params", type=float, metavar="X", help="parameters for --design, such as 1.0e9")
@@ -80,6 +81,12 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _problems(args: argparse.Namespace) -> list[str]:
+    if wrong := list(numbers.numbers_are_in_range(args, {})):
+        return wrong
+    if not 0 < args.sustained_tflops < math.inf:
+        return [f"--sustained-tflops {args.sustained_tflops}: must be above 0"]
+    if args.params is not None and not 0 < args.params < math.inf:
+        return [f"--params {args.params}: must be above 0"]
     if args.design:
         return [] if args.params and args.vocab_size else ["--design needs --params and --vocab-size"]
     if args.model_preset is not None and args.model_preset not in PRESETS:

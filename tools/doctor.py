@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron_ext import command
 from megatron_ext.platform import machine, speed
 
 MARKS = {"ok": "  ", "absent": "- ", "warning": "? ", "problem": "! "}
@@ -24,14 +25,13 @@ MARKS = {"ok": "  ", "absent": "- ", "warning": "? ", "problem": "! "}
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    p = command.parser(__doc__)
     p.add_argument("--speed", action="store_true", help="measure speeds too (seconds)")
     p.add_argument("--json", action="store_true", help="print the summary as one JSON object")
     return p
 
 
+@command.tool
 def main(argv: list[str] | None = None) -> int:
     """Run; returns the exit code."""
     options = parser().parse_args(argv)

@@ -14,11 +14,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron_ext import command
+
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command.parser(__doc__)
     parser.add_argument("--load", required=True, help="checkpoint folder, as given to --save")
     parser.add_argument("--ckpt-step", type=int, help="iteration to load (default: the newest)")
     parser.add_argument("--tokenizer-model", help="tokenizer file or folder, if it moved or is not there")
@@ -43,10 +43,14 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@command.tool
 def main(argv: list[str] | None = None) -> int:
+    """Run; returns the exit code."""
     parser = build_parser()
     options = parser.parse_args(argv)
-    prompts = options.prompt if options.prompt is not None else [sys.stdin.read()]
+    if options.max_new_tokens < 1:
+        parser.error(f"--max-new-tokens must be at least 1, it is {options.max_new_tokens}")
+    prompts = read_prompts(options.prompt)
 
     from megatron_ext import platform
 
@@ -58,18 +62,25 @@ def main(argv: list[str] | None = None) -> int:
         sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
     except ValueError as error:
         parser.error(str(error))
-    try:
-        model, tokenizer, _ = load_for_inference(
-            options.load, options.ckpt_step, options.tokenizer_model, options.trust_remote_code
-        )
-        results = [continuation(model, tokenizer, prompt, options, sampling) for prompt in prompts]
-    except (ValueError, OSError) as error:
-        print(f"generate_text.py: error: {error}", file=sys.stderr)
-        return 1
+    model, tokenizer, _ = load_for_inference(
+        options.load, options.ckpt_step, options.tokenizer_model, options.trust_remote_code
+    )
+    results = [continuation(model, tokenizer, prompt, options, sampling) for prompt in prompts]
     if distributed.is_last_rank():
         show(results, options.json)
     distributed.finalize()
     return 0
+
+
+def read_prompts(given: list[str] | None) -> list[str]:
+    """The prompts of the command line, else standard input; raises ValueError if one is not UTF-8."""
+    try:
+        prompts = [sys.stdin.read()] if given is None else given
+        for prompt in prompts:
+            prompt.encode("utf-8")
+    except UnicodeError as error:
+        raise ValueError(f"the prompt is not UTF-8: {error}") from None
+    return prompts
 
 
 def continuation(model, tokenizer, prompt: str, options: argparse.Namespace, sampling) -> dict:

@@ -6,9 +6,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron_ext import command
 from megatron_ext.inherit import options as flags
 
 
+@command.tool
 def main(argv: list[str] | None = None) -> int:
     """Run; returns the exit code."""
     parser = flags.parser()
@@ -26,16 +28,10 @@ def main(argv: list[str] | None = None) -> int:
     from megatron_ext.inherit.run import inherit
     from megatron_ext.training import distributed
 
-    summary = None
-    try:
-        summary = inherit(options)
-    except (ValueError, OSError, LookupError) as error:
-        print(f"inherit_checkpoint.py: error: {error}", file=sys.stderr)
+    summary = inherit(options)
     first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     if torch.distributed.is_initialized():
         distributed.finalize()
-    if summary is None:
-        return 1
     if first:
         print(json.dumps(summary) if options.json else "\n".join(report.lines(summary)))
     return 0

@@ -15,15 +15,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron_ext import command
 from megatron_ext.data.inspect import Report, report, samples, verify
 from megatron_ext.tokenizer.build import TOKENIZER_TYPES, build_tokenizer
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    p = command.parser(__doc__)
     p.add_argument("--input", required=True, metavar="PREFIX", help="dataset, without .bin or .idx")
     p.add_argument("--verify", action="store_true", help="read all ids, compare checksums with the manifest")
     p.add_argument("--samples", type=int, default=0, metavar="N", help="show the beginnings of N documents")
@@ -63,6 +62,7 @@ def text(found: Report, shown: list[dict]) -> str:
     return "\n".join(lines)
 
 
+@command.tool
 def main(argv: list[str] | None = None) -> int:
     """Run; returns the exit code."""
     p = parser()
@@ -70,16 +70,12 @@ def main(argv: list[str] | None = None) -> int:
     if args.tokenizer_type == "NullTokenizer" and args.vocab_size is None:
         p.error("--tokenizer-type NullTokenizer needs --vocab-size")
     prefix = args.input.removesuffix(".bin").removesuffix(".idx")
-    try:
-        known = args.tokenizer_model or args.tokenizer_type == "NullTokenizer"
-        tokenizer = build_tokenizer(args) if known else None
-        found, index = report(prefix, tokenizer)
-        if args.verify:
-            verify(prefix, index, found, tokenizer.vocab_size if tokenizer else None)
-        shown = samples(prefix, index, args.samples, tokenizer)
-    except (ValueError, OSError) as error:
-        print(f"inspect_dataset.py: error: {error}", file=sys.stderr)
-        return 1
+    known = args.tokenizer_model or args.tokenizer_type == "NullTokenizer"
+    tokenizer = build_tokenizer(args) if known else None
+    found, index = report(prefix, tokenizer)
+    if args.verify:
+        verify(prefix, index, found, tokenizer.vocab_size if tokenizer else None)
+    shown = samples(prefix, index, args.samples, tokenizer)
     print(json.dumps(asdict(found) | {"samples": shown}) if args.json else text(found, shown))
     return 0
 

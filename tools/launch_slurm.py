@@ -29,6 +29,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
+from megatron_ext import command
 from megatron_ext.arguments.parser import CommandLineError, read_args
 
 BATCH_SCRIPT = REPOSITORY / "examples" / "slurm" / "pretrain.sbatch"
@@ -36,12 +37,7 @@ BATCH_SCRIPT = REPOSITORY / "examples" / "slurm" / "pretrain.sbatch"
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(
-        usage="%(prog)s [options] -- RUN_SCRIPT ARGUMENT...  |  FLAG...",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    p = command.parser(__doc__, "%(prog)s [options] -- RUN_SCRIPT ARGUMENT...  |  FLAG...")
     p.add_argument("--nodes", type=int, default=1, metavar="N", help="hosts (default: 1)")
     where = p.add_mutually_exclusive_group(required=True)
     where.add_argument("--gpus-per-node", type=int, metavar="N", help="GPUs, and processes, of a node")
@@ -65,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+@command.tool
 def main(argv: list[str] | None = None) -> int:
     """Run; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -76,17 +73,12 @@ def main(argv: list[str] | None = None) -> int:
         print("launch_slurm.py: error:\n" + "\n".join(problems), file=sys.stderr)
         return 2
     sweep_file = Path(options.log_dir, f"sweep-{time.strftime('%Y%m%d-%H%M%S')}.txt").absolute()
-    command = sbatch_command(options, run, sweep_file)
-    summary = {"command": command, "sweep": options.sweep, "job": None}
+    words = sbatch_command(options, run, sweep_file)
+    summary = {"command": words, "sweep": options.sweep, "job": None}
     if not options.dry_run:
-        try:
-            summary["job"] = submit(command, options.sweep, sweep_file)
-        except (OSError, subprocess.CalledProcessError) as error:
-            reason = getattr(error, "stderr", None) or error
-            print(f"launch_slurm.py: error: not submitted: {reason}", file=sys.stderr)
-            return 1
+        summary["job"] = submit(words, options.sweep, sweep_file)
     job = f"submitted as job {summary['job']}" if summary["job"] else "checked, not submitted"
-    print(json.dumps(summary) if options.json else f"{shlex.join(command)}\n{job}")
+    print(json.dumps(summary) if options.json else f"{shlex.join(words)}\n{job}")
     return 0
 
 
@@ -161,15 +153,18 @@ def submit(command: list[str], sweep: list[str], sweep_file: Path) -> str:
     """Submit; the number of the job.
 
     Raises:
-        OSError: there is no sbatch here, or the log folder cannot be written.
-        CalledProcessError: SLURM refused the job.
+        OSError: there is no sbatch here, the log folder cannot be written, or SLURM refused the job.
     """
     if shutil.which("sbatch") is None:
-        raise FileNotFoundError("there is no sbatch on this machine; run this on a login node of the cluster")
+        raise FileNotFoundError(
+            "not submitted: there is no sbatch on this machine; run this on a login node of the cluster"
+        )
     sweep_file.parent.mkdir(parents=True, exist_ok=True)
     if sweep:
         sweep_file.write_text("".join(f"{flags}\n" for flags in sweep), encoding="utf-8")
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise ChildProcessError(f"not submitted: {done.stderr.strip() or done.stdout.strip()}")
     return done.stdout.strip().split(";")[0]
 
 

@@ -17,15 +17,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron_ext import command
 from megatron_ext.data.demo_corpus import collect, split, write
 from megatron_ext.data.files import is_same_place
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    p = command.parser(__doc__)
     p.add_argument("--output", required=True, metavar="FILE", help="JSON lines; gzip if the name ends in .gz")
     p.add_argument("--valid-output", metavar="FILE", help="put 2 %% of the documents there instead")
     p.add_argument(
@@ -35,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+@command.tool
 def main(argv: list[str] | None = None) -> int:
     """Run; returns the exit code."""
     p = parser()
@@ -45,19 +45,11 @@ def main(argv: list[str] | None = None) -> int:
         p.error("--output and --valid-output are the same file")
     documents = collect(args.max_bytes)
     if not documents:
-        print(
-            "make_demo_corpus.py: error: this Python has no sources on disk to take text from",
-            file=sys.stderr,
-        )
-        return 1
+        raise FileNotFoundError("this Python has no sources on disk to take text from")
     train, valid = split(documents) if args.valid_output else (documents, [])
-    try:
-        summary = {args.output: write(args.output, train)}
-        if args.valid_output:
-            summary[args.valid_output] = write(args.valid_output, valid)
-    except OSError as error:
-        print(f"make_demo_corpus.py: error: {error}", file=sys.stderr)
-        return 1
+    summary = {args.output: write(args.output, train)}
+    if args.valid_output:
+        summary[args.valid_output] = write(args.valid_output, valid)
     if args.json:
         print(json.dumps(summary))
     else:

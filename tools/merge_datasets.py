@@ -16,14 +16,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron_ext import command
 from megatron_ext.data.merge import find_prefixes, merge
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    p = command.parser(__doc__)
     p.add_argument(
         "--input", nargs="+", required=True, metavar="PATH", help="folder, or prefixes of the datasets"
     )
@@ -37,16 +36,13 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+@command.tool
 def main(argv: list[str] | None = None) -> int:
     """Run; returns the exit code."""
     args = parser().parse_args(argv)
-    try:
-        prefixes = find_prefixes(args.input)
-        Path(args.output_prefix).parent.mkdir(parents=True, exist_ok=True)
-        manifest = merge(prefixes, args.output_prefix)
-    except (ValueError, OSError) as error:
-        print(f"merge_datasets.py: error: {error}", file=sys.stderr)
-        return 1
+    prefixes = find_prefixes(args.input)
+    Path(args.output_prefix).parent.mkdir(parents=True, exist_ok=True)
+    manifest = merge(prefixes, args.output_prefix)
     if args.json:
         print(json.dumps(manifest))
     else:

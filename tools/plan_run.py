@@ -21,6 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron_ext import command
 from megatron_ext.arguments.parser import CommandLineError, read_args
 from megatron_ext.models import communication, describe, plan
 
@@ -29,12 +30,7 @@ GIB = 2**30
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(
-        usage="%(prog)s [options] -- FLAGS OF pretrain_pangu_pro.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    p = command.parser(__doc__, "%(prog)s [options] -- FLAGS OF pretrain_pangu_pro.py")
     p.add_argument("--world-size", type=int, default=1, metavar="N", help="processes (default: 1)")
     p.add_argument(
         "--machine", choices=tuple(plan.MACHINES), default="h100", help="where it runs (default: h100)"
@@ -52,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+@command.tool
 def main(argv: list[str] | None = None) -> int:
     """Run; returns the exit code."""
     options = parser().parse_args(argv)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron_ext import command
 from megatron_ext.data import forgetting
 from megatron_ext.data.files import refuse_overwriting
 from megatron_ext.data.loss_record import read_losses, record_paths
@@ -24,9 +25,7 @@ from megatron_ext.data.loss_record import read_losses, record_paths
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    p = command.parser(__doc__)
     p.add_argument("losses", nargs="+", metavar="LOSSES", help="files of --record-sample-loss, or plain .npy")
     p.add_argument("--output", type=Path, required=True, metavar="PATH", help="the PNG (or .svg, .pdf)")
     p.add_argument("--points", type=int, default=100, metavar="N", help="of each curve (default: 100)")
@@ -34,27 +33,23 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+@command.tool
 def main(argv: list[str] | None = None) -> int:
     """Run; returns the exit code."""
     p = parser()
     args = p.parse_args(argv)
     if args.points < 1:
         p.error(f"--points {args.points}: must be at least 1")
+    refuse_overwriting([args.output], [f for path in args.losses for f in vars(record_paths(path)).values()])
+    curves = {}
+    for path in args.losses:
+        found = read_losses(path)
+        kind = f" ({found.manifest['kind']})" if found.manifest else ""
+        curves[str(path) + kind] = forgetting.curve(found, args.points)
     try:
-        files = [file for path in args.losses for file in vars(record_paths(path)).values()]
-        refuse_overwriting([args.output], files)
-        recordings = {str(path): read_losses(path) for path in args.losses}
-        curves = {}
-        for name, found in recordings.items():
-            kind = f" ({found.manifest['kind']})" if found.manifest else ""
-            curves[name + kind] = forgetting.curve(found, args.points)
         forgetting.plot(curves, args.output)
     except ImportError:
-        print("plot_forgetting.py: error: drawing needs: pip install matplotlib", file=sys.stderr)
-        return 1
-    except (ValueError, OSError) as error:
-        print(f"plot_forgetting.py: error: {error}", file=sys.stderr)
-        return 1
+        raise ValueError("drawing needs: pip install matplotlib") from None
     ends = {name: found.ends() for name, found in curves.items()}
     if args.json:
         told = {name: {"first_tenth": first, "last_tenth": last} for name, (first, last) in ends.items()}

@@ -16,27 +16,29 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_ext.data.files import OverwritesInput, refuse_overwriting, write_picture
+from megatron_ext import command
+from megatron_ext.data.files import refuse_overwriting, write_picture
 
 Records = list[dict]
+#: What a record of each kind says in numbers.
+TRAINING = ("iteration", "lm_loss", "consumed_samples", "consumed_tokens", "tokens_per_second")
+VALIDATION = ("iteration", "lm_loss", "bits_per_byte")
 
 
 class MetricsError(ValueError):
     """A metrics file that cannot be used."""
 
 
+@command.tool
 def main(argv: list[str] | None = None) -> int:
+    """Run; returns the exit code."""
     args = make_parser().parse_args(argv)
+    refuse_overwriting([args.output], args.metrics)
+    runs = {str(path): read_run(path) for path in args.metrics}
     try:
-        refuse_overwriting([args.output], args.metrics)
-        runs = {str(path): read_run(path) for path in args.metrics}
         draw(runs, args.x, args.output)
     except ImportError:
-        print("plot_metrics.py: error: drawing needs: pip install matplotlib", file=sys.stderr)
-        return 1
-    except (MetricsError, OverwritesInput, OSError) as error:
-        print(f"plot_metrics.py: error: {error}", file=sys.stderr)
-        return 1
+        raise ValueError("drawing needs: pip install matplotlib") from None
     summaries = {name: summary(*run) for name, run in runs.items()}
     if args.json:
         print(json.dumps({"output": str(args.output), "runs": summaries}))
@@ -49,9 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command.parser(__doc__)
     parser.add_argument("metrics", nargs="+", type=Path, help="files written by --metrics-file")
     parser.add_argument("--output", type=Path, required=True, help="the PNG (or .svg, .pdf) to write")
     parser.add_argument(
@@ -69,19 +69,27 @@ def read_run(path: Path) -> tuple[Records, Records]:
     """
     training: dict[int, dict] = {}
     validation: dict[int, dict] = {}
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 record = json.loads(line)
-                kind = {None: training, "validation": validation}.get(record.get("split"), {})
-                kind[record["iteration"]] = record
-            except (ValueError, KeyError, AttributeError):
-                if not line.endswith("\n"):  # the run that writes it has not finished this line
+                kind, wanted = (validation, VALIDATION) if record.get("split") else (training, TRAINING)
+                if type(record["iteration"]) is not int or not all(_is_number(record[n]) for n in wanted):
+                    raise ValueError
+            except (ValueError, KeyError, AttributeError, RecursionError):
+                if not line.endswith(b"\n"):  # the run that writes it has not finished this line
                     break
                 raise MetricsError(f"{path}, line {number}: not a record of --metrics-file") from None
+            if record.get("split") in (None, "validation"):
+                kind[record["iteration"]] = record
     if not training:
         raise MetricsError(f"{path}: holds no training iteration")
     return [training[i] for i in sorted(training)], [validation[i] for i in sorted(validation)]
+
+
+def _is_number(value: object) -> bool:
+    """A number that can be drawn, or null: JSON has no word for NaN."""
+    return value is None or (type(value) is int and abs(value) < 2**63) or type(value) is float
 
 
 def summary(training: Records, validation: Records) -> dict[str, float]:

@@ -23,6 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron_ext import command
 from megatron_ext.data.preprocess.options import Options
 from megatron_ext.data.preprocess.run import describe, preprocess
 from megatron_ext.tokenizer.build import TOKENIZER_TYPES
@@ -71,9 +72,7 @@ def positive(text: str) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    p = command.parser(__doc__)
     _add_input(p.add_argument_group("input"))
     _add_tokenizer(p.add_argument_group("tokenizer"))
     _add_output(p.add_argument_group("output and run"))
@@ -216,6 +215,7 @@ def options(args: argparse.Namespace, p: argparse.ArgumentParser) -> Options:
     )
 
 
+@command.tool
 def main(argv: list[str] | None = None) -> int:
     """Run; returns the exit code."""
     p = parser()
@@ -224,12 +224,8 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         summary = preprocess(run)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"preprocess_data.py: error: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it was", file=sys.stderr)
-        return 128 + signal.SIGINT
+        raise KeyboardInterrupt("the same command goes on where it was") from None
     if args.json:
         print(json.dumps(summary))
     else:

@@ -10,34 +10,27 @@ are translated by their names. Documents and sequences stay as they are.
 Exit code 0: everything is in place; 1: bad input; 2: bad usage.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron_ext import command
 from megatron_ext.tokenizer.retokenize import retokenize
 
 
+@command.tool
 def main(argv: list[str] | None = None) -> int:
     """Run; returns the exit code."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    p = command.parser(__doc__)
     p.add_argument("--input", required=True, metavar="PREFIX", help="dataset of the old tokenizer")
     p.add_argument("--old-tokenizer-model", required=True, metavar="FILE")
     p.add_argument("--new-tokenizer-model", required=True, metavar="FILE")
     p.add_argument("--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX.bin, .idx, .json")
     p.add_argument("--json", action="store_true", help="print the summary as one JSON object")
     args = p.parse_args(argv)
-    try:
-        summary = retokenize(
-            args.input, args.old_tokenizer_model, args.new_tokenizer_model, args.output_prefix
-        )
-    except (ValueError, OSError) as error:
-        print(f"retokenize_dataset.py: error: {error}", file=sys.stderr)
-        return 1
+    summary = retokenize(args.input, args.old_tokenizer_model, args.new_tokenizer_model, args.output_prefix)
     print(json.dumps(summary) if args.json else "\n".join(f"{k}: {v:,}" for k, v in summary.items()))
     return 0
 

@@ -10,33 +10,36 @@ which is sentencepiece's own sign for a blank and comes back as one. Use the mod
 
 import argparse
 import json
+import math
 import sys
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron_ext import command
 from megatron_ext.tokenizer.train import train_tokenizer
 
 
+@command.tool
 def main(argv: list[str] | None = None) -> int:
-    args = make_parser().parse_args(argv)
+    """Run; returns the exit code."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if not 0 < args.sample_mb < math.inf:
+        parser.error(f"--sample-mb {args.sample_mb}: must be above 0")
     start = time.monotonic()
     if not args.json:
         print(f"learning {args.vocab_size} pieces from {', '.join(args.input)}", flush=True)
-    try:
-        sample = train_tokenizer(
-            args.input,
-            args.output,
-            args.vocab_size,
-            key=args.json_key,
-            sample_bytes=int(args.sample_mb * 1e6),
-            seed=args.seed,
-            on_bad_line=args.on_bad_line,
-        )
-    except (ValueError, OSError) as error:
-        print(f"train_tokenizer.py: error: {error}", file=sys.stderr)
-        return 1
+    sample = train_tokenizer(
+        args.input,
+        args.output,
+        args.vocab_size,
+        key=args.json_key,
+        sample_bytes=int(args.sample_mb * 1e6),
+        seed=args.seed,
+        on_bad_line=args.on_bad_line,
+    )
     seconds = time.monotonic() - start
     facts = vars(sample) | {"left_out": sample.left_out.count}
     summary = {"output": str(args.output), "vocab_size": args.vocab_size, "seconds": seconds} | facts
@@ -54,9 +57,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command.parser(__doc__)
     parser.add_argument("--input", nargs="+", required=True, help=".jsonl files, also .gz, .zst, .xz, .bz2")
     parser.add_argument("--output", type=Path, required=True, help="the model file to write")
     parser.add_argument("--vocab-size", type=int, required=True, help="pieces, with 3 specials and 256 bytes")

@@ -1,5 +1,6 @@
 """Autoregressive generation with Megatron-Core's key and value cache."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -24,12 +25,14 @@ class Sampling:
     seed: int = 1234
 
     def __post_init__(self):
-        if self.temperature < 0:
-            raise ValueError(f"--temperature must not be negative, it is {self.temperature}")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"--temperature must be a number of at least 0, it is {self.temperature}")
         if self.top_k < 0:
             raise ValueError(f"--top-k must not be negative, it is {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top-p must be above 0 and at most 1, it is {self.top_p}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"--seed must be at least 0 and below 2^63, it is {self.seed}")
 
     def choose(self, logits: Tensor, generator: torch.Generator) -> int:
         """A token id from one position's logits, [v]."""

@@ -3,6 +3,8 @@
 import argparse
 import os
 
+from megatron_ext import command
+
 EXAMPLES = """A smaller model that starts from a larger one's weights, as a checkpoint of iteration 0.
 
     python tools/inherit_checkpoint.py --load big --save small --target-num-layers 8 \\
@@ -27,9 +29,7 @@ WIDTH = ("random", "l1", "l2", "taylor", "learned")
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(
-        description=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    p = command.parser(EXAMPLES)
     _add_source(p.add_argument_group("source"))
     _add_target(p.add_argument_group("target (what is not given is as in the source)"))
     _add_choice(p.add_argument_group("choice"))

@@ -57,7 +57,12 @@ def compress(args: Namespace) -> dict:
     started = time.monotonic()
     files = Files.of(args)
     data = Path(args.tokenizer_model).read_bytes()
-    proto, encoder = read_proto(data), NativeEncoder(model_proto=data)
+    encoder, proto = NativeEncoder(args.tokenizer_model, model_proto=data), read_proto(data)
+    if args.vocab_size is not None and args.vocab_size > encoder.vocab_size:
+        raise CompressionError(
+            f"--tokenizer-model {args.tokenizer_model} has {encoder.vocab_size} pieces, fewer than the "
+            f"{args.vocab_size} asked for"
+        )
     counts, left_out = gather(args, files, encoder, sha256(data))
     Path(args.output).absolute().parent.mkdir(parents=True, exist_ok=True)
     if not files.only_own_counts:

@@ -57,17 +57,17 @@ class NativeEncoder:
     """
 
     def __init__(self, model_file: str | Path | None = None, *, model_proto: bytes | None = None) -> None:
-        """Loads ``model_file``, or the serialized ModelProto ``model_proto``."""
-        if (model_file is None) == (model_proto is None):
-            raise TypeError("give either model_file or model_proto")
+        """Loads ``model_file``, or the serialized ModelProto ``model_proto``, which may be what it held."""
+        if model_file is None and model_proto is None:
+            raise TypeError("give model_file or model_proto")
         proto = Path(model_file).read_bytes() if model_proto is None else model_proto
         try:
             self.processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
             self.vocab_size: int = self.processor.get_piece_size()
+            self.eod: int = self.processor.eos_id()
         except Exception as error:
             name = model_file if model_file is not None else "model_proto"
             raise ValueError(f"{name} is not a usable SentencePiece model: {error}") from error
-        self.eod: int = self.processor.eos_id()
         self.fallback_reason: str | None = None
         self._native = self._build(proto)
         self.native = self._native is not None

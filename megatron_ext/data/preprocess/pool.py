@@ -29,7 +29,7 @@ PR_SET_PDEATHSIG = 1
 CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGTRAP}
 
 
-class WorkerFailed(RuntimeError):
+class WorkerFailed(ChildProcessError):
     """The run cannot go on: a worker died, or met an error that is not of the kind that it knows."""
 
 
