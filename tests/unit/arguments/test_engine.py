@@ -9,6 +9,7 @@ import torch
 from megatron_ext.arguments.configs import optimizer_config, transformer_config
 from megatron_ext.arguments.parser import read_args
 from megatron_ext.arguments.validate import engine as rules
+from megatron_ext.inference.load import arguments as inference_arguments
 from megatron_ext.models.presets import PRESETS
 from megatron_ext.platform import engine
 from megatron_ext.training.batch import Batch, of_context_rank
@@ -217,3 +218,16 @@ def test_context_ranks_share_the_sequence():
         assert torch.equal(rows, part.position_ids[0])
         assert torch.equal(part.sample_ids, whole.sample_ids)
     assert of_context_rank(whole, 0, 1) is whole
+
+
+def test_a_checkpoint_of_such_a_run_is_read_for_inference(single_process):
+    """FP8, graphs, an uneven pipeline and the rest belong to the job that trained, not to the model."""
+    line = (
+        f"{FP8} --use-distributed-optimizer --fp8-param-gather --first-last-layers-bf16 "
+        "--cuda-graph-impl local --context-parallel-size 2 --cp-comm-type all_gather "
+        "--pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 3"
+    )
+    saved = read_args(line.split(), world_size=4, device="cuda")
+    config = transformer_config(inference_arguments(saved, "folder"))
+    assert (config.fp8, config.fp8_param, config.cuda_graph_impl) == (None, False, "none")
+    assert config.num_layers_in_first_pipeline_stage is None and config.bf16
