@@ -75,8 +75,8 @@ def _missing(name: str, error: Exception) -> ModuleNotFoundError:
     """The error that stands for ``error``, which is told once a package; what is just missing is not."""
     if isinstance(error, ModuleNotFoundError):
         return error
-    reason = f"{name} is installed, but its import fails ({type(error).__name__}: {error})"
     package = name.partition(".")[0]
+    reason = f"{package} is installed, but importing {name} fails ({type(error).__name__}: {error})"
     if package not in _told:
         _told.add(package)
         logger.warning("%s: it is not used", reason)

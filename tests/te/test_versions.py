@@ -17,6 +17,7 @@ from packaging.specifiers import SpecifierSet
 from megatron_ext.platform import engine
 from tests.conftest import REPOSITORY
 from tests.te import wheels
+from tests.unit.platform.test_optional import NONE_USED, said, started
 
 SOME = "tp1-plain or tp2-sequence-parallel or fp32-engine-first or (stays and ours-to-theirs)"
 
@@ -55,3 +56,14 @@ def test_the_cases_pass(processes, version):
     output, _ = processes[version].communicate(timeout=300)
     print(output)
     assert processes[version].returncode == 0, "\n".join(output.splitlines()[-200:])
+
+
+@pytest.mark.parametrize(("device", "gpu"), [("auto", True), ("cpu", True), ("auto", False)])
+def test_a_package_without_its_libraries_stops_no_run(device, gpu):
+    """The wheel alone, as pip installs it without its other half: its own checks raise RuntimeError."""
+    folder = wheels.folder(wheels.VERSIONS[-1])
+    if not folder.is_dir():
+        pytest.skip("its wheel is not here: python -m tests.te.wheels")
+    found, warned = said(started(folder, device, gpu))
+    assert found.items() >= NONE_USED.items()
+    assert ("transformer_engine is installed, but importing" in warned) == (device == "auto" and gpu)

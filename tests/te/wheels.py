@@ -11,7 +11,7 @@ from pathlib import Path
 
 #: Those that Megatron-Core 0.16.1 accepts (its metadata: >=2.9.0a0,<2.12).
 VERSIONS = ("2.9.0", "2.10.0", "2.11.0")
-CACHE = Path(sys.prefix, "transformer-engine")
+CACHE = Path(__file__).resolve().parents[2] / "build" / "transformer-engine"
 SECONDS = 60
 
 
@@ -27,7 +27,7 @@ def fetch(version: str) -> None:
     """
     if folder(version).is_dir():
         return
-    CACHE.mkdir(exist_ok=True)
+    CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as aside:
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "-qq", "--no-deps"]
         wheel_only = ["--only-binary", ":all:", "--retries", "1", "--dest", aside]
