@@ -183,13 +183,9 @@ def trainer_step(options: argparse.Namespace, case: dict):
     """(A function that takes one training step, the arguments it was built from)."""
     import torch
 
-    from megatron_ext.arguments.configs import (
-        ddp_config,
-        optimizer_config,
-        padded_vocab_size,
-        transformer_config,
-    )
+    from megatron_ext.arguments.configs import ddp_config, optimizer_config, transformer_config
     from megatron_ext.arguments.parser import read_args
+    from megatron_ext.arguments.vocabulary import padded_vocab_size
     from megatron_ext.models.builder import build_model, wrap_for_training
     from megatron_ext.training import distributed
     from megatron_ext.training.loop import connect

@@ -5,7 +5,6 @@ Megatron-LM 0.16.1. Call ``megatron_ext.platform.activate()`` first; this module
 """
 
 import dataclasses
-import math
 from argparse import Namespace
 from typing import Any
 
@@ -114,33 +113,6 @@ def ddp_config(args: Namespace) -> DistributedDataParallelConfig:
             "align_param_gather": args.align_param_gather,
         }
     )
-
-
-def padded_vocab_size(true_size: int, args: Namespace) -> int:
-    """Rows of the embedding for a tokenizer of ``true_size`` pieces.
-
-    A multiple of --make-vocab-size-divisible-by, the same at every tensor parallel size: Megatron-LM
-    pads to that number times the tensor parallel size, so its checkpoints change shape with the
-    layout. Only a tensor parallel size that does not divide the result pads further, to the least
-    multiple that it divides. --padded-vocab-size wins.
-
-    Raises:
-        ValueError: --vocab-size or --padded-vocab-size does not fit the tokenizer.
-    """
-    parallel = args.tensor_model_parallel_size
-    if args.vocab_size is not None and args.tokenizer_type != "NullTokenizer" and args.vocab_size < true_size:
-        raise ValueError(f"--vocab-size {args.vocab_size}, but the tokenizer has {true_size} pieces")
-    if args.padded_vocab_size is not None:
-        if args.padded_vocab_size < true_size or args.padded_vocab_size % parallel:
-            raise ValueError(
-                f"--padded-vocab-size {args.padded_vocab_size} must be at least the tokenizer's {true_size} "
-                f"and divisible by --tensor-model-parallel-size {parallel}"
-            )
-        return args.padded_vocab_size
-    unit = args.make_vocab_size_divisible_by
-    if -(-true_size // unit) * unit % parallel:
-        unit = math.lcm(unit, parallel)
-    return -(-true_size // unit) * unit
 
 
 def dtype_of_gradients(args: Namespace) -> torch.dtype:

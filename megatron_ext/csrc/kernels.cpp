@@ -179,21 +179,21 @@ void weight_gradient(Address g, Address x, Address sum, int64_t rows, int64_t m,
   RUN(weight_gradient, at<const float>(g), at<const float>(x), at<float>(sum), rows, m, n, threads);
 }
 
-void cross_entropy_forward(bool bf16, Address logits, Address target, int64_t first, Address top, Address total,
-                           Address chosen, int64_t rows, int64_t v, int threads) {
+void cross_entropy_stats(bool bf16, Address logits, Address target, int64_t first, Address top, Address total,
+                         Address chosen, int64_t rows, int64_t n, int64_t v, int threads) {
   with_type(bf16, [&](auto t) {
     using T = decltype(t);
     RUN(cross_entropy_forward, at<const T>(logits), at<const int64_t>(target), first, at<float>(top),
-        at<float>(total), at<float>(chosen), rows, v, threads);
+        at<float>(total), at<float>(chosen), rows, n, v, threads);
   });
 }
 
-void cross_entropy_backward(bool bf16, Address logits, Address target, int64_t first, Address top, Address total,
-                            Address grad, Address out, int64_t rows, int64_t v, int threads) {
+void cross_entropy_grad(bool bf16, Address logits, Address target, int64_t first, Address top, Address total,
+                        Address grad, Address out, int64_t rows, int64_t n, int64_t v, int threads) {
   with_type(bf16, [&](auto t) {
     using T = decltype(t);
     RUN(cross_entropy_backward, at<const T>(logits), at<const int64_t>(target), first, at<const float>(top),
-        at<const float>(total), at<const float>(grad), at<T>(out), rows, v, threads);
+        at<const float>(total), at<const float>(grad), at<T>(out), rows, n, v, threads);
   });
 }
 
@@ -245,8 +245,8 @@ PYBIND11_MODULE(_kernels, m) {
   m.def("attention_forward", &attention_forward, Unlocked());
   m.def("attention_backward", &attention_backward, Unlocked());
   m.def("weight_gradient", &weight_gradient, Unlocked());
-  m.def("cross_entropy_forward", &cross_entropy_forward, Unlocked());
-  m.def("cross_entropy_backward", &cross_entropy_backward, Unlocked());
+  m.def("cross_entropy_stats", &cross_entropy_stats, Unlocked());
+  m.def("cross_entropy_grad", &cross_entropy_grad, Unlocked());
   m.def("adamw", &adamw, Unlocked());
   m.def("sum_of_squares", &sum_of_squares, Unlocked());
   m.def("scale", &scale, Unlocked());

@@ -4,8 +4,9 @@ from argparse import Namespace
 from pathlib import Path
 
 from megatron_ext.arguments import derive, model_function, validate
-from megatron_ext.arguments.configs import padded_vocab_size, transformer_config
+from megatron_ext.arguments.configs import transformer_config
 from megatron_ext.arguments.parser import with_defaults
+from megatron_ext.arguments.vocabulary import settle_vocabulary
 from megatron_ext.interchange import tokenizer_files
 from megatron_ext.models.builder import build_model
 from megatron_ext.tokenizer import build_tokenizer
@@ -48,9 +49,9 @@ def load_for_inference(
         args.tokenizer_model = tokenizer_model
     tokenizer = build_tokenizer(args)
     distributed.initialize(args)
-    args.padded_vocab_size = padded_vocab_size(tokenizer.vocab_size, args)
-    # A checkpoint that came without a tokenizer cannot say which one is its own.
-    args.tokenizer_sha256 = None if tokenizer_model and bare else tokenizer.sha256
+    settle_vocabulary(args, tokenizer)
+    if tokenizer_model and bare:
+        args.tokenizer_sha256 = None  # a checkpoint without a tokenizer cannot say which one is its own
     model = build_model(transformer_config(args), args)
     if load_checkpoint(load, model=model, args=args, iteration=iteration) is None:
         raise FileNotFoundError(f"--load {load}: no checkpoint found")
@@ -69,6 +70,7 @@ def arguments(saved: Namespace, load: str | Path, iteration: int | None = None) 
     args.tensor_model_parallel_size = args.world_size
     args.micro_batch_size = args.global_batch_size = 1
     args.load, args.ckpt_step = str(load), iteration
+    args.padded_vocab_size = None  # as many as this layout needs
     derive.before_rules(args)
     problems += validate.problems_of_model(args)
     if problems:

@@ -135,7 +135,7 @@ def checkpoint_args(
     # Not by flags: fp16 trains on GPUs alone, but is written and read anywhere.
     args.fp16, args.params_dtype = shape.dtype == torch.float16, shape.dtype
     vars(args).update(overrides or {})
-    args.tokenizer_sha256 = tokenizer.sha256
+    args.tokenizer_sha256, args.softmax_vocab_size = tokenizer.sha256, shape.vocab_size
     return args
 
 

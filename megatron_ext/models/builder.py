@@ -20,7 +20,8 @@ def build_model(
 ) -> list[PanguModel]:
     """The model chunks of this rank: one, or one a virtual pipeline stage, initialised and in place.
 
-    ``args`` gives what TransformerConfig does not hold: the padded vocabulary, positions, tying. With
+    ``args`` gives what TransformerConfig does not hold: the padded vocabulary and how much of it takes part
+    in the softmax (``configs.settle_vocabulary``), positions, tying. With
     ``drawn`` False the weights are whatever lay in memory, for a model that is filled at once.
     """
     provide_weight_gradients()
@@ -42,6 +43,7 @@ def _build_chunk(config: PanguProConfig, args: Namespace, vp_stage: int | None, 
         config=config,
         transformer_layer_spec=block_spec(config, vp_stage),
         vocab_size=args.padded_vocab_size,
+        softmax_vocab_size=getattr(args, "softmax_vocab_size", None),
         max_sequence_length=args.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),

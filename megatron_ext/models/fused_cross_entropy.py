@@ -2,6 +2,9 @@
 
 Megatron-Core turns the logits into float32 and keeps their softmax; here the logits themselves are
 kept, in their own dtype, and become their own gradient in backward.
+
+The vocabulary is padded with rows that stand for no token. ``width`` is the number of a shard's columns that
+take part in the softmax: the logits of those behind it are read by nobody, and their gradient is 0.
 """
 
 import torch
@@ -14,15 +17,38 @@ from megatron_ext.models.fused import _is_bf16, _kernels, takes
 Group = dist.ProcessGroup | None
 
 
+def width_of_shard(columns: int, first: int, vocab_size: int | None) -> int:
+    """How many of the columns first .. first + ``columns`` lie below ``vocab_size``; all if it is None."""
+    return columns if vocab_size is None else max(0, min(columns, vocab_size - first))
+
+
+def mask_padding_(logits: Tensor, width: int) -> Tensor:
+    """Overwrites the columns of logits [..., v] from ``width`` on, so that their softmax is 0; returns them.
+
+    Autograd need not know: the gradient of a column whose softmax is 0 is 0, whatever it held before. The
+    lowest number instead of -inf keeps a shard that is all padding from (-inf) - (-inf).
+    """
+    with torch.no_grad():
+        logits[..., width:] = torch.finfo(logits.dtype).min
+    return logits
+
+
 def cross_entropy_stats_reference(
-    logits: Tensor, target: Tensor, first: int = 0
+    logits: Tensor, target: Tensor, first: int = 0, width: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The pieces of :func:`cross_entropy_stats` in plain PyTorch."""
     wide = logits.double() if logits.dtype == torch.float64 else logits.float()
+    wide = wide.masked_fill(_padding(logits, width), -torch.inf)
     top = wide.amax(-1)
     total = (wide - top.masked_fill(top == -torch.inf, 0.0)[:, None]).exp().sum(-1)
     column, ours = _columns(logits, target, first)
     return top, total, wide.gather(1, column[:, None])[:, 0].masked_fill(~ours, 0.0)
+
+
+def _padding(logits: Tensor, width: int | None) -> Tensor:
+    """[v], True for the columns that take no part."""
+    columns = logits.size(-1)
+    return torch.arange(columns, device=logits.device) >= (columns if width is None else width)
 
 
 def _columns(logits: Tensor, target: Tensor, first: int) -> tuple[Tensor, Tensor]:
@@ -32,23 +58,27 @@ def _columns(logits: Tensor, target: Tensor, first: int) -> tuple[Tensor, Tensor
     return column.masked_fill(~ours, 0), ours
 
 
-def cross_entropy_stats(logits: Tensor, target: Tensor, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def cross_entropy_stats(
+    logits: Tensor, target: Tensor, first: int = 0, width: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """What a shard of the vocabulary knows of the loss, in one pass over it.
 
     Args:
         logits: [rows, v], columns first .. first + v of the vocabulary; contiguous.
         target: [rows], int64, over the whole vocabulary.
+        width: columns that take part; None for all.
     Returns:
         top = max_j l_j, total = sum_j exp(l_j - top), and the target's logit, 0 where another shard
-        has it; [rows] each, float32 (float64 for float64 logits).
+        has it, -inf where it is padding; [rows] each, float32 (float64 for float64 logits).
     """
     if not takes(logits):
-        return cross_entropy_stats_reference(logits, target, first)
+        return cross_entropy_stats_reference(logits, target, first, width)
     rows, columns = logits.shape
     logits, target = logits.contiguous(), target.contiguous()
     stats = tuple(torch.empty(rows, dtype=torch.float32) for _ in range(3))
     addresses = (logits.data_ptr(), target.data_ptr(), first, *(t.data_ptr() for t in stats))
-    _kernels.cross_entropy_forward(_is_bf16(logits), *addresses, rows, columns, torch.get_num_threads())
+    sizes = rows, columns if width is None else width, columns
+    _kernels.cross_entropy_stats(_is_bf16(logits), *addresses, *sizes, torch.get_num_threads())
     return stats
 
 
@@ -66,17 +96,24 @@ def combine_stats(
 
 
 def cross_entropy_grad_(
-    logits: Tensor, target: Tensor, first: int, top: Tensor, total: Tensor, grad: Tensor
+    logits: Tensor,
+    target: Tensor,
+    first: int,
+    top: Tensor,
+    total: Tensor,
+    grad: Tensor,
+    width: int | None = None,
 ) -> Tensor:
     """Overwrites logits [rows, v] with grad * (softmax - one_hot(target)), one pass; returns them.
 
-    ``top`` and ``total`` are those of the whole vocabulary, ``grad`` the loss's gradient: [rows].
+    ``top`` and ``total`` are those of the whole vocabulary, ``grad`` the loss's gradient: [rows]. Columns
+    from ``width`` on become 0.
     """
     if not takes(logits) or not logits.is_contiguous():
         column, ours = _columns(logits, target, first)
         wide = (logits.to(top.dtype) - top[:, None]).exp() * (grad / total)[:, None]
         wide[torch.arange(len(wide), device=wide.device), column] -= grad * ours
-        return logits.copy_(wide)
+        return logits.copy_(wide.masked_fill_(_padding(logits, width), 0.0))
     rows, columns = logits.shape
     vectors = [t.to(torch.float32).contiguous() for t in (top, total, grad)]
     target = target.contiguous()
@@ -87,17 +124,18 @@ def cross_entropy_grad_(
         *(t.data_ptr() for t in vectors),
         logits.data_ptr(),
     )
-    _kernels.cross_entropy_backward(_is_bf16(logits), *addresses, rows, columns, torch.get_num_threads())
+    sizes = rows, columns if width is None else width, columns
+    _kernels.cross_entropy_grad(_is_bf16(logits), *addresses, *sizes, torch.get_num_threads())
     torch.autograd.graph.increment_version(logits)  # written behind autograd's back
     return logits
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits: Tensor, target: Tensor, first: int, group: Group) -> Tensor:
+    def forward(ctx, logits: Tensor, target: Tensor, first: int, group: Group, width: int) -> Tensor:
         flat, target = logits.detach().reshape(-1, logits.size(-1)).contiguous(), target.reshape(-1)
-        top, total, chosen = combine_stats(*cross_entropy_stats(flat, target, first), group)
-        ctx.logits, ctx.shape, ctx.first = flat, logits.shape, first
+        top, total, chosen = combine_stats(*cross_entropy_stats(flat, target, first, width), group)
+        ctx.logits, ctx.shape, ctx.first, ctx.width = flat, logits.shape, first, width
         ctx.save_for_backward(target, top, total)
         return (total.log() + (top - chosen)).view(logits.shape[:-1])
 
@@ -110,8 +148,8 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
             )
         target, top, total = ctx.saved_tensors
         logits, ctx.logits = ctx.logits, None
-        cross_entropy_grad_(logits, target, ctx.first, top, total, grad.reshape(-1))
-        return logits.view(ctx.shape), None, None, None
+        cross_entropy_grad_(logits, target, ctx.first, top, total, grad.reshape(-1), ctx.width)
+        return logits.view(ctx.shape), None, None, None, None
 
 
 def vocab_parallel_cross_entropy_reference(logits: Tensor, target: Tensor) -> Tensor:
@@ -122,7 +160,11 @@ def vocab_parallel_cross_entropy_reference(logits: Tensor, target: Tensor) -> Te
 
 
 def vocab_parallel_cross_entropy(
-    logits: Tensor, target: Tensor, first: int = 0, group: Group = None
+    logits: Tensor,
+    target: Tensor,
+    first: int = 0,
+    group: Group = None,
+    vocab_size: int | None = None,
 ) -> Tensor:
     """log(sum_j exp l_j) - l_target per token.
 
@@ -133,7 +175,9 @@ def vocab_parallel_cross_entropy(
         logits: [..., v], this rank's columns, which begin at ``first`` in the vocabulary.
         target: [...], int64, over the whole vocabulary.
         group: the tensor parallel group; None for a vocabulary in one piece.
+        vocab_size: columns of the whole vocabulary that take part in the softmax; None for all.
     Returns:
         [...], float32 (float64 for float64 logits).
     """
-    return _VocabParallelCrossEntropy.apply(logits, target, first, group)
+    width = width_of_shard(logits.size(-1), first, vocab_size)
+    return _VocabParallelCrossEntropy.apply(logits, target, first, group, width)

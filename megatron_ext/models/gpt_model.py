@@ -5,7 +5,11 @@ from megatron.core.utils import get_pg_rank
 from torch import Tensor
 
 from megatron_ext.models import fused, fused_linear
-from megatron_ext.models.fused_cross_entropy import vocab_parallel_cross_entropy
+from megatron_ext.models.fused_cross_entropy import (
+    mask_padding_,
+    vocab_parallel_cross_entropy,
+    width_of_shard,
+)
 
 
 class PanguModel(GPTModel):
@@ -14,21 +18,29 @@ class PanguModel(GPTModel):
     The logits are the largest tensor of a small model's step ([s, b, vocabulary / tp]); Megatron's
     own loss makes several copies of them. The products of all linear layers, the output layer's
     among them, go through ``fused_linear``.
+
+    Args:
+        softmax_vocab_size: rows of the vocabulary that take part in the loss's softmax. Those behind
+            it are padding: loss and gradients are what they are without them. None: all rows.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, softmax_vocab_size: int | None = None, **kwargs):
         super().__init__(*args, **kwargs)
+        self.softmax_vocab_size = softmax_vocab_size
         fused_linear.speed_up(self)
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Labels [b, s] and logits [s, b, v / tp] -> losses [b, s] in nats, fp32."""
-        if self.config.cross_entropy_loss_fusion or not fused.takes(logits):
-            return super().compute_language_model_loss(labels, logits)
         group = self.pg_collection.tp
+        first = get_pg_rank(group) * logits.size(-1)
+        if self.config.cross_entropy_loss_fusion or not fused.takes(logits):
+            width = width_of_shard(logits.size(-1), first, self.softmax_vocab_size)
+            return super().compute_language_model_loss(labels, mask_padding_(logits, width))
         losses = vocab_parallel_cross_entropy(
             logits,
             labels.transpose(0, 1).contiguous(),
-            first=get_pg_rank(group) * logits.size(-1),
+            first=first,
             group=group,
+            vocab_size=self.softmax_vocab_size,
         )
         return losses.transpose(0, 1).contiguous()

@@ -10,7 +10,8 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_ext.arguments.configs import padded_vocab_size, transformer_config
+from megatron_ext.arguments.configs import transformer_config
+from megatron_ext.arguments.vocabulary import settle_vocabulary
 from megatron_ext.data import build_datasets
 from megatron_ext.data.agree import on_every_rank, on_first_rank
 from megatron_ext.data.identity import dataset_hash, identify, probe
@@ -171,8 +172,7 @@ def record_training_set(
         FileNotFoundError: there is no checkpoint.
     """
     tokenizer = on_every_rank(lambda: build_tokenizer(args))
-    args.padded_vocab_size = padded_vocab_size(tokenizer.vocab_size, args)
-    args.tokenizer_sha256 = tokenizer.sha256
+    print_rank_0(settle_vocabulary(args, tokenizer))
     config = transformer_config(args)
     model = half_precision(build_model(config, args), config)
     loaded = load_checkpoint(args.load, model=model, args=Namespace(**vars(args) | {"no_load_rng": True}))

@@ -6,7 +6,8 @@ from argparse import Namespace
 import torch
 
 from megatron_ext import platform
-from megatron_ext.arguments.configs import ddp_config, optimizer_config, padded_vocab_size, transformer_config
+from megatron_ext.arguments.configs import ddp_config, optimizer_config, transformer_config
+from megatron_ext.arguments.vocabulary import settle_vocabulary
 from megatron_ext.data.agree import on_every_rank
 from megatron_ext.models import describe
 from megatron_ext.models.builder import build_model, wrap_for_training
@@ -24,8 +25,7 @@ from megatron_ext.training.schedule import build_scheduler
 def build_trainer(args: Namespace) -> Trainer:
     """Tokenizer, model, optimizer, checkpoint and data, in this order; a collective call."""
     tokenizer = on_every_rank(lambda: build_tokenizer(args))
-    args.padded_vocab_size = padded_vocab_size(tokenizer.vocab_size, args)
-    args.tokenizer_sha256 = tokenizer.sha256
+    print_rank_0(settle_vocabulary(args, tokenizer))
 
     warn_about_memory(args)
 

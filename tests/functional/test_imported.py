@@ -25,14 +25,11 @@ toys = pytest.importorskip("tests.unit.interchange.toys", reason="needs transfor
 PROMPTS = ["the model of", "import numpy", "the running encoder returns"]
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    """theirs/: a toy Llama with its tokenizer; ours/: what the tool makes of it; text: a dataset."""
-    base = tmp_path_factory.mktemp("imported")
+def imported(base: Path, rows: int) -> Path:
+    """theirs/: a toy Llama with its tokenizer of 500; ours/: what the tool makes of it; text: a dataset."""
     (base / "theirs").mkdir()
     (base / "theirs" / "tokenizer.model").write_bytes(trained(vocab_size=500))
-    # A multiple of 128: rows of padding take part in the softmax of training, as in Megatron-LM.
-    model = toys.model("llama", 2, False, vocab_size=512, max_position_embeddings=64)
+    model = toys.model("llama", 2, False, vocab_size=rows, max_position_embeddings=64)
     model.save_pretrained(base / "theirs")
     convert = importlib.import_module("tools.convert_checkpoint")
     words = ["--from", "hf", "--to", "megatron", "--load", str(base / "theirs"), "--save", str(base / "ours")]
@@ -43,6 +40,11 @@ def home(tmp_path_factory) -> Path:
     with open(base / "text.idx", "wb") as file:
         write_index(file, flat.dtype, sizes, np.arange(len(sizes) + 1))
     return base
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    return imported(tmp_path_factory.mktemp("imported"), 500)
 
 
 def in_transformers(home: Path):
@@ -56,8 +58,12 @@ def first_batch(argv: list[str]) -> list[dict]:
     return [dataset[i] for i in range(args.global_batch_size)]
 
 
-def test_trains_on_from_their_loss(home, pool, tmp_path):
-    """No flag says what the model is: the checkpoint does."""
+@pytest.mark.parametrize("rows", [500, 508])
+def test_trains_on_from_their_loss(pool, tmp_path, rows):
+    """No flag says what the model is: the checkpoint does. Both are padded to 512 rows, which are masked;
+    rows without a piece of the tokenizer, as Qwen2 has, take part as in transformers."""
+    (tmp_path / "home").mkdir()
+    home = imported(tmp_path / "home", rows)
     argv = flags(
         pretrained_checkpoint=home / "ours", use_checkpoint_args=True, load=tmp_path / "run",
         data_path=home / "text", split="100,0,0", data_cache_path=tmp_path / "cache",

@@ -102,6 +102,11 @@ class TokenizerArguments:
     """Rows of the embedding; by default the vocabulary's size rounded up to a multiple of
     --make-vocab-size-divisible-by."""
 
+    vocab_padding: Literal["masked", "in-softmax"] | None = None
+    """What rows of the vocabulary beyond the tokens do in the loss. masked: they take no part, and nothing
+    depends on how many there are; in-softmax: they take part in the softmax, as in Megatron-LM. By default
+    as the checkpoint that the run starts from was trained, and masked where there is none."""
+
     tokenizer_hf_use_fast: bool = False
     """The fast (Rust) form of a Hugging Face tokenizer."""
 

@@ -121,7 +121,7 @@ def read_checkpoint_args(
     problem = None
     for folder, _ in find(load_dir, iteration, outputs).tries:
         try:
-            return read_common(folder).get("args")
+            return read_common(folder).get("args", Namespace())
         except DamagedCheckpoint as error:
             if is_as_written(folder / "common.pt"):
                 raise

@@ -5,14 +5,9 @@ import torch
 import torch.nn.functional as F
 from megatron.core.models.common.embeddings import rope_utils
 
-from megatron_ext.arguments.configs import (
-    CUDA_FUSIONS,
-    ddp_config,
-    optimizer_config,
-    padded_vocab_size,
-    transformer_config,
-)
+from megatron_ext.arguments.configs import CUDA_FUSIONS, ddp_config, optimizer_config, transformer_config
 from megatron_ext.arguments.parser import read_args
+from megatron_ext.arguments.vocabulary import padded_vocab_size
 from megatron_ext.models.presets import PRESETS
 
 DATA = "--mock-data --tokenizer-type NullTokenizer --vocab-size 99"

@@ -83,6 +83,59 @@ def test_masked_and_broken_logits(v):
     torch.testing.assert_close(leaf.grad, want_gradient, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "v", "padding"), [(4, 7, 1), (9, 33, 95), (40, 64, 64), (9, 257, 767)])
+def test_padding_takes_no_part(rows, v, padding, dtype):
+    """Whatever lies there: loss and gradient are those of the narrower logits, bit for bit in the kernel."""
+    logits, target, grad = example(rows, v, dtype)
+    narrow = logits.clone().requires_grad_()
+    loss = fused_cross_entropy.vocab_parallel_cross_entropy(narrow, target)
+    loss.backward(grad.to(loss.dtype))
+    large = torch.finfo(dtype).max if padding % 2 else 50.0
+    wide = torch.cat([logits, torch.full((rows, padding), large, dtype=dtype)], dim=1).requires_grad_()
+    found = fused_cross_entropy.vocab_parallel_cross_entropy(wide, target, vocab_size=v)
+    found.backward(grad.to(found.dtype))
+    exact = dict(rtol=1e-12 if dtype == torch.float64 else 0, atol=0)
+    torch.testing.assert_close(found, loss, **exact)
+    torch.testing.assert_close(wide.grad[:, :v], narrow.grad, **exact)
+    assert not wide.grad[:, v:].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab_size", [36, 25, 20, 13])
+def test_each_shard_masks_its_own_part_of_the_padding(vocab_size, dtype):
+    """Three shards of 12 columns; the last ones may hold padding alone."""
+    logits, _, grad = example(21, 36, dtype)
+    target = torch.randint(vocab_size, (21,), generator=torch.Generator().manual_seed(3))
+    loss, gradient = expected_loss_and_gradient(logits[:, :vocab_size], target, grad)
+    parts = [(part.contiguous(), i * 12) for i, part in enumerate(logits.chunk(3, dim=1))]
+    widths = [fused_cross_entropy.width_of_shard(12, first, vocab_size) for _, first in parts]
+    assert sum(widths) == vocab_size
+    stats = [
+        fused_cross_entropy.cross_entropy_stats(part, target, first, width)
+        for (part, first), width in zip(parts, widths, strict=True)
+    ]
+    top = torch.stack([s[0] for s in stats]).amax(0)
+    total = sum(s[1] * (s[0] - top).exp() for s in stats)
+    chosen = sum(s[2] for s in stats)
+    torch.testing.assert_close((total.log() + top - chosen).double(), loss, rtol=2e-6, atol=2e-6)
+    grads = [
+        fused_cross_entropy.cross_entropy_grad_(part, target, first, top, total, grad.to(top.dtype), width)
+        for (part, first), width in zip(parts, widths, strict=True)
+    ]
+    found = torch.cat(grads, dim=1)
+    torch.testing.assert_close(found[:, :vocab_size].double(), gradient, **tolerance(dtype))
+    assert not found[:, vocab_size:].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_target_in_the_padding_has_no_finite_loss(dtype):
+    logits, target, _ = example(4, 20, dtype)
+    target[2] = 17
+    loss = fused_cross_entropy.vocab_parallel_cross_entropy(logits, target.clamp(max=17), vocab_size=17)
+    assert loss[2] == torch.inf and not loss.isnan().any()
+
+
 def test_a_fully_masked_shard_adds_nothing():
     logits, target, _ = example(4, 20, torch.float32)
     top, total, chosen = fused_cross_entropy.cross_entropy_stats(
