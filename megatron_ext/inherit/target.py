@@ -44,7 +44,10 @@ def _wanted(options: Namespace) -> dict[str, int | bool]:
     """Field of ModelShape -> what the flags say; a field that none says is not there."""
     wanted: dict[str, int | bool] = {}
     if options.model_preset:
-        flags = preset(options.model_preset).flags()
+        try:
+            flags = preset(options.model_preset).flags()
+        except LookupError as error:
+            raise InheritanceError([str(error.args[0])]) from error
         names = {field.name for field in dataclasses.fields(ModelShape)} - {"max_position_embeddings"}
         wanted = {name: value for name, value in flags.items() if name in names}
         wanted["kv_channels"] = flags["hidden_size"] // flags["num_attention_heads"]
