@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_ext.data import draw as drawing
-from megatron_ext.data.files import refuse_overwriting, unchanged, write_aside
+from megatron_ext.data.files import Watch, refuse_overwriting, unchanged, write_aside
 from megatron_ext.data.indexed import DatasetError
 from megatron_ext.data.loss_record import Losses, read_losses, record_paths
 from megatron_ext.data.progress import Progress
@@ -131,12 +131,12 @@ def build_round(
     """
     files, paths = vars(record_paths(losses_path)).values(), round_paths(output)
     refuse_overwriting(vars(paths).values(), files)
-    with unchanged(files):
-        return _build(read_losses(losses_path), options, paths, show_progress)
+    with unchanged(files) as watch:
+        return _build(read_losses(losses_path), options, paths, watch, show_progress)
 
 
 def _build(
-    source: Losses, options: RoundOptions, paths: RoundPaths, show_progress: bool
+    source: Losses, options: RoundOptions, paths: RoundPaths, watch: Watch, show_progress: bool
 ) -> tuple[dict, Report]:
     groups = Groups(source, options.group_size)
     names = source.source_names or ["all"]
@@ -162,7 +162,7 @@ def _build(
     paths.index.parent.mkdir(parents=True, exist_ok=True)
     paths.manifest.unlink(missing_ok=True)  # until the new index is whole there is none
     drawn = drawing.draw(chunks, limits, options.key)
-    selected, sha256 = _write_index(paths.index, _ids(drawn, levels, groups, options, report))
+    selected, sha256 = _write_index(paths.index, _ids(drawn, levels, groups, options, report), watch)
     manifest = _manifest(source, options, selected, sha256, len(groups), sum(counts), report)
     text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
     write_aside(paths.manifest, lambda file: file.write(text.encode()))
@@ -268,8 +268,11 @@ def _ids(
         yield places + begin
 
 
-def _write_index(path: Path, ids: Iterator[np.ndarray]) -> tuple[int, str]:
-    """Write an int64 .npy of all ids; returns their number and the sha256 of their bytes."""
+def _write_index(path: Path, ids: Iterator[np.ndarray], watch: Watch) -> tuple[int, str]:
+    """Write an int64 .npy of all ids; returns their number and the sha256 of their bytes.
+
+    ``watch``: what they are made of, which must not have changed before they are put in place.
+    """
     count, digest = 0, hashlib.sha256()
 
     def header(file) -> None:
@@ -286,6 +289,7 @@ def _write_index(path: Path, ids: Iterator[np.ndarray]) -> tuple[int, str]:
             digest.update(data)
             file.write(data)
             count += len(part)
+        watch.check()
         file.seek(0)
         header(file)
         assert file.tell() == begin

@@ -101,28 +101,33 @@ def input_changed(path: str | Path) -> InputChanged:
     )
 
 
-@contextlib.contextmanager
-def unchanged(paths: Iterable[str | Path]) -> Iterator[None]:
-    """Within it files are read; a change of one of them is an error, also in place of another error.
+class Watch:
+    """Files that are read; those that are not there at the beginning are left to their readers."""
 
-    Files that are not there at the beginning are left to their readers.
+    def __init__(self, paths: Iterable[str | Path]) -> None:
+        self.before = {path: state for path in paths if (state := _state(path)) is not None}
+
+    def check(self) -> None:
+        """Raise InputChanged for the first file that is not as it was."""
+        for path, state in self.before.items():
+            if _state(path) != state:
+                raise input_changed(path)
+
+
+@contextlib.contextmanager
+def unchanged(paths: Iterable[str | Path]) -> Iterator[Watch]:
+    """Within it files are read; a change of one of them is an error, also in place of another error.
 
     Raises:
         InputChanged: at the end, naming the first file that is not as it was.
     """
-    before = {path: state for path in paths if (state := _state(path)) is not None}
-
-    def check() -> None:
-        for path, state in before.items():
-            if _state(path) != state:
-                raise input_changed(path)
-
+    watch = Watch(paths)
     try:
-        yield
+        yield watch
     except Exception:
-        check()
+        watch.check()
         raise
-    check()
+    watch.check()
 
 
 def _state(path: str | Path) -> FileState | None:

@@ -122,7 +122,11 @@ def lines_of(chunk: Chunk) -> Iterator[bytes]:
             yield chunk.text[begin:end]
             begin = end
         return
-    with open(chunk.path, "rb") as file:
+    try:
+        file = open(chunk.path, "rb")  # noqa: SIM115 - closed below
+    except FileNotFoundError:
+        raise input_changed(chunk.path) from None
+    with file:
         _require_state(chunk, file)
         yield from _lines_of_range(file, chunk.begin, chunk.end)
         _require_state(chunk, file)

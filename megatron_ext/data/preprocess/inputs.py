@@ -56,6 +56,8 @@ class InputCheck(threading.Thread):
             InputChanged: an input is not what it was when the run began.
         """
         self.join()
+        if isinstance(self.error, FileNotFoundError):
+            raise input_changed(self.error.filename)
         if self.error is not None:
             raise self.error
         for number, begin, digest in self.read:
