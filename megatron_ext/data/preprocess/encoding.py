@@ -47,8 +47,9 @@ def refusals() -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
         raise
     except BaseException as error:
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
         said = (str(error).strip().splitlines() or [""])[0]
-        raise ValueError(f"cannot be encoded: {type(error).__name__}: {said}") from error
+        raise ValueError(f"cannot be encoded: {kind}{said}") from error
 
 
 def _encoder_of(tokenizer: Tokenizer) -> Encode:
