@@ -131,21 +131,34 @@ def after_rules(args: Namespace) -> None:
         args.override_opt_param_scheduler = True
     args.consumed_train_samples = args.consumed_valid_samples = args.skipped_train_samples = 0
     if args.train_samples is not None:
-        args.train_iters = iterations_of_samples(
-            args.train_samples, args.global_batch_size, args.rampup_batch_size
-        )
+        args.train_iters = iterations_left(args)
         _schedule_in_samples(args)
     elif args.train_iters is not None:
         _schedule_in_iterations(args)
 
 
-def iterations_of_samples(samples: int, global_batch: int, rampup: list[int] | None) -> int:
-    """Optimizer steps that ``samples`` give, through the growing batches of ``rampup``."""
-    consumed = iterations = 0
-    while rampup and consumed <= rampup[2] and consumed < samples:
-        consumed += batch_at(consumed, global_batch, rampup)
+def iterations_left(args: Namespace, consumed: int = 0) -> int:
+    """Optimizer steps from ``consumed`` samples to --train-samples, through the batches of a ramp-up."""
+    ramp, iterations = args.rampup_batch_size, 0
+    while ramp and consumed <= ramp[2] and consumed < args.train_samples:
+        consumed += running_batch(args, consumed)
         iterations += 1
-    return iterations + max(0, samples - consumed) // global_batch
+    return iterations + max(0, args.train_samples - consumed) // running_batch(args)
+
+
+def running_batch(args: Namespace, consumed: int | None = None) -> int:
+    """Samples of a step after ``consumed`` samples, by default of a full one.
+
+    Rounded down to whole micro batches of all ranks, where --decrease-batch-size-if-needed allows it.
+    """
+    ramp = getattr(args, "rampup_batch_size", None)
+    batch = (
+        batch_at(consumed, args.global_batch_size, ramp) if consumed is not None else args.global_batch_size
+    )
+    if not getattr(args, "decrease_batch_size_if_needed", False):
+        return batch
+    unit = args.micro_batch_size * args.data_parallel_size
+    return max(batch // unit, 1) * unit
 
 
 def batch_at(consumed: int, global_batch: int, rampup: list[int] | None) -> int:
@@ -159,7 +172,7 @@ def batch_at(consumed: int, global_batch: int, rampup: list[int] | None) -> int:
 
 
 def _schedule_in_iterations(args: Namespace) -> None:
-    batch = args.global_batch_size
+    batch = running_batch(args)
     args.lr_decay_iters = args.lr_decay_iters or args.train_iters
     args.lr_decay_steps = args.lr_decay_iters * batch
     args.wd_incr_steps = args.train_iters * batch

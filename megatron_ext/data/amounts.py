@@ -3,9 +3,17 @@
 import numpy as np
 from megatron.core.datasets.blended_dataset import BlendedDataset
 
+from megatron_ext.data.views import Chained
+
 
 def epochs(dataset, samples: int) -> float:
     """How often ``samples`` of a dataset of Megatron-Core go through its documents; of a blend, the most."""
+    if isinstance(dataset, Chained):
+        often = 0.0
+        for part in dataset.parts:
+            often += epochs(part, min(samples, len(part)))
+            samples = max(0, samples - len(part))
+        return often
     if isinstance(dataset, BlendedDataset):
         parts = zip(dataset.datasets, dataset.weights, strict=True)
         whole = sum(dataset.weights)
@@ -16,6 +24,8 @@ def epochs(dataset, samples: int) -> float:
 
 def without_a_sample(dataset) -> list[str]:
     """The prefixes of a blend of which no sample is drawn, because their weight is too small for the run."""
+    if isinstance(dataset, Chained):
+        return without_a_sample(dataset.parts[0])
     if not isinstance(dataset, BlendedDataset):
         return []
     # Only then can there be one; counting reads the whole order.

@@ -54,6 +54,30 @@ def identify(args: Namespace, tokenizer, samples: int) -> dict:
     }
 
 
+def stated(saved: Namespace) -> dict:
+    """What the arguments in a checkpoint say of its training set, as fields of :func:`identify`.
+
+    For checkpoints that hold no description, as Megatron-LM's. The datasets' paths are not among them: the
+    same data may have moved.
+    """
+    from megatron.core.datasets.blended_megatron_dataset_config import (
+        convert_split_vector_to_split_matrix,
+        parse_and_normalize_split,
+    )
+
+    given = {name: getattr(saved, name, None) for name in ("seed", "seq_length", "dataloader_type")}
+    given["mock"] = getattr(saved, "mock_data", None)
+    split = getattr(saved, "split", None)
+    if split is not None and not given["mock"]:
+        part = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))[0]
+        given["documents"] = list(part) if part else None
+    batches = getattr(saved, "train_iters", None), getattr(saved, "global_batch_size", None)
+    given["samples"] = getattr(saved, "train_samples", None)
+    if given["samples"] is None and None not in batches:
+        given["samples"] = batches[0] * batches[1]
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def fingerprint(prefix: str) -> str:
     """sha256 over size and evenly spread pieces of PREFIX.bin and .idx, and the manifest's checksums."""
     digest = hashlib.sha256()
@@ -99,9 +123,20 @@ _FIELDS: dict[str, tuple[str, Callable]] = {
     "seq_length": ("--seq-length", str),
     "seed": ("--seed", str),
     "tokenizer_sha256": ("--tokenizer-model", _short),
+    "mock": ("--mock-data", str),
+    "dataloader_type": ("--dataloader-type", str),
     "samples": ("samples drawn (--train-iters x --global-batch-size, or --train-samples)", str),
     "probe": ("the order of the samples (another version of Megatron-Core?)", _short),
 }
+
+
+def differences(theirs: dict, ours: dict) -> list[str]:
+    """Where two descriptions differ, a phrase each, of the fields that ``ours`` has."""
+    return [
+        f"{flag}: {told(theirs.get(name))} there, {told(ours[name])} here"
+        for name, (flag, told) in _FIELDS.items()
+        if name in ours and theirs.get(name) != ours[name]
+    ]
 
 
 def require_same(theirs: dict, ours: dict, of: str, advice: str) -> None:
@@ -115,10 +150,5 @@ def require_same(theirs: dict, ours: dict, of: str, advice: str) -> None:
     Raises:
         DatasetError: naming every field that differs, with both values.
     """
-    wrong = [
-        f"{flag}: {told(theirs.get(name))} there, {told(ours[name])} here"
-        for name, (flag, told) in _FIELDS.items()
-        if name in ours and theirs.get(name) != ours[name]
-    ]
-    if wrong:
+    if wrong := differences(theirs, ours):
         raise DatasetError(f"{of} belongs to another training set: {'; '.join(wrong)}. {advice}")

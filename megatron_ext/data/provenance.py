@@ -4,6 +4,7 @@ from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.gpt_dataset import GPTDataset, MockGPTDataset
 
 from megatron_ext.data.rounds import NumberedDataset
+from megatron_ext.data.views import Chained
 
 
 def provenance(dataset, number: int) -> dict:
@@ -16,6 +17,9 @@ def provenance(dataset, number: int) -> dict:
     if isinstance(dataset, NumberedDataset):
         return provenance(dataset.dataset, dataset.sample_id(number))
     found = {"number": int(number)}
+    if isinstance(dataset, Chained):
+        part, place = dataset.locate(number)
+        return provenance(part, place) | found
     if isinstance(dataset, BlendedDataset):
         part = dataset.datasets[int(dataset.dataset_index[number])]
         return provenance(part, int(dataset.dataset_sample_index[number])) | found

@@ -1,6 +1,10 @@
 """Datasets seen in another way: without an end, and once through in whole microbatches."""
 
 import sys
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
 
 import torch
 
@@ -16,6 +20,26 @@ class Endless:
 
     def __getitem__(self, place: int) -> dict:
         return self.dataset[place % len(self.dataset)]
+
+
+class Chained:
+    """Datasets one after the other."""
+
+    def __init__(self, parts: Sequence):
+        self.parts = list(parts)
+        self._ends = list(accumulate(map(len, self.parts)))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def locate(self, place: int) -> tuple[Any, int]:
+        """The dataset that a sample is of, and its place in it."""
+        part = bisect_right(self._ends, place)
+        return self.parts[part], place - (self._ends[part - 1] if part else 0)
+
+    def __getitem__(self, place: int) -> dict:
+        dataset, place = self.locate(place)
+        return dataset[place]
 
 
 class Span:

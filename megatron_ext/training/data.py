@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from megatron.core import parallel_state
 
+from megatron_ext.arguments.derive import running_batch
 from megatron_ext.data import build_data_loader
 from megatron_ext.data.agree import on_first_rank
 from megatron_ext.data.amounts import epochs, without_a_sample
@@ -34,16 +35,26 @@ def dataset_sizes(args: Namespace) -> tuple[int, int | None, int | None]:
     return (train, None, None) if args.full_validation else (train, rounds * batch, batch)
 
 
-def say_what_is_read(datasets: tuple, args: Namespace) -> None:
-    """How often the run reads its data, and what of it is not as one would expect; a collective call."""
-    for line in on_first_rank(lambda: list(_what_is_read(datasets, args))):
+def samples_to_read(progress, args: Namespace) -> int:
+    """How many samples the run reads of its training set, from the set's first to its own last iteration."""
+    read = progress.consumed_train_samples - progress.round_start
+    if args.train_samples is not None:
+        return max(read, args.train_samples - progress.round_start)
+    return read + max(0, args.train_iters - progress.iteration) * running_batch(args)
+
+
+def say_what_is_read(datasets: tuple, samples: int, args: Namespace) -> None:
+    """How often the run reads its data, and what of it is not as one would expect; a collective call.
+
+    ``samples`` are read of the training set.
+    """
+    for line in on_first_rank(lambda: list(_what_is_read(datasets, samples, args))):
         print_rank_0(line)
 
 
-def _what_is_read(datasets: tuple, args: Namespace) -> Iterator[str]:
+def _what_is_read(datasets: tuple, samples: int, args: Namespace) -> Iterator[str]:
     train, *held_out = datasets
     if train is not None:
-        samples = dataset_sizes(args)[0]
         often = epochs(train, samples)
         yield f" data: {samples:,} training samples, {often:.3g} epochs of the training set"
         if often > samples:

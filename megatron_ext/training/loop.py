@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.num_microbatches_calculator import (
-    get_current_global_batch_size,
+    get_current_running_global_batch_size,
     get_num_microbatches,
     update_num_microbatches,
 )
@@ -37,7 +37,8 @@ class Progress:
     """How far a run is; stored in checkpoints.
 
     ``round_sha256`` names the index of the round it is in, None in the first; ``round_start`` are the
-    samples consumed before this round.
+    samples consumed before this round, or before the training set that it now reads; ``training_set`` is
+    the description of that set (data/identity.py), with the number of samples that its order was drawn for.
     """
 
     iteration: int = 0
@@ -50,6 +51,7 @@ class Progress:
     bad_iterations: int = 0
     round_sha256: str | None = None
     round_start: int = 0
+    training_set: dict | None = None
     #: Iterations of the checkpoints in --save that this run made or goes on from, ascending: not of those
     #: that it went back behind.
     checkpoints: list[int] = field(default_factory=list)
@@ -134,7 +136,7 @@ class Trainer:
             if self.recorder is not None:
                 self.recorder.after_step()
             progress.iteration += 1
-            progress.consumed_train_samples += get_current_global_batch_size()
+            progress.consumed_train_samples += get_current_running_global_batch_size()
             self._report(result, time.perf_counter() - started)
             self.profiler.after(progress.iteration)
             if self._validation_is_due():
@@ -176,7 +178,7 @@ class Trainer:
         for iterator in iterators:
             for _ in range(get_num_microbatches() if iterator is not None else 0):
                 next(iterator)
-        self.progress.skipped_train_samples += get_current_global_batch_size()
+        self.progress.skipped_train_samples += get_current_running_global_batch_size()
         return StepResult(float("nan"), 0.0, None, skipped=True)
 
     def _report(self, result: StepResult, seconds: float) -> None:
@@ -186,7 +188,7 @@ class Trainer:
             IterationReport(
                 iteration=self.progress.iteration,
                 consumed_samples=self.progress.consumed_train_samples,
-                global_batch_size=get_current_global_batch_size(),
+                global_batch_size=get_current_running_global_batch_size(),
                 lm_loss=result.lm_loss,
                 grad_norm=result.grad_norm,
                 learning_rate=get_canonical_lr_for_logging(self.optimizer.param_groups) or 0.0,

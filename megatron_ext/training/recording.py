@@ -15,10 +15,11 @@ from megatron_ext.arguments.vocabulary import settle_vocabulary
 from megatron_ext.data import build_datasets
 from megatron_ext.data.agree import on_every_rank, on_first_rank
 from megatron_ext.data.identity import dataset_hash, identify, probe
+from megatron_ext.data.indexed import DatasetError
 from megatron_ext.data.loss_record import LossRecord, open_record
 from megatron_ext.data.progress import Progress
 from megatron_ext.data.rounds import NumberedDataset, RoundDataset
-from megatron_ext.data.views import Span
+from megatron_ext.data.views import Chained, Span
 from megatron_ext.models.builder import build_model, half_precision
 from megatron_ext.tokenizer import build_tokenizer
 from megatron_ext.training.batch import Batch, LossCounter
@@ -141,10 +142,13 @@ def begin_record(args: Namespace, tokenizer, dataset, samples: int, kind: str, m
     return on_first_rank(begin)
 
 
-def online_recorder(args: Namespace, tokenizer, datasets: tuple) -> tuple[OnlineRecorder | None, tuple]:
+def online_recorder(
+    args: Namespace, tokenizer, datasets: tuple, progress
+) -> tuple[OnlineRecorder | None, tuple]:
     """The recorder of ``--record-mode online`` and the datasets with numbered samples; a collective call.
 
-    Without ``--record-sample-loss``: None, and the datasets as they are.
+    ``progress`` of the run says for how many samples the order was drawn. Without
+    ``--record-sample-loss``: None, and the datasets as they are.
     """
     if args.record_sample_loss is None:
         return None, datasets
@@ -152,7 +156,14 @@ def online_recorder(args: Namespace, tokenizer, datasets: tuple) -> tuple[Online
     if isinstance(train, RoundDataset):  # its samples are numbered, and it holds the first round's set
         base, samples = train.dataset, train.base_samples
     else:
-        base, samples = train, min(dataset_sizes(args)[0], len(train))
+        drawn = progress.training_set["samples"]
+        if drawn != dataset_sizes(args)[0] or isinstance(train, Chained):
+            raise DatasetError(
+                f"--record-mode online: the samples have numbers as in the {drawn:,} that the run was begun "
+                f"for, not in {dataset_sizes(args)[0]:,}: leave out --record-sample-loss, or give the length "
+                "that it was begun with"
+            )
+        base, samples = train, min(drawn, len(train))
         train = NumberedDataset(train)
     manifest = begin_record(args, tokenizer, base, samples, "online", {})
     return OnlineRecorder(args.record_sample_loss, manifest), (train, *others)

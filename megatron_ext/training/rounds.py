@@ -6,7 +6,8 @@ from megatron_ext.data import DatasetError, build_datasets
 from megatron_ext.data.agree import on_every_rank, on_first_rank
 from megatron_ext.data.identity import identify, probe, require_same
 from megatron_ext.data.rounds import RoundDataset, RoundIndex, read_round
-from megatron_ext.training.data import dataset_sizes, say_what_is_read
+from megatron_ext.data.views import Chained
+from megatron_ext.training.data import dataset_sizes, samples_to_read, say_what_is_read
 from megatron_ext.training.distributed import print_rank_0
 
 
@@ -38,8 +39,10 @@ def open_round(args: Namespace, tokenizer) -> RoundIndex | None:
 _ADVICE = "Train with the data flags and the seed of the run that was recorded, or build a round for this one"
 
 
-def enter_round(progress, loaded_from: str | None, index: RoundIndex | None, args: Namespace) -> None:
+def enter_round(progress, loaded_from: str | None, index: RoundIndex | None, args: Namespace) -> bool:
     """Note in ``progress`` which round the run is in and how many samples were consumed before it.
+
+    Returns whether it begins the round.
 
     Args:
         progress: of the checkpoint that was loaded, or fresh.
@@ -50,7 +53,7 @@ def enter_round(progress, loaded_from: str | None, index: RoundIndex | None, arg
     """
     ours = None if index is None else index.manifest["sha256"]
     if loaded_from is not None and progress.round_sha256 == ours:
-        return
+        return False
     if loaded_from is not None and index is None:
         raise DatasetError(
             f"the checkpoint in {loaded_from} was made in a round: give its --round-index, or --finetune to "
@@ -73,35 +76,55 @@ def enter_round(progress, loaded_from: str | None, index: RoundIndex | None, arg
                 f"WARNING: these are fewer than one --global-batch-size {args.global_batch_size}: a batch "
                 "holds samples more than once"
             )
+    return True
 
 
 def build_round_datasets(args: Namespace, tokenizer, progress, index: RoundIndex | None) -> tuple:
     """(train, valid, test) as build_datasets has them, with the round's samples to train on.
 
-    The order of the first round's samples depends on how many were drawn, so that many are drawn here.
+    The order of the samples depends on how many it was drawn for, so it is drawn for as many as when the run
+    was begun, or the first round recorded, however long this run is.
 
     Raises:
         DatasetError: on every rank; also if the samples are not those that were recorded.
     """
-    train_samples, *others = dataset_sizes(args)
-    if index is None or args.skip_train:
-        datasets = build_datasets(args, tokenizer, (0 if args.skip_train else train_samples, *others))
-        say_what_is_read(datasets, args)
+    _, *others = dataset_sizes(args)
+    if args.skip_train:
+        datasets = build_datasets(args, tokenizer, (0, *others))
+        say_what_is_read(datasets, 0, args)
         return datasets
-    samples = index.manifest["samples"]
-    base, *rest = build_datasets(args, tokenizer, (samples, *others))
+    drawn, wanted = progress.training_set["samples"], samples_to_read(progress, args)
+    train, *rest = build_datasets(args, tokenizer, (drawn, *others))
+    if index is None:
+        train = _prolonged(train, drawn, wanted, args, tokenizer)
+        say_what_is_read((train, *rest), wanted, args)
+        return train, *rest
 
     def check() -> None:
-        if base is None or len(base) < samples:
+        if len(train) < drawn:
             raise DatasetError(
-                f"--round-index {index.path}: is of {samples:,} samples, the training set has "
-                f"{0 if base is None else len(base):,}"
+                f"--round-index {index.path}: is of {drawn:,} samples, the training set has {len(train):,}"
             )
         described = index.manifest["dataset"]
         if described is not None:
-            ours = {"probe": probe(base, samples)}
+            ours = {"probe": probe(train, drawn)}
             require_same(described, ours, f"--round-index {index.path}", _ADVICE)
 
     on_first_rank(check)
-    say_what_is_read((None, *rest), args)
-    return RoundDataset(base, index, train_samples - progress.round_start, args.seed), *rest
+    say_what_is_read((None, *rest), 0, args)
+    return RoundDataset(train, index, wanted, args.seed), *rest
+
+
+def _prolonged(train, drawn: int, wanted: int, args: Namespace, tokenizer):
+    """A training set of at least ``wanted`` samples: its own, then those of further orders of the data.
+
+    Megatron-Core shuffles all epochs together, so that with one more of them samples would come again that
+    were read, and others never. Each further order has a seed of its own and twice as many samples: what
+    comes does not depend on how long the run will be.
+    """
+    parts, more = [train], drawn
+    while sum(map(len, parts)) < wanted and args.dataloader_type != "cyclic":
+        again = Namespace(**vars(args) | {"seed": args.seed + len(parts)})
+        parts.append(build_datasets(again, tokenizer, (more, 0, 0))[0])
+        more *= 2
+    return train if len(parts) == 1 else Chained(parts)

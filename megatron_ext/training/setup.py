@@ -12,22 +12,38 @@ from megatron_ext.data.agree import on_every_rank
 from megatron_ext.models import describe
 from megatron_ext.models.builder import build_model, wrap_for_training
 from megatron_ext.tokenizer import build_tokenizer
-from megatron_ext.training.checkpointing import CheckpointError, list_iterations, load_checkpoint
+from megatron_ext.training.checkpointing import (
+    CheckpointError,
+    list_iterations,
+    load_checkpoint,
+    open_checkpoint,
+)
 from megatron_ext.training.checkpointing.errors import on_rank_0
+from megatron_ext.training.continuing import Start, settle
 from megatron_ext.training.distributed import print_rank_0
 from megatron_ext.training.loop import Progress, Trainer
 from megatron_ext.training.optimizer import build_optimizer
 from megatron_ext.training.recording import online_recorder
 from megatron_ext.training.rounds import build_round_datasets, enter_round, open_round
-from megatron_ext.training.schedule import build_scheduler
+from megatron_ext.training.schedule import build_scheduler, without_a_rate
 
 
 def build_trainer(args: Namespace) -> Trainer:
-    """Tokenizer, model, optimizer, checkpoint and data, in this order; a collective call."""
+    """Tokenizer, checkpoint, data, model and optimizer, in this order; a collective call.
+
+    What can be wrong with a checkpoint's run or with the data is found before there is a model.
+    """
     tokenizer = on_every_rank(lambda: build_tokenizer(args))
     print_rank_0(settle_vocabulary(args, tokenizer))
 
     warn_about_memory(args)
+
+    start, index = find_start(args), open_round(args, tokenizer)
+    goes_on_from = start.folder if start.goes_on else None
+    claim_save_folder(args, start.progress, goes_on_from)
+    new_round = enter_round(start.progress, goes_on_from, index, args)
+    settle(start, args, tokenizer, index, new_round)
+    datasets = build_round_datasets(args, tokenizer, start.progress, index)
 
     if args.deterministic_mode:
         torch.use_deterministic_algorithms(True)
@@ -37,14 +53,16 @@ def build_trainer(args: Namespace) -> Trainer:
     scheduler = build_scheduler(optimizer, args)
     print_rank_0(f" model: {count_parameters(model):,} parameters on this rank; device {platform.activate()}")
 
-    index = open_round(args, tokenizer)
-    progress, loaded_from = load_progress(args, model, optimizer, scheduler)
-    claim_save_folder(args, progress, loaded_from)
-    enter_round(progress, loaded_from, index, args)
-    datasets = build_round_datasets(args, tokenizer, progress, index)
-    recorder, datasets = online_recorder(args, tokenizer, datasets)
+    load(start, args, model, optimizer, scheduler)
+    idle = min(without_a_rate(scheduler, args), args.train_iters - start.progress.iteration)
+    if idle > 0 and not args.skip_train:
+        print_rank_0(
+            f"WARNING: the learning rate is 0 in the last {idle} iterations, because the schedule ends "
+            "before them: give a longer one, or --min-lr"
+        )
+    recorder, datasets = online_recorder(args, tokenizer, datasets, start.progress)
     token_bytes = torch.as_tensor(tokenizer.token_bytes(), device=platform.current_device())
-    return Trainer(args, model, optimizer, scheduler, datasets, token_bytes, progress, recorder)
+    return Trainer(args, model, optimizer, scheduler, datasets, token_bytes, start.progress, recorder)
 
 
 def warn_about_memory(args: Namespace) -> None:
@@ -59,31 +77,29 @@ def warn_about_memory(args: Namespace) -> None:
         )
 
 
-def load_progress(args: Namespace, model: list, optimizer, scheduler) -> tuple[Progress, str | None]:
-    """Load the newest checkpoint if there is one; how far the run then is, and the folder that says so.
+def find_start(args: Namespace) -> Start:
+    """The newest checkpoint if there is one, and how far the run then is; a collective call.
 
     ``--pretrained-checkpoint`` gives weights to a run that has no checkpoint of its own yet, and all
     it holds to a round that continues (``--round-schedule continue``).
     """
-    loaded = None
     if args.load is not None:
-        loaded = load_checkpoint(args.load, model=model, optimizer=optimizer, scheduler=scheduler, args=args)
-    if loaded is not None:
-        return (Progress(), None) if args.finetune else (_progress_of(loaded), args.load)
-    if args.load is not None and args.exit_on_missing_checkpoint:
-        raise FileNotFoundError(f"--load {args.load}: no checkpoint found (--exit-on-missing-checkpoint)")
+        opened = open_checkpoint(args.load, args)
+        if opened is not None:
+            return Start(opened, args.load, goes_on=not args.finetune)
+        if args.exit_on_missing_checkpoint:
+            raise FileNotFoundError(f"--load {args.load}: no checkpoint found (--exit-on-missing-checkpoint)")
     if args.pretrained_checkpoint is not None:
-        loaded = _load_pretrained(args, model, optimizer, scheduler)
-        if _round_continues(args):
-            return _progress_of(loaded), args.pretrained_checkpoint
-    elif args.load is not None:
+        folder = args.pretrained_checkpoint
+        opened = open_checkpoint(folder, args)
+        if opened is None:
+            raise FileNotFoundError(f"--pretrained-checkpoint {folder}: no checkpoint found")
+        return Start(
+            opened, folder, goes_on=args.round_index is not None and args.round_schedule == "continue"
+        )
+    if args.load is not None:
         print_rank_0(f" no checkpoint in {args.load}: starting from the initial weights")
-    return Progress(), None
-
-
-def _progress_of(loaded) -> Progress:
-    known = {name: loaded.run_state[name] for name in vars(Progress()) if name in loaded.run_state}
-    return Progress(**known | {"iteration": loaded.iteration, "checkpoints": loaded.checkpoints})
+    return Start()
 
 
 def claim_save_folder(args: Namespace, progress: Progress, loaded_from: str | None) -> None:
@@ -116,19 +132,20 @@ def claim_save_folder(args: Namespace, progress: Progress, loaded_from: str | No
     on_rank_0(f"use --save {args.save}", look)
 
 
-def _round_continues(args: Namespace) -> bool:
-    return args.round_index is not None and args.round_schedule == "continue"
-
-
-def _load_pretrained(args: Namespace, model: list, optimizer, scheduler):
-    """The weights of ``--pretrained-checkpoint``, or everything in it for a round that continues."""
-    folder, parts = args.pretrained_checkpoint, {"args": Namespace(**vars(args) | {"finetune": True})}
-    if _round_continues(args):
-        parts = {"args": args, "scheduler": scheduler}
-    loaded = load_checkpoint(folder, model=model, optimizer=optimizer, **parts)
-    if loaded is None:
-        raise FileNotFoundError(f"--pretrained-checkpoint {folder}: no checkpoint found")
-    return loaded
+def load(start: Start, args: Namespace, model: list, optimizer, scheduler) -> None:
+    """Load what the run begins with: a whole checkpoint, or its weights alone; a collective call."""
+    if start.checkpoint is None:
+        return
+    if not start.goes_on:
+        args = Namespace(**vars(args) | {"finetune": True})
+    load_checkpoint(
+        start.folder,
+        model=model,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        args=args,
+        opened=start.checkpoint,
+    )
 
 
 def count_parameters(model: list) -> int:

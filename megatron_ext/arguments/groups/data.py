@@ -33,6 +33,10 @@ class DataArguments:
     per_split_data_args_path: str | None = flag(None, metavar="FILE")
     """JSON file with a blend for each of train, valid and test."""
 
+    override_training_set: bool = False
+    """Go on from a checkpoint with another training set than its run had (other data, --split, --seed or
+    --seq-length), read from its beginning."""
+
     data_cache_path: str | None = flag(None, metavar="FOLDER")
     """Where the datasets' index files go; by default beside the data."""
 

@@ -1,15 +1,14 @@
 """Rules against a run of nothing: no iteration, no training data, nothing to evaluate."""
 
-from megatron_ext.arguments.derive import iterations_of_samples
+from megatron_ext.arguments.derive import iterations_left, running_batch
 from megatron_ext.arguments.validate.run import rampup_reaches_the_batch
 
 
 def a_run_has_an_iteration(args, typed):
     if args.train_samples is None or args.skip_train or any(rampup_reaches_the_batch(args, typed)):
         return
-    unit = args.micro_batch_size * args.data_parallel_size
-    batch = args.global_batch_size // unit * unit
-    if batch and not iterations_of_samples(args.train_samples, batch, args.rampup_batch_size):
+    if not iterations_left(args):
+        batch = running_batch(args)
         yield f"--train-samples {args.train_samples}: fewer than one global batch of {batch}, so no iteration"
 
 

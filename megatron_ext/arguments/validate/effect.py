@@ -124,6 +124,11 @@ DEPENDENCES = (
         ("override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler"), lambda a: a.load, "--load"
     ),
     Dependence(
+        ("override_training_set",),
+        lambda a: a.load and not a.round_index and not a.skip_train and not a.finetune,
+        "--load, without --finetune, --skip-train and --round-index",
+    ),
+    Dependence(
         ("tensorboard_log_interval", "tensorboard_queue_size", "log_timers_to_tensorboard"),
         lambda a: a.tensorboard_dir,
         "--tensorboard-dir",

@@ -47,6 +47,8 @@ def rampup_reaches_the_batch(args, typed):
             f"--rampup-batch-size: from {start} in steps of {increment} the batch does not reach "
             f"--global-batch-size {args.global_batch_size}"
         )
+    elif start < unit and args.decrease_batch_size_if_needed:
+        yield f"--rampup-batch-size: {start} is less than --micro-batch-size x data parallel size = {unit}"
     elif (start % unit or increment % unit) and not args.decrease_batch_size_if_needed:
         yield (
             f"--rampup-batch-size: {start} and {increment} must be divisible by --micro-batch-size x data "

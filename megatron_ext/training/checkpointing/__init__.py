@@ -9,7 +9,13 @@ from megatron_ext.training.checkpointing.folders import (
     list_iterations,
 )
 from megatron_ext.training.checkpointing.found import outputs_of
-from megatron_ext.training.checkpointing.load import LoadedState, load_checkpoint, read_checkpoint_args
+from megatron_ext.training.checkpointing.load import (
+    LoadedState,
+    OpenedCheckpoint,
+    load_checkpoint,
+    open_checkpoint,
+    read_checkpoint_args,
+)
 from megatron_ext.training.checkpointing.lock import only_recording_in, only_run_in
 from megatron_ext.training.checkpointing.save import PendingSave, save_checkpoint
 
@@ -17,6 +23,7 @@ __all__ = [
     "CheckpointError",
     "DamagedCheckpoint",
     "LoadedState",
+    "OpenedCheckpoint",
     "PendingSave",
     "Retain",
     "checkpoint_dir",
@@ -26,6 +33,7 @@ __all__ = [
     "load_checkpoint",
     "only_recording_in",
     "only_run_in",
+    "open_checkpoint",
     "outputs_of",
     "read_checkpoint_args",
     "save_checkpoint",

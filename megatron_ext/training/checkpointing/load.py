@@ -11,7 +11,9 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from torch import nn
+from torch.distributed.checkpoint import Metadata
 
+from megatron_ext.training import schedule
 from megatron_ext.training.checkpointing import content, optimizer_part
 from megatron_ext.training.checkpointing.errors import (
     CheckpointError,
@@ -49,6 +51,53 @@ class LoadedState:
     rng_loaded: bool = False
 
 
+@dataclass(frozen=True)
+class OpenedCheckpoint:
+    """A whole checkpoint that was found, those ``before`` it in its run, and what it says of itself."""
+
+    folder: Path
+    number: int
+    before: list[int]
+    common: dict
+    metadata: Metadata
+
+    @property
+    def args(self) -> Namespace:
+        """The arguments it was saved with."""
+        return self.common.get("args", Namespace())
+
+    @property
+    def iteration(self) -> int:
+        """After which it was saved."""
+        return int(self.common.get("iteration", self.number))
+
+    @property
+    def run_state(self) -> dict:
+        """Where the run stood."""
+        state = content.run_state_of(self.common)
+        return {name: value for name, value in state.items() if name != "checkpoints"}
+
+    @property
+    def checkpoints(self) -> list[int]:
+        """Those of its run up to this one that lie in the folder, ascending."""
+        return [*self.before, self.number]
+
+
+def open_checkpoint(
+    load_dir: str | Path, args: Namespace, iteration: int | None = None
+) -> OpenedCheckpoint | None:
+    """The checkpoint that load_checkpoint would load, before there is a model; collective.
+
+    Returns None, and raises, as load_checkpoint does where there is none or none is whole.
+    """
+    wanted = iteration if iteration is not None else getattr(args, "ckpt_step", None)
+    found = _find(Path(load_dir), args, wanted)
+    if found is None:
+        return None
+    folder, number, before = found
+    return OpenedCheckpoint(folder, number, before, *together(f"read {folder}", lambda: read(folder)))
+
+
 def load_checkpoint(
     load_dir: str | Path,
     *,
@@ -58,6 +107,7 @@ def load_checkpoint(
     args: Namespace,
     strict: bool = True,
     iteration: int | None = None,
+    opened: OpenedCheckpoint | None = None,
 ) -> LoadedState | None:
     """Load the newest whole checkpoint of ``load_dir`` into model, optimizer and scheduler; collective.
 
@@ -66,7 +116,7 @@ def load_checkpoint(
     that one and no other. Nothing in the folder is changed. In ``args``,
     ``--finetune`` loads the weights alone (iteration 0, any tokenizer), ``--no-load-optim`` and
     ``--no-load-rng`` leave parts out. Generators are restored only where the tensor and pipeline
-    layout is the one that saved them.
+    layout is the one that saved them. ``opened`` is what open_checkpoint found, where it was asked before.
 
     Returns None if ``load_dir`` is empty or not there.
 
@@ -75,13 +125,11 @@ def load_checkpoint(
             one does not fit: another model, another tokenizer, another kind of optimizer state.
             ``strict=False`` only warns of weights that model and checkpoint do not share.
     """
-    wanted = iteration if iteration is not None else getattr(args, "ckpt_step", None)
-    found = _find(Path(load_dir), args, wanted)
-    if found is None:
+    opened = opened or open_checkpoint(load_dir, args, iteration)
+    if opened is None:
         return None
-    folder, number, before = found
+    folder, common, metadata = opened.folder, opened.common, opened.metadata
     finetune = bool(getattr(args, "finetune", False))
-    common, metadata = together(f"read {folder}", lambda: read(folder))
 
     def check() -> None:
         content.require_same_function(common.get("args"), args, folder)
@@ -95,13 +143,13 @@ def load_checkpoint(
     state = together(f"load {folder}", lambda: _read_tensors(folder, template, common, metadata))
     together(f"load {folder}", lambda: parts.apply(state))
     if finetune:
-        return LoadedState(0, {}, folder, args=common.get("args", Namespace()))
+        return LoadedState(0, {}, folder, args=opened.args)
     return LoadedState(
-        iteration=int(common.get("iteration", number)),
-        run_state={n: v for n, v in content.run_state_of(common).items() if n != "checkpoints"},
+        iteration=opened.iteration,
+        run_state=opened.run_state,
         path=folder,
-        checkpoints=[*before, number],
-        args=common.get("args", Namespace()),
+        checkpoints=opened.checkpoints,
+        args=opened.args,
         optimizer_loaded=parts.with_optimizer,
         rng_loaded="rng_state" in state,
     )
@@ -232,9 +280,8 @@ class _Parts:
             elif self.optimizer is not None:
                 self.optimizer.reload_model_params()
         if self.scheduler is not None and self.with_optimizer and "opt_param_scheduler" in state:
-            self.scheduler.num_steps = 0
-            self.scheduler.load_state_dict(state["opt_param_scheduler"])
-            self.scheduler.step(increment=0)  # upstream sets the rates before it knows the weight decay
+            saved = self.common.get("args", Namespace())
+            schedule.restore(self.scheduler, state["opt_param_scheduler"], saved, self.args)
         if self.with_rng:
             content.restore_rng(state["rng_state"])
 

@@ -44,7 +44,8 @@ def adapt_common(common: dict, optimizer, keep_rates: bool) -> None:
 
     Parameter groups come in the order of ``optimizer``'s, with ``step`` as an int in each. What this
     optimizer has in a group and the checkpoint lacks stays: Adams differ in more than their moments.
-    ``keep_rates`` leaves the run's own learning rate limits in place (--override-opt_param-scheduler).
+    ``keep_rates`` leaves the run's own rates in place (--override-opt_param-scheduler): the limits of the
+    learning rate, and Adam's.
 
     Raises:
         CheckpointError: if the checkpoint's parameter groups are not the optimizer's, or its
@@ -95,7 +96,8 @@ def _in_order_of(current: list[dict], saved: list[dict], keep_rates: bool) -> li
                 f"{len(current)} do not match ({', '.join(param_group_identifier_keys)}); "
                 "--no-load-optim starts the optimizer afresh"
             )
-        rates = {key: group[key] for key in ("max_lr", "min_lr") if keep_rates and key in group}
+        kept = ("max_lr", "min_lr", "betas", "eps") if keep_rates else ()
+        rates = {key: group[key] for key in kept if key in group}
         merged = {**group, **found, **rates}
         ordered.append({key: value for key, value in merged.items() if key != "params"})
     return ordered

@@ -40,7 +40,8 @@ _TRAINING = (
     *("end_weight_decay", "weight_decay_incr_style", "eval_interval", "eval_iters", "full_validation"),
     *("skip_train", "mock_data", "dataloader_type", "reset_position_ids", "reset_attention_mask"),
     *("eod_mask_loss", "round_schedule", "tensor_model_parallel_size", "pipeline_model_parallel_size"),
-    *("context_parallel_size", "use_distributed_optimizer"),
+    *("context_parallel_size", "use_distributed_optimizer", "decrease_batch_size_if_needed"),
+    *("adam_beta1", "adam_beta2", "adam_eps"),
 )
 #: Counters, what is worked out from flags, and what Megatron-LM has a name for and we have no flag: other
 #: kinds of model (``model_function.ALWAYS``), to refuse them.

@@ -1,9 +1,11 @@
 """What follows from other flags, as Megatron-LM works it out."""
 
+from argparse import Namespace
+
 import pytest
 import torch
 
-from megatron_ext.arguments.derive import batch_at, iterations_of_samples
+from megatron_ext.arguments.derive import iterations_left, running_batch
 from megatron_ext.arguments.parser import read_args
 
 BASE = (
@@ -49,21 +51,36 @@ def test_schedule_in_samples():
     assert (args.train_iters, args.lr_decay_steps, args.lr_warmup_steps) == (25, 100, 8)
 
 
-@pytest.mark.parametrize("rampup", [None, [2, 2, 20], [4, 4, 37], [2, 6, 1]])
+RAMPS = [(None, 8, 1), ([2, 2, 20], 8, 1), ([4, 4, 37], 8, 1), ([2, 6, 1], 8, 1)]
+#: Rounded down to whole micro batches of three ranks.
+ROUNDED = [(None, 26, 3), ([6, 2, 20], 26, 3), ([8, 9, 37], 26, 3)]
+
+
+@pytest.mark.parametrize(("rampup", "batch", "ranks"), [*RAMPS, *ROUNDED])
 @pytest.mark.parametrize("samples", [7, 40, 100])
-def test_ramp_up_equals_megatron_cores_calculator(rampup, samples):
+def test_ramp_up_equals_megatron_cores_calculator(rampup, batch, ranks, samples):
     from megatron.core.num_microbatches_calculator import _build_num_microbatches_calculator
 
-    calculator = _build_num_microbatches_calculator(0, rampup, 8, 2, 1, False)
+    args = Namespace(
+        rampup_batch_size=rampup, global_batch_size=batch, micro_batch_size=2, data_parallel_size=ranks,
+        decrease_batch_size_if_needed=ranks > 1, train_samples=samples,
+    )  # fmt: skip
+    calculator = _build_num_microbatches_calculator(
+        0, rampup, batch, 2, ranks, args.decrease_batch_size_if_needed
+    )
     consumed = iterations = 0
+    left = {}
     while consumed < samples:
+        left[consumed] = iterations
         calculator.update(consumed, False)
-        batch = calculator.get_current_global_batch_size()
-        assert batch == batch_at(consumed, 8, rampup)
+        batch = calculator.get_current_running_global_batch_size()
+        assert batch == running_batch(args, consumed)
         if consumed + batch > samples and (not rampup or consumed > rampup[2]):
             break  # a last batch that the samples do not fill is not run
         consumed, iterations = consumed + batch, iterations + 1
-    assert iterations_of_samples(samples, 8, rampup) == iterations
+    assert iterations_left(args) == iterations
+    for consumed, done in left.items():  # a run that is resumed there ends at the same iteration
+        assert done + iterations_left(args, consumed) == iterations
 
 
 def test_precision():

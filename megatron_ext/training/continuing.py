@@ -1,0 +1,131 @@
+"""What a run that goes on may have changed, and what its training set is from there on.
+
+A checkpoint's position, in samples and in the schedule, means something only with the training set
+and the schedule that it was counted in. What differs is found here before there is a model, all of it
+together: some of it works as it is meant, some is refused with the ways out (docs/training.md has the
+table).
+"""
+
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from megatron_ext.arguments.derive import iterations_left, running_batch
+from megatron_ext.data.agree import on_first_rank
+from megatron_ext.data.identity import differences, identify, stated
+from megatron_ext.data.rounds import RoundIndex
+from megatron_ext.training import schedule
+from megatron_ext.training.checkpointing import CheckpointError, OpenedCheckpoint
+from megatron_ext.training.data import dataset_sizes, samples_to_read
+from megatron_ext.training.distributed import print_rank_0
+from megatron_ext.training.loop import Progress
+
+#: Flags that change which tokens count in the loss, or what they are predicted from.
+LOSS_FLAGS = ("eod_mask_loss", "reset_position_ids", "reset_attention_mask")
+
+
+@dataclass
+class Start:
+    """Where a run begins.
+
+    Attributes:
+        checkpoint: what its weights come from, None for initial weights.
+        folder: that the checkpoint was looked for in.
+        goes_on: whether it takes more than weights from there: the position of the run.
+        progress: how far it is.
+    """
+
+    checkpoint: OpenedCheckpoint | None = None
+    folder: str | None = None
+    goes_on: bool = False
+    progress: Progress = field(default_factory=Progress)
+
+    def __post_init__(self) -> None:
+        if self.goes_on:
+            state = self.checkpoint.run_state
+            known = {name: state[name] for name in vars(Progress()) if name in state}
+            self.progress = Progress(**known)
+            self.progress.iteration = self.checkpoint.iteration
+            self.progress.checkpoints = self.checkpoint.checkpoints
+
+
+def settle(start: Start, args: Namespace, tokenizer, index: RoundIndex | None, new_round: bool) -> None:
+    """Compare a run with the checkpoint that it goes on from, and note in its progress what it reads.
+
+    Sets ``training_set`` of ``start.progress``, and ``round_start`` where another training set begins, and
+    ``args.train_iters`` of a run in samples. A collective call.
+
+    Args:
+        new_round: whether the run has just entered the round of ``index``.
+
+    Raises:
+        CheckpointError: on every rank, naming every difference that is not allowed and the ways out.
+    """
+    progress = start.progress
+    if args.train_samples is not None:
+        left = iterations_left(args, progress.consumed_train_samples)
+        args.train_iters = progress.iteration + left
+    if args.skip_train:
+        return
+    samples = dataset_sizes(args)[0] if index is None else index.manifest["samples"]
+    ours = on_first_rank(lambda: identify(args, tokenizer, samples))
+    ours |= {"mock": bool(args.mock_data), "dataloader_type": args.dataloader_type}
+    goes_on = start.goes_on and progress.consumed_train_samples > 0
+    theirs = _training_set_of(start, ours) if goes_on and not new_round else ours
+    if index is not None:
+        theirs = theirs | {"samples": samples}  # the first round's, which the index numbers
+    changed = differences(theirs, {name: value for name, value in ours.items() if name != "samples"})
+    if goes_on:
+        _refuse(start, args, changed)
+        for note in _notes(start.checkpoint.args, progress, args):
+            print_rank_0(note)
+    progress.training_set = ours | {"samples": theirs["samples"]}
+    if changed:
+        progress.round_start = progress.consumed_train_samples
+        progress.training_set["samples"] = max(1, samples_to_read(progress, args))
+        print_rank_0(
+            f"WARNING: another training set from iteration {progress.iteration} on, read from its beginning: "
+            + "; ".join(changed)
+        )
+
+
+def _training_set_of(start: Start, ours: dict) -> dict:
+    """The description in a checkpoint; of one without it (Megatron-LM's), what its arguments say."""
+    found = start.progress.training_set
+    if isinstance(found, dict) and type(found.get("samples")) is int:
+        return found
+    return ours | stated(start.checkpoint.args)
+
+
+def _refuse(start: Start, args: Namespace, changed: list[str]) -> None:
+    """Raise CheckpointError for a schedule or a training set that differs and is not said to be meant."""
+    saved, problems = start.checkpoint.args, []
+    rates = start.checkpoint.common.get("opt_param_scheduler")
+    if rates and not args.no_load_optim and (found := schedule.conflicts(rates, saved, args)):
+        problems.append(f"another schedule ({'; '.join(found)}): {schedule.WAYS_OUT}")
+    if changed and not args.override_training_set:
+        problems.append(
+            f"another training set ({'; '.join(changed)}): give the flags that the run was begun with; "
+            "--override-training-set goes on with this one from its beginning, --finetune begins a new run "
+            "with the weights alone"
+        )
+    if problems:
+        raise CheckpointError(f"the run in {start.folder} was begun with " + ", and with ".join(problems))
+
+
+def _notes(saved: Namespace, progress: Progress, args: Namespace) -> Iterator[str]:
+    """What differs and is allowed, where it is not plain what comes of it."""
+    if getattr(saved, "global_batch_size", None) is not None and args.train_samples is None:
+        theirs, ours = running_batch(saved), running_batch(args)
+        if theirs != ours:
+            yield (
+                f"WARNING: global batches of {ours} samples, {theirs} in the checkpoint: the schedule, in "
+                f"iterations, goes on at iteration {progress.iteration} of {args.train_iters}"
+            )
+    for name in LOSS_FLAGS:
+        theirs = getattr(saved, name, None)
+        if theirs is not None and bool(theirs) != bool(getattr(args, name)):
+            flag = "--" + name.replace("_", "-")
+            yield f"WARNING: {flag} differs from the checkpoint's: losses before and after do not compare"
+    if args.no_load_optim:
+        yield "WARNING: --no-load-optim: the schedule starts over with the optimizer, from iteration 0"
