@@ -49,6 +49,7 @@ def load_for_inference(
         args.tokenizer_model = tokenizer_model
     tokenizer = build_tokenizer(args)
     distributed.initialize(args)
+    args.padded_vocab_size = None  # as many rows as this layout needs
     settle_vocabulary(args, tokenizer)
     if tokenizer_model and bare:
         args.tokenizer_sha256 = None  # a checkpoint without a tokenizer cannot say which one is its own
@@ -70,7 +71,6 @@ def arguments(saved: Namespace, load: str | Path, iteration: int | None = None) 
     args.tensor_model_parallel_size = args.world_size
     args.micro_batch_size = args.global_batch_size = 1
     args.load, args.ckpt_step = str(load), iteration
-    args.padded_vocab_size = None  # as many as this layout needs
     derive.before_rules(args)
     problems += validate.problems_of_model(args)
     if problems:
