@@ -9,8 +9,9 @@ Contenders, one after another, each in a process of its own: our model with the 
 without them, and Megatron-Core's GPTModel with its own layer spec, all in the same trainer with the same
 batch and optimizer. `--impls` are the local layers and Transformer Engine's, FP8 (tensorwise) only with
 the latter; what is not installed is left out, with the reason. tokens/s is from the median step after
-warm-up. MFU counts matmuls, causal attention as half, over the data sheet's dense bf16 peak (989 TFLOP/s
-for H100 and H200, also for FP8, so that the two compare). Nothing here has been measured yet.
+warm-up. MFU counts matmuls, causal attention as half, over the data sheet's dense bf16 peak of the GPU (also
+for FP8, so that the two compare). A case that runs out of memory is tried again with half the micro batch,
+and twice as many of them in a step. --output is written after every case. Nothing here has been measured yet.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from pathlib import Path
 CONTENDERS = ("pi on", "pi off", "stock")
 PI_OFF = "--series-activation-order 0 --augmented-shortcuts 0"
 VOCABULARY = 48000
+#: Of an H100, for devices without a data sheet.
 PEAK = 989e12
 
 
@@ -52,6 +54,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--steps", type=int, default=20, metavar="N", help="measured (default: 20)")
     p.add_argument("--warm-up", type=int, default=5, metavar="N", help="steps before (default: 5)")
     p.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu rehearses the script")
+    p.add_argument(
+        "--seconds", type=float, default=float("inf"), metavar="S", help="begin no case after them"
+    )
     p.add_argument("--output", type=Path, metavar="FILE", help="write the results as JSON")
     p.add_argument("--worker", help=argparse.SUPPRESS)
     return p
@@ -63,27 +68,41 @@ def main() -> int:
     if options.worker:
         print(json.dumps(measure(options, json.loads(options.worker))))
         return 0
-    results, failed = [], 0
+    results, failed, begin = [], 0, time.monotonic()
     cases = itertools.product(options.shapes, options.impls, options.precisions, options.contenders)
     for shape, impl, precision, contender in cases:
         case = {"shape": shape, "impl": impl, "precision": precision, "contender": contender}
-        reason = left_out(options, case)
+        reason = "no time is left" if time.monotonic() - begin > options.seconds else left_out(options, case)
         if reason:
             print(f"left out  {describe(case)}: {reason}")
             continue
-        done = subprocess.run(
-            [sys.executable, *sys.argv, "--worker", json.dumps(case)], capture_output=True, text=True
-        )
-        if done.returncode:
+        measured = measured_where_it_fits(options, case)
+        if isinstance(measured, str):
             failed += 1
-            print(f"failed    {describe(case)}: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+            print(f"failed    {describe(case)}: {measured}")
             continue
-        results.append(case | json.loads(done.stdout.splitlines()[-1]))
+        results.append(measured)
         print(line(results[-1]), flush=True)
+        if options.output:
+            options.output.write_text(json.dumps(results, indent=1) + "\n")
     print("\n".join(bars(results)))
-    if options.output:
-        options.output.write_text(json.dumps(results, indent=1) + "\n")
     return 1 if failed or not results else 0
+
+
+def measured_where_it_fits(options: argparse.Namespace, case: dict) -> dict | str:
+    """The result of a case at the largest micro batch that fits the memory, or why there is none."""
+    size, error = options.micro_batch_size, ""
+    while size:
+        sized = case | {"micro_batch_size": size}
+        command = [sys.executable, *sys.argv, "--worker", json.dumps(sized)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode == 0:
+            return sized | json.loads(done.stdout.splitlines()[-1])
+        error = (done.stderr.strip().splitlines() or ["?"])[-1]
+        if "out of memory" not in done.stderr.lower():
+            return error
+        size //= 2
+    return error
 
 
 def left_out(options: argparse.Namespace, case: dict) -> str | None:
@@ -106,7 +125,8 @@ def line(result: dict) -> str:
     """A result in words."""
     return (
         f"measured  {describe(result)} {result['tokens_per_second']:>9,.0f} tokens/s  "
-        f"MFU {result['mfu']:>6.1%}  {result['memory_bytes'] / 2**30:>5.1f} GiB  {result['device']}"
+        f"MFU {result['mfu']:>6.1%}  {result['memory_bytes'] / 2**30:>5.1f} GiB  "
+        f"micro batch {result['micro_batch_size']}  {result['device']}"
     )
 
 
@@ -141,6 +161,7 @@ def measure(options: argparse.Namespace, case: dict) -> dict:
     import torch
 
     from megatron_ext import platform
+    from megatron_ext.platform.speed import data_sheet_flops
     from megatron_ext.training.metrics import flops_per_token
 
     step, args = trainer_step(options, case)
@@ -156,7 +177,7 @@ def measure(options: argparse.Namespace, case: dict) -> dict:
     tokens = args.global_batch_size * args.seq_length / statistics.median(seconds)
     return {
         "tokens_per_second": tokens,
-        "mfu": tokens * flops_per_token(args) / PEAK,
+        "mfu": tokens * flops_per_token(args) / (data_sheet_flops(platform.device_name(), half=True) or PEAK),
         "memory_bytes": platform.max_memory_bytes(),
         "step_seconds": seconds,
         "device": platform.device_name(),
@@ -169,7 +190,7 @@ def flags_of(options: argparse.Namespace, case: dict) -> list[str]:
     batch = options.micro_batch_size * options.micro_batches
     words = (
         f"--model-preset {case['shape']} --mock-data --tokenizer-type NullTokenizer --vocab-size "
-        f"{VOCABULARY - 1} --micro-batch-size {options.micro_batch_size} --global-batch-size {batch} "
+        f"{VOCABULARY - 1} --micro-batch-size {case['micro_batch_size']} --global-batch-size {batch} "
         f"--train-iters 1000 --lr 1e-4 --weight-decay 0.1 --device {options.device} "
         f"--transformer-impl {case['impl']}"
     )
@@ -182,11 +203,13 @@ def flags_of(options: argparse.Namespace, case: dict) -> list[str]:
 def trainer_step(options: argparse.Namespace, case: dict):
     """(A function that takes one training step, the arguments it was built from)."""
     import torch
+    from megatron.core.tensor_parallel import layers
 
     from megatron_ext.arguments.configs import ddp_config, optimizer_config, transformer_config
     from megatron_ext.arguments.parser import read_args
     from megatron_ext.arguments.vocabulary import padded_vocab_size
     from megatron_ext.models.builder import build_model, wrap_for_training
+    from megatron_ext.platform.numerics import provide_weight_gradients
     from megatron_ext.training import distributed
     from megatron_ext.training.loop import connect
     from megatron_ext.training.optimizer import build_optimizer
@@ -197,6 +220,10 @@ def trainer_step(options: argparse.Namespace, case: dict):
     args.padded_vocab_size = padded_vocab_size(VOCABULARY, args)
     distributed.initialize(args)
     config = transformer_config(args)
+    if case["contender"] == "stock" and case["impl"] == "local":
+        # Megatron-Core's own layers have it with Apex only.
+        config.gradient_accumulation_fusion = layers._grad_accum_fusion_available
+    provide_weight_gradients()
     chunks = [stock_model(config, args)] if case["contender"] == "stock" else build_model(config, args)
     model = wrap_for_training(chunks, config, ddp_config(args))
     optimizer = build_optimizer(optimizer_config(args), model)

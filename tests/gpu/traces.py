@@ -2,6 +2,7 @@
 
 TEST_DEVICE=cuda (tests/gpu/run.sh sets it) runs them on a GPU. GPU_REHEARSAL=1 takes the CPU's local layers
 in place of every GPU run instead, to check that the tests themselves work; it shows nothing about a GPU.
+GPU_RESULTS names a folder that keeps the records of every run as they come, whatever becomes of its test.
 """
 
 import json
@@ -45,7 +46,8 @@ def run(folder: Path, name: str, iterations: int, device: str = "cuda", impl: st
     if REHEARSAL:
         device, impl = "cpu", "local"
         changes = {key: value for key, value in changes.items() if not key.startswith(("fp8", "cuda"))}
-    metrics = folder / f"{name}.jsonl"
+    metrics = Path(os.environ.get("GPU_RESULTS") or folder) / f"{name}.jsonl"
+    metrics.unlink(missing_ok=True)
     values = MODEL | dict(train_iters=iterations, device=device, transformer_impl=impl, metrics_file=metrics)
     done = subprocess.run(
         [sys.executable, str(REPOSITORY / "pretrain_pangu_pro.py"), *flags(**values | changes)],
