@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# The Triton kernels on a CPU, in Triton's interpreter: formulas, masks and shapes; not warps, alignment or speed.
+#
+# Triton (290 MB) goes to build/triton, which nothing else sees. Where it cannot be had this says so and passes.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+version=3.9.0 place=build/triton
+if [ ! -d "$place/triton-$version.dist-info" ]; then
+  rm -rf "$place" "$place.new"
+  timeout "${TRITON_SECONDS:-180}" .venv/bin/python -m pip --disable-pip-version-check install -qq --no-deps \
+    --only-binary :all: --target "$place.new" "triton==$version" && mv "$place.new" "$place"
+fi
+if [ ! -d "$place" ]; then
+  echo "tests/gpu/interpret.sh: skipped, Triton $version cannot be had from the package index" >&2
+  exit 0
+fi
+PYTHONPATH=$PWD/$place TRITON_INTERPRET=1 exec .venv/bin/python -m pytest -q tests/gpu/test_*triton.py
