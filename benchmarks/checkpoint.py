@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT)  # in place of this folder, whose tokenize.py would hide Python's own
+sys.path[0] = str(ROOT)  # a checkout works without being installed
 
 import argparse
 import json

@@ -19,7 +19,7 @@ from __future__ import annotations
 import os
 import sys
 
-# Before all else: on the path, this folder's tokenize.py would hide the standard library's module.
+# The project's root, so that a checkout works without being installed.
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 import argparse
@@ -161,8 +161,8 @@ def measure(options: argparse.Namespace, case: dict) -> dict:
     import torch
 
     from megatron_ext import platform
+    from megatron_ext.models.describe import flops_per_token, shape_of
     from megatron_ext.platform.speed import data_sheet_flops
-    from megatron_ext.training.metrics import flops_per_token
 
     step, args = trainer_step(options, case)
     for _ in range(options.warm_up):
@@ -175,9 +175,10 @@ def measure(options: argparse.Namespace, case: dict) -> dict:
         platform.synchronize()
         seconds.append(time.perf_counter() - start)
     tokens = args.global_batch_size * args.seq_length / statistics.median(seconds)
+    peak = data_sheet_flops(platform.device_name(), half=True) or PEAK
     return {
         "tokens_per_second": tokens,
-        "mfu": tokens * flops_per_token(args) / (data_sheet_flops(platform.device_name(), half=True) or PEAK),
+        "mfu": tokens * flops_per_token(shape_of(args, args.padded_vocab_size)) / peak,
         "memory_bytes": platform.max_memory_bytes(),
         "step_seconds": seconds,
         "device": platform.device_name(),

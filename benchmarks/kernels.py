@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import sys
 
-# Before all else: on the path, this folder's tokenize.py would hide the standard library's module.
+# The project's root, so that a checkout works without being installed.
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 import argparse
@@ -34,7 +34,6 @@ from megatron_ext.models import fused, fused_cross_entropy, fused_optimizer
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Candidates = dict[str, Callable[[], object]]
 PLAIN, OURS = "plain PyTorch", "ours"
-ADAMW = dict(lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
 
 
 def differentiated(
@@ -104,24 +103,6 @@ def cross_entropy(args: argparse.Namespace, dtype: torch.dtype) -> tuple[Candida
     }, 3 * logits.nbytes  # read; read and write
 
 
-def adamw(args: argparse.Namespace, dtype: torch.dtype) -> tuple[Candidates, float]:
-    shapes = [(args.hidden, args.hidden)] * 4 + [(args.hidden,)] * 8
-
-    def state() -> list[list[Tensor]]:
-        return [[torch.rand(shape) for shape in shapes] for _ in range(4)]
-
-    plain, ours, theirs = state(), state(), state()[:2]
-    parameters = [torch.nn.Parameter(p) for p in theirs[0]]
-    for parameter, grad in zip(parameters, theirs[1], strict=True):
-        parameter.grad = grad
-    optimizer = torch.optim.AdamW(parameters, fused=True, **ADAMW)
-    return {
-        PLAIN: lambda: torch.no_grad()(fused_optimizer.adamw_reference)(*plain, step=5, **ADAMW),
-        "AdamW(fused=True)": optimizer.step,
-        OURS: lambda: fused_optimizer.adamw_(*ours, step=5, **ADAMW),
-    }, 7 * sum(t.nbytes for t in ours[0])  # p, g, m, v; p, m, v
-
-
 def grad_norm(args: argparse.Namespace, dtype: torch.dtype) -> tuple[Candidates, float]:
     tensors = [torch.randn(args.hidden, args.hidden).to(dtype) for _ in range(4)]
     return {
@@ -136,7 +117,6 @@ KERNELS = {
     "RMSNorm": norm,
     "RoPE": rope,
     "cross entropy": cross_entropy,
-    "AdamW": adamw,
     "gradient norm": grad_norm,
 }
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import os
 import sys
 
-# Before all else: on the path, this folder's tokenize.py would hide the standard library's module.
+# The project's root, so that a checkout works without being installed.
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

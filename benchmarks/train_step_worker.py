@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 
-# Before all else: on the path, this folder's tokenize.py would hide the standard library's module.
+# The project's root, so that a checkout works without being installed.
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 import argparse
@@ -123,9 +123,9 @@ def megatron(case: argparse.Namespace, extra: str, stock: bool = False) -> tuple
     from megatron_ext import platform
     from megatron_ext.arguments.configs import ddp_config, optimizer_config, transformer_config
     from megatron_ext.models.builder import build_model, wrap_for_training
+    from megatron_ext.models.describe import flops_per_token, shape_of
     from megatron_ext.training import distributed
     from megatron_ext.training.loop import connect
-    from megatron_ext.training.metrics import flops_per_token
     from megatron_ext.training.optimizer import build_optimizer
     from megatron_ext.training.schedule import build_scheduler
     from megatron_ext.training.step import train_step
@@ -146,7 +146,11 @@ def megatron(case: argparse.Namespace, extra: str, stock: bool = False) -> tuple
     model[0].train()
     iterator = (as_sample(ids) for ids in samples(case, args.seq_length))
     count = sum(p.numel() for p in model[0].parameters())
-    info = {"before": before, "parameters": count, "flops_per_token": flops_per_token(args)}
+    info = {
+        "before": before,
+        "parameters": count,
+        "flops_per_token": flops_per_token(shape_of(args, args.padded_vocab_size)),
+    }
     return lambda: train_step([iterator], model, optimizer, scheduler, args).lm_loss, info
 
 
@@ -191,7 +195,7 @@ def llama(case: argparse.Namespace) -> tuple[Step, dict]:
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=BETAS, eps=EPSILON, fused=True)
     wrapped = torch.nn.parallel.DistributedDataParallel(model) if case.world > 1 else model
     batches = samples(case, args.seq_length, case.rank)
-    from megatron_ext.training.metrics import flops_per_token
+    from megatron_ext.models.describe import flops_per_token, shape_of
 
     def step() -> float:
         total = 0.0
@@ -206,7 +210,11 @@ def llama(case: argparse.Namespace) -> tuple[Step, dict]:
         optimizer.zero_grad(set_to_none=True)
         return total
 
-    return step, {"before": before, "parameters": count, "flops_per_token": flops_per_token(args)}
+    return step, {
+        "before": before,
+        "parameters": count,
+        "flops_per_token": flops_per_token(shape_of(args, args.padded_vocab_size)),
+    }
 
 
 CONTENDERS: dict[str, Callable] = {

@@ -8,7 +8,6 @@ import dataclasses
 from argparse import Namespace
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from megatron.core.activations import squared_relu
 from megatron.core.distributed import DistributedDataParallelConfig
@@ -113,8 +112,3 @@ def ddp_config(args: Namespace) -> DistributedDataParallelConfig:
             "align_param_gather": args.align_param_gather,
         }
     )
-
-
-def dtype_of_gradients(args: Namespace) -> torch.dtype:
-    """The number format that gradients are summed in."""
-    return torch.float32 if args.accumulate_allreduce_grads_in_fp32 else args.params_dtype

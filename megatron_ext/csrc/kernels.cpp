@@ -27,7 +27,6 @@ namespace portable {
 #pragma GCC target("avx2,fma")
 namespace avx2 {
 #define KERNELS_WIDTH 8
-#define KERNELS_SQRT(x) ((F)_mm256_sqrt_ps((__m256)(x)))
 #include "kernels_isa.h"
 }  // namespace avx2
 #pragma GCC pop_options
@@ -36,7 +35,6 @@ namespace avx2 {
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512")
 namespace avx512 {
 #define KERNELS_WIDTH 16
-#define KERNELS_SQRT(x) ((F)_mm512_maskz_sqrt_ps(-1, (__m512)(x)))
 #define KERNELS_SCALE(x, k) ((F)_mm512_maskz_scalef_ps(-1, (__m512)(x), (__m512)(k)))
 #include "kernels_isa.h"
 }  // namespace avx512
@@ -119,21 +117,20 @@ void series_backward(bool bf16, Address x, Address a, Address b, Address dy, Add
   });
 }
 
-void rms_norm_forward(bool bf16, Address x, Address residual, Address w, Address s, Address y, Address rstd,
-                      int64_t rows, int64_t h, float eps, int threads) {
+void rms_norm_forward(bool bf16, Address x, Address w, Address y, Address rstd, int64_t rows, int64_t h, float eps,
+                      int threads) {
   with_type(bf16, [&](auto t) {
     using T = decltype(t);
-    RUN(rms_norm_forward, at<const T>(x), at<const T>(residual), at<const float>(w), at<T>(s), at<T>(y),
-        at<float>(rstd), rows, h, eps, threads);
+    RUN(rms_norm_forward, at<const T>(x), at<const float>(w), at<T>(y), at<float>(rstd), rows, h, eps, threads);
   });
 }
 
-void rms_norm_backward(bool bf16, Address dy, Address ds, Address x, Address w, Address rstd, Address dx, Address dw,
+void rms_norm_backward(bool bf16, Address dy, Address x, Address w, Address rstd, Address dx, Address dw,
                        int64_t rows, int64_t h, int threads) {
   with_type(bf16, [&](auto t) {
     using T = decltype(t);
-    RUN(rms_norm_backward, at<const T>(dy), at<const T>(ds), at<const T>(x), at<const float>(w),
-        at<const float>(rstd), at<T>(dx), at<float>(dw), rows, h, threads);
+    RUN(rms_norm_backward, at<const T>(dy), at<const T>(x), at<const float>(w), at<const float>(rstd), at<T>(dx),
+        at<float>(dw), rows, h, threads);
   });
 }
 
@@ -197,23 +194,6 @@ void cross_entropy_grad(bool bf16, Address logits, Address target, int64_t first
   });
 }
 
-void adamw(bool bf16_grad, Pointers p, Pointers g, Pointers m, Pointers v, Pointers copy,
-           const std::vector<int64_t> &sizes, int64_t step, double lr, double beta1, double beta2, double eps,
-           double weight_decay, double grad_scale, int threads) {
-  AdamW o{};
-  o.one_minus_beta1 = static_cast<float>(1.0 - beta1);
-  o.beta2 = static_cast<float>(beta2);
-  o.one_minus_beta2 = static_cast<float>(1.0 - beta2);
-  o.eps = static_cast<float>(eps);
-  o.keep = static_cast<float>(1.0 - lr * weight_decay);
-  o.step_size = static_cast<float>(lr / (1.0 - std::pow(beta1, step)));
-  o.root_correction2 = static_cast<float>(std::sqrt(1.0 - std::pow(beta2, step)));
-  o.grad_scale = static_cast<float>(grad_scale);
-  AdamWLists lists{std::move(p), std::move(g), std::move(m), std::move(v), std::move(copy)};
-  std::vector<Piece> pieces = cut(sizes);
-  with_type(bf16_grad, [&](auto t) { RUN(adamw<decltype(t)>, pieces, lists, o, threads); });
-}
-
 double sum_of_squares(bool bf16, const Pointers &tensors, const std::vector<int64_t> &sizes, int threads) {
   std::vector<Piece> pieces = cut(sizes);
   return with_type(bf16, [&](auto t) { return RUN(sum_of_squares<decltype(t)>, pieces, tensors, threads); });
@@ -229,11 +209,15 @@ void exponential(Address x, Address y, int64_t n) { RUN(exponential, at<const fl
 }  // namespace
 }  // namespace kernels
 
+// Raised with every change of a function below; megatron_ext/models/fused.py uses no other version.
+constexpr int kAbi = 1;
+
 PYBIND11_MODULE(_kernels, m) {
   using namespace kernels;
   using Unlocked = pybind11::call_guard<pybind11::gil_scoped_release>;
   watch_forks();
   m.doc() = "Fused CPU kernels over raw addresses; use megatron_ext.models.fused, which checks its arguments.";
+  m.attr("ABI") = kAbi;
   m.def("isa_names", &isa_names, "Instruction sets that this processor can run, the best last.");
   m.def("isa", [] { return name_of(active); }, "The instruction set in use.");
   m.def("use_isa", &use_isa, "Choose one of isa_names(), for tests and measurements.");
@@ -247,7 +231,6 @@ PYBIND11_MODULE(_kernels, m) {
   m.def("weight_gradient", &weight_gradient, Unlocked());
   m.def("cross_entropy_stats", &cross_entropy_stats, Unlocked());
   m.def("cross_entropy_grad", &cross_entropy_grad, Unlocked());
-  m.def("adamw", &adamw, Unlocked());
   m.def("sum_of_squares", &sum_of_squares, Unlocked());
   m.def("scale", &scale, Unlocked());
   m.def("exponential", &exponential, Unlocked(), "y = exp(x), n floats: the kernels' own exp, for tests.");

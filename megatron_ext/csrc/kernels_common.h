@@ -106,16 +106,4 @@ inline std::vector<Piece> cut(const std::vector<int64_t> &sizes) {
   return pieces;
 }
 
-struct AdamWLists {
-  Pointers p, g, m, v, copy;  // parameter, gradient, first and second moment, bf16 copy (or empty)
-};
-
-struct AdamW {
-  float one_minus_beta1, beta2, one_minus_beta2, eps;
-  float keep;              // 1 - lr * weight decay
-  float step_size;         // lr / (1 - beta1^step)
-  float root_correction2;  // sqrt(1 - beta2^step)
-  float grad_scale;        // gradients are multiplied by it first (clipping)
-};
-
 }  // namespace kernels

@@ -1,5 +1,5 @@
-// The kernels for one instruction set: KERNELS_WIDTH floats a vector, KERNELS_SQRT their root,
-// KERNELS_SCALE x 2^k where one instruction does it.
+// The kernels for one instruction set: KERNELS_WIDTH floats a vector, KERNELS_SCALE
+// x 2^k where one instruction does it.
 // Included once for every set (no include guard), inside its namespace.
 #include "kernels_simd.h"
 //
@@ -14,7 +14,6 @@
 #include "kernels_weight_gradient.h"
 
 #undef KERNELS_WIDTH
-#undef KERNELS_SQRT
 #undef KERNELS_SCALE
 #undef INLINE
 #undef FOR_LANES

@@ -1,29 +1,20 @@
-// RMSNorm, and the residual addition before it (no include guard: once per instruction set).
-//   s = x + residual (s = x without one),  rstd = (mean(s^2) + eps)^(-1/2),  y = s rstd w
+// RMSNorm (no include guard: once per instruction set).
+//   rstd = (mean(x^2) + eps)^(-1/2),  y = x rstd w
 
 template <class T>
-static void rms_norm_row(const T *x, const T *residual, const float *w, T *s, T *y, float *rstd, int64_t h,
-                         float eps) {
+static void rms_norm_row(const T *x, const float *w, T *y, float *rstd, int64_t h, float eps) {
   F squares[2] = {};
   FOR_LANES(j, h, {
     F value = load(x + j, lanes);
-    if (residual) {
-      value += load(residual + j, lanes);
-      store(s + j, value, lanes);
-      value = load(s + j, lanes);  // the norm of what is stored: backward reads that
-    }
     squares[(j / W) & 1] += value * value;
   })
   *rstd = 1.0f / std::sqrt(sum(squares[0] + squares[1]) / h + eps);
-  const T *source = residual ? s : x;
-  FOR_LANES(j, h, { store(y + j, load(source + j, lanes) * *rstd * load(w + j, lanes), lanes); })
+  FOR_LANES(j, h, { store(y + j, load(x + j, lanes) * *rstd * load(w + j, lanes), lanes); })
 }
 
-// dx = rstd (w dy - x_hat mean(w dy x_hat)) + ds,  x_hat = x rstd;  dw += dy x_hat. ds: gradient that
-// reaches s past the norm, or null.
+// dx = rstd (w dy - x_hat mean(w dy x_hat)),  x_hat = x rstd;  dw += dy x_hat.
 template <class T>
-static void rms_norm_row_backward(const T *dy, const T *ds, const T *x, const float *w, float rstd, T *dx, float *dw,
-                                  int64_t h) {
+static void rms_norm_row_backward(const T *dy, const T *x, const float *w, float rstd, T *dx, float *dw, int64_t h) {
   F dots[2] = {};
   FOR_LANES(j, h, {
     F grad = load(dy + j, lanes);
@@ -34,27 +25,24 @@ static void rms_norm_row_backward(const T *dy, const T *ds, const T *x, const fl
   float mean = sum(dots[0] + dots[1]) / h;
   FOR_LANES(j, h, {
     F hat = load(x + j, lanes) * rstd;
-    F result = (load(dy + j, lanes) * load(w + j, lanes) - hat * mean) * rstd;
-    if (ds) result += load(ds + j, lanes);
-    store(dx + j, result, lanes);
+    store(dx + j, (load(dy + j, lanes) * load(w + j, lanes) - hat * mean) * rstd, lanes);
   })
 }
 
 template <class T>
-static void rms_norm_forward(const T *x, const T *residual, const float *w, T *s, T *y, float *rstd, int64_t rows,
-                             int64_t h, float eps, int threads) {
+static void rms_norm_forward(const T *x, const float *w, T *y, float *rstd, int64_t rows, int64_t h, float eps,
+                             int threads) {
   Blocks blocks(rows, rows_for(h), 256);
   expect_large_write(y, rows * h * sizeof(T));
-  if (residual) expect_large_write(s, rows * h * sizeof(T));
   parallel_for(blocks.count, threads, [&](int64_t block) {
     for (int64_t r = block * blocks.size; r < std::min(rows, (block + 1) * blocks.size); ++r)
-      rms_norm_row(x + r * h, residual ? residual + r * h : nullptr, w, s + r * h, y + r * h, rstd + r, h, eps);
+      rms_norm_row(x + r * h, w, y + r * h, rstd + r, h, eps);
   });
 }
 
 template <class T>
-static void rms_norm_backward(const T *dy, const T *ds, const T *x, const float *w, const float *rstd, T *dx,
-                              float *dw, int64_t rows, int64_t h, int threads) {
+static void rms_norm_backward(const T *dy, const T *x, const float *w, const float *rstd, T *dx, float *dw,
+                              int64_t rows, int64_t h, int threads) {
   Blocks blocks(rows, rows_for(h));
   std::unique_ptr<float[]> sums(new float[blocks.count * h]);
   expect_large_write(dx, rows * h * sizeof(T));
@@ -62,7 +50,7 @@ static void rms_norm_backward(const T *dy, const T *ds, const T *x, const float 
     float *share = sums.get() + block * h;
     std::fill_n(share, h, 0.0f);
     for (int64_t r = block * blocks.size; r < std::min(rows, (block + 1) * blocks.size); ++r)
-      rms_norm_row_backward(dy + r * h, ds ? ds + r * h : nullptr, x + r * h, w, rstd[r], dx + r * h, share, h);
+      rms_norm_row_backward(dy + r * h, x + r * h, w, rstd[r], dx + r * h, share, h);
   });
   add_blocks(sums.get(), blocks.count, h, h, dw, threads);
 }

@@ -106,15 +106,6 @@ INLINE F exp(F x) {
 #endif
 }
 
-INLINE F square_root(F x) {
-#ifdef KERNELS_SQRT
-  return KERNELS_SQRT(x);
-#else
-  for (int i = 0; i < W; ++i) x[i] = std::sqrt(x[i]);
-  return x;
-#endif
-}
-
 INLINE F sigmoid(F z) { return 1.0f / (1.0f + exp(-z)); }
 
 // Runs the block over [0, n) in steps of W: `j` is the first element, `lanes` how many there are, a

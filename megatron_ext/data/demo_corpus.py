@@ -11,7 +11,6 @@ from pathlib import Path
 
 from megatron_ext.data.files import write_aside
 
-SUFFIXES = (".md", ".rst", ".txt", ".py")
 #: Shorter files say nothing, longer ones are mostly tables and generated code.
 MIN_CHARACTERS, MAX_CHARACTERS = 400, 60_000
 #: Prose first, then the standard library, then packages: when space is short, prose is kept.

@@ -167,13 +167,6 @@ class ModelShape:
             dtype=dtype or args.params_dtype,
         )
 
-    @classmethod
-    def from_hf_config(cls, config: dict, dtype: torch.dtype | None = None) -> ModelShape:
-        """The shape that a Hugging Face ``config.json`` describes; raises InterchangeError."""
-        from megatron_ext.interchange.hf_config import read_shape
-
-        return read_shape(config, dtype)
-
     def to_hf_config(self, architecture: str | None = None) -> dict:
         """The ``config.json`` of this model; ``architecture`` as in :mod:`mapping`, found if not given."""
         from megatron_ext.interchange.hf_config import write_config

@@ -14,16 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-#: The function that the extension got last: one without it was built from older sources.
-_NEWEST = "cross_entropy_stats"
+#: Raised with every change of the extension's functions; kAbi in csrc/kernels.cpp.
+_ABI = 1
 
 try:
     from megatron_ext import _kernels
 except ImportError:  # not built: no compiler at installation
     _kernels = None
-if _kernels is not None and not hasattr(_kernels, _NEWEST):
+if _kernels is not None and getattr(_kernels, "ABI", None) != _ABI:
     logging.getLogger(__name__).warning(
-        "the compiled kernels are older than this program and not used; build them: bash tools/setup.sh"
+        "the compiled kernels are of another version and not used; build them: bash tools/setup.sh"
     )
     _kernels = None
 
@@ -152,57 +152,35 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """norm(x), or (x + residual, norm(x + residual)); saves what is normed and one number a row."""
+    """Saves x and one number for each row."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float):
-        ctx.set_materialize_grads(False)
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x = _flat(x)
-        residual = None if residual is None else _flat(residual)
-        total = x if residual is None else torch.empty_like(x)
         y, h = torch.empty_like(x), x.size(-1)
         rstd = torch.empty(x.shape[:-1], dtype=torch.float32)
         w = _float(weight)
-        tensors = [_address(t) for t in (x, residual, w, total, y, rstd)]
+        tensors = [_address(t) for t in (x, w, y, rstd)]
         _kernels.rms_norm_forward(_is_bf16(x), *tensors, rstd.numel(), h, eps, torch.get_num_threads())
-        ctx.save_for_backward(total, rstd, weight)
-        ctx.has_residual = residual is not None
-        return (total, y) if ctx.has_residual else y
+        ctx.save_for_backward(x, rstd, weight)
+        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grads: Tensor | None):
-        total, rstd, weight = ctx.saved_tensors
-        past, dy = grads if ctx.has_residual else (None, grads[0])
-        if dy is None:
-            return past, past, None, None
-        w, dy, past = _float(weight), _flat(dy), None if past is None else _flat(past)
-        dx, dw = torch.empty_like(total), torch.empty_like(w)
-        tensors = [_address(t) for t in (dy, past, total, w, rstd, dx, dw)]
-        _kernels.rms_norm_backward(
-            _is_bf16(total), *tensors, rstd.numel(), total.size(-1), torch.get_num_threads()
-        )
-        return dx, dx if ctx.has_residual else None, dw.to(weight.dtype), None
+    def backward(ctx, dy: Tensor):
+        x, rstd, weight = ctx.saved_tensors
+        w, dy = _float(weight), _flat(dy)
+        dx, dw = torch.empty_like(x), torch.empty_like(w)
+        tensors = [_address(t) for t in (dy, x, w, rstd, dx, dw)]
+        _kernels.rms_norm_backward(_is_bf16(x), *tensors, rstd.numel(), x.size(-1), torch.get_num_threads())
+        return dx, dw.to(weight.dtype), None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension. x: [..., h], weight: [h]."""
     if takes(x) and takes(weight):
-        return _RMSNorm.apply(x, None, weight, eps)
+        return _RMSNorm.apply(x, weight, eps)
     return rms_norm_reference(x, weight, eps)
-
-
-def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The residual addition and the norm of its sum in plain PyTorch; see :func:`add_rms_norm`."""
-    total = x + residual
-    return total, rms_norm_reference(total, weight, eps)
-
-
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(x + residual, rms_norm(x + residual)). x, residual: [..., h], weight: [h]."""
-    if takes(x, residual) and takes(weight) and x.shape == residual.shape:
-        return _RMSNorm.apply(x, residual, weight, eps)
-    return add_rms_norm_reference(x, residual, weight, eps)
 
 
 # ------------------------------------------------------------------------------- rotary embedding

@@ -4,20 +4,6 @@ from functools import cache
 
 import torch
 
-# One block of this many fp32 values (1 MiB) is widened at a time, so that no copy of a whole
-# gradient in float64 is ever made.
-_BLOCK = 1 << 18
-
-
-def sum_of_squares(tensor: torch.Tensor) -> float:
-    """Sum of the squared elements of ``tensor`` (any float dtype), accumulated in float64."""
-    flat = tensor.detach().reshape(-1)
-    total = 0.0
-    for start in range(0, flat.numel(), _BLOCK):
-        block = flat[start : start + _BLOCK].double()
-        total += torch.dot(block, block).item()
-    return total
-
 
 class WeightGradients:
     """Stands for ``fused_weight_gradient_mlp_cuda``: a weight's gradient added where gradients are summed.

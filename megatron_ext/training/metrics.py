@@ -1,7 +1,6 @@
 """How much work a step is, and how fast this machine can do it."""
 
 import time
-from argparse import Namespace
 from functools import cache
 
 import torch
@@ -10,25 +9,8 @@ from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 
 from megatron_ext import platform
-from megatron_ext.platform.numerics import sum_of_squares
+from megatron_ext.models.fused_optimizer import sum_of_squares
 from megatron_ext.platform.speed import data_sheet_flops
-
-
-def flops_per_token(args: Namespace) -> float:
-    """Floating point operations of forward and backward for one token, matmuls only.
-
-    2 a multiply-add, 3 for forward and two products of the backward. Causal attention is counted
-    as the half that is not masked, as Megatron-LM 0.16 counts it; recomputation is not counted.
-    """
-    h, f, s = args.hidden_size, args.ffn_hidden_size, args.seq_length
-    attention = args.num_attention_heads * args.kv_channels
-    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
-    projections = h * (attention + 2 * groups * args.kv_channels) + attention * h
-    scores = 2 * attention * s / 2
-    feed_forward = (3 if args.swiglu else 2) * h * f
-    shortcut = args.augmented_shortcuts * 2 * h * (h // args.augmented_shortcut_reduction)
-    layer = projections + scores + feed_forward + shortcut
-    return 6.0 * (args.num_layers * layer + h * args.padded_vocab_size)
 
 
 @cache
@@ -59,7 +41,7 @@ def measured_flops(dtype: torch.dtype, seconds: float = 0.3) -> float:
 def params_norm(model: list[torch.nn.Module]) -> float:
     """L2 norm of all parameters, each counted once (``--log-params-norm``); a collective call."""
     squares = sum(
-        sum_of_squares(parameter)
+        sum_of_squares([parameter])
         for chunk in model
         for parameter in chunk.parameters()
         if param_is_not_tensor_parallel_duplicate(parameter) and param_is_not_shared(parameter)

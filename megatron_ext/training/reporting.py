@@ -13,10 +13,11 @@ from megatron.core.timers import Timers
 from tqdm import tqdm
 
 from megatron_ext import platform
+from megatron_ext.models.describe import flops_per_token, shape_of
 from megatron_ext.training.boards import Boards
 from megatron_ext.training.distributed import is_last_rank
 from megatron_ext.training.evaluation import Evaluation
-from megatron_ext.training.metrics import flops_per_token, peak_flops
+from megatron_ext.training.metrics import peak_flops
 from megatron_ext.training.side import LinesFile
 from megatron_ext.training.spikes import SpikeDetector
 
@@ -70,7 +71,7 @@ class Reporter:
         self.metrics = self.boards = self.bar = None
         if not self.active:
             return
-        self.flops_per_token = flops_per_token(args)
+        self.flops_per_token = flops_per_token(shape_of(args, args.padded_vocab_size))
         self.peak_flops = peak_flops(args.params_dtype)
         if args.metrics_file:
             self.metrics = LinesFile(args.metrics_file, "--metrics-file").open()

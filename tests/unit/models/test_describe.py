@@ -7,13 +7,24 @@ from pathlib import Path
 
 import pytest
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
+from megatron_ext.arguments.configs import transformer_config
 from megatron_ext.arguments.parser import read_args
-from megatron_ext.models import describe
+from megatron_ext.models import describe, fused
+from megatron_ext.models.builder import build_model
 from megatron_ext.models.presets import PRESETS, preset
+from tests.helpers.models import positions, tokens
+from tests.unit.models.test_stock_variants import SHAPE as STOCK
+from tests.unit.models.test_stock_variants import VARIANTS
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 RUN = "--mock-data --tokenizer-type NullTokenizer --vocab-size 99 --lr 1e-3 --train-iters 10 --seq-length 32"
+PI = (
+    "--position-embedding-type rope --swiglu --normalization RMSNorm --disable-bias-linear "
+    "--series-activation-order 2 --augmented-shortcuts 2 --augmented-shortcut-reduction 8"
+)
 PLAIN = "--num-layers 3 --hidden-size 64 --num-attention-heads 4 --max-position-embeddings 32"
 
 
@@ -72,12 +83,18 @@ def test_embedding_shares():
     assert share["pangu-pi-1b-pro"] < 0.20
 
 
-def test_flops_equal_the_training_loops(single_process):
-    from megatron_ext.training.metrics import flops_per_token
-
-    args = read_args(f"{RUN} --micro-batch-size 1 --model-preset tiny".split(), world_size=1, device="cpu")
-    args.padded_vocab_size = 128
-    assert describe.flops_per_token(describe.shape_of(args, 128)) == pytest.approx(flops_per_token(args))
+@pytest.mark.parametrize("flags", [*VARIANTS.values(), PI], ids=[*VARIANTS, "pi"])
+def test_flops_are_those_that_torch_counts(single_process, monkeypatch, flags):
+    monkeypatch.setattr(fused, "_kernels", None)  # torch counts its own operators only
+    args = read_args([*STOCK.split(), *flags.split()], world_size=1, device="cpu")
+    args.padded_vocab_size = 256
+    shape = describe.shape_of(args, args.padded_vocab_size)
+    [model] = build_model(transformer_config(args), args)
+    ids = tokens()
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(ids, positions(ids), None, labels=ids.roll(-1, 1)).mean().backward()
+    masked = 6 * shape.layers * shape.query_width * shape.sequence  # which plain attention multiplies too
+    assert counter.get_total_flops() == ids.numel() * (describe.flops_per_token(shape) + masked)
 
 
 class TestMemory:

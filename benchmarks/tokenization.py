@@ -7,7 +7,7 @@ ratio to sentencepiece called text by text. CPU seconds are those of the whole p
 share the work perfectly show the same number as one; the second pair of columns is wall time. "cold" empties
 our cache first; "warm" fills it with other text of all languages first.
 
-    python benchmarks/tokenize.py --data ../shared/data --rounds 5 --png tokenize.png
+    python benchmarks/tokenization.py --data ../shared/data --rounds 5 --png tokenize.png
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import sys
 
-# In front of everything: this folder on the path would shadow the standard library's module of this name.
+# The project's root, so that a checkout works without being installed.
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 import argparse
