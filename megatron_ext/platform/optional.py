@@ -25,7 +25,9 @@ GPU_ONLY = frozenset(
 )
 #: Packages that are of use on a CPU too, or that torch imports by itself (cuda).
 OTHERS = frozenset(
-    "boto3 botocore cuda einops multistorageclient nvidia_resiliency_ext nvtx triton wandb zmq".split()
+    """
+    boto3 botocore cuda einops modelopt multistorageclient nvidia_resiliency_ext nvtx triton wandb zmq
+    """.split()
 )
 PACKAGES = GPU_ONLY | OTHERS
 
