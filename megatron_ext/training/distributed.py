@@ -68,8 +68,11 @@ def seed(args: Namespace) -> None:
     if args.data_parallel_random_init:
         value += 10 * parallel_state.get_data_parallel_rank()
     platform.seed_all(value)
-    # Generators whose state a CUDA graph can carry on from one replay to the next.
-    model_parallel_cuda_manual_seed(value, use_cudagraphable_rng=args.cuda_graph_impl != "none")
+    # Generators whose state a CUDA graph can carry on from one replay to the next; Transformer Engine's
+    # layers ask for its own tracker then (upstream's validate_args).
+    graphs = args.cuda_graph_impl != "none"
+    engine = graphs and args.transformer_impl == "transformer_engine"
+    model_parallel_cuda_manual_seed(value, te_rng_tracker=engine, use_cudagraphable_rng=graphs)
 
 
 def finalize() -> None:
