@@ -118,6 +118,11 @@ def flag_problems(options: argparse.Namespace, flags: list[str]) -> list[str]:
         return [f"  - {problem}" for problem in error.problems]
     if args.save is None or args.load != args.save:
         return ["  - a requeued job goes on from --load: give --save FOLDER and --load of the same folder"]
+    if args.ckpt_step is not None:
+        return [
+            f"  - a requeued job would go back to --ckpt-step {args.ckpt_step} each time: leave it out, and "
+            f"write {args.ckpt_step} into latest_checkpointed_iteration.txt of --save to go back once"
+        ]
     return []
 
 

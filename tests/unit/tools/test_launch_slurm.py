@@ -50,6 +50,7 @@ def test_sweep_is_an_array_of_separate_runs(capsys, tmp_path):
     [
         ("--gpus-per-node 8", "--model-preset tiny", "--micro-batch-size is required"),
         ("--gpus-per-node 8", RUN.replace("--load {0}", ""), "a requeued job goes on from --load"),
+        ("--gpus-per-node 8", f"{RUN} --ckpt-step 5", "would go back to --ckpt-step 5 each time"),
         ("--gpus-per-node 3", f"{RUN} --tensor-model-parallel-size 2", "the 3 processes cannot be divided"),
         ("--gpus-per-node 0", RUN, "--gpus-per-node must be at least 1"),
         ("--gpus-per-node 8", "", "after -- give a run script"),
