@@ -164,10 +164,11 @@ def count_chunk(chunk: Chunk, note: Note, encoder: NativeEncoder, key: str, on_b
 
     for document in Documents(chunk, [key]):
         if isinstance(document, Document):
-            batch = waiting.setdefault(document.source, [])
+            source = document.source
+            batch = waiting.setdefault(source, [])
             batch.append(document)
             if len(batch) == TEXTS_AT_ONCE:
-                flush(document.source, waiting.pop(document.source))
+                flush(source, waiting.pop(source))
         else:
             found.left_out.append(left_out(document.place, document.reason, on_bad_line))
     for source, batch in waiting.items():

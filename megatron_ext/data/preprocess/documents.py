@@ -95,13 +95,18 @@ class Documents:
             texts = [texts_of(record, key) for key in self.keys]
         except BadLine as error:
             return BadDocument(self.lines, line, str(error))
-        source = str(record.get("source", "")).partition("/")[0].encode("utf-8", "replace").decode()
-        return Document(self.lines, line, texts, source)
+        return Document(self.lines, line, texts, _source(record))
+
+
+def _source(record: dict) -> str:
+    if "source" not in record:
+        return ""
+    return str(record["source"]).partition("/")[0].encode("utf-8", "replace").decode()
 
 
 def new_digest():
     """The hash by which what two processes read of a file is compared."""
-    return hashlib.blake2b(digest_size=16)
+    return hashlib.sha256()
 
 
 def bad_line_message(chunk: Chunk, line: int, reason: str, ways: str) -> str:
