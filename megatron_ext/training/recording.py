@@ -35,7 +35,14 @@ from megatron_ext.training.watchdog import Watchdog
 #: Microbatches of one pass through the pipeline, for each of its stages: the bubble is then small.
 MICROBATCHES_PER_STAGE = 16
 #: Options that change a sample's loss, though not its tokens.
-OPTIONS = ("params_dtype", "eod_mask_loss", "reset_position_ids", "reset_attention_mask", "fp8")
+OPTIONS = (
+    "params_dtype",
+    "eod_mask_loss",
+    "reset_position_ids",
+    "reset_attention_mask",
+    "fp8",
+    "softmax_vocab_size",
+)
 
 
 class SampleLosses:

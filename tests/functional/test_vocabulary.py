@@ -157,6 +157,10 @@ def test_recorded_losses_do_not_depend_on_padding(pool, tmp_path):
         found[unit, processes] = np.load(path)
     for recorded in found.values():
         np.testing.assert_allclose(recorded, found[1, 1], rtol=1e-5)
+    with pytest.raises(Exception, match="begun with another model or other options .*softmax_vocab_size"):
+        pool.run(
+            1, _record, [*map(str, argv), "--tensor-model-parallel-size=1", "--vocab-padding=in-softmax"]
+        )
 
 
 def _record(argv: list[str]) -> None:
