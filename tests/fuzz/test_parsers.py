@@ -50,6 +50,13 @@ MARKS = (
 )
 
 
+#: What hostile pickles and archives are made of: names, halves that are shared, depth, large numbers.
+PICKLE_MARKS = (
+    *(b"cposix\nsystem\n", b"\x80\x04", b"../", b"\x85" * 1000, b"2\x86" * 60, b"2\x86" * 60 + b"K\x01s"),
+    *(b"]q\x00h\x00a", b"r\xff\xff\xff\x7f", b"\x8a\xff" + b"\x7f" * 255, b"PK\x05\x06", b"PK\x06\x07"),
+)
+
+
 def fuzz(parser: str, case) -> None:
     """Run the parser's share of the cases; some have to be refused, and for most parsers some accepted."""
     outcomes = survive(round(CASES * SHARES[parser]), f"{SEED} {parser}", case)
@@ -163,7 +170,7 @@ def test_checkpoint(saved):  # noqa: F811
 
     def case(rng: random.Random) -> str:
         name = rng.choice(list(small))
-        data = mutate(small[name], rng, (b"cposix\nsystem\n", b"\x80\x04", b"../", small[".metadata"][:200]))
+        data = mutate(small[name], rng, PICKLE_MARKS + (small[".metadata"][:200],))
         (folder / name).write_bytes(data)
         try:
             # A key written twice, or another blank, changes nothing that checksums.json says.

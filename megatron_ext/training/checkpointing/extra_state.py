@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
+from megatron_ext.training.checkpointing.bounds import require_modest
 from megatron_ext.training.checkpointing.errors import DamagedCheckpoint
-from megatron_ext.training.checkpointing.safe import load_object, require_modest
+from megatron_ext.training.checkpointing.safe import load_object
 
 _RECIPES = "transformer_engine.common.recipe"
 _CLASSES = {
@@ -36,7 +37,7 @@ _CLASSES = {
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch.storage", "_load_from_bytes"):
-            return lambda data: load_object(io.BytesIO(data), "a tensor of its extra state")
+            return lambda data: load_object(io.BytesIO(data), "a tensor of its extra state", legacy=True)
         if name in _CLASSES.get(module, ()):
             return super().find_class(module, name)
         raise DamagedCheckpoint(f"it asks for {module}.{name}, which no FP8 state needs")

@@ -17,6 +17,8 @@ from megatron_ext.training.checkpointing.safe import load_metadata, load_object
 
 CHECKSUMS = "checksums.json"
 _BLOCK = 1 << 22
+#: A run of 100,000 files would need less for their checksums.
+_LARGEST_LIST = 1 << 25
 #: Bytes hashed and handed to the system at a time: they are still in the processor's cache then.
 _CHUNK = 1 << 20
 #: Bytes after which the disk is set to work, so that it does not wait for the last one.
@@ -111,6 +113,8 @@ def read_marker(folder: Path) -> dict[str, dict] | None:
     if not path.exists():
         return None
     try:
+        if path.stat().st_size > _LARGEST_LIST:
+            raise ValueError(f"it has {path.stat().st_size} bytes")
         content = json.loads(path.read_bytes())
         intact = content["sha256"] == _own_checksum(content)
         files = {

@@ -2,7 +2,7 @@
 
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject, ShardedTensor
@@ -19,9 +19,10 @@ from torch.distributed.checkpoint import FileSystemReader, Metadata
 from torch.distributed.checkpoint._nested_dict import unflatten_state_dict
 
 from megatron_ext.training.checkpointing import saved_args
+from megatron_ext.training.checkpointing.bounds import Window
 from megatron_ext.training.checkpointing.errors import DamagedCheckpoint
 from megatron_ext.training.checkpointing.extra_state import without_code
-from megatron_ext.training.checkpointing.safe import load_metadata, load_object
+from megatron_ext.training.checkpointing.safe import load_metadata, load_object, require_modest_archive
 
 
 class SafeReader(FileSystemReader):
@@ -34,6 +35,15 @@ class SafeReader(FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The metadata given at construction."""
         return self._metadata
+
+    def _slice_file(self, file: IO[bytes], sinfo: Any) -> IO[bytes]:
+        """The bytes of one tensor or object; raises DamagedCheckpoint for what torch does not write."""
+        try:
+            require_modest_archive(Window(file, sinfo.offset, sinfo.length))
+        except Exception as error:
+            where = f"{self.path}/{sinfo.relative_path}"
+            raise DamagedCheckpoint(f"{where} cannot be read safely: {error}") from error
+        return super()._slice_file(file, sinfo)
 
 
 class SafePlanner(MCoreLoadPlanner):
@@ -151,6 +161,7 @@ def read_common(folder: Path) -> dict:
         _require_kinds(path, ours, run_state=dict, tokenizer_sha256=str | None, padded_vocab_size=int | None)
     if common.get("args") is not None:
         common["args"] = saved_args.harmless(common["args"], path)
+        saved_args.require_room(common["args"], folder)
     return common
 
 

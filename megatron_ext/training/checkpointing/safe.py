@@ -5,17 +5,20 @@ is an error: for ``common.pt`` and the objects in ``*.distcp`` through torch's w
 unpickler, for ``.metadata``, a plain pickle, through one of our own.
 """
 
+import contextlib
 import io
+import math
 import pickle
-import pickletools
 import signal
 import warnings
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from megatron_ext.training.checkpointing.bounds import bytes_in, require_modest, require_plain_archive
 from megatron_ext.training.checkpointing.errors import DamagedCheckpoint
 
 _DCP = "torch.distributed.checkpoint"
@@ -67,14 +70,20 @@ def _harmless_classes() -> list:
     return [*SAFE_GLOBALS, *kinds, *names]
 
 
-def load_object(source: str | Path | io.BytesIO, name: str | None = None) -> Any:
+def load_object(source: str | Path | io.BytesIO, name: str | None = None, legacy: bool = False) -> Any:
     """``torch.load`` of tensors, plain values and harmless classes, onto the CPU.
 
-    Raises DamagedCheckpoint, naming ``name`` (by default ``source``), for anything else.
+    ``legacy`` reads what torch wrote before it wrote archives, as Transformer Engine still has it.
+
+    Raises DamagedCheckpoint, naming ``name`` (by default ``source``), for anything else, and for bytes
+    that would turn into more than they can hold.
     """
     try:
-        with torch.serialization.safe_globals(_harmless_classes()):
-            return torch.load(source, map_location="cpu", weights_only=True)
+        with contextlib.ExitStack() as stack:
+            file = source if isinstance(source, io.BytesIO) else stack.enter_context(open(source, "rb"))
+            (_require_modest_pickles if legacy else require_modest_archive)(file)
+            stack.enter_context(torch.serialization.safe_globals(_harmless_classes()))
+            return torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{source} is missing") from None
     except Exception as error:
@@ -83,33 +92,59 @@ def load_object(source: str | Path | io.BytesIO, name: str | None = None) -> Any
         raise DamagedCheckpoint(f"{name or source} cannot be read safely: {reason}") from error
 
 
-def require_modest(data: bytes) -> None:
-    """Raise if a pickle numbers its objects beyond what it can hold, or is cut off.
+def require_modest_archive(file: IO[bytes]) -> None:
+    """Raise Immodest if an archive of torch.save would turn into more than it holds; rewinds the file."""
+    size = file.seek(0, io.SEEK_END)
+    require_modest(require_plain_archive(file, size))
+    file.seek(0)
 
-    The unpickler makes a table up to the largest number: five bytes can ask for gigabytes of memory.
-    """
-    for opcode, argument, _ in pickletools.genops(data):
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(data):
-            raise DamagedCheckpoint(f"it numbers an object {argument}, though it has {len(data)} bytes")
+
+def _require_modest_pickles(file: IO[bytes]) -> None:
+    """The same for the older form: five pickles (of which the fourth is the object), then numbers."""
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    for _ in range(5):
+        require_modest(file, size)
+    file.seek(0)
 
 
 def load_metadata(folder: Path):
     """The ``Metadata`` of torch.distributed.checkpoint in ``folder``: what lies where.
 
-    Raises DamagedCheckpoint if it is missing, cannot be read, or names a file elsewhere.
+    Raises DamagedCheckpoint if it is missing, cannot be read, names a file elsewhere, or tells of more
+    than the files hold.
     """
     path = folder / ".metadata"
     try:
         data = path.read_bytes()
         require_modest(data)
         metadata = _MetadataUnpickler(io.BytesIO(data)).load()
+        _require_honest(metadata, folder)
         files = {place.relative_path for place in metadata.storage_data.values()}
-        fields = metadata.state_dict_metadata.items()
+        fields = metadata.state_dict_metadata
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{path} is missing") from None
     except Exception as error:
         raise DamagedCheckpoint(f"{path} cannot be read safely: {error}") from error
-    outside = sorted(str(file) for file in files if Path(str(file)).name != str(file))
+    outside = sorted(file for file in files if Path(file).name != file)
     if outside or not fields:
         raise DamagedCheckpoint(f"{path} names {outside or 'nothing'}; files must lie in the same folder")
     return metadata
+
+
+def _require_honest(metadata: Metadata, folder: Path) -> None:
+    """Raise ValueError unless the metadata is of the types that its readers expect, and fits the files."""
+    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+        raise ValueError("it is not the metadata of torch.distributed.checkpoint")
+    for place in metadata.storage_data.values():
+        numbers = all(type(number) is int and number >= 0 for number in (place.offset, place.length))
+        if type(place.relative_path) is not str or not numbers or place.transform_descriptors:
+            raise ValueError("it names a place that is none in a file")
+    told = sum(
+        math.prod(stored.size) * stored.properties.dtype.itemsize
+        for key, stored in metadata.state_dict_metadata.items()
+        if type(key) is str and isinstance(stored, TensorStorageMetadata)
+    )
+    there = bytes_in(folder)
+    if told > there:
+        raise ValueError(f"it tells of tensors of {told} bytes, and the files have {there}")

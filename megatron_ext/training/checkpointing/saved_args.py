@@ -18,6 +18,7 @@ import torch
 
 from megatron_ext.arguments import model_function
 from megatron_ext.arguments.groups import options
+from megatron_ext.training.checkpointing.bounds import bytes_in
 from megatron_ext.training.checkpointing.errors import DamagedCheckpoint
 
 #: What the model computes and is run with, by the names of our flags.
@@ -86,6 +87,32 @@ def harmless(saved: Any, path: Path) -> Namespace:
         elif name not in _TRAINING:
             raise DamagedCheckpoint(f"{path}: its argument {name} is {_kind(value)}; {_meaning(wanted)}")
     return passed
+
+
+def require_room(args: Namespace, folder: Path) -> None:
+    """Raise DamagedCheckpoint if ``args`` describe a model that the files in ``folder`` are too small for.
+
+    A number format has a byte or more, so the files have at least as many bytes as there are parameters.
+    """
+
+    def size(name: str) -> int:
+        return getattr(args, name, None) or 0
+
+    hidden, ffn = size("hidden_size"), size("ffn_hidden_size")
+    layer = hidden * (ffn + size("num_attention_heads") * size("kv_channels"))
+    layer += 2 * ffn * size("series_activation_order")
+    layer += (
+        2 * hidden * size("augmented_shortcuts") * (hidden // (size("augmented_shortcut_reduction") or 1))
+    )
+    rows = size("padded_vocab_size")
+    if getattr(args, "position_embedding_type", None) == "learned_absolute":
+        rows += size("max_position_embeddings")
+    least, there = hidden * rows + layer * size("num_layers"), bytes_in(folder)
+    if least > there:
+        raise DamagedCheckpoint(
+            f"{folder / 'common.pt'}: its args describe a model of over {least} parameters, and all its "
+            f"files have {there} bytes"
+        )
 
 
 def _type_of(name: str) -> Any:

@@ -1,0 +1,213 @@
+"""Limits on what a checkpoint's bytes may turn into, checked before anything is built from them.
+
+A pickle of a few hundred bytes can describe tuples that share their halves 60 times over: nothing is
+large, but its hash, its text or a comparison takes 2^60 steps. A zip of a few megabytes can unpack to
+any number of gigabytes. Both are read here without making an object of them.
+"""
+
+import io
+import pickletools
+import struct
+import zipfile
+from pathlib import Path
+from typing import IO, Any
+
+#: Parts within parts. Checkpoints have about ten; the hash of a tuple that is very deep ends the process.
+DEEPEST = 100
+#: Parts that a byte of a pickle may stand for, each counted as often as it is reached. Checkpoints have
+#: less than one; the dearest honest byte is a reference to a short tuple that was written before.
+PARTS_A_BYTE, PARTS_AT_LEAST = 20, 10_000
+_STORE, _FETCH = {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}, {"GET", "BINGET", "LONG_BINGET"}
+_CHANGE = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"}
+_MARK, _PLAIN = -1, 0
+
+
+def _effect(opcode: Any) -> tuple[int, bool, int]:
+    """What an opcode takes off the stack (below a mark, if it takes all down to one), and what it puts on."""
+    before, to_mark = opcode.stack_before, pickletools.markobject in opcode.stack_before
+    return before.index(pickletools.markobject) if to_mark else len(before), to_mark, len(opcode.stack_after)
+
+
+_EFFECTS = {opcode.name: _effect(opcode) for opcode in pickletools.opcodes}
+_PLAIN_VALUES = {
+    name
+    for name, effect in _EFFECTS.items()
+    if effect == (0, False, 1) and name not in _FETCH and not name.startswith("EMPTY_") and name != "MARK"
+} | {"EMPTY_TUPLE"}
+
+
+class Immodest(ValueError):
+    """Bytes that would turn into more than they can honestly hold; the message says of what."""
+
+
+def require_modest(pickled: bytes | IO[bytes], size: int | None = None) -> None:
+    """Raise Immodest if what a pickle describes is too deep, or too large for its ``size`` bytes.
+
+    A file is read up to the end of the pickle that begins where it stands. Raises another ValueError,
+    or LookupError, for a pickle that is cut off, or none.
+    """
+    size = len(pickled) if isinstance(pickled, bytes) else size
+    objects = _Objects(size)
+    for opcode, argument, _ in pickletools.genops(pickled):
+        objects.take(opcode.name, argument)
+    objects.require_modest()
+
+
+class _Objects:
+    """The objects that a pickle makes, as numbers, each with the objects that it holds; none is made."""
+
+    def __init__(self, size: int):
+        self.size = size
+        self.held: list[list[int]] = [[]]
+        #: How many plain values each holds besides; the object 0 stands for any plain value.
+        self.plain = [0]
+        self.stack: list[int] = []
+        self.memo: dict[int, int] = {}
+
+    def take(self, name: str, argument: Any) -> None:
+        """Follow one opcode; most push a plain value or what was made before."""
+        if name in _PLAIN_VALUES:
+            self.stack.append(_PLAIN)
+        elif name in _FETCH:
+            self.stack.append(self.memo[argument])
+        elif name in _STORE:
+            number = len(self.memo) if name == "MEMOIZE" else argument
+            if number > self.size:
+                # The unpickler makes a table up to the largest number: five bytes can ask for gigabytes.
+                raise Immodest(f"it numbers an object {number}, though it has {self.size} bytes")
+            self.memo[number] = self.stack[-1]
+        elif name == "MARK":
+            self.stack.append(_MARK)
+        elif name == "DUP":
+            self.stack.append(self.stack[-1])
+        elif name in _CHANGE:
+            changed, *added = self._consumed(name)
+            if changed == _PLAIN:
+                raise Immodest("it changes an object that cannot change")
+            self._hold(changed, added)
+            self.stack.append(changed)
+        else:
+            consumed = self._consumed(name)
+            for _ in range(_EFFECTS[name][2]):
+                self.stack.append(self._made(consumed, name.startswith("EMPTY_")))
+
+    def _consumed(self, name: str) -> list[int]:
+        """What an opcode takes off the stack, in order."""
+        count, to_mark, _ = _EFFECTS[name]
+        above: list[int] = []
+        if to_mark:
+            while self.stack[-1] != _MARK:
+                above.append(self.stack.pop())
+            self.stack.pop()
+            above.reverse()
+        if count > len(self.stack):
+            raise Immodest("it takes more than there is")
+        below = self.stack[len(self.stack) - count :]
+        del self.stack[len(self.stack) - count :]
+        if _MARK in below:
+            raise Immodest("it takes a mark for an object")
+        return below + above
+
+    def _made(self, of: list[int], can_change: bool) -> int:
+        if not of and not can_change:
+            return _PLAIN
+        self.held.append([])
+        self.plain.append(0)
+        self._hold(len(self.held) - 1, of)
+        return len(self.held) - 1
+
+    def _hold(self, number: int, added: list[int]) -> None:
+        objects = [each for each in added if each]
+        self.held[number] += objects
+        self.plain[number] += len(added) - len(objects)
+
+    def require_modest(self) -> None:
+        """Count the parts of every object, those of its parts among them, each as often as it is reached."""
+        most = max(PARTS_AT_LEAST, PARTS_A_BYTE * self.size)
+        sizes, depths = [0] * len(self.held), [0] * len(self.held)  # 0: not counted yet
+        for first in range(len(self.held)):
+            path = [] if sizes[first] else [(first, iter(self.held[first]))]
+            while path:
+                number, ahead = path[-1]
+                part = next((part for part in ahead if not sizes[part]), None)
+                if part is not None:
+                    path.append((part, iter(self.held[part])))
+                else:
+                    path.pop()
+                    sizes[number] = 1 + self.plain[number] + sum(sizes[part] for part in self.held[number])
+                    depths[number] = 1 + max((depths[part] for part in self.held[number]), default=0)
+                # One that holds itself is met again and again, and makes the path too long as well.
+                if len(path) > DEEPEST or depths[number] > DEEPEST:
+                    raise Immodest(f"it would make an object of parts within parts, over {DEEPEST} deep")
+                if sizes[number] > most:
+                    raise Immodest(f"it has {self.size} bytes, and would make an object of over {most} parts")
+
+
+class Window(io.RawIOBase):
+    """``length`` bytes of a file from ``begin`` on, as a file; torch's view seeks wrongly from its end."""
+
+    def __init__(self, file: IO[bytes], begin: int, length: int):
+        self._file, self._begin, self._length, self._at = file, begin, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = max(0, offset + (0, self._at, self._length)[whence])
+        return self._at
+
+    def readinto(self, buffer) -> int:
+        wanted = max(0, min(len(buffer), self._length - self._at))
+        self._file.seek(self._begin + self._at)
+        data = self._file.read(wanted)
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+def require_plain_archive(file: IO[bytes], size: int) -> bytes:
+    """The pickle in an archive of torch.save; raises Immodest unless it holds what its bytes are.
+
+    torch writes records as they are, one after the other, without a comment; then no reader can find
+    more in them than ``size`` bytes, or find another directory than this one.
+    """
+    end = _end_of(file, size)
+    if end is None:
+        raise Immodest("it is not an archive of torch.save")
+    file.seek(0)
+    with zipfile.ZipFile(file) as archive:
+        records = archive.infolist()
+        names = {record.filename for record in records}
+        packed = [r.filename for r in records if r.compress_type != zipfile.ZIP_STORED]
+        if packed or sum(record.file_size for record in records) > size:
+            raise Immodest(f"it would unpack to more than its {size} bytes")
+        if len(names) != len(records) or min((r.header_offset for r in records), default=1) != 0:
+            raise Immodest("its records are not those of torch.save")
+        pickles = [name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise Immodest("it holds no pickle, or several")
+        return archive.read(pickles[0])
+
+
+def _end_of(file: IO[bytes], size: int) -> int | None:
+    """Where an archive's directory ends; None if the archive does not end as torch writes it."""
+    file.seek(max(0, size - 98))
+    tail = file.read(98).rjust(98, b"\0")
+    locator, end = tail[56:76], tail[76:]
+    if end[:4] != b"PK\5\6" or end[-2:] != b"\0\0":
+        return None
+    if locator[:4] == b"PK\6\7":
+        wide = struct.unpack("<Q", locator[8:16])[0]
+        return wide if wide == size - 98 and tail[:4] == b"PK\6\6" else None
+    return size - 22
+
+
+def bytes_in(folder: Path) -> int:
+    """The size of all files of a checkpoint: the limit of what it may say that it holds."""
+    return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
