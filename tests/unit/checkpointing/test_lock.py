@@ -43,8 +43,29 @@ def test_a_folder_in_use_is_refused_until_its_process_is_killed(tmp_path, holder
         with lock.saving_into(tmp_path, 0.3):
             pass
     kill(holder)
-    with lock.saving_into(tmp_path, 0), lock.saving_into(tmp_path, 0):  # one process takes it twice
+    with lock.saving_into(tmp_path, 0):
         pass
+
+
+def test_a_lock_taken_twice_in_one_process_is_held_until_it_is_given_back_twice(tmp_path):
+    """A save takes the lock that its run holds; POSIX would give it back at the first closing."""
+
+    def refused() -> bool:
+        pid = os.fork()
+        if pid == 0:
+            lock._held.clear()
+            try:
+                with lock.saving_into(tmp_path, 0):
+                    os._exit(0)
+            except CheckpointError:
+                os._exit(1)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
+
+    with lock.saving_into(tmp_path, 0):
+        with lock.saving_into(tmp_path, 0):
+            assert refused()
+        assert refused()
+    assert not refused()
 
 
 def test_a_run_that_is_just_ending_is_waited_for(tmp_path, holder):
