@@ -1,6 +1,7 @@
 """Fixtures of all tests: one thread, the CPU unless TEST_DEVICE=cuda, the worker pool."""
 
 import os
+import signal
 
 # Before torch or NumPy are imported: no thread pool is ever started in this process, so that the
 # worker pool may fork from it, and results do not depend on the number of cores.
@@ -22,6 +23,10 @@ _pool: Pool | None = None
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Ignored under nohup or behind a script, and then they would be in every run that a test starts.
+    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, usual)
     platform.activate(os.environ.get("TEST_DEVICE", "cpu"))
 
 

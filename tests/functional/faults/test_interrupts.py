@@ -34,11 +34,24 @@ runpy.run_path(program, run_name="__main__")
 """
 
 
+started: list[subprocess.Popen] = []
+
+
+@pytest.fixture(autouse=True)
+def no_run_outlives_its_test():
+    yield
+    for run in started:
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
+            run.wait()
+    started.clear()
+
+
 def start(command: list, folder: Path, **environment: str) -> subprocess.Popen:
     """A process at the head of its own group, as a shell starts one at a terminal."""
     settings = os.environ | {"PYTHONWARNINGS": "ignore"} | environment
     with open(folder / "log", "wb") as log:
-        return subprocess.Popen(
+        run = subprocess.Popen(
             list(map(str, command)),
             stdout=log,
             stderr=log,
@@ -46,6 +59,8 @@ def start(command: list, folder: Path, **environment: str) -> subprocess.Popen:
             env=settings,
             start_new_session=True,
         )
+    started.append(run)
+    return run
 
 
 def until(run: subprocess.Popen, folder: Path, words: str) -> None:
