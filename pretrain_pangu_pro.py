@@ -16,7 +16,8 @@ import time
 
 START = time.time()
 
-from megatron_ext.training.errors import Interrupted, LostProcess, RunError  # noqa: E402
+from megatron_ext import command  # noqa: E402
+from megatron_ext.training.errors import Interrupted, LostProcess  # noqa: E402
 from megatron_ext.training.side import steady_streams, tell  # noqa: E402
 from megatron_ext.training.signals import StopSignals  # noqa: E402
 
@@ -69,6 +70,6 @@ if __name__ == "__main__":
         leave(error, 1)
     except Interrupted as error:
         leave(error, error.code)
-    except (ValueError, OSError, RunError) as error:
-        sys.exit(f"pretrain_pangu_pro.py: error: {error}")
+    except command.EXPECTED as error:
+        sys.exit(f"pretrain_pangu_pro.py: error: {command.message(error)}")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # all is done: no stack of Python's own end

@@ -28,6 +28,7 @@ from megatron_ext.training.errors import RunError
 
 #: What can be wrong with files, flags and machines. MemoryError: what was asked for is too large.
 EXPECTED = (ValueError, OSError, RunError, PlatformError, MemoryError)
+_LONGEST = 10_000
 INTERRUPTED, CLOSED_PIPE = 128 + signal.SIGINT, 128 + signal.SIGPIPE
 
 
@@ -52,12 +53,13 @@ def tool(main: Callable[..., int]) -> Callable[..., int]:
 
 
 def message(error: BaseException) -> str:
-    """What an expected error says to a user."""
+    """What an expected error says to a user; of a text without end, its beginning."""
     if isinstance(error, MemoryError):
         return f"there is not enough memory {error}".rstrip()
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
-    return str(error).strip() or type(error).__name__
+    said = str(error).strip() or type(error).__name__
+    return said if len(said) <= _LONGEST else f"{said[:_LONGEST]} ..."
 
 
 def parser(description: str | None, usage: str | None = None) -> argparse.ArgumentParser:

@@ -158,7 +158,9 @@ def _read_per_split(path: str) -> list[list[str] | None]:
     try:
         by_split = json.loads(_read_text(path))
         words = [by_split.get(name) for name in ("train", "valid", "test")]
-    except (ValueError, AttributeError) as error:
+        if not all(entry is None or isinstance(entry, str | list) for entry in words):
+            raise ValueError("an entry is neither text nor a list")
+    except (ValueError, AttributeError, RecursionError) as error:
         raise DatasetError(
             f'--per-split-data-args-path {path}: must be JSON such as {{"train": ["1", "prefix"], '
             f'"valid": ["prefix"], "test": null}} ({error})'

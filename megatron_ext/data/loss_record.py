@@ -208,7 +208,7 @@ def read_json(path: Path, expected_format: str, names: tuple[str, ...]) -> dict:
             raise ValueError(f"its number of samples is {manifest['samples']!r}")
     except OSError as error:
         raise DatasetError(f"{path}: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DatasetError(f"{path}: not a manifest of {expected_format} ({error})") from error
     return manifest
 

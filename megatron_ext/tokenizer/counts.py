@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_ext.data.files import unchanged, write_aside
+from megatron_ext.data.files import load_arrays, unchanged, write_aside
 from megatron_ext.data.indexed import DatasetError, dataset_files, map_tokens
 from megatron_ext.data.manifest import check_dataset, read_manifest
 from megatron_ext.data.preprocess.chunks import Chunk, chunks
@@ -114,12 +114,12 @@ class Counts:
             ValueError: the file holds no counts.
         """
         try:
-            with np.load(path, allow_pickle=False) as data:
-                if str(data["format"]) != FORMAT:
-                    raise ValueError(f"its format is {data['format']}")
-                groups = [str(group) for group in data["groups"]]
-                arrays = (data["counts"], data["text_bytes"], data["documents"])
-                return cls(str(data["tokenizer_sha256"]), groups, *arrays)
+            data = load_arrays(Path(path))
+            if str(data["format"]) != FORMAT:
+                raise ValueError(f"its format is {data['format']}")
+            groups = [str(group) for group in data["groups"]]
+            arrays = (data["counts"], data["text_bytes"], data["documents"])
+            return cls(str(data["tokenizer_sha256"]), groups, *arrays)
         except OSError:
             raise
         except Exception as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_ext.data.files import write_aside
+from megatron_ext.data.files import load_arrays, write_aside
 
 FORMAT = "megatron_ext.id_map/1"
 
@@ -61,8 +61,7 @@ class IdMap:
         path = Path(path)
         try:
             if path.suffix == ".npz":
-                with np.load(path, allow_pickle=False) as data:
-                    facts = {name: data[name] for name in data.files}
+                facts = load_arrays(path)
             else:
                 facts = json.loads(path.read_text(encoding="utf-8"))
             if str(facts["format"]) != FORMAT:

@@ -10,11 +10,13 @@ import resource
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from megatron_ext.data import files
 from tests.conftest import REPOSITORY
 from tests.unit.data import corpora
 
@@ -120,6 +122,16 @@ FILES = [
     ("train_tokenizer", "--input BAD.jsonl --vocab-size 300 --output O/t.model"),
     ("train_tokenizer", "--input BAD.jsonl.gz --vocab-size 300 --output O/t.model"),
 ]
+
+
+def test_counts_that_would_unpack_without_end(good, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(files, "_LARGEST_ARRAYS", 1 << 21)
+    with zipfile.ZipFile(tmp_path / "BAD.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        with archive.open("counts.npy", "w") as record:
+            record.write(bytes(3 << 20))
+    words = f"--counts {tmp_path}/BAD.npz --tokenizer-model {good}/tiny.model --output {tmp_path}/c"
+    code, _, err = run("compress_tokenizer", words.split(), capsys)
+    assert code == 1 and "BAD.npz" in err and "would unpack to 3145728 bytes" in err
 
 
 @pytest.mark.parametrize("kind", CONTENTS)
