@@ -43,6 +43,8 @@ def checkpoint(folder: Path, args: Namespace, iteration: int = 1) -> Path:
     place = folder / f"iter_{iteration:07d}"
     place.mkdir(parents=True)
     torch.save({"args": args}, place / "common.pt")
+    with open(place / "__0_0.distcp", "wb") as tensors:
+        tensors.truncate(1 << 30)  # as large as any of these models, without taking room
     (folder / "latest_checkpointed_iteration.txt").write_text(str(iteration))
     return folder
 
