@@ -25,6 +25,7 @@ from megatron_ext.training.checkpointing.errors import (
 from megatron_ext.training.checkpointing.found import find, outputs_of
 from megatron_ext.training.checkpointing.integrity import damage, is_as_written
 from megatron_ext.training.checkpointing.reader import ReadCommon, SafeLoadStrategy, read, read_common
+from megatron_ext.training.checkpointing.saved_args import require_room
 
 logger = logging.getLogger(__name__)
 
@@ -169,9 +170,12 @@ def read_checkpoint_args(
     problem = None
     for folder, _ in find(load_dir, iteration, outputs).tries:
         try:
-            return read_common(folder).get("args", Namespace())
+            args = read_common(folder).get("args", Namespace())
+            require_room(args, folder)
+            return args
         except DamagedCheckpoint as error:
-            if is_as_written(folder / "common.pt"):
+            # Refused though it is as it was written: this is no torn save, it says what cannot be.
+            if is_as_written(folder / "common.pt") and damage(folder) is None:
                 raise
             problem = problem or error
     if problem:

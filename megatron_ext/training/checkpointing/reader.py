@@ -161,7 +161,6 @@ def read_common(folder: Path) -> dict:
         _require_kinds(path, ours, run_state=dict, tokenizer_sha256=str | None, padded_vocab_size=int | None)
     if common.get("args") is not None:
         common["args"] = saved_args.harmless(common["args"], path)
-        saved_args.require_room(common["args"], folder)
     return common
 
 
@@ -176,4 +175,7 @@ def _require_kinds(path: Path, part: dict, **kinds: Any) -> None:
 
 def read(folder: Path) -> tuple[dict, Metadata]:
     """The common part and the metadata of a checkpoint; raises DamagedCheckpoint."""
-    return read_common(folder), load_metadata(folder)
+    common = read_common(folder)
+    if common.get("args") is not None:
+        saved_args.require_room(common["args"], folder)
+    return common, load_metadata(folder)
