@@ -30,8 +30,10 @@ _ATTEMPTS, _PAUSE_SECONDS, _AGAIN_SECONDS = 5, 0.2, 2.0
 #: A rank says who it is as soon as it is connected. Whoever does not is a stranger: a port scanner, a
 #: health check. So many of them may wait, for so long; the longest waiting makes room for the next.
 MOST_STRANGERS, STRANGER_SECONDS = 64, 5.0
-#: So that a flood of them takes no core: so many at once, then a pause; a longer one after an error.
-_AT_ONCE, _BREATH_SECONDS, _ERROR_SECONDS = 64, 0.05, 1.0
+#: So that a flood of them takes no core: so many in such a time, then the rest wait for the next; an
+#: error makes a longer pause. No pause before: the port's queue is short, and whoever finds it full
+#: waits a second for the next try.
+_AT_ONCE, _WINDOW_SECONDS, _ERROR_SECONDS = 64, 0.1, 1.0
 _LONGEST_GREETING, _LONGEST_MESSAGE = 100, 1000
 
 
@@ -88,6 +90,7 @@ class Lifelines:
         self.rank, self.world_size, self.problem = rank, world_size, ""
         self._listener: socket.socket | None = None
         self._listens_from, self._attempts = 0.0, 0
+        self._window_ends, self._accepted = 0.0, 0
         self._lines: list[_Line] = []
         self._strangers: list[_Line] = []
         self._wake, self._woken = socket.socketpair()
@@ -160,8 +163,10 @@ class Lifelines:
         return gone
 
     def _accept(self) -> None:
-        self._listens_from = time.monotonic() + _BREATH_SECONDS
-        for _ in range(_AT_ONCE):
+        now = time.monotonic()
+        if now >= self._window_ends:
+            self._window_ends, self._accepted = now + _WINDOW_SECONDS, 0
+        while self._accepted < _AT_ONCE:
             try:
                 accepted, _ = self._listener.accept()
             except BlockingIOError:
@@ -169,11 +174,13 @@ class Lifelines:
             except OSError:  # no descriptors are left, say: those that wait would be reported again at once
                 self._listens_from = time.monotonic() + _ERROR_SECONDS
                 return
+            self._accepted += 1
             accepted.setblocking(False)
             if len(self._strangers) >= MOST_STRANGERS:
                 self._drop(self._strangers[0])
             self._strangers.append(_Line(accepted, None))
             self._heard(self._strangers[-1])  # a rank has said who it is by now
+        self._listens_from = self._window_ends
 
     def _heard(self, line: _Line) -> list[int]:
         try:

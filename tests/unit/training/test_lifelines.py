@@ -96,7 +96,7 @@ def descriptors() -> int:
 
 
 def test_silent_strangers_use_up_nothing_and_keep_nobody_out(store, monkeypatch):
-    monkeypatch.setattr(lifelines, "_BREATH_SECONDS", 0.0)
+    monkeypatch.setattr(lifelines, "_WINDOW_SECONDS", 0.0)
     monkeypatch.setattr(lifelines, "MOST_STRANGERS", 8)
     first, before = Lifelines(store, 0, 3), descriptors()
     there = strangers(first, 100)
@@ -115,7 +115,8 @@ def test_silent_strangers_use_up_nothing_and_keep_nobody_out(store, monkeypatch)
         end.close()
 
 
-def test_a_flood_of_strangers_takes_no_core(store):
+def test_a_flood_of_strangers_takes_no_core(store, monkeypatch):
+    monkeypatch.setattr(lifelines, "_AT_ONCE", 8)  # 80 a second
     first, there, turns, end = Lifelines(store, 0, 2), [], 0, time.monotonic() + 1.0
     while time.monotonic() < end:
         stranger = socket.socket()
@@ -124,7 +125,16 @@ def test_a_flood_of_strangers_takes_no_core(store):
         there.append(stranger)
         first.wait(5.0)
         turns += 1
-    assert turns < 50
+    assert turns < 120
+    for line in (first, *there):
+        line.close()
+
+
+def test_sixty_strangers_are_taken_in_without_waiting(store):
+    """The queue of the port is as long as there are ranks: one that finds it full tries again after a second."""
+    first, started = Lifelines(store, 0, 2), time.monotonic()
+    there = strangers(first, 60)
+    assert time.monotonic() - started < 1.0
     for line in (first, *there):
         line.close()
 
