@@ -19,7 +19,7 @@ test:
 
 # Minutes of work that CI leaves out: every document of the corpus, twenty kills, a gigabyte.
 test-long: setup
-	LONG_TESTS=1 $(BIN)/python -m pytest -s tests/unit/data/test_preprocess_long.py tests/unit/tokenizer/test_encoder.py \
+	LONG_TESTS=1 $(BIN)/python -m pytest -s tests/unit/preprocess/test_preprocess_long.py tests/unit/tokenizer/test_encoder.py \
 		tests/unit/inherit/test_memory.py tests/functional/test_examples.py
 
 test-gpu: setup

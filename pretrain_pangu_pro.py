@@ -16,8 +16,8 @@ import time
 
 START = time.time()
 
-from megatron_ext import command  # noqa: E402
-from megatron_ext.training.errors import Interrupted, LostProcess  # noqa: E402
+from megatron_ext.common import command  # noqa: E402
+from megatron_ext.common.errors import Interrupted, LostProcess  # noqa: E402
 from megatron_ext.training.side import steady_streams, tell  # noqa: E402
 from megatron_ext.training.signals import StopSignals  # noqa: E402
 
@@ -36,8 +36,9 @@ def run(argv: list[str] | None, signals: StopSignals) -> None:
     signals.answer(args.exit_signal)
 
     # Imported after the flags are known to be right: these take seconds.
+    from megatron_ext.checkpoint import only_recording_in, only_run_in
+    from megatron_ext.platform.collective import print_rank_0
     from megatron_ext.training import distributed
-    from megatron_ext.training.checkpointing import only_recording_in, only_run_in
     from megatron_ext.training.recording import record_training_set
     from megatron_ext.training.setup import build_trainer
     from megatron_ext.training.watchdog import watching
@@ -51,7 +52,7 @@ def run(argv: list[str] | None, signals: StopSignals) -> None:
                 record_training_set(args, watchdog, signals)
             else:
                 trainer = build_trainer(args)
-                distributed.print_rank_0(f" set up in {time.time() - START:.1f} s")
+                print_rank_0(f" set up in {time.time() - START:.1f} s")
                 distributed.shorten_timeout(args)
                 trainer.train(watchdog, signals)
     distributed.finalize()

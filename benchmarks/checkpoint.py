@@ -29,7 +29,7 @@ import time
 from functools import partial
 
 from megatron_ext import platform
-from megatron_ext.models.presets import preset
+from megatron_ext.config.presets import preset
 
 PARTS = ("small", "stream", "async")
 
@@ -78,7 +78,7 @@ def state_of(gigabytes: float, layers: int | None = None, **sizes: int) -> dict:
 
 def write_state(state: dict, folder: Path) -> None:
     """What save_checkpoint does with a training state."""
-    from megatron_ext.training.checkpointing import folders, save, writer
+    from megatron_ext.checkpoint import folders, save, writer
 
     previous = save.on_rank_0("prepare", lambda: save._prepare(folder, 1))
     pending = save.PendingSave(folder, 1, folders.working_dir(folder, 1), save.Retain(), previous)
@@ -90,7 +90,7 @@ def write_state(state: dict, folder: Path) -> None:
 
 def small(folder: Path, repeats: int) -> dict:
     """12 MB over 4 processes, forked from this one."""
-    from megatron_ext.training.checkpointing import save  # noqa: F401 (imported before the fork)
+    from megatron_ext.checkpoint import save  # noqa: F401 (imported before the fork)
 
     world, results = 4, folder / "small.json"
     children = []

@@ -21,7 +21,7 @@ import time
 
 import numpy as np
 
-from megatron_ext.data.preprocess.sources import find_sources
+from megatron_ext.data.text.sources import find_sources
 from megatron_ext.tokenizer import NativeEncoder, compress
 from megatron_ext.tokenizer.counts import count_text
 from megatron_ext.tokenizer.train import train_tokenizer

@@ -161,8 +161,8 @@ def measure(options: argparse.Namespace, case: dict) -> dict:
     import torch
 
     from megatron_ext import platform
-    from megatron_ext.models.describe import flops_per_token, shape_of
-    from megatron_ext.platform.speed import data_sheet_flops
+    from megatron_ext.config.describe import flops_per_token, shape_of
+    from megatron_ext.planning.speed import data_sheet_flops
 
     step, args = trainer_step(options, case)
     for _ in range(options.warm_up):
@@ -206,14 +206,14 @@ def trainer_step(options: argparse.Namespace, case: dict):
     import torch
     from megatron.core.tensor_parallel import layers
 
-    from megatron_ext.arguments.configs import ddp_config, optimizer_config, transformer_config
     from megatron_ext.arguments.parser import read_args
     from megatron_ext.arguments.vocabulary import padded_vocab_size
-    from megatron_ext.models.builder import build_model, wrap_for_training
-    from megatron_ext.platform.numerics import provide_weight_gradients
+    from megatron_ext.kernels.weight_gradient import provide_weight_gradients
+    from megatron_ext.models.builder import build_model, ddp_config, wrap_for_training
+    from megatron_ext.models.config import transformer_config
     from megatron_ext.training import distributed
     from megatron_ext.training.loop import connect
-    from megatron_ext.training.optimizer import build_optimizer
+    from megatron_ext.training.optimizer import build_optimizer, optimizer_config
     from megatron_ext.training.schedule import build_scheduler
     from megatron_ext.training.step import train_step
 

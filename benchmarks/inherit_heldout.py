@@ -8,11 +8,11 @@ platform.activate("cpu")
 
 import torch  # noqa: E402
 
-from megatron_ext.arguments.configs import transformer_config  # noqa: E402
+from megatron_ext.checkpoint import load_checkpoint  # noqa: E402
 from megatron_ext.inference import load_for_inference  # noqa: E402
 from megatron_ext.inherit.calibration import Windows, mean_loss, read_documents  # noqa: E402
 from megatron_ext.models.builder import build_model  # noqa: E402
-from megatron_ext.training.checkpointing import load_checkpoint  # noqa: E402
+from megatron_ext.models.config import transformer_config  # noqa: E402
 
 
 class HeldOut:
@@ -38,7 +38,7 @@ class HeldOut:
 
     def of_random_weights(self, trained: Path) -> float:
         """The loss of the weights that the run of that checkpoint started from."""
-        from megatron_ext.training.checkpointing import read_checkpoint_args
+        from megatron_ext.checkpoint import read_checkpoint_args
 
         self.args.seed = read_checkpoint_args(trained).seed
         return self._loss(build_model(transformer_config(self.args), self.args)[0].eval())

@@ -29,7 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ext import platform
-from megatron_ext.models import fused, fused_cross_entropy, fused_optimizer
+from megatron_ext.kernels import fused, multi_tensor
+from megatron_ext.kernels.cross_entropy import vocab_parallel_cross_entropy
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Candidates = dict[str, Callable[[], object]]
@@ -92,7 +93,7 @@ def cross_entropy(args: argparse.Namespace, dtype: torch.dtype) -> tuple[Candida
     def ours() -> object:
         # backward uses the logits up; softmax's gradient in its place takes as long to read again
         leaf = logits.detach().requires_grad_()
-        return torch.autograd.grad(fused_cross_entropy.vocab_parallel_cross_entropy(leaf, target), leaf, grad)
+        return torch.autograd.grad(vocab_parallel_cross_entropy(leaf, target), leaf, grad)
 
     return {
         PLAIN: differentiated(plain, [logits], grad),
@@ -108,7 +109,7 @@ def grad_norm(args: argparse.Namespace, dtype: torch.dtype) -> tuple[Candidates,
     return {
         PLAIN: lambda: torch.stack([t.norm() for t in tensors]).norm().item(),
         "float64 PyTorch": lambda: sum(t.double().square().sum() for t in tensors).item(),
-        OURS: lambda: fused_optimizer.sum_of_squares(tensors),
+        OURS: lambda: multi_tensor.sum_of_squares(tensors),
     }, sum(t.nbytes for t in tensors)
 
 

@@ -102,8 +102,8 @@ def _run(command: list[str]) -> tuple[float, float]:
 
 def corpus(inputs: list[str], path: Path, max_bytes: int) -> int:
     """The inputs as plain JSON lines, line by line in turn, so that a part of it is mixed too; its bytes."""
-    from megatron_ext.data.preprocess.chunks import chunks, lines_of
-    from megatron_ext.data.preprocess.sources import find_sources
+    from megatron_ext.data.text.chunks import chunks, lines_of
+    from megatron_ext.data.text.sources import find_sources
 
     sources = find_sources(inputs)
     cut = [chunks([source], 1 << 22) for source in sources]

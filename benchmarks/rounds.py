@@ -35,7 +35,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_ext.data.loss_record import read_losses
+from megatron_ext.data.rounds.loss_record import read_losses
 
 EARLY = 0.1
 #: Name -> (rate, group by batch, temperature) of the second round's index; None trains no second round.
@@ -169,7 +169,7 @@ class Experiment:
 
     def index(self, arm: str) -> Path:
         """The second round's samples."""
-        from megatron_ext.data.build_round import RoundOptions, build_round
+        from megatron_ext.data.rounds.build_round import RoundOptions, build_round
 
         rate, by_batch, temperature = ARMS[arm]
         options = RoundOptions(
@@ -217,7 +217,7 @@ def spread(values: list[float], sign: str = "") -> str:
 
 def time_sampler(groups: int, folder: Path) -> dict:
     """Draw half of ``groups`` groups from a plain file of losses; seconds and peak memory of this process."""
-    from megatron_ext.data.build_round import RoundOptions, build_round
+    from megatron_ext.data.rounds.build_round import RoundOptions, build_round
 
     folder.mkdir(parents=True, exist_ok=True)
     generator, path = np.random.default_rng(0), folder / "losses.npy"

@@ -182,7 +182,7 @@ def take_turns(contenders: list[Contender], case: Case, args: argparse.Namespace
 
 def summary(case: Case, contenders: list[Contender], peak: float, args: argparse.Namespace) -> dict:
     """Numbers of each contender and the ratios between them, taken round by round."""
-    from megatron_ext.models.presets import preset
+    from megatron_ext.config.presets import preset
 
     sequence = {"wide": 1024}.get(case.shape) or preset(case.shape).sequence
     tokens = args.micro_batch_size * args.micro_batches * sequence

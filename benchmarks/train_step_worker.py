@@ -121,12 +121,12 @@ def megatron(case: argparse.Namespace, extra: str, stock: bool = False) -> tuple
     from megatron.core.optimizer import get_megatron_optimizer
 
     from megatron_ext import platform
-    from megatron_ext.arguments.configs import ddp_config, optimizer_config, transformer_config
-    from megatron_ext.models.builder import build_model, wrap_for_training
-    from megatron_ext.models.describe import flops_per_token, shape_of
+    from megatron_ext.config.describe import flops_per_token, shape_of
+    from megatron_ext.models.builder import build_model, ddp_config, wrap_for_training
+    from megatron_ext.models.config import transformer_config
     from megatron_ext.training import distributed
     from megatron_ext.training.loop import connect
-    from megatron_ext.training.optimizer import build_optimizer
+    from megatron_ext.training.optimizer import build_optimizer, optimizer_config
     from megatron_ext.training.schedule import build_scheduler
     from megatron_ext.training.step import train_step
 
@@ -195,7 +195,7 @@ def llama(case: argparse.Namespace) -> tuple[Step, dict]:
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=BETAS, eps=EPSILON, fused=True)
     wrapped = torch.nn.parallel.DistributedDataParallel(model) if case.world > 1 else model
     batches = samples(case, args.seq_length, case.rank)
-    from megatron_ext.models.describe import flops_per_token, shape_of
+    from megatron_ext.config.describe import flops_per_token, shape_of
 
     def step() -> float:
         total = 0.0

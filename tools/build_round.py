@@ -21,10 +21,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_ext import command
-from megatron_ext.data import round_report
-from megatron_ext.data.build_round import RoundOptions, build_round
-from megatron_ext.data.rounds import ORDERS, round_paths
+from megatron_ext.common import command
+from megatron_ext.data.rounds import round_report
+from megatron_ext.data.rounds.build_round import RoundOptions, build_round
+from megatron_ext.data.rounds.dataset import ORDERS, round_paths
 
 
 def parser() -> argparse.ArgumentParser:

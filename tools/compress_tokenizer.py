@@ -24,8 +24,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_ext import command
-from megatron_ext.models.presets import PRESETS
+from megatron_ext.common import command
+from megatron_ext.config.presets import PRESETS
 from megatron_ext.tokenizer.compress_run import compress
 
 

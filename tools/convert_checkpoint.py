@@ -24,8 +24,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_ext import command
-from megatron_ext.data.files import is_same_place
+from megatron_ext.common import command
+from megatron_ext.common.files import is_same_place
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 

@@ -18,14 +18,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_ext import command
 from megatron_ext.arguments import derive
-from megatron_ext.arguments.factory import add_group
-from megatron_ext.arguments.groups import options
 from megatron_ext.arguments.parser import with_defaults
 from megatron_ext.arguments.validate import numbers
-from megatron_ext.models import describe
-from megatron_ext.models.presets import PRESETS
+from megatron_ext.common import command
+from megatron_ext.config import describe, options
+from megatron_ext.config.flags import add_group
+from megatron_ext.config.presets import PRESETS
 
 SHAPE_FLAGS = (
     *("model_preset", "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels"),

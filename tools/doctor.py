@@ -17,8 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_ext import command
-from megatron_ext.platform import machine, speed
+from megatron_ext.common import command
+from megatron_ext.planning import machine, speed
 
 MARKS = {"ok": "  ", "absent": "- ", "warning": "? ", "problem": "! "}
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_ext import command
+from megatron_ext.common import command
 from megatron_ext.inherit import options as flags
 
 

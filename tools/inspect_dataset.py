@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_ext import command
+from megatron_ext.common import command
 from megatron_ext.data.inspect import Report, report, samples, verify
 from megatron_ext.tokenizer.build import TOKENIZER_TYPES, build_tokenizer
 

@@ -29,8 +29,8 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from megatron_ext import command
 from megatron_ext.arguments.parser import CommandLineError, read_args
+from megatron_ext.common import command
 
 BATCH_SCRIPT = REPOSITORY / "examples" / "slurm" / "pretrain.sbatch"
 

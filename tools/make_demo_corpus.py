@@ -17,9 +17,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_ext import command
+from megatron_ext.common import command
+from megatron_ext.common.files import is_same_place
 from megatron_ext.data.demo_corpus import collect, split, write
-from megatron_ext.data.files import is_same_place
 
 
 def parser() -> argparse.ArgumentParser:

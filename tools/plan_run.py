@@ -21,9 +21,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_ext import command
 from megatron_ext.arguments.parser import CommandLineError, read_args
-from megatron_ext.models import communication, describe, plan
+from megatron_ext.common import command
+from megatron_ext.config import describe
+from megatron_ext.planning import communication, plan
 
 GIB = 2**30
 

@@ -17,10 +17,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_ext import command
-from megatron_ext.data import forgetting
-from megatron_ext.data.files import refuse_overwriting
-from megatron_ext.data.loss_record import read_losses, record_paths
+from megatron_ext.common import command
+from megatron_ext.common.files import refuse_overwriting
+from megatron_ext.data.rounds import forgetting
+from megatron_ext.data.rounds.loss_record import read_losses, record_paths
 
 
 def parser() -> argparse.ArgumentParser:

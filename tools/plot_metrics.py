@@ -16,8 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_ext import command
-from megatron_ext.data.files import refuse_overwriting, write_picture
+from megatron_ext.common import command
+from megatron_ext.common.files import refuse_overwriting, write_picture
 
 Records = list[dict]
 #: What a record of each kind says in numbers.

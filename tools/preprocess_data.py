@@ -23,9 +23,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_ext import command
-from megatron_ext.data.preprocess.options import Options
-from megatron_ext.data.preprocess.run import describe, preprocess
+from megatron_ext.common import command
+from megatron_ext.preprocess.options import Options
+from megatron_ext.preprocess.run import describe, preprocess
 from megatron_ext.tokenizer.build import TOKENIZER_TYPES
 
 #: Upstream's flags that cannot take effect here, and why.

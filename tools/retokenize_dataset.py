@@ -16,8 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_ext import command
-from megatron_ext.tokenizer.retokenize import retokenize
+from megatron_ext.common import command
+from megatron_ext.preprocess.retokenize import retokenize
 
 
 @command.tool

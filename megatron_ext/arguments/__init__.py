@@ -1,8 +1,8 @@
 """The command line: Megatron-LM's flags, defaults and rules, and PanGu-pi's own.
 
-``parse_args()`` gives one flat namespace with Megatron-LM's names. ``factory`` makes flags from
-dataclass fields, ``groups`` holds the fields, ``derive`` fills in what follows from other flags,
-``validate`` holds the rules, and ``configs`` makes Megatron-Core's configuration objects.
+``parse_args()`` gives one flat namespace with Megatron-LM's names: the flags of ``megatron_ext.config``,
+what a checkpoint says of its model (``from_checkpoint``), what follows from other flags (``derive``), checked
+by the rules of ``validate``.
 """
 
 from megatron_ext.arguments.parser import make_parser, parse_args

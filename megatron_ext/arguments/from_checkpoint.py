@@ -2,9 +2,10 @@
 
 from argparse import Namespace
 
-from megatron_ext.arguments import derive, model_function
-from megatron_ext.models.presets import PRESETS
-from megatron_ext.training.errors import RunError
+from megatron_ext.arguments import derive
+from megatron_ext.common.errors import RunError
+from megatron_ext.config import model_function
+from megatron_ext.config.presets import PRESETS
 
 #: What ``--use-checkpoint-args`` takes besides the model's function (Megatron-LM's
 #: checkpointing.py:load_args_from_checkpoint).
@@ -61,7 +62,7 @@ def start_of(args: Namespace) -> tuple[str, Namespace | None]:
 
     Raises RunError, OSError or ValueError for a checkpoint that cannot be read, or something else there.
     """
-    from megatron_ext.training.checkpointing import outputs_of, read_checkpoint_args
+    from megatron_ext.checkpoint import outputs_of, read_checkpoint_args
 
     folders = {"--load": args.load, "--pretrained-checkpoint": args.pretrained_checkpoint}
     folders = {flag: folder for flag, folder in folders.items() if folder is not None}

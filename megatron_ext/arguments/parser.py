@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from types import MappingProxyType
 
 from megatron_ext.arguments import derive, from_checkpoint, refused, validate
-from megatron_ext.arguments.factory import add_group, default_of
-from megatron_ext.arguments.groups import options, sections
-from megatron_ext.models.presets import PRESETS, preset
+from megatron_ext.config import options, sections
+from megatron_ext.config.flags import add_group, default_of
+from megatron_ext.config.presets import PRESETS, preset
 
 DESCRIPTION = """Pretrain PanGu-pi Pro, or any Llama-like model, with Megatron-Core.
 

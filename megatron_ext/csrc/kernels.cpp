@@ -1,6 +1,6 @@
 // megatron_ext._kernels: fused CPU kernels, forward and backward each one pass over memory.
 //
-// Takes addresses and sizes, so that it builds without torch; megatron_ext/models/fused.py is its
+// Takes addresses and sizes, so that it builds without torch; megatron_ext/kernels/fused.py is its
 // face and checks what it is given. Formulas and numerics: docs/kernels.md.
 
 #include <pybind11/pybind11.h>
@@ -209,14 +209,14 @@ void exponential(Address x, Address y, int64_t n) { RUN(exponential, at<const fl
 }  // namespace
 }  // namespace kernels
 
-// Raised with every change of a function below; megatron_ext/models/fused.py uses no other version.
+// Raised with every change of a function below; megatron_ext/kernels/fused.py uses no other version.
 constexpr int kAbi = 1;
 
 PYBIND11_MODULE(_kernels, m) {
   using namespace kernels;
   using Unlocked = pybind11::call_guard<pybind11::gil_scoped_release>;
   watch_forks();
-  m.doc() = "Fused CPU kernels over raw addresses; use megatron_ext.models.fused, which checks its arguments.";
+  m.doc() = "Fused CPU kernels over raw addresses; use megatron_ext.kernels.fused, which checks its arguments.";
   m.attr("ABI") = kAbi;
   m.def("isa_names", &isa_names, "Instruction sets that this processor can run, the best last.");
   m.def("isa", [] { return name_of(active); }, "The instruction set in use.");

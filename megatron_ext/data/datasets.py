@@ -22,11 +22,11 @@ from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.core.datasets.utils import Split, get_blend_from_list
 
 from megatron_ext.data import index_cache
-from megatron_ext.data.agree import on_every_rank, on_first_rank
 from megatron_ext.data.gpt import GPTDataset, MockGPTDataset
 from megatron_ext.data.indexed import DatasetError, Index
 from megatron_ext.data.manifest import check_dataset, sampled_ids
 from megatron_ext.data.parts import check_parts
+from megatron_ext.platform.collective import on_every_rank, on_first_rank
 
 Blend = tuple[list[str], list[float] | None]
 DEFAULT_SPLIT = "969, 30, 1"

@@ -9,7 +9,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_ext.data.files import write_aside
+from megatron_ext.common.files import write_aside
 
 #: Shorter files say nothing, longer ones are mostly tables and generated code.
 MIN_CHARACTERS, MAX_CHARACTERS = 400, 60_000

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from megatron.core.datasets.blended_dataset import BlendedDataset
 
-from megatron_ext.data.files import sha256_file, write_aside
+from megatron_ext.common.files import sha256_file, write_aside
 from megatron_ext.data.indexed import DatasetError
 
 BUILDING, CHECKSUM = ".building-", ".sha256"

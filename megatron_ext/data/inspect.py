@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_ext.data.files import sha256_file
+from megatron_ext.common.files import sha256_file
 from megatron_ext.data.indexed import DatasetError, Index, bin_path, map_tokens
 from megatron_ext.data.manifest import check_dataset, manifest_path, read_manifest
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_ext.data.files import pieces_digest, sha256_file, write_aside
+from megatron_ext.common.files import pieces_digest, sha256_file, write_aside
 from megatron_ext.data.indexed import DatasetError, Index, bin_path, check_layout, manifest_path, map_tokens
 
 FORMAT = "megatron_ext.dataset/1"

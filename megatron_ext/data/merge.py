@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_ext.data.files import refuse_overwriting, unchanged
+from megatron_ext.common.files import refuse_overwriting, unchanged
 from megatron_ext.data.indexed import DatasetError, Index, bin_path, dataset_files, idx_path
 from megatron_ext.data.manifest import check_dataset, read_manifest
 from megatron_ext.data.writer import file_blocks, publish, write_dataset

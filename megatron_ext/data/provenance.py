@@ -3,7 +3,7 @@
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.gpt_dataset import GPTDataset, MockGPTDataset
 
-from megatron_ext.data.rounds import NumberedDataset
+from megatron_ext.data.rounds.dataset import NumberedDataset
 from megatron_ext.data.views import Chained
 
 

@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from megatron_ext.data.files import pieces_digest
+from megatron_ext.common.files import pieces_digest
 from megatron_ext.data.indexed import bin_path, idx_path, manifest_path, write_index
 from megatron_ext.data.manifest import write_manifest
 

@@ -3,15 +3,16 @@
 from argparse import Namespace
 from pathlib import Path
 
-from megatron_ext.arguments import derive, model_function, validate
-from megatron_ext.arguments.configs import transformer_config
+from megatron_ext.arguments import derive, validate
 from megatron_ext.arguments.parser import with_defaults
 from megatron_ext.arguments.vocabulary import settle_vocabulary
+from megatron_ext.checkpoint import load_checkpoint, read_checkpoint_args, saved_args
+from megatron_ext.config import model_function
 from megatron_ext.interchange import tokenizer_files
 from megatron_ext.models.builder import build_model
+from megatron_ext.models.config import transformer_config
 from megatron_ext.tokenizer import build_tokenizer
 from megatron_ext.training import distributed
-from megatron_ext.training.checkpointing import load_checkpoint, read_checkpoint_args, saved_args
 
 
 def load_for_inference(

@@ -14,10 +14,10 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from megatron_ext import platform
-from megatron_ext.arguments.configs import transformer_config
 from megatron_ext.data.indexed import map_tokens
 from megatron_ext.data.manifest import check_dataset
 from megatron_ext.models.builder import build_model
+from megatron_ext.models.config import transformer_config
 from megatron_ext.models.layer_specs import CHECKPOINT_NAMES
 from megatron_ext.tokenizer.build import Tokenizer
 from megatron_ext.training.batch import Batch

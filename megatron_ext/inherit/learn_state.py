@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_ext.data.files import write_aside
+from megatron_ext.common.files import write_aside
 from megatron_ext.inherit.learn import Learned, Recipe
 from megatron_ext.interchange.source import Source
 

@@ -3,7 +3,7 @@
 import argparse
 import os
 
-from megatron_ext import command
+from megatron_ext.common import command
 
 EXAMPLES = """A smaller model that starts from a larger one's weights, as a checkpoint of iteration 0.
 

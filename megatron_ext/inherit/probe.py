@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_ext import platform
 from megatron_ext.arguments.parser import read_args
+from megatron_ext.checkpoint import load_checkpoint
 from megatron_ext.data import build_data_loader, build_datasets
 from megatron_ext.inherit.axes import Axis, axes_of
 from megatron_ext.inherit.calibration import (
@@ -29,7 +30,6 @@ from megatron_ext.tokenizer import build_tokenizer
 from megatron_ext.tokenizer.build import Tokenizer
 from megatron_ext.training import distributed
 from megatron_ext.training.batch import Batch, next_batch
-from megatron_ext.training.checkpointing import load_checkpoint
 
 
 def tokenizer_of(files: TokenizerFiles) -> Tokenizer:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_ext.data.files import write_aside
+from megatron_ext.common.files import write_aside
 
 SECONDS_BETWEEN_LINES = 10.0
 

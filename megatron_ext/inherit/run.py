@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from megatron_ext.checkpoint import folders
+from megatron_ext.checkpoint.errors import on_rank_0
 from megatron_ext.inherit import report
 from megatron_ext.inherit.choice import Choice
 from megatron_ext.inherit.selection import Selection, select
@@ -17,12 +19,11 @@ from megatron_ext.inherit.slicing import cut, grown, source_key
 from megatron_ext.inherit.target import InheritanceError, target_shape
 from megatron_ext.inherit.vocabulary import Rows, match_tokenizers
 from megatron_ext.interchange import tokenizer_files
+from megatron_ext.interchange.open import open_source
 from megatron_ext.interchange.shape import ModelShape
-from megatron_ext.interchange.source import Source, open_source
+from megatron_ext.interchange.source import Source
 from megatron_ext.interchange.target import write_checkpoint
 from megatron_ext.interchange.tokenizer_files import TokenizerFiles
-from megatron_ext.training.checkpointing import folders
-from megatron_ext.training.checkpointing.errors import on_rank_0
 
 #: Tensors of the pi modules: a target may have more of them than its source.
 _PI = (".series_activation.", ".augmented_shortcut.")

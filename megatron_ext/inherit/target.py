@@ -4,9 +4,9 @@ import dataclasses
 from argparse import Namespace
 from collections.abc import Iterator
 
+from megatron_ext.config.presets import preset
 from megatron_ext.inherit.axes import heads_per_group
 from megatron_ext.interchange.shape import ModelShape, padded
-from megatron_ext.models.presets import preset
 
 
 class InheritanceError(ValueError):

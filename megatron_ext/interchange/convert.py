@@ -13,8 +13,9 @@ import torch
 
 from megatron_ext.interchange.errors import InterchangeError
 from megatron_ext.interchange.export import export_folder
+from megatron_ext.interchange.open import open_source
 from megatron_ext.interchange.progress import Progress
-from megatron_ext.interchange.source import Source, open_source
+from megatron_ext.interchange.source import Source
 from megatron_ext.interchange.target import write_checkpoint
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

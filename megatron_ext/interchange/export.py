@@ -15,18 +15,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_ext.checkpoint import CheckpointError
+from megatron_ext.checkpoint.folders import fsync_dir, write_durably
+from megatron_ext.checkpoint.integrity import CHECKSUMS, describe_file, marker
+from megatron_ext.checkpoint.lock import locked
 from megatron_ext.interchange import hf_pangu_pi
 from megatron_ext.interchange.errors import InterchangeError
+from megatron_ext.interchange.hf_config import write_config
 from megatron_ext.interchange.hf_tokenizer import SpecialIds, write_tokenizer
 from megatron_ext.interchange.mapping import Architecture, architecture_named, architecture_of
 from megatron_ext.interchange.model_card import model_card
 from megatron_ext.interchange.numbers import to_format
 from megatron_ext.interchange.shape import ModelShape
 from megatron_ext.interchange.tokenizer_files import TokenizerFiles
-from megatron_ext.training.checkpointing import CheckpointError
-from megatron_ext.training.checkpointing.folders import fsync_dir, write_durably
-from megatron_ext.training.checkpointing.integrity import CHECKSUMS, describe_file, marker
-from megatron_ext.training.checkpointing.lock import locked
 
 SHARD_BYTES = 2 << 30
 #: What a user may edit without making the weights suspect.
@@ -62,7 +63,7 @@ def export_folder(
     if save_dir.exists() and (not save_dir.is_dir() or any(save_dir.iterdir())):
         raise InterchangeError(f"--save {save_dir} is taken; give a folder that is empty or not there")
     kind = architecture_named(architecture) if architecture else architecture_of(shape)
-    config = shape.to_hf_config(kind.model_type)
+    config = write_config(shape, kind.model_type)
     with _aside(save_dir) as aside:
         special = write_tokenizer(tokenizer, aside)  # first, for it may be refused
         _write_weights(aside, kind, shape, get, shard_bytes)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_ext.checkpoint.integrity import CHECKSUMS, damage
 from megatron_ext.interchange import tokenizer_files
 from megatron_ext.interchange.errors import InterchangeError
 from megatron_ext.interchange.hf_config import read_shape
@@ -16,7 +17,6 @@ from megatron_ext.interchange.json_file import read_object
 from megatron_ext.interchange.mapping import Entry, architecture_named
 from megatron_ext.interchange.source import Source
 from megatron_ext.interchange.weight_files import DERIVED, WeightFiles
-from megatron_ext.training.checkpointing.integrity import CHECKSUMS, damage
 
 _EMBEDDING, _HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 

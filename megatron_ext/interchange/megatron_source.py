@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
+from megatron_ext.checkpoint import CheckpointError
+from megatron_ext.checkpoint.found import find
+from megatron_ext.checkpoint.integrity import damage
+from megatron_ext.checkpoint.reader import read
+from megatron_ext.checkpoint.safe import load_object
 from megatron_ext.interchange import tokenizer_files
 from megatron_ext.interchange.errors import InterchangeError
 from megatron_ext.interchange.shape import ModelShape
 from megatron_ext.interchange.source import Source
 from megatron_ext.interchange.weight_files import widest
-from megatron_ext.training.checkpointing import CheckpointError
-from megatron_ext.training.checkpointing.found import find
-from megatron_ext.training.checkpointing.integrity import damage
-from megatron_ext.training.checkpointing.reader import read
-from megatron_ext.training.checkpointing.safe import load_object
 
 logger = logging.getLogger(__name__)
 

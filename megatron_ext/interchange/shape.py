@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from megatron_ext.arguments import model_function
+from megatron_ext.config import model_function
 from megatron_ext.interchange.errors import InterchangeError
 
 #: Embedding rows of a checkpoint of ours are a multiple of this (--make-vocab-size-divisible-by).
@@ -166,12 +166,6 @@ class ModelShape:
             augmented_shortcut_reduction=getattr(args, "augmented_shortcut_reduction", 32),
             dtype=dtype or args.params_dtype,
         )
-
-    def to_hf_config(self, architecture: str | None = None) -> dict:
-        """The ``config.json`` of this model; ``architecture`` as in :mod:`mapping`, found if not given."""
-        from megatron_ext.interchange.hf_config import write_config
-
-        return write_config(self, architecture)
 
     def flags(self) -> list[str]:
         """The command line of ``pretrain_pangu_pro.py`` that builds this model."""

@@ -26,15 +26,15 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
 from megatron_ext.arguments.parser import CommandLineError, read_args
+from megatron_ext.checkpoint import CheckpointError, content, folders, writer
+from megatron_ext.checkpoint.integrity import CHECKSUMS, describe, marker
+from megatron_ext.checkpoint.lock import saving_into
+from megatron_ext.checkpoint.save import FORMAT, serialised
 from megatron_ext.interchange import tokenizer_files
 from megatron_ext.interchange.errors import InterchangeError
 from megatron_ext.interchange.numbers import to_format
 from megatron_ext.interchange.shape import ModelShape
 from megatron_ext.interchange.tokenizer_files import TokenizerFiles
-from megatron_ext.training.checkpointing import CheckpointError, content, folders, writer
-from megatron_ext.training.checkpointing.integrity import CHECKSUMS, describe, marker
-from megatron_ext.training.checkpointing.lock import saving_into
-from megatron_ext.training.checkpointing.save import FORMAT, serialised
 
 Tensors = Callable[[str], Tensor] | Iterable[tuple[str, Tensor]]
 #: A file of the checkpoint ends with the tensor that passes this many bytes.

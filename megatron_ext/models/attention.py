@@ -10,7 +10,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_ext.models import fused_attention
+from megatron_ext.kernels import attention
 from megatron_ext.models.augmented_shortcut import AugmentedShortcut
 from megatron_ext.models.config import PanguProConfig
 
@@ -117,7 +117,7 @@ class AugmentedSelfAttention(SelfAttention):
         config, core = self.config, self.core_attention
         return (
             isinstance(core, ScaledDotProductAttention)
-            and fused_attention.takes(hidden_states, config.kv_channels)
+            and attention.takes(hidden_states, config.kv_channels)
             and self.attn_mask_type == AttnMaskType.causal
             and isinstance(self.q_layernorm, IdentityOp)
             and isinstance(self.k_layernorm, IdentityOp)
@@ -130,7 +130,7 @@ class AugmentedSelfAttention(SelfAttention):
         """Project, attend, project back; the angles are the same for queries and keys."""
         mixed, _ = self.get_query_key_value_tensors(hidden_states, split_qkv=False)
         heads_per_group = self.num_attention_heads_per_partition // self.num_query_groups_per_partition
-        context = fused_attention.causal_attention(
+        context = attention.causal_attention(
             mixed,  # [s, b, ng, (np / ng + 2) * hn]
             heads_per_group,
             self.hidden_size_per_attention_head,

@@ -8,11 +8,11 @@ from megatron.core.transformer.module import Float16Module
 from torch import nn
 
 from megatron_ext import platform
-from megatron_ext.models.config import PanguProConfig
+from megatron_ext.kernels.weight_gradient import provide_weight_gradients
+from megatron_ext.models.config import PanguProConfig, fields_of
 from megatron_ext.models.gpt_model import PanguModel
 from megatron_ext.models.initialization import initialize, mark_split_parameters
 from megatron_ext.models.layer_specs import block_spec
-from megatron_ext.platform.numerics import provide_weight_gradients
 
 
 def build_model(
@@ -21,7 +21,7 @@ def build_model(
     """The model chunks of this rank: one, or one a virtual pipeline stage, initialised and in place.
 
     ``args`` gives what TransformerConfig does not hold: the padded vocabulary and how much of it takes part
-    in the softmax (``configs.settle_vocabulary``), positions, tying. With
+    in the softmax (``arguments.vocabulary``), positions, tying. With
     ``drawn`` False the weights are whatever lay in memory, for a model that is filled at once.
     """
     provide_weight_gradients()
@@ -62,6 +62,24 @@ def _build_chunk(config: PanguProConfig, args: Namespace, vp_stage: int | None, 
 def half_precision(chunks: list[PanguModel], config: PanguProConfig) -> list[nn.Module]:
     """Casts around each chunk where bf16 or fp16 is asked for."""
     return [Float16Module(config, chunk) for chunk in chunks] if config.fp16 or config.bf16 else chunks
+
+
+def ddp_config(args: Namespace) -> DistributedDataParallelConfig:
+    """How gradients are kept and reduced over the data parallel ranks."""
+    values = fields_of(args, DistributedDataParallelConfig)
+    return DistributedDataParallelConfig(
+        **values
+        | {
+            "grad_reduce_in_fp32": args.accumulate_allreduce_grads_in_fp32,
+            # Megatron-Core's check raises on one rank while the others wait for its gradients;
+            # training/step.py checks with all ranks agreeing.
+            "check_for_nan_in_grad": False,
+            "bucket_size": args.ddp_bucket_size,
+            "pad_buckets_for_high_nccl_busbw": args.ddp_pad_buckets_for_high_nccl_busbw,
+            "average_in_collective": args.ddp_average_in_collective,
+            "align_param_gather": args.align_param_gather,
+        }
+    )
 
 
 def wrap_for_training(

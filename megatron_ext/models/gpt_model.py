@@ -4,8 +4,8 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.utils import get_pg_rank
 from torch import Tensor
 
-from megatron_ext.models import fused, fused_linear
-from megatron_ext.models.fused_cross_entropy import (
+from megatron_ext.kernels import fused, linear
+from megatron_ext.kernels.cross_entropy import (
     mask_padding_,
     vocab_parallel_cross_entropy,
     width_of_shard,
@@ -27,7 +27,7 @@ class PanguModel(GPTModel):
     def __init__(self, *args, softmax_vocab_size: int | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.softmax_vocab_size = softmax_vocab_size
-        fused_linear.speed_up(self)
+        linear.speed_up(self)
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Labels [b, s] and logits [s, b, v / tp] -> losses [b, s] in nats, fp32."""

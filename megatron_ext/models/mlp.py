@@ -8,7 +8,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from torch import Tensor
 
-from megatron_ext.models import fused
+from megatron_ext.kernels import fused
 from megatron_ext.models.config import PanguProConfig
 from megatron_ext.models.series_activation import SeriesActivation
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_ext.models import fused
+from megatron_ext.kernels import fused
 from megatron_ext.models.config import PanguProConfig
 
 

@@ -5,7 +5,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
-from megatron_ext.models import fused
+from megatron_ext.kernels import fused
 from megatron_ext.models.config import PanguProConfig
 
 

@@ -16,13 +16,15 @@ import sys
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 
-from megatron_ext.platform import engine, environment, loader, network, optional, rendezvous
+from megatron_ext.common import network, optional
+from megatron_ext.common.errors import RunError
+from megatron_ext.platform import engine, environment, loader, rendezvous
 from megatron_ext.platform.seams import SUPPORTED_MEGATRON_CORE
 
 _device_type: str | None = None
 
 
-class PlatformError(RuntimeError):
+class PlatformError(RunError):
     """The machine or its installed packages cannot run what was asked for."""
 
 

@@ -1,5 +1,6 @@
 """Transformer Engine: whether it can be used here, and what each of its FP8 recipes needs."""
 
+import importlib.metadata
 import importlib.util
 import re
 from dataclasses import dataclass
@@ -42,10 +43,16 @@ def parse_version(text: str) -> tuple[int, int]:
     return int(major), int(minor)
 
 
+def version_of(package: str) -> str | None:
+    """The installed version of a distribution, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def installed_version() -> tuple[int, int] | None:
     """The installed version, or None; the package is not imported."""
-    from megatron_ext.platform.machine import version_of
-
     text = version_of("transformer-engine")
     return None if text is None else parse_version(text)
 

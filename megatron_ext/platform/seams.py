@@ -60,8 +60,8 @@ SEAMS = (
         "68-69: device type of custom_fwd and custom_bwd; 44-48: weight gradients summed in place",
         DEVICE,
         functions={
-            "fused_weight_gradient_mlp_cuda": "megatron_ext.platform.numerics:WeightGradients",
-            "_grad_accum_fusion_available": "megatron_ext.platform.numerics:WEIGHT_GRADIENTS_AVAILABLE",
+            "fused_weight_gradient_mlp_cuda": "megatron_ext.kernels.weight_gradient:WeightGradients",
+            "_grad_accum_fusion_available": "megatron_ext.kernels.weight_gradient:WEIGHT_GRADIENTS_AVAILABLE",
         },
     ),
     Seam("tensor_parallel.data", "37: broadcast of the sizes of a batch", DEVICE),
@@ -72,14 +72,14 @@ SEAMS = (
         "1192-1215: norm without Apex, and its precision; clipping without a copy",
         DEVICE,
         functions={
-            "local_multi_tensor_l2_norm": "megatron_ext.models.fused_optimizer:multi_tensor_l2_norm",
-            "local_multi_tensor_scale": "megatron_ext.models.fused_optimizer:multi_tensor_scale",
+            "local_multi_tensor_l2_norm": "megatron_ext.kernels.multi_tensor:multi_tensor_l2_norm",
+            "local_multi_tensor_scale": "megatron_ext.kernels.multi_tensor:multi_tensor_scale",
         },
     ),
     Seam(
         "models.common.embeddings.rope_utils",
         "_apply_rotary_pos_emb_bshd: one pass instead of six",
-        functions={"_apply_rotary_pos_emb_bshd": "megatron_ext.models.rope:apply_rotary"},
+        functions={"_apply_rotary_pos_emb_bshd": "megatron_ext.kernels.rope:apply_rotary"},
     ),
     Seam("rerun_state_machine", "261, 265: agreement between ranks", DEVICE),
     Seam("dist_checkpointing.exchange_utils", "98-110, 326: exchange of shards between ranks", DEVICE),

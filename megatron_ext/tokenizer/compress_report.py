@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_ext.data.files import write_aside
+from megatron_ext.common.files import write_aside
 from megatron_ext.tokenizer.compress import Vocabulary, removal_order
 from megatron_ext.tokenizer.counts import Counts
 from megatron_ext.tokenizer.encoder import NativeEncoder
@@ -59,8 +59,8 @@ def curve(vocabulary: Vocabulary, counts: Counts, sizes: list[int]) -> list[dict
 
 def add_shares(points: list[dict], preset_name: str) -> None:
     """Adds to each point the share of embedding and output head in the parameters of a preset."""
-    from megatron_ext.models.describe import embedding_share, shape_of_preset
-    from megatron_ext.models.presets import preset
+    from megatron_ext.config.describe import embedding_share, shape_of_preset
+    from megatron_ext.config.presets import preset
 
     for point in points:
         shape = shape_of_preset(dataclasses.replace(preset(preset_name), vocabulary=point["vocab_size"]))

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_ext.data.files import refuse_overwriting, write_aside
+from megatron_ext.common.files import refuse_overwriting, write_aside
+from megatron_ext.common.progress import Progress
 from megatron_ext.data.indexed import dataset_files
-from megatron_ext.data.preprocess.chunks import chunks
-from megatron_ext.data.preprocess.documents import Document, Documents, LeftOut, bad_line_message
-from megatron_ext.data.preprocess.progress import Progress
-from megatron_ext.data.preprocess.sources import STDIN, Source, find_sources, refuse_pipes
+from megatron_ext.data.text.chunks import chunks
+from megatron_ext.data.text.documents import Document, Documents, LeftOut, bad_line_message
+from megatron_ext.data.text.sources import STDIN, Source, find_sources, refuse_pipes
 from megatron_ext.tokenizer import compress_report, hf_export
 from megatron_ext.tokenizer.compress import (
     UNIGRAM,

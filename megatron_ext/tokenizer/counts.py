@@ -13,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_ext.data.files import load_arrays, unchanged, write_aside
+from megatron_ext.common.files import load_arrays, unchanged, write_aside
+from megatron_ext.common.progress import Progress
 from megatron_ext.data.indexed import DatasetError, dataset_files, map_tokens
 from megatron_ext.data.manifest import check_dataset, read_manifest
-from megatron_ext.data.preprocess.chunks import Chunk, chunks
-from megatron_ext.data.preprocess.documents import (
+from megatron_ext.data.text.chunks import Chunk, chunks
+from megatron_ext.data.text.documents import (
     Document,
     Documents,
     LeftOut,
@@ -25,12 +26,11 @@ from megatron_ext.data.preprocess.documents import (
     bad_line_message,
     require_documents,
 )
-from megatron_ext.data.preprocess.encoding import refusals
-from megatron_ext.data.preprocess.pool import Note, run_chunks
-from megatron_ext.data.preprocess.progress import Progress
-from megatron_ext.data.preprocess.sources import Source
+from megatron_ext.data.text.pool import Note, run_chunks
+from megatron_ext.data.text.sources import Source
 from megatron_ext.tokenizer.bits_per_byte import lengths, sentencepiece_texts
 from megatron_ext.tokenizer.encoder import NativeEncoder
+from megatron_ext.tokenizer.encoding import refusals
 
 FORMAT = "megatron_ext.token_counts/1"
 CHUNK_BYTES = 4 << 20

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_ext.data.files import load_arrays, write_aside
+from megatron_ext.common.files import load_arrays, write_aside
 
 FORMAT = "megatron_ext.id_map/1"
 

@@ -14,16 +14,16 @@ from pathlib import Path
 
 import sentencepiece
 
-from megatron_ext.data.files import refuse_overwriting, unchanged, write_aside
-from megatron_ext.data.preprocess.chunks import chunks
-from megatron_ext.data.preprocess.documents import (
+from megatron_ext.common.files import refuse_overwriting, unchanged, write_aside
+from megatron_ext.data.text.chunks import chunks
+from megatron_ext.data.text.documents import (
     Document,
     Documents,
     LeftOut,
     bad_line_message,
     require_documents,
 )
-from megatron_ext.data.preprocess.sources import Source, find_sources, refuse_pipes
+from megatron_ext.data.text.sources import Source, find_sources, refuse_pipes
 
 CHUNK_BYTES = 4 << 20
 #: sentencepiece skips longer lines; a longer line of ours is cut.

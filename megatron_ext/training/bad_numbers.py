@@ -10,12 +10,12 @@ from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from torch import nn
 
+from megatron_ext.common.errors import RunError
 from megatron_ext.data.loader import sample_numbers
 from megatron_ext.data.provenance import provenance
 from megatron_ext.models.builder import unwrap
+from megatron_ext.platform.collective import max_over_ranks, print_rank_0
 from megatron_ext.training.batch import LossCounter
-from megatron_ext.training.distributed import agree_max, print_rank_0
-from megatron_ext.training.errors import RunError
 from megatron_ext.training.side import LinesFile
 
 REPORT = "bad_samples.jsonl"
@@ -72,7 +72,7 @@ def bad_parameters(model: list[nn.Module]) -> list[str]:
 def check_finite(model: list[nn.Module], counter: LossCounter) -> None:
     """Raise BadNumbers on all ranks if a loss or a gradient of any rank is NaN or Inf; collective."""
     finite = gradients_are_finite(model)
-    if not agree_max([float(not finite or bool(counter.bad))])[0]:
+    if not max_over_ranks([float(not finite or bool(counter.bad))])[0]:
         return
     problems = [f"the loss of microbatch {number} is {kind}" for number, kind in counter.bad.items()]
     finalize = model[0].config.finalize_model_grads_func

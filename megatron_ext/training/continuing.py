@@ -11,13 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from megatron_ext.arguments.derive import iterations_left, running_batch
-from megatron_ext.data.agree import on_first_rank
+from megatron_ext.checkpoint import CheckpointError, OpenedCheckpoint
 from megatron_ext.data.identity import differences, identify, stated
-from megatron_ext.data.rounds import RoundIndex
+from megatron_ext.data.rounds.dataset import RoundIndex
+from megatron_ext.platform.collective import on_first_rank, print_rank_0
 from megatron_ext.training import schedule
-from megatron_ext.training.checkpointing import CheckpointError, OpenedCheckpoint
 from megatron_ext.training.data import dataset_sizes, samples_to_read
-from megatron_ext.training.distributed import print_rank_0
 from megatron_ext.training.loop import Progress
 
 #: Flags that change which tokens count in the loss, or what they are predicted from.

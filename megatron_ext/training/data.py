@@ -7,13 +7,12 @@ from collections.abc import Iterator
 from megatron.core import parallel_state
 
 from megatron_ext.arguments.derive import running_batch
+from megatron_ext.common.errors import RunError
 from megatron_ext.data import build_data_loader
-from megatron_ext.data.agree import on_first_rank
 from megatron_ext.data.amounts import epochs, without_a_sample
 from megatron_ext.data.views import Endless, Span
+from megatron_ext.platform.collective import on_first_rank, print_rank_0
 from megatron_ext.training.batch import needs_data
-from megatron_ext.training.distributed import print_rank_0
-from megatron_ext.training.errors import RunError
 
 
 class OutOfData(RunError):

@@ -1,6 +1,5 @@
 """Joining the job's processes and laying the parallel groups over them."""
 
-import sys
 from argparse import Namespace
 from datetime import timedelta
 
@@ -10,8 +9,8 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch.distributed import Store
 
 from megatron_ext import platform
+from megatron_ext.common.errors import LostProcess
 from megatron_ext.platform import rendezvous
-from megatron_ext.training.errors import LostProcess
 
 
 def meet(args: Namespace) -> Store:
@@ -81,29 +80,3 @@ def finalize() -> None:
     parallel_state.destroy_model_parallel()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-def is_last_rank() -> bool:
-    """Whether this is the rank that reports: the last one, which holds the loss in every layout."""
-    return torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
-
-
-def print_rank_0(message: str) -> None:
-    """Print once a job."""
-    if torch.distributed.get_rank() == 0:
-        print(message, flush=True)
-
-
-def agree_max(values: list[float]) -> list[float]:
-    """The largest of each value over all ranks; a collective call."""
-    if torch.distributed.get_world_size() == 1:
-        return values
-    tensor = torch.tensor(values, dtype=torch.float64, device=platform.current_device())
-    torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
-    return tensor.tolist()
-
-
-def flush() -> None:
-    """Push buffered output out before a rank ends."""
-    sys.stdout.flush()
-    sys.stderr.flush()

@@ -19,8 +19,8 @@ from typing import Any
 
 from torch.distributed import Store
 
-from megatron_ext.platform import network
-from megatron_ext.training.errors import LostProcess
+from megatron_ext.common import network
+from megatron_ext.common.errors import LostProcess
 
 _KEY, _WELCOME, _FAREWELL, _GONE = "lifelines", "welcome", "bye", "gone"
 #: To connect to a host takes milliseconds; one that answers nothing is behind a firewall.

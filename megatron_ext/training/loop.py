@@ -17,9 +17,9 @@ from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.core.timers import Timers
 
 from megatron_ext import platform
+from megatron_ext.platform.collective import print_rank_0
 from megatron_ext.training.bad_numbers import BadNumberPolicy, BadNumbers, LocalGradients
 from megatron_ext.training.data import chunk_iterators, validation_iterators, whole_set
-from megatron_ext.training.distributed import print_rank_0
 from megatron_ext.training.evaluation import evaluate
 from megatron_ext.training.metrics import params_norm
 from megatron_ext.training.profiling import Profiler

@@ -9,8 +9,8 @@ from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 
 from megatron_ext import platform
-from megatron_ext.models.fused_optimizer import sum_of_squares
-from megatron_ext.platform.speed import data_sheet_flops
+from megatron_ext.kernels.multi_tensor import sum_of_squares
+from megatron_ext.planning.speed import data_sheet_flops
 
 
 @cache

@@ -1,5 +1,7 @@
 """The optimizer of a run: Megatron-Core's, with our Adam where the machine has no fused one."""
 
+from argparse import Namespace
+
 from megatron.core.optimizer import (
     MegatronOptimizer,
     OptimizerConfig,
@@ -9,8 +11,16 @@ from megatron.core.optimizer import (
 from megatron.core.optimizer.optimizer_config import ParamKey
 from torch import nn
 
+from megatron_ext.models.config import fields_of
 from megatron_ext.platform.adam import provide_adam
 from megatron_ext.training.adam import FusedAdam
+
+
+def optimizer_config(args: Namespace) -> OptimizerConfig:
+    """The optimizer's configuration; loss scaling is for fp16 alone."""
+    return OptimizerConfig(
+        **(fields_of(args, OptimizerConfig) | {"fp8_recipe": args.fp8_recipe if args.fp8 else None})
+    )
 
 
 def build_optimizer(config: OptimizerConfig, model_chunks: list[nn.Module]) -> MegatronOptimizer:

@@ -10,22 +10,21 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_ext.arguments.configs import transformer_config
 from megatron_ext.arguments.vocabulary import settle_vocabulary
+from megatron_ext.checkpoint import load_checkpoint
 from megatron_ext.data import build_datasets
-from megatron_ext.data.agree import on_every_rank, on_first_rank
 from megatron_ext.data.identity import dataset_hash, identify, probe
 from megatron_ext.data.indexed import DatasetError
-from megatron_ext.data.loss_record import LossRecord, open_record
 from megatron_ext.data.progress import Progress
-from megatron_ext.data.rounds import NumberedDataset, RoundDataset
+from megatron_ext.data.rounds.dataset import NumberedDataset, RoundDataset
+from megatron_ext.data.rounds.loss_record import LossRecord, open_record
 from megatron_ext.data.views import Chained, Span
 from megatron_ext.models.builder import build_model, half_precision
+from megatron_ext.models.config import transformer_config
+from megatron_ext.platform.collective import on_every_rank, on_first_rank, print_rank_0
 from megatron_ext.tokenizer import build_tokenizer
 from megatron_ext.training.batch import Batch, LossCounter
-from megatron_ext.training.checkpointing import load_checkpoint
 from megatron_ext.training.data import chunk_iterators, dataset_sizes, pipeline_group
-from megatron_ext.training.distributed import print_rank_0
 from megatron_ext.training.side import Side
 from megatron_ext.training.signals import StopSignals
 from megatron_ext.training.step import evaluation_mode, forward_backward

@@ -13,9 +13,9 @@ from megatron.core.timers import Timers
 from tqdm import tqdm
 
 from megatron_ext import platform
-from megatron_ext.models.describe import flops_per_token, shape_of
+from megatron_ext.config.describe import flops_per_token, shape_of
+from megatron_ext.platform.collective import is_last_rank
 from megatron_ext.training.boards import Boards
-from megatron_ext.training.distributed import is_last_rank
 from megatron_ext.training.evaluation import Evaluation
 from megatron_ext.training.metrics import peak_flops
 from megatron_ext.training.side import LinesFile

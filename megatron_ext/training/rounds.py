@@ -3,12 +3,11 @@
 from argparse import Namespace
 
 from megatron_ext.data import DatasetError, build_datasets
-from megatron_ext.data.agree import on_every_rank, on_first_rank
 from megatron_ext.data.identity import identify, probe, require_same
-from megatron_ext.data.rounds import RoundDataset, RoundIndex, read_round
+from megatron_ext.data.rounds.dataset import RoundDataset, RoundIndex, read_round
 from megatron_ext.data.views import Chained
+from megatron_ext.platform.collective import on_every_rank, on_first_rank, print_rank_0
 from megatron_ext.training.data import dataset_sizes, samples_to_read, say_what_is_read
-from megatron_ext.training.distributed import print_rank_0
 
 
 def open_round(args: Namespace, tokenizer) -> RoundIndex | None:

@@ -6,8 +6,8 @@ from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
 
-from megatron_ext.training.checkpointing import PendingSave, save_checkpoint
-from megatron_ext.training.distributed import print_rank_0
+from megatron_ext.checkpoint import PendingSave, save_checkpoint
+from megatron_ext.platform.collective import print_rank_0
 from megatron_ext.training.side import LinesFile
 from megatron_ext.training.step import parameters_in_place
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_ext.arguments.derive import running_batch
-from megatron_ext.training.errors import RunError
+from megatron_ext.common.errors import RunError
 
 #: In a scheduler's state these are numbers of samples.
 _STEPS = ("num_steps", "lr_warmup_steps", "lr_decay_steps", "wd_incr_steps")
@@ -31,9 +31,38 @@ WAYS_OUT = (
 )
 
 
-def build_scheduler(optimizer, args: Namespace) -> OptimizerParamScheduler:
+class Schedule(OptimizerParamScheduler):
+    """Upstream's scheduler, which can go on from a checkpoint of a run with another batch."""
+
+    def restore(self, state: dict, saved: Namespace, args: Namespace) -> None:
+        """Go to where a checkpoint's schedule was.
+
+        Args:
+            state, saved: the scheduler's state and the arguments in the checkpoint.
+            args: of this run.
+
+        Raises:
+            RunError: the schedule of the flags is another, and none of them says which one is meant.
+        """
+        if found := conflicts(state, saved, args):
+            raise RunError(f"{'; '.join(found)}. {WAYS_OUT}")
+        state = in_steps_of(state, saved, args)
+        if args.use_checkpoint_opt_param_scheduler:
+            unit = batch_of(args)
+            self.init_lr = getattr(saved, "lr_warmup_init", self.init_lr)
+            self.lr_wsd_decay_style = getattr(saved, "lr_wsd_decay_style", self.lr_wsd_decay_style)
+            if (length := _wsd_decay(saved)) is not None:
+                self.wsd_decay_steps = length * unit
+        else:
+            self.override_opt_param_scheduler = True  # what differs does not matter, or is meant
+        self.num_steps = 0
+        self.load_state_dict(state)
+        self.step(increment=0)  # upstream sets the rates before it knows the weight decay
+
+
+def build_scheduler(optimizer, args: Namespace) -> "Schedule":
     """The schedule the flags describe."""
-    return OptimizerParamScheduler(
+    return Schedule(
         optimizer,
         init_lr=args.lr_warmup_init,
         max_lr=args.lr,
@@ -50,33 +79,6 @@ def build_scheduler(optimizer, args: Namespace) -> OptimizerParamScheduler:
         wsd_decay_steps=args.wsd_decay_steps,
         lr_wsd_decay_style=args.lr_wsd_decay_style,
     )
-
-
-def restore(scheduler: OptimizerParamScheduler, state: dict, saved: Namespace, args: Namespace) -> None:
-    """Set a scheduler to where a checkpoint's was.
-
-    Args:
-        scheduler: of build_scheduler.
-        state, saved: the scheduler's state and the arguments in the checkpoint.
-        args: of this run.
-
-    Raises:
-        RunError: the schedule of the flags is another, and none of them says which one is meant.
-    """
-    if found := conflicts(state, saved, args):
-        raise RunError(f"{'; '.join(found)}. {WAYS_OUT}")
-    state = in_steps_of(state, saved, args)
-    if args.use_checkpoint_opt_param_scheduler:
-        unit = batch_of(args)
-        scheduler.init_lr = getattr(saved, "lr_warmup_init", scheduler.init_lr)
-        scheduler.lr_wsd_decay_style = getattr(saved, "lr_wsd_decay_style", scheduler.lr_wsd_decay_style)
-        if (length := _wsd_decay(saved)) is not None:
-            scheduler.wsd_decay_steps = length * unit
-    else:
-        scheduler.override_opt_param_scheduler = True  # what differs does not matter, or is meant
-    scheduler.num_steps = 0
-    scheduler.load_state_dict(state)
-    scheduler.step(increment=0)  # upstream sets the rates before it knows the weight decay
 
 
 def in_steps_of(state: dict, saved: Namespace, args: Namespace) -> dict:

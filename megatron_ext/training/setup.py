@@ -6,23 +6,22 @@ from argparse import Namespace
 import torch
 
 from megatron_ext import platform
-from megatron_ext.arguments.configs import ddp_config, optimizer_config, transformer_config
 from megatron_ext.arguments.vocabulary import settle_vocabulary
-from megatron_ext.data.agree import on_every_rank
-from megatron_ext.models import describe
-from megatron_ext.models.builder import build_model, wrap_for_training
-from megatron_ext.tokenizer import build_tokenizer
-from megatron_ext.training.checkpointing import (
+from megatron_ext.checkpoint import (
     CheckpointError,
     list_iterations,
     load_checkpoint,
     open_checkpoint,
 )
-from megatron_ext.training.checkpointing.errors import on_rank_0
+from megatron_ext.checkpoint.errors import on_rank_0
+from megatron_ext.config import describe
+from megatron_ext.models.builder import build_model, ddp_config, wrap_for_training
+from megatron_ext.models.config import transformer_config
+from megatron_ext.platform.collective import on_every_rank, print_rank_0
+from megatron_ext.tokenizer import build_tokenizer
 from megatron_ext.training.continuing import Start, settle
-from megatron_ext.training.distributed import print_rank_0
 from megatron_ext.training.loop import Progress, Trainer
-from megatron_ext.training.optimizer import build_optimizer
+from megatron_ext.training.optimizer import build_optimizer, optimizer_config
 from megatron_ext.training.recording import online_recorder
 from megatron_ext.training.rounds import build_round_datasets, enter_round, open_round
 from megatron_ext.training.schedule import build_scheduler, without_a_rate

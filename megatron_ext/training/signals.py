@@ -12,7 +12,7 @@ import time
 import weakref
 from types import FrameType
 
-from megatron_ext.training.errors import Interrupted
+from megatron_ext.common.errors import Interrupted
 
 #: SLURM can send it ahead of a time limit: there is time for the set-up, and for an iteration to save.
 AHEAD_OF_TIME = signal.SIGUSR1

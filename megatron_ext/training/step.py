@@ -11,9 +11,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import nn
 
 from megatron_ext import platform
+from megatron_ext.platform.collective import max_over_ranks
 from megatron_ext.training import batch as batches
 from megatron_ext.training.bad_numbers import check_finite
-from megatron_ext.training.distributed import agree_max
 
 
 @dataclass
@@ -61,7 +61,7 @@ def train_step(
     updated, grad_norm, num_zeros = optimizer.step()
     if args.empty_unused_memory_level >= 2:
         platform.empty_cache()
-    updated = not agree_max([0.0 if updated else 1.0])[0]
+    updated = not max_over_ranks([0.0 if updated else 1.0])[0]
     if updated:
         scheduler.step(increment=get_num_microbatches() * args.micro_batch_size * args.data_parallel_size)
     loss = float("nan") if sums is None else (sums[0] / sums[1]).item()

@@ -3,7 +3,7 @@
 import time
 from argparse import Namespace
 
-from megatron_ext.training.distributed import agree_max
+from megatron_ext.platform.collective import max_over_ranks
 from megatron_ext.training.signals import StopSignals
 
 
@@ -20,13 +20,13 @@ class Stopping:
 
     def requested(self) -> bool:
         """Whether any rank was asked to stop; a collective call."""
-        return bool(agree_max([float(self.signals.received is not None)])[0])
+        return bool(max_over_ranks([float(self.signals.received is not None)])[0])
 
     def reason(self, iteration: int) -> str | None:
         """Why all ranks stop now, or None; a collective call."""
         limit, received = self.args.exit_duration_in_mins, self.signals.received
         overtime = limit is not None and time.time() - self.start > limit * 60
-        signalled, overtime = agree_max([float(received is not None), float(overtime)])
+        signalled, overtime = max_over_ranks([float(received is not None), float(overtime)])
         if signalled:
             return f"received {received or 'a signal on another rank'}"
         if overtime:

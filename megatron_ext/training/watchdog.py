@@ -20,8 +20,7 @@ from dataclasses import dataclass, field
 
 from torch.distributed import PrefixStore, Store
 
-from megatron_ext.training.distributed import flush
-from megatron_ext.training.errors import Interrupted, LostProcess
+from megatron_ext.common.errors import Interrupted, LostProcess
 from megatron_ext.training.lifelines import Lifelines
 
 #: A rank that was told of another's failure gets this long to end by itself; less before its first step.
@@ -182,7 +181,8 @@ class Watchdog:
             grace = GRACE_SECONDS if self.position.number else SET_UP_GRACE_SECONDS
             if self._reason and time.monotonic() - self._told_at > grace:
                 self.say(f"rank {self.rank} ends, because {self._reason}")
-                flush()
+                sys.stdout.flush()
+                sys.stderr.flush()
                 self.leave(1)
 
     def _heard(self, reason: str) -> None:

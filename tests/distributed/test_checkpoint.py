@@ -11,7 +11,7 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
-from megatron_ext.training.checkpointing import (
+from megatron_ext.checkpoint import (
     CheckpointError,
     checkpoint_dir,
     latest_iteration,
@@ -19,11 +19,11 @@ from megatron_ext.training.checkpointing import (
     save_checkpoint,
     writer,
 )
-from megatron_ext.training.checkpointing.content import unwrap
-from megatron_ext.training.checkpointing.safe import load_metadata
+from megatron_ext.checkpoint.content import unwrap
+from megatron_ext.checkpoint.safe import load_metadata
 from tests.helpers.parallel import Layout
 from tests.helpers.pool import WorkerError
-from tests.unit.checkpointing.tiny import RELATIVE, Run, arguments
+from tests.unit.checkpoint.tiny import RELATIVE, Run, arguments
 
 DISTRIBUTED = "--use-distributed-optimizer"
 MEM_EFFICIENT = "--distrib-optim-fully-reshardable-mem-efficient"

@@ -7,7 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_ext.arguments.parser import read_args
-from megatron_ext.models import communication, describe
+from megatron_ext.config import describe
+from megatron_ext.planning import communication
 from tests.functional.test_run import BASE
 from tests.helpers.training import _pretrain, flags
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext import command
+from megatron_ext.common import command
 from tests.functional.test_run import BASE
 from tests.helpers.training import flags, pretrain
 from tests.unit.data import corpora

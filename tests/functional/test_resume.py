@@ -12,8 +12,8 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 
-from megatron_ext.training.checkpointing import checkpoint_dir, writer
-from megatron_ext.training.checkpointing.safe import load_metadata
+from megatron_ext.checkpoint import checkpoint_dir, writer
+from megatron_ext.checkpoint.safe import load_metadata
 from tests.functional.test_run import BASE
 from tests.helpers.faults import fused_run, steps_in
 from tests.helpers.training import flags

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_ext.data.build_round import RoundOptions, build_round
-from megatron_ext.data.loss_record import read_losses, record_paths
+from megatron_ext.data.rounds.build_round import RoundOptions, build_round
+from megatron_ext.data.rounds.loss_record import read_losses, record_paths
 from tests.conftest import REPOSITORY
 from tests.helpers.pool import WorkerError
 from tests.helpers.training import _pretrain, flags, losses, pretrain
@@ -165,7 +165,7 @@ def recorded(path) -> int:
 _SLOW_RECORDING = """
 import sys, time
 import pretrain_pangu_pro
-from megatron_ext.data import loss_record
+from megatron_ext.data.rounds import loss_record
 from megatron_ext.training import recording
 recording.MICROBATCHES_PER_STAGE, loss_record.MARK_EVERY_S = 2, 0.0
 write = loss_record.LossRecord.write

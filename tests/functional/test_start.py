@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.training.checkpointing import checkpoint_dir, clean_up, latest_iteration, list_iterations
+from megatron_ext.checkpoint import checkpoint_dir, clean_up, latest_iteration, list_iterations
 from tests.functional.faults.test_kills import RUN
 from tests.helpers.faults import Fuse, fused_run, killed, steps_in
 from tests.helpers.pool import WorkerError

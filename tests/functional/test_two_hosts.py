@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from megatron_ext.arguments.parser import read_args
-from megatron_ext.models import communication, describe
+from megatron_ext.config import describe
+from megatron_ext.planning import communication
 from tests.conftest import REPOSITORY
 from tests.functional.test_run import BASE
 from tests.helpers.training import flags, losses, pretrain

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_ext.training.checkpointing import checkpoint_dir
-from megatron_ext.training.checkpointing.integrity import CHECKSUMS
-from megatron_ext.training.checkpointing.safe import load_object
+from megatron_ext.checkpoint import checkpoint_dir
+from megatron_ext.checkpoint.integrity import CHECKSUMS
+from megatron_ext.checkpoint.safe import load_object
 from tests.helpers.training import flags, losses, pretrain, validation
 
 RUN = dict(

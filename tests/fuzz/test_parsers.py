@@ -13,22 +13,22 @@ import numpy as np
 import pytest
 from torch.distributed.checkpoint.metadata import Metadata
 
-from megatron_ext.data import DatasetError
-from megatron_ext.data.indexed import HEADER, check_layout
-from megatron_ext.data.manifest import check_dataset
-from megatron_ext.data.preprocess.records import BadLine, parse_line
-from megatron_ext.data.writer import publish, write_dataset
-from megatron_ext.tokenizer.build import SentencePieceTokenizer, TokenizerError
-from megatron_ext.tokenizer.encoder import NativeEncoder
-from megatron_ext.training.checkpointing import (
+from megatron_ext.checkpoint import (
     CheckpointError,
     checkpoint_dir,
     latest_iteration,
 )
-from megatron_ext.training.checkpointing.integrity import CHECKSUMS, damage, read_marker
-from megatron_ext.training.checkpointing.safe import load_metadata, load_object
+from megatron_ext.checkpoint.integrity import CHECKSUMS, damage, read_marker
+from megatron_ext.checkpoint.safe import load_metadata, load_object
+from megatron_ext.data import DatasetError
+from megatron_ext.data.indexed import HEADER, check_layout
+from megatron_ext.data.manifest import check_dataset
+from megatron_ext.data.text.records import BadLine, parse_line
+from megatron_ext.data.writer import publish, write_dataset
+from megatron_ext.tokenizer.build import SentencePieceTokenizer, TokenizerError
+from megatron_ext.tokenizer.encoder import NativeEncoder
 from tests.fuzz.mutate import mutate, survive
-from tests.unit.checkpointing.conftest import saved, saved_once  # noqa: F401 (fixtures)
+from tests.unit.checkpoint.conftest import saved, saved_once  # noqa: F401 (fixtures)
 from tests.unit.data import corpora
 
 CASES = int(os.environ.get("FUZZ_CASES", 10_000))

@@ -8,14 +8,14 @@ import os
 import pytest
 import torch
 
-from megatron_ext.models import fused, fused_triton
+from megatron_ext.kernels import fused, triton_activation
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 #: The interpreter takes seconds for the last.
 SIZES = [(1, 1), (5, 33), (6, 257)] if INTERPRETED else [(1, 1), (5, 33), (70, 300), (1000, 6912)]
 pytestmark = [
-    pytest.mark.skipif(not fused_triton.available(), reason="Triton is not installed"),
+    pytest.mark.skipif(not triton_activation.available(), reason="Triton is not installed"),
     pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="torch sees no GPU"),
 ]
 
@@ -35,7 +35,7 @@ def test_matches_the_formula(rows, f, n, dtype):
     generator = torch.Generator().manual_seed(0)
     shapes = ((rows, 2 * f), (n, f), (n, f))
     inputs = [torch.randn(*shape, generator=generator).to(DEVICE, dtype) for shape in shapes]
-    found = run(fused_triton.series_swiglu, inputs, dtype)
+    found = run(triton_activation.series_swiglu, inputs, dtype)
     expected = run(fused.series_swiglu_reference, [t.double() for t in inputs], dtype)
     rounding = 2**-7 if INTERPRETED else 2**-8  # looser: the interpreter may cut bfloat16 off, not round it
     relative, absolute = (2e-5, 2e-6) if dtype == torch.float32 else (rounding, 1e-4)
@@ -50,10 +50,12 @@ def test_infinities_pass_as_in_the_formula():
     x = torch.ones(2, 8, device=DEVICE)
     x[1, 2] = torch.inf
     a, b = torch.ones(3, 4, device=DEVICE), torch.zeros(3, 4, device=DEVICE)
-    torch.testing.assert_close(fused_triton.series_swiglu(x, a, b), fused.series_swiglu_reference(x, a, b))
+    torch.testing.assert_close(
+        triton_activation.series_swiglu(x, a, b), fused.series_swiglu_reference(x, a, b)
+    )
 
 
 def test_same_bits_from_run_to_run():
     inputs = [torch.randn(*shape, device=DEVICE) for shape in ((70, 80), (2, 40), (2, 40))]
-    first, second = (run(fused_triton.series_swiglu, inputs, torch.float32) for _ in range(2))
+    first, second = (run(triton_activation.series_swiglu, inputs, torch.float32) for _ in range(2))
     assert all(map(torch.equal, first, second))

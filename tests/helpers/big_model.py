@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from megatron_ext.interchange.hf_config import write_config
 from megatron_ext.interchange.mapping import architecture_of
 from megatron_ext.interchange.shape import ModelShape
 
@@ -32,7 +33,7 @@ def shape_7b(layers: int) -> ModelShape:
 def write_llama(folder: Path, shape: ModelShape) -> Path:
     """A Hugging Face folder, a safetensors file a layer; one layer is in memory at a time."""
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(shape.to_hf_config()))
+    (folder / "config.json").write_text(json.dumps(write_config(shape)))
     block = (torch.randn(_BLOCK, generator=torch.Generator().manual_seed(0)) * 0.02).to(shape.dtype)
     files: dict[object, list] = {}
     for entry in architecture_of(shape).entries_of(shape):

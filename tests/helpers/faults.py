@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
+from megatron_ext.checkpoint import checkpoint_dir, latest_iteration
+from megatron_ext.checkpoint.integrity import damage
 from megatron_ext.training import reporting
-from megatron_ext.training.checkpointing import checkpoint_dir, latest_iteration
-from megatron_ext.training.checkpointing.integrity import damage
 from megatron_ext.training.watchdog import Watchdog
 from tests.helpers.pool import Pool, WorkerError
 from tests.helpers.training import _pretrain

@@ -17,7 +17,7 @@ from packaging.specifiers import SpecifierSet
 from megatron_ext.platform import engine
 from tests.conftest import REPOSITORY
 from tests.te import wheels
-from tests.unit.platform.test_optional import NONE_USED, said, started
+from tests.unit.common.test_optional import NONE_USED, said, started
 
 SOME = "tp1-plain or tp2-sequence-parallel or fp32-engine-first or (stays and ours-to-theirs)"
 

@@ -23,7 +23,11 @@ DOCUMENTS = [
     *sorted(REPOSITORY.glob("examples/**/*.md")),
 ]
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_ENTRY_LINES = 350, 60, 150
-CUDA_PLACES = ("megatron_ext/platform/", "megatron_ext/models/fused_triton.py")
+CUDA_PLACES = (
+    "megatron_ext/platform/",
+    "megatron_ext/kernels/triton_activation.py",
+    "megatron_ext/planning/machine.py",
+)
 #: Launchers' and other programs' flags that documents mention.
 FOREIGN_FLAGS = {
     "--nproc-per-node",

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_ext.arguments.validate.numbers import flag_of
+from megatron_ext.config import flag_of
 from megatron_ext.platform.environment import not_deterministic
 
 SENTENCEPIECE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")

@@ -2,9 +2,8 @@
 
 import math
 
-from megatron_ext.arguments.factory import argparse_form
-from megatron_ext.arguments.groups import options
-from megatron_ext.models.presets import PRESETS
+from megatron_ext.config import flag_of
+from megatron_ext.config.presets import PRESETS
 
 REQUIRED = ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "max_position_embeddings")
 
@@ -37,11 +36,6 @@ NOT_NEGATIVE = (
 ABOVE_ZERO = ("adam_eps", "layernorm_epsilon", "loss_scale", "initial_loss_scale", "min_loss_scale")
 BELOW_ONE = ("attention_dropout", "hidden_dropout", "adam_beta1", "adam_beta2", "sgd_momentum")
 UP_TO_ONE = ("rotary_percent", "lr_warmup_fraction")
-
-
-def flag_of(name: str) -> str:
-    """The first spelling of a destination's flag."""
-    return argparse_form(options()[name])[0][0] if name in options() else name
 
 
 def missing(args) -> list[str]:

@@ -2,7 +2,7 @@
 
 import signal
 
-from megatron_ext.arguments.validate.numbers import flag_of
+from megatron_ext.config import flag_of
 
 
 def duration_is_given_once(args, typed):

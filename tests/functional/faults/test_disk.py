@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_ext.checkpoint import checkpoint_dir, latest_iteration, load
 from megatron_ext.data import DatasetError
 from megatron_ext.data.inspect import report, verify
 from megatron_ext.data.manifest import check_dataset
-from megatron_ext.training.checkpointing import checkpoint_dir, latest_iteration, load
 from megatron_ext.training.saving import Saver
 from tests.conftest import REPOSITORY
 from tests.functional.test_run import BASE

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.training.errors import Interrupted
+from megatron_ext.common.errors import Interrupted
 from tests.conftest import REPOSITORY
 from tests.functional.test_run import BASE
 from tests.helpers.faults import Fuse, fused_run, newest_whole

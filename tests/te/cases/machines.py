@@ -12,7 +12,7 @@ from megatron_ext.models.builder import unwrap
 from megatron_ext.models.initialization import shards
 from megatron_ext.training import optimizer
 from tests.helpers.parallel import Layout
-from tests.unit.checkpointing.tiny import Run, arguments
+from tests.unit.checkpoint.tiny import Run, arguments
 
 #: What Megatron-Core decides when it is imported, and what our program changes.
 _DECIDED = {

@@ -9,8 +9,8 @@ import torch
 import transformer_engine.pytorch as te
 from transformer_engine.common import recipe
 
-from megatron_ext.training.checkpointing import CheckpointError, load_checkpoint, save_checkpoint
-from megatron_ext.training.checkpointing.extra_state import without_code
+from megatron_ext.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from megatron_ext.checkpoint.extra_state import without_code
 from tests.helpers.parallel import Layout
 from tests.te.cases.machines import run
 

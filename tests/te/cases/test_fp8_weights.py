@@ -5,7 +5,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.fp8_utils import is_float8tensor
 from transformer_engine.pytorch.tensor.float8_tensor import Float8Tensor
 
-from megatron_ext.training.checkpointing import load_checkpoint, save, save_checkpoint
+from megatron_ext.checkpoint import load_checkpoint, save, save_checkpoint
 from tests.helpers.parallel import Layout
 from tests.te import kernels
 from tests.te.cases.machines import run

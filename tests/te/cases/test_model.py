@@ -4,11 +4,11 @@ import pytest
 import torch
 from megatron.core.tensor_parallel.layers import _MODEL_PARALLEL_ATTRIBUTE_DEFAULTS
 
-from megatron_ext.arguments.configs import transformer_config
 from megatron_ext.models.builder import build_model, unwrap
+from megatron_ext.models.config import transformer_config
 from tests.helpers.parallel import Layout
 from tests.te.cases.machines import gradients, run, weights
-from tests.unit.checkpointing.tiny import SEQUENCE, VOCABULARY, arguments
+from tests.unit.checkpoint.tiny import SEQUENCE, VOCABULARY, arguments
 
 PLAIN = "--series-activation-order 0 --augmented-shortcuts 0"
 MARKS = ("sequence_parallel", "allreduce", "no_weight_decay", *_MODEL_PARALLEL_ATTRIBUTE_DEFAULTS)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_ext.training.checkpointing import load_checkpoint, save_checkpoint
+from megatron_ext.checkpoint import load_checkpoint, save_checkpoint
 from tests.helpers.parallel import Layout
 from tests.te.cases.machines import optimizer_class, run
 

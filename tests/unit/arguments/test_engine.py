@@ -6,13 +6,14 @@ from argparse import Namespace
 import pytest
 import torch
 
-from megatron_ext.arguments.configs import optimizer_config, transformer_config
 from megatron_ext.arguments.parser import read_args
 from megatron_ext.arguments.validate import engine as rules
+from megatron_ext.config.presets import PRESETS
 from megatron_ext.inference.load import arguments as inference_arguments
-from megatron_ext.models.presets import PRESETS
+from megatron_ext.models.config import transformer_config
 from megatron_ext.platform import engine
 from megatron_ext.training.batch import Batch, of_context_rank
+from megatron_ext.training.optimizer import optimizer_config
 from tests.unit.arguments.test_validate import problems_of
 
 RUN = (
@@ -160,7 +161,7 @@ def engine_module(monkeypatch, tmp_path):
 
     def make(version: str | None, content: str) -> None:
         engine.problem.cache_clear()
-        monkeypatch.setattr("megatron_ext.platform.machine.version_of", lambda package: version)
+        monkeypatch.setattr("megatron_ext.platform.engine.version_of", lambda package: version)
         (tmp_path / "transformer_engine").mkdir(exist_ok=True)
         (tmp_path / "transformer_engine" / "__init__.py").touch()
         (tmp_path / "transformer_engine" / "pytorch.py").write_text(content)

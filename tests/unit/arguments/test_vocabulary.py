@@ -7,7 +7,7 @@ import pytest
 
 from megatron_ext.arguments.parser import read_args
 from megatron_ext.arguments.vocabulary import settle_vocabulary
-from tests.unit.arguments.test_model_function import checkpoint
+from tests.unit.config.test_model_function import checkpoint
 
 RUN = """--model-preset tiny --mock-data --tokenizer-type NullTokenizer --vocab-size 256 --micro-batch-size 1
     --train-iters 1 --lr 1e-3"""

@@ -18,7 +18,8 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import get_blend_from_list
 
-from megatron_ext.data import DatasetError, build_data_loader, build_datasets, files, index_cache
+from megatron_ext.common import files
+from megatron_ext.data import DatasetError, build_data_loader, build_datasets, index_cache
 from megatron_ext.data.manifest import check_dataset
 from megatron_ext.data.sampler import CyclicSampler, SequentialSampler
 from megatron_ext.data.writer import publish, write_dataset

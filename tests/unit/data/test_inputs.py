@@ -9,17 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_ext.data import build_round as drawing
+from megatron_ext.common.files import InputChanged, OverwritesInput, refuse_overwriting, unchanged
 from megatron_ext.data import merge as merging
-from megatron_ext.data.files import InputChanged, OverwritesInput, refuse_overwriting, unchanged
 from megatron_ext.data.indexed import check_layout
-from megatron_ext.data.preprocess import inputs
-from megatron_ext.data.preprocess import run as running
-from megatron_ext.data.preprocess.chunks import chunks, lines_of
-from megatron_ext.data.preprocess.documents import Documents
-from megatron_ext.data.preprocess.options import Options, PreprocessError
-from megatron_ext.data.preprocess.sources import find_sources
-from megatron_ext.tokenizer import retokenize as translating
+from megatron_ext.data.rounds import build_round as drawing
+from megatron_ext.data.text import inputs
+from megatron_ext.data.text.chunks import chunks, lines_of
+from megatron_ext.data.text.documents import Documents
+from megatron_ext.data.text.sources import find_sources
+from megatron_ext.preprocess import retokenize as translating
+from megatron_ext.preprocess import run as running
+from megatron_ext.preprocess.options import Options, PreprocessError
 from megatron_ext.tokenizer import train as training
 from megatron_ext.tokenizer.counts import count_text
 from megatron_ext.tokenizer.encoder import NativeEncoder

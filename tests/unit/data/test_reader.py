@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 from megatron_ext.data.indexed import check_layout
-from megatron_ext.data.preprocess.options import Options
-from megatron_ext.data.preprocess.run import preprocess
-from megatron_ext.data.preprocess.sources import SourceError, find_sources
+from megatron_ext.data.text.sources import SourceError, find_sources
+from megatron_ext.preprocess.options import Options
+from megatron_ext.preprocess.run import preprocess
 from megatron_ext.tokenizer.counts import count_text
 from megatron_ext.tokenizer.encoder import NativeEncoder
 from megatron_ext.tokenizer.train import train_tokenizer
 from tests.unit.data import corpora
-from tests.unit.data.test_preprocess import BAD_LINES, packed
+from tests.unit.preprocess.test_preprocess import BAD_LINES, packed
 from tools import compress_tokenizer
 
 TOOLS = Path(__file__).resolve().parents[3] / "tools"

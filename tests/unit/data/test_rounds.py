@@ -8,14 +8,14 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from megatron_ext.data import draw as drawing
-from megatron_ext.data import forgetting
-from megatron_ext.data.build_round import Groups, RoundOptions, build_round
 from megatron_ext.data.identity import require_same
 from megatron_ext.data.indexed import DatasetError
-from megatron_ext.data.loss_record import Losses, LossRecord, open_record, read_losses, record_paths
 from megatron_ext.data.provenance import provenance
-from megatron_ext.data.rounds import NumberedDataset, Permutation, RoundDataset, read_round
+from megatron_ext.data.rounds import forgetting
+from megatron_ext.data.rounds import sampling as drawing
+from megatron_ext.data.rounds.build_round import Groups, RoundOptions, build_round
+from megatron_ext.data.rounds.dataset import NumberedDataset, Permutation, RoundDataset, read_round
+from megatron_ext.data.rounds.loss_record import Losses, LossRecord, open_record, read_losses, record_paths
 from tools import build_round as tool
 from tools import plot_forgetting
 

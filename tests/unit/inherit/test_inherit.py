@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_ext.arguments.configs import transformer_config
+from megatron_ext.checkpoint import load_checkpoint
 from megatron_ext.data.indexed import write_index
 from megatron_ext.inherit.choice import Choice
 from megatron_ext.inherit.slicing import cut, source_key
-from megatron_ext.interchange.source import open_source
+from megatron_ext.interchange.open import open_source
 from megatron_ext.interchange.target import write_checkpoint
 from megatron_ext.interchange.tokenizer_files import of_path
 from megatron_ext.models.builder import build_model
+from megatron_ext.models.config import transformer_config
 from megatron_ext.tokenizer.encoder import NativeEncoder
-from megatron_ext.training.checkpointing import load_checkpoint
 from tests.helpers.parallel import Layout
 from tests.unit.inherit import toy
 from tests.unit.tokenizer import sample_models as samples

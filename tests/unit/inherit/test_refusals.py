@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_ext.interchange.source import open_source
+from megatron_ext.interchange.open import open_source
 from megatron_ext.interchange.tokenizer_files import of_path
 from tests.unit.inherit.test_inherit import tool
 from tests.unit.tokenizer.sample_models import trained

@@ -4,7 +4,6 @@ from argparse import Namespace
 
 import torch
 
-from megatron_ext.arguments.configs import transformer_config
 from megatron_ext.arguments.parser import read_args
 from megatron_ext.inherit.axes import bottleneck
 from megatron_ext.inherit.choice import Choice
@@ -12,6 +11,7 @@ from megatron_ext.inherit.slicing import cut, source_key
 from megatron_ext.inherit.vocabulary import Rows
 from megatron_ext.interchange.shape import ModelShape
 from megatron_ext.models.builder import build_model
+from megatron_ext.models.config import transformer_config
 from megatron_ext.models.layer_specs import CHECKPOINT_NAMES
 
 

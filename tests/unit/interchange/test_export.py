@@ -6,18 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_ext.arguments.configs import transformer_config
+from megatron_ext.checkpoint import load_checkpoint, read_checkpoint_args
 from megatron_ext.inference import Sampling, generate
 from megatron_ext.inference.load import arguments
 from megatron_ext.interchange.export import export_folder
 from megatron_ext.interchange.hf_tokenizer import write_tokenizer
-from megatron_ext.interchange.source import open_source
+from megatron_ext.interchange.open import open_source
 from megatron_ext.interchange.target import write_checkpoint
 from megatron_ext.interchange.tokenizer_files import of_path
 from megatron_ext.models.builder import build_model
+from megatron_ext.models.config import transformer_config
 from megatron_ext.tokenizer import build_tokenizer
 from megatron_ext.tokenizer.encoder import NativeEncoder
-from megatron_ext.training.checkpointing import load_checkpoint, read_checkpoint_args
 from tests.unit.tokenizer.sample_models import corpus_lines, trained
 
 toys = pytest.importorskip("tests.unit.interchange.toys", reason="needs transformers")

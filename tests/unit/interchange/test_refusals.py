@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from megatron_ext.interchange.errors import InterchangeError
 from megatron_ext.interchange.export import export_folder
 from megatron_ext.interchange.hf_config import read_shape
-from megatron_ext.interchange.source import open_source
+from megatron_ext.interchange.open import open_source
 from megatron_ext.interchange.target import write_checkpoint
 from megatron_ext.interchange.tokenizer_files import of_path
 from tests.unit.tokenizer.sample_models import trained

@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_ext.arguments.configs import transformer_config
+from megatron_ext.checkpoint import load_checkpoint, read_checkpoint_args
 from megatron_ext.inference.load import arguments
 from megatron_ext.interchange.errors import InterchangeError
 from megatron_ext.interchange.export import export_folder
-from megatron_ext.interchange.hf_config import read_shape
-from megatron_ext.interchange.source import open_source
+from megatron_ext.interchange.hf_config import read_shape, write_config
+from megatron_ext.interchange.open import open_source
 from megatron_ext.interchange.target import write_checkpoint
 from megatron_ext.models.builder import build_model
-from megatron_ext.training.checkpointing import load_checkpoint, read_checkpoint_args
+from megatron_ext.models.config import transformer_config
 
 toys = pytest.importorskip("tests.unit.interchange.toys", reason="needs transformers")
 transformers = toys.transformers
@@ -126,4 +126,4 @@ def test_two_settings_that_differ():
 def test_internlm2_has_no_place_for_it():
     shape = toys.pi_shape(series_activation_order=0, augmented_shortcuts=0, rope_scaling_factor=8.0)
     with pytest.raises(InterchangeError, match="InternLM2"):
-        shape.to_hf_config("internlm2")
+        write_config(shape, "internlm2")

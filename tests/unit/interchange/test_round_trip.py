@@ -7,14 +7,14 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
-from megatron_ext.arguments.configs import transformer_config
+from megatron_ext.checkpoint import load_checkpoint, read_checkpoint_args, save_checkpoint
 from megatron_ext.inference.load import arguments
 from megatron_ext.interchange.convert import convert
 from megatron_ext.interchange.export import export_folder
-from megatron_ext.interchange.source import open_source
+from megatron_ext.interchange.open import open_source
 from megatron_ext.interchange.target import write_checkpoint
 from megatron_ext.models.builder import build_model
-from megatron_ext.training.checkpointing import load_checkpoint, read_checkpoint_args, save_checkpoint
+from megatron_ext.models.config import transformer_config
 from tests.helpers.parallel import Layout
 
 toys = pytest.importorskip("tests.unit.interchange.toys", reason="needs transformers")

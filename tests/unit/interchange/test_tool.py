@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from megatron_ext.interchange.errors import InterchangeError
-from megatron_ext.interchange.source import open_source
+from megatron_ext.interchange.open import open_source
 from tests.unit.tokenizer.sample_models import trained
 
 toys = pytest.importorskip("tests.unit.interchange.toys", reason="needs transformers")

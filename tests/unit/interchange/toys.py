@@ -10,8 +10,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from megatron_ext.interchange.mapping import ARCHITECTURES, Entry
+from megatron_ext.interchange.open import open_source
 from megatron_ext.interchange.shape import ModelShape
-from megatron_ext.interchange.source import open_source
 from megatron_ext.interchange.target import write_checkpoint
 from megatron_ext.interchange.tokenizer_files import TokenizerFiles
 

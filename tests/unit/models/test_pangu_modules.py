@@ -7,7 +7,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-from megatron_ext.models import fused
+from megatron_ext.kernels import fused
 from megatron_ext.models.attention import ScaledDotProductAttention
 from megatron_ext.models.augmented_shortcut import AugmentedShortcut
 from megatron_ext.models.norm import RMSNorm

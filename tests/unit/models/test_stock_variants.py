@@ -8,9 +8,9 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
-from megatron_ext.arguments.configs import transformer_config
 from megatron_ext.arguments.parser import read_args
 from megatron_ext.models.builder import build_model, sum_weight_gradients_in_place
+from megatron_ext.models.config import transformer_config
 from tests.helpers.models import positions, tokens
 
 SHAPE = (

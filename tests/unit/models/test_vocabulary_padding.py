@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_ext.models import fused
+from megatron_ext.kernels import fused
 from megatron_ext.models.builder import build_model, unwrap
 from tests.helpers.models import model_arguments, positions, small_config
 from tests.helpers.parallel import Layout

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_ext import platform
-from megatron_ext.models.fused_optimizer import multi_tensor_l2_norm
+from megatron_ext.kernels.multi_tensor import multi_tensor_l2_norm
 from megatron_ext.platform import loader, seams
 
 cpu_only = pytest.mark.skipif(platform.on_gpu(), reason="the seams serve the CPU; a GPU needs none")

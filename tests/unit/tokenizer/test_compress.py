@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from megatron_ext.data.indexed import write_index
-from megatron_ext.data.preprocess.sources import find_sources
+from megatron_ext.data.text.sources import find_sources
 from megatron_ext.tokenizer import compress, encoder
 from megatron_ext.tokenizer.counts import Counts, count_dataset, count_text
 from megatron_ext.tokenizer.encoder import NativeEncoder

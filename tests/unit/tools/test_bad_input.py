@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_ext.data import files
+from megatron_ext.common import files
 from tests.conftest import REPOSITORY
 from tests.unit.data import corpora
 
@@ -260,7 +260,7 @@ def test_numbers_that_cannot_be_meant(good, tmp_path, capsys, tool, words, flag,
 
 ENDINGS = """
 import os, signal, sys, time
-from megatron_ext import command
+from megatron_ext.common import command
 
 @command.tool
 def main(argv=None):

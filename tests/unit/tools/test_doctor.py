@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from megatron_ext.platform import machine, speed
+from megatron_ext.planning import machine, speed
 from megatron_ext.training import metrics
 from tests.conftest import REPOSITORY
 

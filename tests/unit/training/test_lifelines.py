@@ -8,8 +8,8 @@ import time
 import pytest
 import torch
 
+from megatron_ext.common.errors import LostProcess
 from megatron_ext.training import lifelines
-from megatron_ext.training.errors import LostProcess
 from megatron_ext.training.lifelines import Lifelines
 
 
@@ -131,7 +131,7 @@ def test_a_flood_of_strangers_takes_no_core(store, monkeypatch):
 
 
 def test_sixty_strangers_are_taken_in_without_waiting(store):
-    """The queue of the port is as long as there are ranks: one that finds it full tries again after a second."""
+    """The port's queue is as long as there are ranks; one that finds it full tries again after a second."""
     first, started = Lifelines(store, 0, 2), time.monotonic()
     there = strangers(first, 60)
     assert time.monotonic() - started < 1.0

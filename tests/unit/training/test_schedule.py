@@ -5,8 +5,8 @@ from argparse import Namespace
 import pytest
 
 from megatron_ext.arguments.parser import read_args
-from megatron_ext.training.errors import RunError
-from megatron_ext.training.schedule import build_scheduler, differences, restore, without_a_rate
+from megatron_ext.common.errors import RunError
+from megatron_ext.training.schedule import build_scheduler, differences, without_a_rate
 
 BASE = (
     "--model-preset tiny --tokenizer-type NullTokenizer --vocab-size 255 --mock-data --micro-batch-size 2 "
@@ -85,7 +85,7 @@ def test_the_position_is_an_iteration(batch):
     begun.step(50 * 8)
     args = arguments(f"--train-iters 100 --global-batch-size {batch}")
     resumed = scheduler_of(args)
-    restore(resumed, begun.state_dict(), saved, args)
+    resumed.restore(begun.state_dict(), saved, args)
     assert resumed.num_steps == 50 * batch
     assert resumed.optimizer.param_groups[0]["lr"] == pytest.approx(begun.optimizer.param_groups[0]["lr"])
     resumed.step(50 * batch)
@@ -96,7 +96,7 @@ def test_neither_flag_is_an_error_with_both_ways_out():
     saved = arguments()
     args = arguments("--train-iters 200")
     with pytest.raises(RunError, match="100 there, 200 here.*--override.*--use-checkpoint"):
-        restore(scheduler_of(args), scheduler_of(saved).state_dict(), saved, args)
+        scheduler_of(args).restore(scheduler_of(saved).state_dict(), saved, args)
 
 
 def test_the_checkpoints_schedule_is_taken_whole():
@@ -107,7 +107,7 @@ def test_the_checkpoints_schedule_is_taken_whole():
     )
     begun, resumed = scheduler_of(saved), scheduler_of(args)
     begun.step(0)
-    restore(resumed, begun.state_dict(), saved, args)
+    resumed.restore(begun.state_dict(), saved, args)
     for _ in range(100):
         begun.step(8)
         resumed.step(4)

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from megatron_ext.training.errors import Interrupted
+from megatron_ext.common.errors import Interrupted
 from megatron_ext.training.signals import StopSignals
 
 #: Waits where only the signals can end it; says what it was asked.

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_ext import platform
-from megatron_ext.training.checkpointing import errors
+from megatron_ext.checkpoint import errors
 from megatron_ext.training.watchdog import _lost_connection
 
 NCCL = "NCCL error in: ProcessGroupNCCL.cpp:3356, {kind}, NCCL version 2.27.5\n{last}"

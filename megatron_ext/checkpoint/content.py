@@ -1,0 +1,207 @@
+"""What a checkpoint holds, under Megatron-LM's names.
+
+Common part (``common.pt``): args, checkpoint_version, iteration, optimizer (parameter groups),
+opt_param_scheduler, num_floating_point_operations_so_far, content_metadata, and our own
+``pangu_pro``. Sharded part: model (model0, model1, ... with interleaved stages), optimizer state,
+rng_state.
+"""
+
+import enum
+import logging
+import random
+import signal
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer
+from torch import nn
+
+from megatron_ext import platform
+from megatron_ext.checkpoint.errors import CheckpointError
+from megatron_ext.config import model_function
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT_VERSION = 3.0
+#: Where a resumed run stands; upstream keeps these in the checkpoint's args.
+_COUNTERS = ("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples")
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The model inside data parallel and half precision wrappers."""
+    while hasattr(module, "module"):
+        module = module.module
+    return module
+
+
+def content_metadata(optimizer, args: Namespace) -> dict:
+    """How tensors are laid out in the checkpoint; upstream's keys."""
+    metadata: dict[str, Any] = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+    if optimizer is not None and any(
+        isinstance(o, DistributedOptimizer) for o in inner_optimizers(optimizer)
+    ):
+        metadata["distrib_optim_sharding_type"] = "fully_reshardable"
+        name = "distrib_optim_fully_reshardable_mem_efficient"
+        metadata[name] = bool(getattr(args, name, False))
+    return metadata
+
+
+def inner_optimizers(optimizer) -> list:
+    """The Megatron optimizers that a chained one is made of, or the one itself."""
+    return optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+
+
+def make_state(optimizer) -> None:
+    """Give an optimizer that has made no step yet its zero moments, so that there is something to save."""
+    for inner in inner_optimizers(optimizer):
+        if inner.init_state_fn is not None and not getattr(inner, "is_stub_optimizer", False):
+            inner.init_state_fn(inner.optimizer, inner.config)
+
+
+def model_part(model: list[nn.Module], metadata: dict) -> dict:
+    """The model's sharded tensors: ``model``, or ``model0``, ``model1``, ... with several chunks."""
+    chunks = [unwrap(chunk) for chunk in model]
+    names = ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
+    return {
+        name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in zip(names, chunks, strict=True)
+    }
+
+
+def rng_object(states: list[dict] | None) -> ShardedObject:
+    """The generators of one tensor x pipeline rank: a list over its data parallel ranks."""
+    pp, tp = (
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_tensor_model_parallel_world_size(),
+    )
+    offset = (
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_rank(),
+    )
+    replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    return ShardedObject("rng_state", states, (pp, tp), offset, replica_id=replica)
+
+
+def gather_rng() -> list[dict]:
+    """Every generator's state, of each data parallel rank; collective."""
+    own = {
+        "random_rng_state": random.getstate(),
+        "np_rng_state": numpy.random.get_state(),
+        "torch_rng_state": torch.get_rng_state(),
+        "cuda_rng_state": platform.rng_state()["device"],
+        "rng_tracker_states": _tracked_states(),
+    }
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    states = [None] * group.size()
+    torch.distributed.all_gather_object(states, own, group=group)
+    return states
+
+
+def _tracked_states() -> dict[str, torch.Tensor]:
+    """The states of Megatron-Core's tracker; where CUDA graphs run it keeps generators."""
+    states = tensor_parallel.get_cuda_rng_tracker().get_states().items()
+    return {name: kept.get_state() if isinstance(kept, torch.Generator) else kept for name, kept in states}
+
+
+def restore_rng(states: list[dict]) -> None:
+    """Set this rank's generators from what :func:`gather_rng` collected.
+
+    A checkpoint of upstream's has one entry for all data parallel ranks. The state of a CPU's generator
+    means nothing to a GPU's, nor the other way round: on another kind of device than the one that saved,
+    the device's own generators go on from the seed.
+    """
+    own = states[parallel_state.get_data_parallel_rank(with_context_parallel=True) % len(states)]
+    random.setstate(own["random_rng_state"])
+    numpy.random.set_state(own["np_rng_state"])
+    torch.set_rng_state(own["torch_rng_state"])
+    if own["cuda_rng_state"].numel() != platform.rng_state()["device"].numel():
+        if torch.distributed.get_rank() == 0:
+            logger.warning(
+                "the checkpoint is of another kind of device: its dropout is not continued, but seeded"
+            )
+        return
+    platform.set_rng_state({"device": own["cuda_rng_state"]})
+    tracker = tensor_parallel.get_cuda_rng_tracker()
+    tracked = tracker.get_states()
+    for name, state in own["rng_tracker_states"].items():
+        if isinstance(tracked.get(name), torch.Generator):
+            tracked[name].set_state(state)  # the very generator that CUDA graphs know
+        else:
+            tracked[name] = state
+    tracker.set_states(tracked)
+
+
+def common_part(iteration: int, run_state: dict, args: Namespace, scheduler) -> dict:
+    """The part that is the same on all ranks, without the optimizer's."""
+    counters = {name: run_state[name] for name in _COUNTERS if name in run_state}
+    common = {
+        "args": plain_args(Namespace(**{**vars(args), **counters, "iteration": iteration})),
+        "checkpoint_version": CHECKPOINT_VERSION,
+        "iteration": iteration,
+        "num_floating_point_operations_so_far": run_state.get("num_floating_point_operations_so_far", 0),
+        "pangu_pro": {
+            "run_state": plain(run_state),
+            "tokenizer_sha256": getattr(args, "tokenizer_sha256", None),
+            "padded_vocab_size": getattr(args, "padded_vocab_size", None),
+        },
+    }
+    if scheduler is not None:
+        common["opt_param_scheduler"] = scheduler.state_dict()
+    return common
+
+
+def run_state_of(common: dict) -> dict:
+    """The run state of a checkpoint of ours, or what upstream's says of it."""
+    if "pangu_pro" in common:
+        return dict(common["pangu_pro"]["run_state"])
+    args = common.get("args", Namespace())
+    state = {name: getattr(args, name, 0) for name in _COUNTERS}
+    state["num_floating_point_operations_so_far"] = common.get("num_floating_point_operations_so_far", 0)
+    return state
+
+
+def plain_args(args: Namespace) -> Namespace:
+    """``args`` with values that every reader can load: what is not plain becomes text."""
+    return Namespace(**{name: plain(value) for name, value in vars(args).items()})
+
+
+def plain(value: Any) -> Any:
+    """Numbers, text, dtypes and upstream's enums as they are, containers item by item, the rest as text."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(plain(item) for item in value) if type(value) in (list, tuple) else str(value)
+    if isinstance(value, Path):
+        return str(value)
+    ours = isinstance(value, enum.Enum) and type(value).__module__.startswith("megatron_ext")
+    if ours or isinstance(value, signal.Signals):  # Python 3.10 pickles a signal as a name to look up
+        return value.name
+    known = value is None or isinstance(value, bool | int | float | str | bytes | torch.dtype | enum.Enum)
+    return value if known else str(value)
+
+
+def require_same_function(saved: Namespace | None, args: Namespace, path: Path) -> None:
+    """Raise CheckpointError, naming every flag that differs, if the model is not the checkpoint's.
+
+    Not its sizes alone: all that decides what it computes. A checkpoint without arguments says nothing.
+    """
+    if saved is None or not hasattr(saved, "num_layers"):
+        if torch.distributed.get_rank() == 0:
+            logger.warning("%s holds no arguments: whether it is of the same model is not known", path)
+    elif found := model_function.differences(saved, args):
+        raise CheckpointError(f"{path} holds another model: " + "; ".join(found))
+
+
+def require_same_tokenizer(common: dict, args: Namespace, path: Path) -> None:
+    """Raise CheckpointError if the checkpoint was trained on the ids of another tokenizer."""
+    theirs = common.get("pangu_pro", {}).get("tokenizer_sha256")
+    ours = getattr(args, "tokenizer_sha256", None)
+    if theirs and ours and theirs != ours:
+        raise CheckpointError(
+            f"{path} was trained with another tokenizer (sha256 {theirs[:12]}..., not {ours[:12]}...): "
+            "its embeddings belong to other pieces; give its --tokenizer-model, or --finetune"
+        )

@@ -1,0 +1,74 @@
+"""FP8's scales in a checkpoint: bytes that Transformer Engine unpickles (``set_extra_state`` of its modules).
+
+Weights-only reading sees a tensor of bytes there, and Transformer Engine runs whatever the bytes ask for.
+So they are unpickled here first, by an unpickler that knows a recipe, tensors and plain values, and what
+came of it is pickled anew.
+"""
+
+import io
+import pickle
+import sys
+from typing import Any
+
+import torch
+
+from megatron_ext.checkpoint.bounds import require_modest
+from megatron_ext.checkpoint.errors import DamagedCheckpoint
+from megatron_ext.checkpoint.safe import load_object
+
+_RECIPES = "transformer_engine.common.recipe"
+_CLASSES = {
+    _RECIPES: {
+        "DelayedScaling",
+        "Float8CurrentScaling",
+        "Float8BlockScaling",
+        "Format",
+        "MMParams",
+        "MXFP8BlockScaling",
+        "NVFP4BlockScaling",
+        "QParams",
+        "_FormatHelper",
+    },
+    "collections": {"OrderedDict"},
+    "torch._utils": {"_rebuild_tensor_v2"},
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("torch.storage", "_load_from_bytes"):
+            return lambda data: load_object(io.BytesIO(data), "a tensor of its extra state", legacy=True)
+        if name in _CLASSES.get(module, ()):
+            return super().find_class(module, name)
+        raise DamagedCheckpoint(f"it asks for {module}.{name}, which no FP8 state needs")
+
+
+def without_code(key: str, state: Any) -> Any:
+    """The extra state of one module, or a list of such, as it may be handed to the module.
+
+    ``state`` is what lay in the checkpoint under ``key``: a uint8 tensor, a file of Transformer Engine 1,
+    or None from layers that have none. Where Transformer Engine is not used nobody reads it, and None
+    stands for it.
+
+    Raises:
+        DamagedCheckpoint: it holds anything but a recipe, tensors and plain values.
+    """
+    if isinstance(state, list):
+        return [without_code(key, each) for each in state]
+    if state is None or isinstance(state, torch.Tensor) and not state.numel():
+        return state
+    if sys.modules.get(_RECIPES) is None:
+        return None
+    plain = load_object(state, key) if isinstance(state, io.BytesIO) else _unpickled(key, state)
+    return torch.frombuffer(bytearray(pickle.dumps(plain)), dtype=torch.uint8)
+
+
+def _unpickled(key: str, state: Any) -> Any:
+    if not isinstance(state, torch.Tensor):
+        raise DamagedCheckpoint(f"{key} holds a {type(state).__name__}, which is no FP8 state")
+    data = state.numpy().tobytes()
+    try:
+        require_modest(data)
+        return _Unpickler(io.BytesIO(data)).load()
+    except Exception as error:
+        raise DamagedCheckpoint(f"{key} cannot be read safely: {error}") from error

@@ -1,0 +1,317 @@
+"""Loading: the newest checkpoint that is whole, at whatever layout this run has."""
+
+import logging
+from argparse import Namespace
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
+from torch import nn
+from torch.distributed.checkpoint import Metadata
+
+from megatron_ext.checkpoint import content, optimizer_part
+from megatron_ext.checkpoint.errors import CheckpointError, DamagedCheckpoint, on_rank_0, together
+from megatron_ext.checkpoint.found import find, outputs_of
+from megatron_ext.checkpoint.integrity import damage, is_as_written
+from megatron_ext.checkpoint.reader import ReadCommon, SafeLoadStrategy, read, read_common
+from megatron_ext.checkpoint.saved_args import require_room
+from megatron_ext.platform.collective import gather
+
+logger = logging.getLogger(__name__)
+
+#: The two names upstream saves the norms before attention and MLP under: canonical first.
+_NORMS = (
+    ("self_attention.linear_qkv.layer_norm_", "input_layernorm."),
+    ("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."),
+)
+
+
+@dataclass
+class LoadedState:
+    """What a checkpoint said besides the tensors that are now in the model and the optimizer.
+
+    ``checkpoints`` are those of its run up to this one that lay in the folder, ascending.
+    """
+
+    iteration: int
+    run_state: dict
+    path: Path
+    checkpoints: list[int] = field(default_factory=list)
+    args: Namespace = field(default_factory=Namespace)
+    optimizer_loaded: bool = False
+    rng_loaded: bool = False
+
+
+@dataclass(frozen=True)
+class OpenedCheckpoint:
+    """A whole checkpoint that was found, those ``before`` it in its run, and what it says of itself."""
+
+    folder: Path
+    number: int
+    before: list[int]
+    common: dict
+    metadata: Metadata
+
+    @property
+    def args(self) -> Namespace:
+        """The arguments it was saved with."""
+        return self.common.get("args", Namespace())
+
+    @property
+    def iteration(self) -> int:
+        """After which it was saved."""
+        return int(self.common.get("iteration", self.number))
+
+    @property
+    def run_state(self) -> dict:
+        """Where the run stood."""
+        state = content.run_state_of(self.common)
+        return {name: value for name, value in state.items() if name != "checkpoints"}
+
+    @property
+    def checkpoints(self) -> list[int]:
+        """Those of its run up to this one that lie in the folder, ascending."""
+        return [*self.before, self.number]
+
+
+def open_checkpoint(
+    load_dir: str | Path, args: Namespace, iteration: int | None = None
+) -> OpenedCheckpoint | None:
+    """The checkpoint that load_checkpoint would load, before there is a model; collective.
+
+    Returns None, and raises, as load_checkpoint does where there is none or none is whole.
+    """
+    wanted = iteration if iteration is not None else getattr(args, "ckpt_step", None)
+    found = _find(Path(load_dir), args, wanted)
+    if found is None:
+        return None
+    folder, number, before = found
+    return OpenedCheckpoint(folder, number, before, *together(f"read {folder}", lambda: read(folder)))
+
+
+def load_checkpoint(
+    load_dir: str | Path,
+    *,
+    model: list[nn.Module],
+    optimizer=None,
+    scheduler=None,
+    args: Namespace,
+    strict: bool = True,
+    iteration: int | None = None,
+    opened: OpenedCheckpoint | None = None,
+) -> LoadedState | None:
+    """Load the newest whole checkpoint of ``load_dir`` into model, optimizer and scheduler; collective.
+
+    The tracker says which is newest (``found.find`` says what else may be); one that is torn or altered
+    is named in a warning and the one before it in its run used. ``iteration`` (or ``--ckpt-step``) asks for
+    that one and no other. Nothing in the folder is changed. In ``args``,
+    ``--finetune`` loads the weights alone (iteration 0, any tokenizer), ``--no-load-optim`` and
+    ``--no-load-rng`` leave parts out. Generators are restored only where the tensor and pipeline
+    layout is the one that saved them. ``opened`` is what open_checkpoint found, where it was asked before.
+
+    Returns None if ``load_dir`` is empty or not there.
+
+    Raises:
+        CheckpointError: on every rank, if something is there but no whole checkpoint, or the whole
+            one does not fit: another model, another tokenizer, another kind of optimizer state.
+            ``strict=False`` only warns of weights that model and checkpoint do not share.
+    """
+    opened = opened or open_checkpoint(load_dir, args, iteration)
+    if opened is None:
+        return None
+    folder, common, metadata = opened.folder, opened.common, opened.metadata
+    finetune = bool(getattr(args, "finetune", False))
+
+    def check() -> None:
+        content.require_same_function(common.get("args"), args, folder)
+        if not finetune:
+            content.require_same_tokenizer(common, args, folder)
+
+    together(f"load {folder}", check)
+    parts = _Parts(model, optimizer, scheduler, args, common, set(metadata.state_dict_metadata), finetune)
+    template = together(f"load {folder}", parts.template)
+    _require_keys(folder, parts, template, strict)
+    state = together(f"load {folder}", lambda: _read_tensors(folder, template, common, metadata))
+    together(f"load {folder}", lambda: parts.apply(state))
+    if finetune:
+        return LoadedState(0, {}, folder, args=opened.args)
+    return LoadedState(
+        iteration=opened.iteration,
+        run_state=opened.run_state,
+        path=folder,
+        checkpoints=opened.checkpoints,
+        args=opened.args,
+        optimizer_loaded=parts.with_optimizer,
+        rng_loaded="rng_state" in state,
+    )
+
+
+def read_checkpoint_args(
+    load_dir: str | Path, iteration: int | None = None, outputs: Iterable[Path] = ()
+) -> Namespace | None:
+    """The args that a checkpoint was saved with, as far as :mod:`saved_args` lets them through.
+
+    By default those of the newest whose file is not damaged. None if the folder is not there, or empty
+    but for ``outputs``. Communicates nothing.
+
+    Raises:
+        CheckpointError: something else is there, or the checkpoint cannot be read.
+    """
+    problem = None
+    for folder, _ in find(load_dir, iteration, outputs).tries:
+        try:
+            args = read_common(folder).get("args", Namespace())
+            require_room(args, folder)
+            return args
+        except DamagedCheckpoint as error:
+            # Refused though it is as it was written: this is no torn save, it says what cannot be.
+            if is_as_written(folder / "common.pt") and damage(folder) is None:
+                raise
+            problem = problem or error
+    if problem:
+        raise problem
+    return None
+
+
+def _find(load_dir: Path, args: Namespace, wanted: int | None) -> tuple[Path, int, list[int]] | None:
+    """Folder and iteration of the newest whole checkpoint, and those before it in its run; collective."""
+    found = on_rank_0(f"look into {load_dir}", lambda: find(load_dir, wanted, outputs_of(args)))
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    for note in found.notes if rank == 0 else ():
+        logger.warning(note)
+    problems: list[str] = []
+    for folder, number in found.tries:
+        problem = together(f"check {folder}", lambda folder=folder: damage(folder, rank, world))
+        problems = [p for p in gather(problem) if p]
+        if not problems:
+            return folder, number, [i for i in found.before if i < number]
+        if rank == 0:
+            logger.warning("checkpoint %s is damaged and not used: %s", folder, problems[0])
+    if not found.tries:
+        return None
+    tried = ", ".join(folder.name for folder, _ in found.tries)
+    raise CheckpointError(
+        f"no whole checkpoint in {load_dir}; tried {tried}; the last problem: {problems[0]}"
+    )
+
+
+def _read_tensors(folder: Path, template: dict, common: dict, metadata) -> dict:
+    with torch.no_grad():
+        return dist_checkpointing.load(
+            template,
+            str(folder),
+            sharded_strategy=SafeLoadStrategy(metadata),
+            common_strategy=ReadCommon(common),
+            # What is asked for was compared with what is there already, with better messages.
+            validate_access_integrity=False,
+        )
+
+
+@dataclass
+class _Parts:
+    """Model, optimizer, scheduler and generators, and what of them a checkpoint holds."""
+
+    model: list[nn.Module]
+    optimizer: object
+    scheduler: object
+    args: Namespace
+    common: dict
+    available: set[str]
+    finetune: bool
+
+    def __post_init__(self) -> None:
+        skip = self.finetune or getattr(self.args, "no_load_optim", None)
+        self.with_optimizer = self.optimizer is not None and not skip
+        rng = content.rng_object(None)
+        skip_rng = self.finetune or getattr(self.args, "no_load_rng", None)
+        self.with_rng = not skip_rng and rng.unique_key in self.available
+
+    def template(self) -> dict:
+        """The sharded tensors to fill, under the names this checkpoint has for them."""
+        metadata = self.common.get("content_metadata") or {}
+        state = content.model_part(self.model, metadata)
+        if self.with_optimizer:
+            state["optimizer"] = self._optimizer_template(dict(state), metadata)
+        else:
+            self.common.pop("optimizer", None)
+        if self.with_rng:
+            state["rng_state"] = content.rng_object(None)
+        for value in nested_values(state):
+            if isinstance(value, ShardedTensor | ShardedTensorFactory):
+                value.key = self._saved_name(value.key)
+        return _without_absent_extra_state(state, self.available)
+
+    def _optimizer_template(self, model_state: dict, metadata: dict) -> dict:
+        if "optimizer" not in self.common:
+            raise CheckpointError(
+                "it holds no optimizer state (--no-save-optim); add --no-load-optim or --finetune"
+            )
+        keep_rates = bool(getattr(self.args, "override_opt_param_scheduler", False))
+        optimizer_part.adapt_common(self.common, self.optimizer, keep_rates)
+        if optimizer_part.kind_of(self.optimizer) == "distributed":
+            metadata = {"distrib_optim_sharding_type": optimizer_part.RESHARDABLE} | metadata
+        with torch.no_grad():
+            return self.optimizer.sharded_state_dict(model_state, is_loading=True, metadata=metadata)
+
+    def _saved_name(self, key: str) -> str:
+        key = optimizer_part.master_key(key, self.available)
+        if key not in self.available:
+            for names in _NORMS:
+                for ours, theirs in (names, names[::-1]):
+                    renamed = optimizer_part.master_key(key.replace(ours, theirs), self.available)
+                    if renamed in self.available:
+                        return renamed
+        return key
+
+    def apply(self, state: dict) -> None:
+        """Hand the loaded values to whom they belong."""
+        chunks = [content.unwrap(chunk) for chunk in self.model]
+        for index, chunk in enumerate(chunks):
+            chunk.load_state_dict(state["model" if len(chunks) == 1 else f"model{index}"], strict=False)
+        with torch.no_grad():
+            if self.with_optimizer:
+                self.optimizer.load_state_dict(state["optimizer"])
+            elif self.optimizer is not None:
+                self.optimizer.reload_model_params()
+        if self.scheduler is not None and self.with_optimizer and "opt_param_scheduler" in state:
+            saved = self.common.get("args", Namespace())
+            self.scheduler.restore(state["opt_param_scheduler"], saved, self.args)
+        if self.with_rng:
+            content.restore_rng(state["rng_state"])
+
+
+def _without_absent_extra_state(state: dict, available: set[str]) -> dict:
+    """Leave out extra state (scales of Transformer Engine) that the checkpoint does not hold."""
+
+    def keep(value) -> bool:
+        return not isinstance(value, ShardedObject) or value.unique_key in available
+
+    return {
+        name: {k: v for k, v in part.items() if keep(v)} if name.startswith("model") else part
+        for name, part in state.items()
+    }
+
+
+def _require_keys(folder: Path, parts: _Parts, template: dict, strict: bool) -> None:
+    """Compare the weights that all ranks ask for with those that are there; collective."""
+    own = {v.key for v in nested_values(template) if isinstance(v, ShardedTensor | ShardedTensorFactory)}
+    asked = set().union(*gather(own))
+    missing = sorted(asked - parts.available)
+    unused = sorted(
+        key
+        for key in parts.available - asked
+        if not key.startswith(("optimizer.", "rng_state", "chained_")) and "_extra_state" not in key
+    )
+    problems = [f"it lacks {', '.join(missing)}"] if missing else []
+    problems += [f"this model has no {', '.join(unused)}"] if unused else []
+    if problems and (strict or missing):
+        raise CheckpointError(f"{folder} does not fit this model: {'; '.join(problems)}")
+    if problems and torch.distributed.get_rank() == 0:
+        logger.warning("%s: %s", folder, "; ".join(problems))
+
+
+__all__ = ["LoadedState", "load_checkpoint", "read_checkpoint_args"]

@@ -1,0 +1,147 @@
+"""One at a time writes in a place: two would clean up, and replace, each other's files.
+
+Who writes holds a lock of the operating system on a file for as long as it lives: it ends with the
+process however that ends, and a network file system passes it on to the other hosts. The file means
+nothing by itself. Only under the lock is anything removed that an earlier writer left behind.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_ext.checkpoint import folders
+from megatron_ext.checkpoint.errors import CheckpointError, on_rank_0
+
+LOCK = ".lock"
+#: A job that is started again may meet the end of the one before.
+WAIT_SECONDS = 10.0
+#: What a file system says that keeps no locks, or (ENOSPC) has no room for the file.
+_WITHOUT_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL, errno.ENOSPC}
+#: What this process holds: to open and close the file again would give the lock back (POSIX).
+_held: set[str] = set()
+
+
+@contextlib.contextmanager
+def only_run_in(folder: str | os.PathLike | None, wait: float = WAIT_SECONDS) -> Iterator[None]:
+    """Within it no other run saves into ``folder`` (none if there is no folder); collective.
+
+    What a save that was killed left there is finished or undone first.
+
+    Raises:
+        CheckpointError: on every rank, if another run does, still after ``wait`` seconds.
+    """
+    with contextlib.ExitStack() as held:
+
+        def acquire() -> None:
+            held.enter_context(saving_into(Path(folder), wait))
+            folders.clean_up(folder)
+
+        if folder is not None:
+            on_rank_0(f"take --save {folder} for this run", acquire)
+        yield
+
+
+@contextlib.contextmanager
+def only_recording_in(losses: str | os.PathLike | None) -> Iterator[None]:
+    """Within it no other run records into the file ``losses`` (none if there is none); collective.
+
+    Raises:
+        CheckpointError: on every rank, if another run does.
+    """
+    with contextlib.ExitStack() as held:
+
+        def acquire() -> None:
+            path = Path(str(losses).removesuffix(".npy"))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(path.with_name(f".{path.name}.lock"), "another run records into it"))
+
+        if losses is not None:
+            on_rank_0(f"take --record-sample-loss {losses} for this run", acquire)
+        yield
+
+
+def saving_into(folder: Path, wait: float = WAIT_SECONDS) -> contextlib.AbstractContextManager:
+    """The lock on a folder of checkpoints, for one process; none to wait for where it is held already."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return locked(folder / LOCK, "another run saves into it", wait, keep=True)
+
+
+@contextlib.contextmanager
+def locked(path: Path, busy: str, wait: float = 0.0, keep: bool = False) -> Iterator[None]:
+    """Hold the lock on the file ``path``, which is removed in the end unless ``keep``; communicates nothing.
+
+    Raises:
+        CheckpointError: another process holds it, still after ``wait`` seconds: ``busy``, and who it is.
+    """
+    name = os.path.realpath(path)
+    if name in _held:
+        yield
+        return
+    descriptor = _open_locked(path, busy, wait)
+    _held.add(name)
+    try:
+        yield
+    finally:
+        _held.discard(name)
+        if not keep:
+            path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _open_locked(path: Path, busy: str, wait: float) -> int:
+    """The open file that holds the lock: closing it, or the end of the process, gives it back."""
+    deadline = time.monotonic() + wait
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            _acquire(descriptor, path, busy, deadline)
+            # Who held it before may have removed it meanwhile: then this is a lock on nothing.
+            if _is_at(descriptor, path):
+                _sign(descriptor)
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file is the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _acquire(descriptor: int, path: Path, busy: str, deadline: float) -> None:
+    while True:
+        try:
+            # POSIX's kind: a process that was forked does not hold it on when this one is killed.
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError as error:
+            if error.errno in _WITHOUT_LOCKS:
+                note = f"WARNING: no lock on {path.parent} ({error.strerror}): let nobody else write there"
+                print(note, file=sys.stderr, flush=True)
+                return
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+        if time.monotonic() > deadline:
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
+            raise CheckpointError(f"{busy} ({holder}); end that run, or give this one a place of its own")
+        time.sleep(0.2)
+
+
+def _sign(descriptor: int) -> None:
+    """Say in the file who holds the lock."""
+    job = os.environ.get("SLURM_JOB_ID")
+    words = f"host {socket.gethostname()}, process {os.getpid()}" + (f", SLURM job {job}" if job else "")
+    with contextlib.suppress(OSError):  # a full disk keeps the lock, though not the words
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, words.encode() + b"\n", 0)

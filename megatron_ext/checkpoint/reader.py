@@ -1,0 +1,181 @@
+"""Reads the sharded part of a checkpoint into this rank's tensors; communicates nothing."""
+
+import warnings
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.strategies.base import LoadCommonStrategy
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreLoadPlanner,
+    TorchDistLoadShardedStrategy,
+    _restore_dict_types,
+    _unwrap_pyt_sharded_tensor,
+    flatten_state_dict,
+    mcore_to_pyt_state_dict,
+)
+from torch.distributed.checkpoint import FileSystemReader, Metadata
+from torch.distributed.checkpoint._nested_dict import unflatten_state_dict
+
+from megatron_ext.checkpoint import saved_args
+from megatron_ext.checkpoint.bounds import Window
+from megatron_ext.checkpoint.errors import DamagedCheckpoint
+from megatron_ext.checkpoint.extra_state import without_code
+from megatron_ext.checkpoint.safe import load_metadata, load_object, require_modest_archive
+
+
+class SafeReader(FileSystemReader):
+    """torch's reader of checkpoint folders, with metadata that was read safely."""
+
+    def __init__(self, folder: Path, metadata: Metadata):
+        super().__init__(folder)
+        self._metadata = metadata
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The metadata given at construction."""
+        return self._metadata
+
+    def _slice_file(self, file: IO[bytes], sinfo: Any) -> IO[bytes]:
+        """The bytes of one tensor or object; raises DamagedCheckpoint for what torch does not write."""
+        try:
+            require_modest_archive(Window(file, sinfo.offset, sinfo.length))
+        except Exception as error:
+            where = f"{self.path}/{sinfo.relative_path}"
+            raise DamagedCheckpoint(f"{where} cannot be read safely: {error}") from error
+        return super()._slice_file(file, sinfo)
+
+
+class SafePlanner(MCoreLoadPlanner):
+    """Megatron-Core's load planner; objects are unpickled by the weights-only unpickler."""
+
+    def load_bytes(self, read_item, value) -> None:
+        """Keep one object that was read from a file."""
+        key = read_item.dest_index.fqn
+        found = load_object(value, key)
+        self.state_dict[key] = without_code(key, found) if "_extra_state" in key else found
+
+
+class SafeLoadStrategy(TorchDistLoadShardedStrategy):
+    """What ``dist_checkpointing.load`` reads shards with."""
+
+    def __init__(self, metadata: Metadata):
+        super().__init__()
+        self._metadata = metadata
+
+    def load(self, sharded_state_dict: dict, checkpoint_dir: str | Path) -> dict:
+        """Fill the tensors of ``sharded_state_dict`` from the files; returns them in the same nesting."""
+        flat, nesting = flatten_state_dict(sharded_state_dict)
+        loaded: dict[str, Any] = {}
+        while flat:
+            this_time = _first_of_each_shard(flat)
+            loaded.update(self._load_flat(this_time, Path(checkpoint_dir)))
+            flat = {path: value for path, value in flat.items() if path not in this_time}
+        nested = unflatten_state_dict(loaded, nesting)
+        _restore_dict_types(nested, sharded_state_dict)
+        return nested
+
+    def _load_flat(self, flat: dict[str, ShardedBase], folder: Path) -> dict[str, Any]:
+        by_key: dict[str, list[ShardedBase]] = {}
+        paths: dict[str, list[str]] = {}
+        for path, value in flat.items():
+            key = _key(value)
+            by_key.setdefault(key, []).append(value)
+            paths.setdefault(key, []).append(path)
+        tensors = [value for value in flat.values() if isinstance(value, ShardedTensor)]
+        state = mcore_to_pyt_state_dict(by_key, True)
+        planner = SafePlanner(
+            flatten_state_dict=False,
+            flatten_sharded_tensors=False,
+            shapes_validation_sharded_tensors=[t for t in tensors if not t.allow_shape_mismatch],
+            allow_shape_mismatch_sharded_tensors={t.key: t for t in tensors if t.allow_shape_mismatch},
+        )
+        _read(state, planner, SafeReader(folder, self._metadata), self._metadata)
+        return {
+            path: value
+            for key, shards in state.items()
+            for path, value in zip(paths[key], _unwrap_pyt_sharded_tensor(shards), strict=True)
+        }
+
+
+def _read(state: dict, planner: SafePlanner, reader: SafeReader, metadata: Metadata) -> None:
+    """One rank's part of torch.distributed.checkpoint.load; every rank reads what it needs by itself."""
+    first = torch.distributed.get_rank() == 0
+    planner.set_up_planner(state, metadata, is_coordinator=first)
+    reader.set_up_storage_reader(metadata, is_coordinator=first)
+    with warnings.catch_warnings():
+        # It asks whether a tensor is of a class that torch would like to see gone.
+        warnings.simplefilter("ignore", FutureWarning)
+        plan = planner.finish_plan(reader.prepare_local_plan(planner.create_local_plan()))
+    reader.read_data(plan, planner).wait()
+
+
+def _key(value: ShardedBase) -> str:
+    return value.unique_key if isinstance(value, ShardedObject) else value.key
+
+
+def _first_of_each_shard(flat: dict[str, ShardedBase]) -> dict[str, ShardedBase]:
+    """Of several tensors that want the same shard, the first: one reading can fill only one."""
+    seen, first = set(), {}
+    for path, value in flat.items():
+        shard = (_key(value), getattr(value, "global_offset", None))
+        if shard not in seen:
+            seen.add(shard)
+            first[path] = value
+    return first
+
+
+class ReadCommon(LoadCommonStrategy):
+    """Gives ``dist_checkpointing.load`` the common part that was already read and adapted."""
+
+    def __init__(self, common: dict):
+        self._common = common
+
+    def load_common(self, checkpoint_dir: str | Path) -> dict:
+        """The common part."""
+        return self._common
+
+    def load_sharded_objects(self, sharded_objects_state_dict: dict, checkpoint_dir: str | Path):
+        """Never called: the sharded strategy handles objects."""
+        raise NotImplementedError
+
+    def check_backend_compatibility(self, loaded_version) -> None:
+        """Nothing to check: it is already read."""
+
+    def check_version_compatibility(self, loaded_version) -> None:
+        """Nothing to check: it is already read."""
+
+
+def read_common(folder: Path) -> dict:
+    """The common part of a checkpoint, its args reduced to what :mod:`saved_args` lets through.
+
+    Raises DamagedCheckpoint if it cannot be read, or is not what a checkpoint says of itself.
+    """
+    path = folder / "common.pt"
+    common = load_object(path)
+    if not isinstance(common, dict):
+        raise DamagedCheckpoint(f"{path} holds a {type(common).__name__}, not the parts of a checkpoint")
+    _require_kinds(path, common, iteration=int, pangu_pro=dict, optimizer=dict, opt_param_scheduler=dict)
+    if "pangu_pro" in common:
+        ours = {"run_state": None} | common["pangu_pro"]
+        _require_kinds(path, ours, run_state=dict, tokenizer_sha256=str | None, padded_vocab_size=int | None)
+    if common.get("args") is not None:
+        common["args"] = saved_args.harmless(common["args"], path)
+    return common
+
+
+def _require_kinds(path: Path, part: dict, **kinds: Any) -> None:
+    for name, kind in kinds.items():
+        if name in part and not isinstance(part[name], kind):
+            told = type(part[name]).__name__
+            raise DamagedCheckpoint(
+                f"{path}: {name} is of type {told}, not {getattr(kind, '__name__', kind)}"
+            )
+
+
+def read(folder: Path) -> tuple[dict, Metadata]:
+    """The common part and the metadata of a checkpoint; raises DamagedCheckpoint."""
+    common = read_common(folder)
+    if common.get("args") is not None:
+        saved_args.require_room(common["args"], folder)
+    return common, load_metadata(folder)

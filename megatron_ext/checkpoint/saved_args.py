@@ -1,0 +1,155 @@
+"""The arguments in a checkpoint: the one place through which all that read them go.
+
+Whoever wrote a checkpoint wrote its arguments too, so they are data and not wishes. Only names listed
+here pass, each with a value of the type that its flag has: sizes, numbers, switches and words that say
+what the model computes, which tokenizer it knows, and how it was trained so far. Whatever trusts code
+(trust_remote_code), loosens a check, names a place to read from or write to, or starts something on
+this machine is not listed, and so stays as the user typed it. ``tokenizer_model`` is the one path: it
+is read as data and never as code (megatron_ext/tokenizer/build.py).
+"""
+
+import types
+import typing
+from argparse import Namespace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from megatron_ext.checkpoint.bounds import bytes_in
+from megatron_ext.checkpoint.errors import DamagedCheckpoint
+from megatron_ext.config import model_function, options
+
+#: What the model computes and is run with, by the names of our flags.
+MODEL = (
+    *model_function.names(),
+    *("use_rotary_position_embeddings", "seq_length", "attention_dropout", "hidden_dropout"),
+    *("attention_softmax_in_fp32", "fp32_residual_connection", "bf16", "fp16"),
+    *("make_vocab_size_divisible_by", "padded_vocab_size"),
+)
+TOKENIZER = (
+    *("tokenizer_type", "tokenizer_model", "vocab_size"),
+    *("tokenizer_hf_use_fast", "tokenizer_hf_include_special_tokens"),
+)
+#: How it was trained: compared with this run, or told, but nothing is set by it.
+_TRAINING = (
+    *("seed", "split", "micro_batch_size", "global_batch_size", "rampup_batch_size", "train_iters"),
+    *("train_samples", "optimizer", "lr", "min_lr", "lr_decay_style", "lr_decay_iters", "lr_decay_samples"),
+    *("lr_wsd_decay_style", "lr_wsd_decay_iters", "lr_wsd_decay_samples", "lr_warmup_fraction"),
+    *("lr_warmup_iters", "lr_warmup_samples", "lr_warmup_init", "weight_decay", "start_weight_decay"),
+    *("end_weight_decay", "weight_decay_incr_style", "eval_interval", "eval_iters", "full_validation"),
+    *("skip_train", "mock_data", "dataloader_type", "reset_position_ids", "reset_attention_mask"),
+    *("eod_mask_loss", "round_schedule", "tensor_model_parallel_size", "pipeline_model_parallel_size"),
+    *("context_parallel_size", "use_distributed_optimizer", "decrease_batch_size_if_needed"),
+    *("adam_beta1", "adam_beta2", "adam_eps"),
+)
+#: Counters, what is worked out from flags, and what Megatron-LM has a name for and we have no flag: other
+#: kinds of model (``model_function.ALWAYS``), to refuse them.
+_MORE: dict[str, Any] = {
+    **dict.fromkeys(("iteration", "consumed_train_samples", "consumed_valid_samples"), int),
+    **dict.fromkeys(("skipped_train_samples", "world_size", "data_parallel_size"), int),
+    **dict.fromkeys(("virtual_pipeline_model_parallel_size", "softmax_vocab_size"), int),
+    **dict.fromkeys(("num_experts", "mtp_num_layers"), int),
+    **dict.fromkeys(("norm_epsilon", "rotary_scaling_factor", "activation_func_clamp_value"), float),
+    **dict.fromkeys(("softmax_scale", "glu_linear_offset"), float),
+    **dict.fromkeys(("rotary_interleaved", "apply_layernorm_1p", "layernorm_zero_centered_gamma"), bool),
+    **dict.fromkeys(("multi_latent_attention", "openai_gelu", "qk_l2_norm", "attention_output_gate"), bool),
+    **dict.fromkeys(("apply_query_key_layer_scaling", "is_hybrid_model", "sft", "onnx_safe"), bool),
+    **dict.fromkeys(("softmax_type", "rope_type", "hybrid_override_pattern"), str),
+    **dict.fromkeys(("experimental_attention_variant", "tokenizer_sha256"), str),
+    **dict.fromkeys(("heterogeneous_layers_config_path", "heterogeneous_layers_config_encoded_json"), str),
+    **dict.fromkeys(("no_rope_freq", "linear_attention_freq"), int | list[int] | str),
+    **dict.fromkeys(("window_size", "mrope_section"), list[int]),
+    "apply_residual_connection_post_layernorm": bool,
+    "params_dtype": torch.dtype,
+}
+#: No size or count of a real run is larger; float64 still holds it exactly.
+_LARGEST = 2**53
+_LONGEST_TEXT = 4096
+
+
+def harmless(saved: Any, path: Path) -> Namespace:
+    """The arguments of ``common.pt`` at ``path`` that are listed above; the others are passed over.
+
+    Raises DamagedCheckpoint if they are no arguments, or one of model, tokenizer or counters has a value
+    of another type.
+    """
+    if not isinstance(saved, Namespace):
+        raise DamagedCheckpoint(f"{path}: args is {_kind(saved)}, not the arguments of a run")
+    passed = Namespace()
+    for name in (*MODEL, *TOKENIZER, *_TRAINING, *_MORE):
+        if name not in saved:
+            continue
+        value, wanted = vars(saved)[name], _type_of(name)
+        if value is None or _fits(value, wanted):
+            setattr(passed, name, value)
+        elif name not in _TRAINING:
+            raise DamagedCheckpoint(f"{path}: its argument {name} is {_kind(value)}; {_meaning(wanted)}")
+    return passed
+
+
+def require_room(args: Namespace, folder: Path) -> None:
+    """Raise DamagedCheckpoint if ``args`` describe a model that the files in ``folder`` are too small for.
+
+    A number format has a byte or more, so the files have at least as many bytes as there are parameters.
+    """
+
+    def size(name: str) -> int:
+        return getattr(args, name, None) or 0
+
+    hidden, ffn = size("hidden_size"), size("ffn_hidden_size")
+    layer = hidden * (ffn + size("num_attention_heads") * size("kv_channels"))
+    layer += 2 * ffn * size("series_activation_order")
+    layer += (
+        2 * hidden * size("augmented_shortcuts") * (hidden // (size("augmented_shortcut_reduction") or 1))
+    )
+    rows = size("padded_vocab_size")
+    if getattr(args, "position_embedding_type", None) == "learned_absolute":
+        rows += size("max_position_embeddings")
+    least, there = hidden * rows + layer * size("num_layers"), bytes_in(folder)
+    if least > there:
+        raise DamagedCheckpoint(
+            f"{folder / 'common.pt'}: its args describe a model of over {least} parameters, and all its "
+            f"files have {there} bytes"
+        )
+
+
+def _type_of(name: str) -> Any:
+    """The annotated type of an argument, from its flag where there is one."""
+    if name in _MORE:
+        return _MORE[name]
+    option = options()[name]
+    return Literal[tuple(option.meta["choices"])] if "choices" in option.meta else option.annotation
+
+
+def _fits(value: Any, wanted: Any) -> bool:
+    """Whether a value is of an annotated type: whole numbers from 0 on, finite numbers, short text."""
+    origin, inner = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, kind) for kind in inner if kind is not type(None))
+    if origin is Literal:
+        return type(value) in (str, int) and value in inner
+    if origin is list:
+        few = isinstance(value, list | tuple) and len(value) <= 16
+        return few and all(_fits(item, inner[0]) for item in value)
+    if wanted is int:
+        return type(value) is int and 0 <= value < _LARGEST
+    if wanted is float:
+        return type(value) in (int, float) and abs(value) < _LARGEST
+    if wanted is str:
+        return type(value) is str and len(value) <= _LONGEST_TEXT and value.isprintable()
+    return type(value) is wanted
+
+
+def _kind(value: Any) -> str:
+    """A value's type; never the value, which may be too large or too deep to print, unless it is short."""
+    if isinstance(value, str):
+        return repr(value[:60])
+    small = type(value) in (int, float) and abs(value) < _LARGEST
+    return repr(value) if small else f"of type {type(value).__name__}, or too large"
+
+
+def _meaning(wanted: Any) -> str:
+    if typing.get_origin(wanted) is Literal:
+        return f"known are {', '.join(map(str, typing.get_args(wanted)))}"
+    return f"it must be {getattr(wanted, '__name__', wanted)}"

@@ -1,0 +1,104 @@
+"""The frame of the command lines in tools/: how they end, whatever is wrong with their input.
+
+    from megatron_ext.common import command
+
+    def main(argv: list[str] | None = None) -> int:
+        ...                         # read flags, work, print; raise what is wrong
+    main = command.tool(main)       # or as a decorator
+
+A tool ends with 0 when its whole output is in place; with 1 and one line, ``NAME: error: ...``, for
+bad input; with 2 for bad usage (argparse); with 130 after Ctrl-C; quietly with 141 when the reader of
+its output has gone, as in ``tool | head``. Readers raise one of ``EXPECTED``, naming their file: any
+other exception is a fault of the program and keeps its traceback.
+"""
+
+import argparse
+import contextlib
+import functools
+import os
+import select
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+from megatron_ext.common.errors import RunError
+
+#: What can be wrong with files, flags and machines. MemoryError: what was asked for is too large.
+EXPECTED = (ValueError, OSError, RunError, MemoryError)
+_LONGEST = 10_000
+INTERRUPTED, CLOSED_PIPE = 128 + signal.SIGINT, 128 + signal.SIGPIPE
+
+
+def tool(main: Callable[..., int]) -> Callable[..., int]:
+    """``main(argv)`` with the ends above; the tool's name is that of its file."""
+    name = Path(main.__code__.co_filename).name
+
+    @functools.wraps(main)
+    def framed(argv: list[str] | None = None) -> int:
+        try:
+            code = main(argv)
+            sys.stdout.flush()
+            return code
+        except KeyboardInterrupt as stop:
+            return _end(f"{name}: interrupted" + f"; {stop}" * bool(str(stop)), INTERRUPTED)
+        except EXPECTED as error:
+            if isinstance(error, BrokenPipeError) and _reader_has_gone():
+                return _end(None, CLOSED_PIPE)
+            return _end(f"{name}: error: {message(error)}", 1)
+
+    return framed
+
+
+def message(error: BaseException) -> str:
+    """What an expected error says to a user; of a text without end, its beginning."""
+    if isinstance(error, MemoryError):
+        return f"there is not enough memory {error}".rstrip()
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    said = str(error).strip() or type(error).__name__
+    return said if len(said) <= _LONGEST else f"{said[:_LONGEST]} ..."
+
+
+def parser(description: str | None, usage: str | None = None) -> argparse.ArgumentParser:
+    """A parser whose help is the tool's docstring as it stands, and that takes no abbreviated flags."""
+    return argparse.ArgumentParser(
+        usage=usage,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def _end(line: str | None, code: int) -> int:
+    """Say the last word. What standard output cannot take is dropped: Python's own end would tell of it."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if line is not None:
+        with contextlib.suppress(OSError):
+            print(line, file=sys.stderr, flush=True)
+    return code
+
+
+def _reader_has_gone() -> bool:
+    """Whether it is standard output that is a pipe which nobody reads."""
+    poll = select.poll()
+    try:
+        poll.register(sys.stdout.fileno(), 0)
+    except (OSError, ValueError):  # it is not a file, as under pytest
+        return False
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _quiet_while_importing(kind: type[BaseException], error: BaseException, trace: TracebackType | None):
+    """Python's last resort, but for Ctrl-C before ``main`` runs: imports take seconds on a busy machine."""
+    if issubclass(kind, KeyboardInterrupt):
+        os._exit(INTERRUPTED)
+    sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _quiet_while_importing

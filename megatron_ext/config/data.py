@@ -1,0 +1,138 @@
+"""Data, tokenizer and validation."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_ext.config.flags import flag
+
+BLEND = {"nargs": "*", "metavar": "[WEIGHT] PREFIX", "type": str}
+
+
+@dataclass
+class DataArguments:
+    """Datasets written by tools/preprocess_data.py, as PREFIX without .bin or .idx."""
+
+    data_path: list[str] | None = flag(None, **BLEND)
+    """One dataset, or a blend 'weight prefix weight prefix ...', divided by --split."""
+
+    split: str | None = None
+    """Shares of training, validation and test, such as 949,50,1; with --data-path alone '969, 30, 1'."""
+
+    train_data_path: list[str] | None = flag(None, **BLEND)
+    """Dataset or blend to train on, in place of --data-path."""
+
+    valid_data_path: list[str] | None = flag(None, **BLEND)
+    """Dataset or blend to validate on, in place of --data-path."""
+
+    test_data_path: list[str] | None = flag(None, **BLEND)
+    """Dataset or blend to test on, in place of --data-path."""
+
+    data_args_path: str | None = flag(None, metavar="FILE")
+    """File that holds what --data-path would say."""
+
+    per_split_data_args_path: str | None = flag(None, metavar="FILE")
+    """JSON file with a blend for each of train, valid and test."""
+
+    override_training_set: bool = False
+    """Go on from a checkpoint with another training set than its run had (other data, --split, --seed or
+    --seq-length), read from its beginning."""
+
+    data_cache_path: str | None = flag(None, metavar="FOLDER")
+    """Where the datasets' index files go; by default beside the data."""
+
+    mock_data: bool = False
+    """Made-up token sequences, to try a layout without data."""
+
+    seq_length: int | None = None
+    """Tokens in a sequence."""
+
+    num_workers: int = 2
+    """Processes of each rank that read data; 0 reads in the rank itself."""
+
+    num_dataset_builder_threads: int = 1
+    """Threads that build the datasets of a blend."""
+
+    dataloader_type: Literal["single", "cyclic", "external"] | None = None
+    """single goes through the samples once in order, cyclic again and again, each time shuffled."""
+
+    mmap_bin_files: bool = flag(True, "--no-mmap-bin-files")
+    """Read the .bin files instead of mapping them into memory."""
+
+    reset_position_ids: bool = False
+    """Count positions from 0 again after each end of document."""
+
+    reset_attention_mask: bool = False
+    """Attend only within a document; needs the attention mask in the dataloader."""
+
+    eod_mask_loss: bool = False
+    """Leave end of document tokens out of the loss."""
+
+    create_attention_mask_in_dataloader: bool = flag(True, "--no-create-attention-mask-in-dataloader")
+    """Do not send a mask with each batch: the attention is causal by itself."""
+
+
+TOKENIZERS = (
+    "BertWordPieceLowerCase",
+    "BertWordPieceCase",
+    "GPT2BPETokenizer",
+    "SentencePieceTokenizer",
+    "GPTSentencePieceTokenizer",
+    "HuggingFaceTokenizer",
+    "Llama2Tokenizer",
+    "TikTokenizer",
+    "MultimodalTokenizer",
+    "NullTokenizer",
+    "NullMultimodalTokenizer",
+    "SFTTokenizer",
+)
+
+
+@dataclass
+class TokenizerArguments:
+    """The tokenizer that the data was made with."""
+
+    tokenizer_type: str | None = flag(None, choices=list(TOKENIZERS), metavar="TYPE")
+    """SentencePieceTokenizer, GPTSentencePieceTokenizer, Llama2Tokenizer, HuggingFaceTokenizer or
+    NullTokenizer (token numbers as they are)."""
+
+    tokenizer_model: str | None = flag(None, metavar="PATH")
+    """The tokenizer's file, or for HuggingFaceTokenizer its folder or name."""
+
+    vocab_size: int | None = None
+    """Token numbers of NullTokenizer: 0 to N - 1, and N ends a document. With another tokenizer: the
+    number of pieces that it may have at most."""
+
+    padded_vocab_size: int | None = None
+    """Rows of the embedding; by default the vocabulary's size rounded up to a multiple of
+    --make-vocab-size-divisible-by."""
+
+    vocab_padding: Literal["masked", "in-softmax"] | None = None
+    """What rows of the vocabulary beyond the tokens do in the loss. masked: they take no part, and nothing
+    depends on how many there are; in-softmax: they take part in the softmax, as in Megatron-LM. By default
+    as the checkpoint that the run starts from was trained, and masked where there is none."""
+
+    tokenizer_hf_use_fast: bool = False
+    """The fast (Rust) form of a Hugging Face tokenizer."""
+
+    tokenizer_hf_include_special_tokens: bool = False
+    """Let a Hugging Face tokenizer add its special tokens to a text."""
+
+    trust_remote_code: bool = False
+    """Allow a Hugging Face tokenizer to run Python code from its folder."""
+
+
+@dataclass
+class ValidationArguments:
+    """Validation while training and at the end."""
+
+    eval_interval: int | None = None
+    """Iterations between two validations; without it only the end is validated."""
+
+    eval_iters: int = 100
+    """Batches of one validation; 0 does not validate."""
+
+    skip_train: bool = False
+    """Do not train: validate, and stop."""
+
+    full_validation: bool = False
+    """Validate on the whole validation set each time."""

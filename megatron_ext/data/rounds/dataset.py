@@ -1,0 +1,189 @@
+"""The training set of a round: the samples that an index selects, epoch after epoch.
+
+ROUND.npy     int64 [selected]: numbers of samples of the first round's training set, ascending
+ROUND.json    the manifest (megatron_ext/data/rounds/build_round.py writes both)
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from megatron_ext.data.indexed import DatasetError
+from megatron_ext.data.rounds.loss_record import map_array, read_json
+
+FORMAT = "megatron_ext.round/1"
+#: How training may take the samples.
+ORDERS = ("shuffled", "training")
+_MASK = (1 << 64) - 1
+_FEISTEL_ROUNDS = 6
+#: Ids that are read at a time.
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class RoundPaths:
+    """The files of a round, by any of the spellings ROUND and ROUND.npy."""
+
+    index: Path
+    manifest: Path
+    plot: Path
+
+
+def round_paths(path: str | Path) -> RoundPaths:
+    """The files that belong to ``path``."""
+    stem = str(path).removesuffix(".npy")
+    return RoundPaths(*(Path(f"{stem}{end}") for end in (".npy", ".json", ".png")))
+
+
+@dataclass(frozen=True)
+class RoundIndex:
+    """An index to train on; ``ids`` (int64 [selected]) is mapped into memory."""
+
+    path: Path
+    ids: np.ndarray
+    manifest: dict
+
+
+def read_round(path: str | Path) -> RoundIndex:
+    """Open an index and check that it is the one its manifest was written for; reads all of it.
+
+    Raises:
+        DatasetError: a file is missing, damaged, or something else.
+    """
+    paths = round_paths(path)
+    if not paths.manifest.exists():
+        raise DatasetError(
+            f"{paths.index}: has no manifest {paths.manifest.name}; tools/build_round.py makes both, the "
+            "manifest last"
+        )
+    names = ("round", "samples", "selected", "sha256", "order", "dataset")
+    manifest = read_json(paths.manifest, FORMAT, names)
+    if manifest["order"] not in ORDERS:
+        raise DatasetError(f"{paths.manifest}: its order is {manifest['order']!r}, not {' or '.join(ORDERS)}")
+    ids = map_array(paths.index, np.int64)
+    if len(ids) != manifest["selected"]:
+        raise DatasetError(
+            f"{paths.index}: holds {len(ids):,} samples, but {paths.manifest.name} says "
+            f"{manifest['selected']:,}; build the round again"
+        )
+    _check_ids(paths, ids, manifest)
+    return RoundIndex(paths.index, ids, manifest)
+
+
+def _check_ids(paths: RoundPaths, ids: np.ndarray, manifest: dict) -> None:
+    """Every id is read: one that is another sample's would train on it without a word."""
+    digest, before = hashlib.sha256(), -1
+    for begin in range(0, len(ids), _BLOCK):
+        block = np.ascontiguousarray(ids[begin : begin + _BLOCK], dtype="<i8")
+        digest.update(block.data)
+        if block[0] <= before or (np.diff(block) <= 0).any() or block[-1] >= manifest["samples"]:
+            raise DatasetError(
+                f"{paths.index}: its samples are not ascending numbers from 0 to "
+                f"{manifest['samples'] - 1:,}: it is damaged; build the round again"
+            )
+        before = block[-1]
+    if digest.hexdigest() != manifest["sha256"]:
+        raise DatasetError(
+            f"{paths.index}: its samples are not those that {paths.manifest.name} was written for: one of "
+            "the two is damaged or of another round; build the round again"
+        )
+
+
+class NumberedDataset:
+    """A dataset whose samples say their number in it, as ``sample_id``."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def sample_id(self, place: int) -> int:
+        """The number, in the underlying dataset, of the sample at a place: the place itself."""
+        return place
+
+    def __getitem__(self, place: int) -> dict:
+        number = self.sample_id(place)
+        return {**self.dataset[number], "sample_id": number}
+
+
+class RoundDataset(NumberedDataset):
+    """The selected samples of a dataset, for as many epochs as ``samples`` need.
+
+    Place i is in epoch i // n, n being the number of selected samples; each epoch takes all of them in
+    an order of its own that seed and epoch decide, or in the order of the index where its manifest says so.
+    No order is stored, so that ten billion samples cost no memory and a resumed run needs no more than
+    the number of samples it has consumed.
+
+    Args:
+        dataset: the first round's training set.
+        index: numbers of its samples.
+        samples: how many are wanted; the length is that of whole epochs.
+        seed: of the order.
+    """
+
+    def __init__(self, dataset, index: RoundIndex, samples: int, seed: int):
+        super().__init__(dataset)
+        self.ids, self.seed = index.ids, seed
+        self.base_samples: int = index.manifest["samples"]
+        self.shuffled: bool = index.manifest["order"] == "shuffled"
+        self.epochs = max(1, -(-samples // len(self.ids)))
+
+    def __len__(self) -> int:
+        return self.epochs * len(self.ids)
+
+    def sample_id(self, place: int) -> int:
+        """The number, in the underlying dataset, of the sample at a place."""
+        epoch, place = divmod(place, len(self.ids))
+        if self.shuffled:
+            place = Permutation(len(self.ids), (self.seed, epoch))(place)
+        return int(self.ids[place])
+
+
+@dataclass(frozen=True)
+class Permutation:
+    """A pseudo-random order of 0 .. size - 1 that is computed place by place.
+
+    A Feistel network over the next power of four, keyed by ``key``, is a bijection of it; walking
+    on until the result is below ``size`` makes it one of 0 .. size - 1 (Black and Rogaway 2002). At
+    most four steps are needed on average.
+    """
+
+    size: int
+    key: tuple[int, ...]
+
+    @cached_property
+    def _half(self) -> int:
+        return max(1, (self.size - 1).bit_length() + 1 >> 1)
+
+    @cached_property
+    def _keys(self) -> list[int]:
+        state = 0
+        for part in self.key:
+            state = _mix(state ^ part)
+        return [_mix(state + number) for number in range(1, _FEISTEL_ROUNDS + 1)]
+
+    def __call__(self, place: int) -> int:
+        mask = (1 << self._half) - 1
+        while True:
+            left, right = place >> self._half, place & mask
+            for key in self._keys:
+                left, right = right, left ^ (_mix(right ^ key) & mask)
+            place = left << self._half | right
+            if place < self.size:
+                return place
+
+    def __iter__(self) -> Iterator[int]:
+        return map(self, range(self.size))
+
+
+def _mix(value: int) -> int:
+    """The finalizer of SplitMix64 (Steele, Lea and Flood 2014): a bijection of 64 bits that mixes well."""
+    value = value + 0x9E3779B97F4A7C15 & _MASK
+    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & _MASK
+    value = (value ^ value >> 27) * 0x94D049BB133111EB & _MASK
+    return value ^ value >> 31

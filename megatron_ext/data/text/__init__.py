@@ -1,0 +1,1 @@
+"""Text as it comes: files, streams, lines and documents, read in chunks by many processes."""

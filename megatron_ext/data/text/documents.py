@@ -1,0 +1,146 @@
+"""The documents of a chunk: the one reader of JSON lines, of all tools that take text.
+
+What a line means, and whether it can be used, is settled here and in ``records`` alone. A document
+knows its place and its texts, and nothing of what it was read from, so that another format of input
+needs another ``Documents`` only.
+"""
+
+import codecs
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from megatron_ext.data.text.chunks import Chunk, line_number, lines_of
+from megatron_ext.data.text.records import BadLine, Texts, load_record, texts_of
+from megatron_ext.data.text.sources import Source
+
+#: Left-out lines that a message names.
+NAMED = 3
+
+
+class Document(NamedTuple):
+    """A document that can be used.
+
+    Attributes:
+        place: its line, from 1 within the chunk.
+        raw: the line itself.
+        texts: of each key, as UTF-8.
+        source: where the record says it is from, up to the first "/"; "" if it does not say.
+    """
+
+    place: int
+    raw: bytes
+    texts: list[Texts]
+    source: str
+
+
+class BadDocument(NamedTuple):
+    """One that cannot be used, for ``reason``; ``raw`` is empty where an archive broke off."""
+
+    place: int
+    raw: bytes
+    reason: str
+
+
+class StoppedAtBadLine(Exception):
+    """--on-bad-line stop met one; ``line`` counts from 1 within the chunk."""
+
+    def __init__(self, line: int, reason: str) -> None:
+        super().__init__(line, reason)
+        self.line, self.reason = line, reason
+
+
+class NoDocuments(ValueError):
+    """An input without a single document; the message names it."""
+
+
+class Documents:
+    """The documents of a chunk, in order, once.
+
+    Blank lines are passed over, and so is a byte order mark in front of a line: Windows puts it at the
+    start of a file, and files are joined.
+
+    Attributes:
+        lines, blank_lines, bytes: what was read so far.
+        digest: of the lines read so far.
+
+    Raises:
+        InputChanged: while iterating; the file is not as it was when the run began.
+    """
+
+    def __init__(self, chunk: Chunk, keys: Sequence[str]) -> None:
+        self.chunk, self.keys = chunk, keys
+        self.lines = self.blank_lines = self.bytes = 0
+        self.digest = new_digest()
+
+    def __iter__(self) -> Iterator[Document | BadDocument]:
+        for line in lines_of(self.chunk):
+            if self.chunk.damage and not line.endswith(b"\n"):
+                break
+            self.lines += 1
+            self.bytes += len(line)
+            self.digest.update(line)
+            text = line.removeprefix(codecs.BOM_UTF8)
+            if not text or text.isspace():
+                self.blank_lines += 1
+            else:
+                yield self._document(text)
+        if self.chunk.damage:
+            yield BadDocument(self.lines + 1, b"", self.chunk.damage)
+
+    def _document(self, line: bytes) -> Document | BadDocument:
+        try:
+            record = load_record(line)
+            texts = [texts_of(record, key) for key in self.keys]
+        except BadLine as error:
+            return BadDocument(self.lines, line, str(error))
+        return Document(self.lines, line, texts, _source(record))
+
+
+def _source(record: dict) -> str:
+    if "source" not in record:
+        return ""
+    return str(record["source"]).partition("/")[0].encode("utf-8", "replace").decode()
+
+
+def new_digest():
+    """The hash by which what two processes read of a file is compared."""
+    return hashlib.sha256()
+
+
+def bad_line_message(chunk: Chunk, line: int, reason: str, ways: str) -> str:
+    """Names file and line (``line`` counts from 1 within the chunk), and the ``ways`` to leave it out."""
+    return (
+        f"{chunk.path}: line {line_number(chunk, line)}: {reason}. Nothing was written; mend the line, or "
+        f"leave such lines out with --on-bad-line {ways}"
+    )
+
+
+def require_documents(sources: Sequence[Source], found: Sequence[int], on_bad_line: str) -> list[str]:
+    """Names of the sources without documents, good or bad (``found`` of each).
+
+    Raises:
+        NoDocuments: there are such, and bad input ends the run, or there is nothing else.
+    """
+    empty = [source.path for source, count in zip(sources, found, strict=True) if count == 0]
+    if empty and (on_bad_line == "stop" or len(empty) == len(sources)):
+        raise NoDocuments(f"{empty[0]}: holds no documents. Nothing was written")
+    return empty
+
+
+@dataclass
+class LeftOut:
+    """Lines that --on-bad-line skip left out: how many, and the first of them by name."""
+
+    count: int = 0
+    named: list[str] = field(default_factory=list)
+
+    def add(self, chunk: Chunk, line: int, reason: str) -> None:
+        self.count += 1
+        if len(self.named) < NAMED:
+            self.named.append(f"{chunk.path}: line {line_number(chunk, line)}: {reason}")
+
+    def __str__(self) -> str:
+        more = "; ..." if self.count > len(self.named) else ""
+        return f"left out {self.count:,} lines that cannot be used: {'; '.join(self.named)}{more}"

@@ -1,0 +1,144 @@
+"""The files that the words of --input stand for, and of what kind each is."""
+
+import glob
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_ext.common.files import FileState
+from megatron_ext.data.text.unpack import kind_of
+
+STDIN = "-"
+JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
+COMPRESSED_SUFFIXES = ("", ".gz", ".zst", ".xz", ".bz2")
+#: Names of what a preprocessing run keeps beside its output.
+WORK_FOLDER, BAD_LINES = "_preprocess_work", "_bad_lines.jsonl"
+#: What a file that this program wrote says in its first bytes: manifests, maps of ids and the like.
+OURS = b'"format": "megatron_ext.'
+START_BYTES = 512
+#: How text begins that is UTF-16 or UTF-32: with a byte order mark, or with NUL beside its first bracket.
+WIDE = (b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff", b"{\x00", b"\x00{", b"\x00\x00\x00{")
+
+
+class SourceError(ValueError):
+    """An input that is not there or cannot be opened."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input; ``kind`` is "plain", "pipe" or a compression, ``state`` is None for pipes."""
+
+    path: str
+    kind: str
+    state: FileState | None = None
+
+    @property
+    def bytes(self) -> int | None:
+        return None if self.state is None else self.state.size
+
+
+def find_sources(inputs: list[str], produced: Iterable[str | Path] = ()) -> list[Source]:
+    """The input files in the order of ``inputs``; globs and folders in the order of their names.
+
+    Globs and folders leave out what this program wrote there: manifests, lists of bad lines, work
+    folders, and everything that ``produced`` names or that lies below.
+
+    Raises:
+        SourceError: nothing there, not readable, UTF-16, or a compression that this Python cannot read.
+    """
+    ours = {os.path.realpath(path) for path in produced}
+    return [source for word in inputs for source in _sources(word, ours)]
+
+
+def refuse_pipes(sources: Iterable[Source], why: str) -> None:
+    """Raise SourceError if one of the sources can be read only once, or not in part."""
+    for source in sources:
+        if source.kind == "pipe":
+            raise SourceError(f"--input {source.path}: {why}, which a pipe does not allow; give a file")
+
+
+def _sources(word: str, ours: set[str]) -> list[Source]:
+    if word == STDIN:
+        return [Source(STDIN, "pipe")]
+    if os.path.isdir(word):
+        names = sorted(_json_files(word))
+        what = "the folder holds no .jsonl or .json files (also .gz, .zst, .xz)"
+    elif os.path.exists(word):
+        return [_source(word, _start(word))]
+    else:
+        names = sorted(name for name in glob.glob(word, recursive=True) if os.path.isfile(name))
+        what = "no file matches" if glob.has_magic(word) else "there is no such file"
+    found = []
+    for name in names:
+        real = Path(os.path.realpath(name))
+        if ours.isdisjoint(map(str, (real, *real.parents))) and not _is_in_work_folder(name):
+            start = _start(name)
+            if not _is_ours(name, start):
+                found.append(_source(name, start))
+    if not found:
+        raise SourceError(f"--input {word}: {what}")
+    return found
+
+
+def _json_files(folder: str) -> Iterable[str]:
+    """The files below a folder whose names are those of JSON lines; an unreadable folder is an error."""
+
+    def refuse(error: OSError) -> None:
+        raise SourceError(f"--input {folder}: {error.filename}: {error.strerror}") from error
+
+    endings = tuple(json + packed for json in JSON_SUFFIXES for packed in COMPRESSED_SUFFIXES)
+    for parent, folders, files in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.endswith(WORK_FOLDER)]
+        yield from (os.path.join(parent, name) for name in files if name.endswith(endings))
+
+
+def _is_in_work_folder(name: str) -> bool:
+    return any(part.endswith(WORK_FOLDER) for part in Path(name).parts[:-1])
+
+
+def _is_ours(name: str, start: bytes) -> bool:
+    return OURS in start or (name.endswith(BAD_LINES) and start.startswith(b'{"file": "'))
+
+
+def _start(path: str) -> bytes:
+    """The first bytes of a file; none of a pipe, which could not give them again."""
+    try:
+        if not os.path.isfile(path):
+            return b""
+        with open(path, "rb") as file:
+            return file.read(START_BYTES)
+    except OSError as error:
+        raise SourceError(f"--input {path}: {error.strerror}") from error
+
+
+def _source(path: str, start: bytes) -> Source:
+    try:
+        if not os.path.isfile(path):
+            return Source(path, "pipe")
+        source = Source(path, kind_of(start), FileState.of(path))
+    except OSError as error:
+        raise SourceError(f"--input {path}: {error.strerror}") from error
+    if source.kind == "zstd":
+        require_zstandard(path)
+    refuse_wide_text(path, start)
+    return source
+
+
+def require_zstandard(path: str) -> None:
+    """Raise SourceError where the package that reads zstd is not installed."""
+    try:
+        import zstandard  # noqa: F401
+    except ImportError:
+        raise SourceError(
+            f"--input {path}: zstd files need: pip install zstandard (or: zstdcat FILE | ... --input -)"
+        ) from None
+
+
+def refuse_wide_text(path: str, start: bytes) -> None:
+    """Raise SourceError if a text that begins with ``start`` is UTF-16 or UTF-32."""
+    if start.startswith(WIDE):
+        raise SourceError(
+            f"--input {path}: is UTF-16 or UTF-32 text, and JSON lines are UTF-8; convert it first, such as "
+            "with: iconv -f UTF-16 -t UTF-8"
+        )

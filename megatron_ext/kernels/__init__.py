@@ -1,0 +1,1 @@
+"""The training step's operators, each beside its formula in plain PyTorch."""

@@ -1,0 +1,129 @@
+"""Does a layout fit, how long does a step take, and which layouts suit N devices: estimates.
+
+The machines' figures are their data sheets'; how much of them a run gets are two assumptions below,
+not measurements. ``Machine.scaled`` takes measured speeds instead (tools/doctor.py --speed).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from megatron_ext.config.describe import Layout, Shape, flops_per_token, memory, parameters_of_rank
+from megatron_ext.planning.communication import bytes_sent
+
+#: Share of the data sheet's matmul speed that a training step gets, and of its link speeds.
+MATMUL_SHARE, LINK_SHARE = 0.55, 0.8
+#: Share of a device's memory that a plan may use; the rest is for workspaces and fragmentation.
+MEMORY_SHARE = 0.9
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A device and its links: memory in bytes, speeds in operations and bytes a second."""
+
+    memory: float
+    flops: float
+    """Sustained in matmuls."""
+    memory_speed: float
+    near: float
+    """One way, between devices of a host."""
+    far: float
+    """One way, between hosts, for each device."""
+    devices_per_host: int = 8
+
+    def scaled(self, flops: float | None, near: float | None, far: float | None) -> "Machine":
+        """The machine with measured speeds in place of assumed ones."""
+        return replace(self, flops=flops or self.flops, near=near or self.near, far=far or self.far)
+
+
+def _gpu(memory: float, flops: float, memory_speed: float, near: float, far: float) -> Machine:
+    return Machine(memory, MATMUL_SHARE * flops, memory_speed, LINK_SHARE * near, LINK_SHARE * far)
+
+
+#: Dense bf16; NVLink one way; a 400 Gb/s (A100: 200) network adapter for each GPU.
+MACHINES = {
+    "h100": _gpu(80e9, 989e12, 3.35e12, 450e9, 50e9),
+    "h200": _gpu(141e9, 989e12, 4.8e12, 450e9, 50e9),
+    "a100": _gpu(80e9, 312e12, 2.0e12, 300e9, 25e9),
+    "cpu": Machine(16e9, 0.05e12, 20e9, 2e9, 1e9),
+}
+
+
+def fits(shape: Shape, layout: Layout, machine: Machine) -> bool:
+    """Whether the fullest device has room for its part."""
+    return sum(memory(shape, layout).values()) < MEMORY_SHARE * machine.memory
+
+
+def step_seconds(shape: Shape, layout: Layout, machine: Machine, overlap: bool = True) -> dict[str, float]:
+    """What -> seconds of one optimizer step; the sum is the step.
+
+    Tensor parallel sums wait for nothing to overlap with. With ``overlap`` the exchange among data
+    parallel ranks hides behind the backward pass of the last micro batch. The pipeline idles for
+    its stages but one, in units of a micro batch (1F1B).
+    """
+    devices = layout.tensor * layout.pipeline * layout.data
+    tokens = layout.micro_batch * layout.micro_batches * layout.data * shape.sequence
+    again = 4 / 3 if layout.recompute else 1
+    compute = again * flops_per_token(shape) * tokens / devices / machine.flops
+    sent = bytes_sent(shape, layout)
+    model_is_near = layout.tensor * layout.pipeline <= machine.devices_per_host
+    tensor = sent["tensor"] / (machine.near if layout.tensor <= machine.devices_per_host else machine.far)
+    pipeline = sent["pipeline"] / (machine.near if model_is_near else machine.far)
+    data = sent["data"] / (machine.near if devices <= machine.devices_per_host else machine.far)
+    if overlap:
+        data = max(0.0, data - compute * 2 / 3 / layout.micro_batches)
+    held = max(parameters_of_rank(shape, layout, stage) for stage in range(layout.pipeline))
+    share = layout.data if layout.distributed_optimizer else 1
+    return {
+        "computation": compute,
+        "pipeline idle": (compute + tensor) * (layout.pipeline - 1) / layout.micro_batches,
+        "tensor parallel": tensor,
+        "pipeline sends": pipeline,
+        "data parallel": data,
+        # Gradient, main weight and two moments are read, the last three and the weight written.
+        "optimizer": held / share * 30 / machine.memory_speed,
+    }
+
+
+def suggestions(
+    shape: Shape, devices: int, global_batch: int, machine: Machine, bytes_each: int = 2
+) -> Iterator[tuple[float, Layout]]:
+    """(Seconds of a step, layout) of the layouts of so many devices that fit, fastest first."""
+    found = []
+    for layout in _layouts(shape, devices, global_batch, machine, bytes_each):
+        if fits(shape, layout, machine):
+            found.append((sum(step_seconds(shape, layout, machine).values()), layout))
+    # Of equally fast ones the least divided first.
+    yield from sorted(found, key=lambda f: (f[0], f[1].tensor, f[1].pipeline, f[1].micro_batch))
+
+
+def _layouts(
+    shape: Shape, devices: int, global_batch: int, machine: Machine, bytes_each: int
+) -> Iterator[Layout]:
+    """Every division of model and batch without a remainder, tensor parallel within a host."""
+    for tensor in _divisors(devices):
+        split = (shape.heads, shape.ffn, shape.vocabulary, shape.sequence)
+        if tensor > machine.devices_per_host or any(size % tensor for size in split):
+            continue
+        for pipeline in _divisors(devices // tensor):
+            data = devices // tensor // pipeline
+            if shape.layers % pipeline or global_batch % data:
+                continue
+            for micro_batch in _divisors(global_batch // data):
+                if micro_batch > 64:
+                    continue
+                for recompute in (False, True):
+                    yield Layout(
+                        tensor=tensor,
+                        pipeline=pipeline,
+                        data=data,
+                        sequence_parallel=tensor > 1,
+                        distributed_optimizer=data > 1,
+                        recompute=recompute,
+                        micro_batch=micro_batch,
+                        micro_batches=global_batch // data // micro_batch,
+                        bytes_each=bytes_each,
+                    )
+
+
+def _divisors(n: int) -> list[int]:
+    return [k for k in range(1, n + 1) if n % k == 0]

@@ -1,0 +1,130 @@
+"""Steps of a job that all ranks take together: they succeed on all ranks, or raise on all.
+
+A step that fails on one rank alone would leave the others waiting in the next collective until its
+timeout. Without a process group these functions just call their argument.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, TypeVar, cast
+
+import torch
+
+from megatron_ext import platform
+from megatron_ext.common.errors import RunError
+
+T = TypeVar("T")
+
+
+def ranks() -> int:
+    """Processes of the job; 1 without a process group."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number; 0 without a process group."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def is_last_rank() -> bool:
+    """Whether this is the rank that reports: the last one, which holds the loss in every layout."""
+    return rank() == ranks() - 1
+
+
+def print_rank_0(message: str) -> None:
+    """Print once a job."""
+    if rank() == 0:
+        print(message, flush=True)
+
+
+def max_over_ranks(values: list[float]) -> list[float]:
+    """The largest of each value over all ranks; collective."""
+    if ranks() == 1:
+        return values
+    tensor = torch.tensor(values, dtype=torch.float64, device=platform.current_device())
+    torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
+    return tensor.tolist()
+
+
+def gather(value: T) -> list[T]:
+    """``value`` (anything that pickles) of every rank, in the order of the ranks; collective.
+
+    Raises RunError if a rank has gone.
+    """
+    if ranks() == 1:
+        return [value]
+    values: list[Any] = [None] * ranks()
+    try:
+        torch.distributed.all_gather_object(
+            values, value, group=_control_group(torch.distributed.group.WORLD)
+        )
+    except RuntimeError as error:
+        raise RunError(f"a rank of this job has gone or does not answer: {error}") from error
+    return values
+
+
+def on_every_rank(action: Callable[[], T], doing: str | None = None, error: type[Exception] = RunError) -> T:
+    """Run ``action``, which must not communicate, and raise on every rank if it failed on any; collective.
+
+    Args:
+        doing: what is done, for the message, "could not ``doing``: ...".
+        error: the class to raise.
+
+    Returns:
+        what ``action`` returned on this rank.
+    """
+    result, own = _attempt(action, doing)
+    _raise_together(gather(own and _reason(own)), own, doing, error, ranks())
+    return cast(T, result)
+
+
+def on_first_rank(action: Callable[[], T], doing: str | None = None, error: type[Exception] = RunError) -> T:
+    """Run ``action`` on rank 0 alone and give its (picklable) result, or its error, to every rank.
+
+    As :func:`on_every_rank` otherwise.
+    """
+    result, own = _attempt(action, doing) if rank() == 0 else (None, None)
+    answers = gather((result, own and _reason(own)))
+    _raise_together([reason for _, reason in answers], own, doing, error, 1)
+    return cast(T, answers[0][0])
+
+
+def _attempt(action: Callable[[], T], doing: str | None) -> tuple[T | None, Exception | None]:
+    """The result of ``action``, or what it raised; one process alone that says no more raises it itself."""
+    try:
+        return action(), None
+    except Exception as error:
+        if ranks() == 1 and doing is None:
+            raise
+        return None, error
+
+
+def _raise_together(
+    reasons: list[str | None], own: Exception | None, doing: str | None, error: type[Exception], tried: int
+) -> None:
+    """Raise ``error`` if any of the ``tried`` ranks that ran the step had a reason."""
+    failed = {rank: reason for rank, reason in enumerate(reasons) if reason is not None}
+    if not failed:
+        return
+    if len(set(failed.values())) == 1 and (doing is not None or len(failed) == tried):
+        detail = next(iter(failed.values()))
+    else:
+        detail = "; ".join(f"rank {rank}: {reason}" for rank, reason in failed.items())
+    raise error(detail if doing is None else f"could not {doing}: {detail}") from own
+
+
+@cache
+def _control_group(world: Any):
+    """A gloo group over all ranks: it notices at once when a process has gone, which nccl does not.
+
+    It waits as long as the world does: left to gloo, half an hour.
+    """
+    if "gloo" in torch.distributed.get_backend(world):
+        return world
+    return torch.distributed.new_group(backend="gloo", timeout=platform.group_timeout(world))
+
+
+def _reason(error: Exception) -> str:
+    """What an error says; of one that was not expected, with its name."""
+    named = isinstance(error, (RunError, ValueError, OSError))
+    return str(error) if named else f"{type(error).__name__}: {error}"

@@ -1,0 +1,126 @@
+"""A tiny PanGu-pi model, trained on made-up tokens, for the tests of checkpoints."""
+
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from megatron.core import num_microbatches_calculator, parallel_state
+from megatron.core.distributed import finalize_model_grads
+
+from megatron_ext.arguments import parse_args
+from megatron_ext.models.builder import build_model, ddp_config, wrap_for_training
+from megatron_ext.models.config import transformer_config
+from megatron_ext.training.optimizer import build_optimizer, optimizer_config
+from megatron_ext.training.schedule import build_scheduler
+from megatron_ext.training.step import train_step
+from tests.helpers.parallel import Layout
+
+#: Losses of one process and of another layout agree to this (measured: 1.1e-5).
+RELATIVE = 2e-5
+SEQUENCE, VOCABULARY, GLOBAL_BATCH = 16, 64, 4
+FLAGS = f"""
+    --num-layers 4 --hidden-size 32 --ffn-hidden-size 48 --num-attention-heads 4
+    --group-query-attention --num-query-groups 2 --seq-length {SEQUENCE} --max-position-embeddings {SEQUENCE}
+    --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear
+    --untie-embeddings-and-output-weights --hidden-dropout 0 --attention-dropout 0
+    --micro-batch-size 1 --global-batch-size {GLOBAL_BATCH} --lr 1e-2 --min-lr 1e-3 --lr-decay-style cosine
+    --lr-warmup-iters 2 --train-iters 20 --weight-decay 0.1 --clip-grad 1.0 --adam-beta2 0.95
+    --tokenizer-type NullTokenizer --vocab-size {VOCABULARY} --mock-data --make-vocab-size-divisible-by 16
+    --eval-iters 0
+"""
+
+PI_MODULES = """
+    --series-activation-order 2 --augmented-shortcuts 1 --augmented-shortcut-reduction 4 --pangu-init random
+"""
+
+
+def arguments(layout: Layout, *more: str, pi: str = PI_MODULES, device: str | None = None) -> Namespace:
+    """The arguments of a tiny run at ``layout``; ``pi`` are the flags of the PanGu-pi modules.
+
+    ``device`` assumes a machine, as for a command line that is checked for another one.
+    """
+    flags = [
+        *FLAGS.split(),
+        *pi.split(),
+        *("--tensor-model-parallel-size", str(layout.tp)),
+        *("--pipeline-model-parallel-size", str(layout.pp)),
+    ]
+    if layout.vpp:
+        flags += ["--num-layers-per-virtual-pipeline-stage", str(4 // layout.pp // layout.vpp)]
+    args = parse_args([*flags, *more], world_size=layout.world_size, device=device)
+    args.padded_vocab_size = VOCABULARY + 16
+    args.tokenizer_sha256 = "0" * 64
+    return args
+
+
+@dataclass
+class Run:
+    """Model, optimizer and scheduler of a tiny run, and what it did so far."""
+
+    args: Namespace
+    iteration: int = 0
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        args = self.args
+        num_microbatches_calculator.unset_num_microbatches_calculator()
+        num_microbatches_calculator.init_num_microbatches_calculator(
+            0, None, args.global_batch_size, args.micro_batch_size, args.data_parallel_size
+        )
+        config = transformer_config(args)
+        self.model = wrap_for_training(build_model(config, args), config, ddp_config(args))
+        self.optimizer = build_optimizer(optimizer_config(args), self.model)
+        self.scheduler = build_scheduler(self.optimizer, args)
+        config.grad_scale_func = self.optimizer.scale_loss
+        config.finalize_model_grads_func = finalize_model_grads
+        for chunk in self.model:
+            chunk.train()
+
+    @property
+    def parts(self) -> dict:
+        """What is saved and loaded."""
+        return dict(model=self.model, optimizer=self.optimizer, scheduler=self.scheduler, args=self.args)
+
+    @property
+    def run_state(self) -> dict:
+        return {"consumed_train_samples": self.iteration * GLOBAL_BATCH, "round": 2}
+
+    def train(self, steps: int, before_update: Callable[[], None] = lambda: None) -> "Run":
+        """Train ``steps`` iterations on tokens that depend on iteration and sample alone."""
+        for _ in range(steps):
+            iterators = [iter(self._microbatches()) for _ in self.model]
+            parts = self.model, self.optimizer, self.scheduler
+            result = train_step(iterators, *parts, self.args, before_update=before_update)
+            self.iteration += 1
+            last_stage = parallel_state.get_pipeline_model_parallel_last_rank()
+            loss = torch.tensor([result.lm_loss], dtype=torch.float64)
+            if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+                torch.distributed.broadcast(
+                    loss, last_stage, group=parallel_state.get_pipeline_model_parallel_group()
+                )
+            self.losses.append(loss.item())
+            self.norms.append(result.grad_norm)
+        return self
+
+    def _microbatches(self):
+        rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        for sample in range(rank, GLOBAL_BATCH, size):
+            generator = torch.Generator().manual_seed(1000 * self.iteration + sample)
+            tokens = torch.randint(VOCABULARY // 2, (1, SEQUENCE + 1), generator=generator)
+            yield {
+                "tokens": tokens[:, :-1],
+                "labels": tokens[:, 1:],
+                "loss_mask": torch.ones(1, SEQUENCE),
+                "position_ids": torch.arange(SEQUENCE)[None],
+            }
+
+    def bits(self) -> list[bytes]:
+        """Parameters and optimizer state of this rank, bit for bit."""
+        tensors = [p.detach() for chunk in self.model for p in chunk.parameters()]
+        for optimizer in self.optimizer.chained_optimizers:
+            for group in optimizer.optimizer.param_groups:
+                for p in group["params"]:
+                    tensors += [p.detach(), *optimizer.optimizer.state[p].values()]
+        return [t.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for t in tensors]

@@ -1,0 +1,223 @@
+"""What a model computes is taken from its checkpoint and never contradicted; one table says what that is."""
+
+import ast
+import inspect
+from argparse import Namespace
+from pathlib import Path
+from typing import Literal, get_args, get_origin
+
+import pytest
+import torch
+
+from megatron_ext.arguments.parser import CommandLineError, read_args
+from megatron_ext.arguments.refused import known_to_upstream
+from megatron_ext.config import model_function, options, sections
+from megatron_ext.interchange import shape
+from megatron_ext.models import builder
+
+RUN = """--mock-data --tokenizer-type NullTokenizer --vocab-size 99 --lr 1e-3 --train-iters 10
+    --micro-batch-size 2"""
+LLAMA = """--num-layers 2 --hidden-size 64 --ffn-hidden-size 96 --num-attention-heads 4 --kv-channels 16
+    --group-query-attention --num-query-groups 1 --max-position-embeddings 64 --position-embedding-type rope
+    --rotary-base 500000 --rotary-percent 0.5 --rotary-seq-len-interpolation-factor 2 --use-rope-scaling
+    --rope-scaling-factor 32 --swiglu --normalization RMSNorm --norm-epsilon 1e-6 --disable-bias-linear
+    --add-qkv-bias --qk-layernorm --untie-embeddings-and-output-weights --series-activation-order 2
+    --augmented-shortcuts 1 --augmented-shortcut-reduction 16"""
+GPT = """--num-layers 2 --hidden-size 64 --num-attention-heads 4 --max-position-embeddings 64
+    --position-embedding-type learned_absolute"""
+
+
+def read(line: str) -> Namespace:
+    return read_args(f"{RUN} --seq-length 32 {line}".split(), world_size=1, device="cpu")
+
+
+def problems_of(line: str) -> str:
+    with pytest.raises(CommandLineError) as caught:
+        read(line)
+    return str(caught.value)
+
+
+def checkpoint(folder: Path, args: Namespace, iteration: int = 1) -> Path:
+    """A folder whose checkpoint says ``args``; there is nothing else in it."""
+    place = folder / f"iter_{iteration:07d}"
+    place.mkdir(parents=True)
+    torch.save({"args": args}, place / "common.pt")
+    with open(place / "__0_0.distcp", "wb") as tensors:
+        tensors.truncate(1 << 30)  # as large as any of these models, without taking room
+    (folder / "latest_checkpointed_iteration.txt").write_text(str(iteration))
+    return folder
+
+
+def another(name: str, value):
+    """A value of the option that is not ``value``."""
+    kind = options()[name].annotation
+    if isinstance(value, bool):
+        return not value
+    if get_origin(kind) is Literal:
+        return next(choice for choice in get_args(kind) if choice != value)
+    return 3 if value is None else value * 2
+
+
+def test_every_flag_of_the_model_is_compared_or_said_not_to_matter():
+    """A new option is compared as long as nobody writes down why it need not be."""
+    flags = {option.name for title in ("PanGu-pi", "model") for option in sections()[title]}
+    assert flags == {*model_function.names()} | model_function.NOT_THE_FUNCTION
+    assert not {*model_function.names()} & model_function.NOT_THE_FUNCTION
+
+
+@pytest.mark.parametrize("name", model_function.names())
+def test_a_difference_of_any_is_seen(name):
+    seen = []
+    for line in (LLAMA, GPT):
+        saved = read(line)
+        changed = Namespace(**vars(saved) | {name: another(name, getattr(saved, name))})
+        seen += model_function.differences(saved, changed)
+        assert model_function.differences(saved, saved) == []
+    assert any(model_function.spelled(name) in difference for difference in seen)
+
+
+def test_what_a_model_is_built_from_is_compared():
+    tree = ast.parse(inspect.getsource(builder))
+    read_there = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args"
+    }
+    assert read_there - {*model_function.names()} == {"padded_vocab_size", "seed"}
+
+
+def test_what_a_model_is_exchanged_by_is_the_same_list():
+    """What an exchanged model cannot say must have the one value that it then has."""
+    carried = {field for field in shape.ModelShape.__dataclass_fields__} | {
+        *("untie_embeddings_and_output_weights", "add_qkv_bias", "layernorm_epsilon", "use_rope_scaling"),
+        "group_query_attention",
+    }
+    assert {*model_function.names()} - carried == {*shape.LLAMA}
+
+
+#: Flags of Megatron-LM that matter only beside one of ALWAYS, or that change rounding or training alone.
+OF_THOSE = {
+    *("--q-lora-rank", "--kv-lora-rank", "--qk-head-dim", "--qk-pos-emb-head-dim", "--v-head-dim"),
+    *("--rotary-scaling-factor", "--mscale", "--mscale-all-dim", "--cache-mla-latents"),
+    *("--dsa-indexer-n-heads", "--dsa-indexer-head-dim", "--dsa-indexer-topk", "--dsa-indexer-loss-coeff"),
+    *("--dsa-indexer-use-sparse-loss", "--linear-conv-kernel-dim", "--linear-key-head-dim"),
+    *("--linear-value-head-dim", "--linear-num-key-heads", "--linear-num-value-heads"),
+    *("--window-attn-skip-freq", "--qk-clip", "--qk-clip-alpha", "--qk-clip-threshold"),
+    *("--log-max-attention-logit", "--apply-query-key-layer-scaling", "--relative-attention-num-buckets"),
+    *("--relative-attention-max-distance", "--encoder-num-layers", "--decoder-num-layers"),
+    *("--encoder-seq-length", "--decoder-seq-length", "--use-te-activation-func", "--bert-no-binary-head"),
+    *("--mamba-state-dim", "--mamba-head-dim", "--mamba-num-groups", "--mamba-num-heads"),
+    *("--disable-mamba-mem-eff-path", "--hybrid-attention-ratio", "--hybrid-mlp-ratio"),
+    *("--mtp-loss-scaling-factor", "--mtp-standalone", "--use-legacy-models"),
+}  # fmt: skip
+
+
+def test_each_of_upstreams_other_architectures_is_noticed():
+    reasons = ("attention is causal", "the model is a pre-norm decoder")
+    flags = {flag for flag, reason in known_to_upstream().items() if reason.startswith(reasons)}
+    watched = {"--" + name.replace("_", "-") for name in model_function.ALWAYS}
+    assert flags - watched == OF_THOSE
+    assert watched - flags == {"--num-experts", "--layernorm-zero-centered-gamma", "--softmax-scale"}
+
+
+def test_what_the_command_line_leaves_open_is_taken(tmp_path, capsys):
+    saved = read(LLAMA)
+    args = read(f"--load {checkpoint(tmp_path, saved)}")
+    assert model_function.function_of(args) == model_function.function_of(saved)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"taken from the checkpoint in --load {tmp_path}: --num-layers 2, ")
+    assert "--rotary-base 500000" in line and "--norm-epsilon (layernorm_epsilon) 1e-06" in line
+
+
+def test_nothing_is_said_where_nothing_changes(tmp_path, capsys):
+    read(f"{LLAMA} --load {checkpoint(tmp_path, read(LLAMA))}")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        ("--rotary-base 10000", "--rotary-base: checkpoint 500000, this run 10000"),
+        ("--norm-epsilon 1e-5", "--norm-epsilon (layernorm_epsilon): checkpoint 1e-06, this run 1e-05"),
+        ("--position-embedding-type none", "--position-embedding-type: checkpoint rope, this run none"),
+        ("--rope-scaling-factor 8", "--rope-scaling-factor: checkpoint 32.0, this run 8.0"),
+        ("--normalization LayerNorm", "--normalization: checkpoint RMSNorm, this run LayerNorm"),
+        ("--quick-geglu", "--quick-geglu: checkpoint False, this run True"),
+        ("--num-query-groups 2 --group-query-attention", "--num-query-groups: checkpoint 1, this run 2"),
+        ("--augmented-shortcut-reduction 32", "--augmented-shortcut-reduction: checkpoint 16, this run 32"),
+        ("--model-preset tiny", "--num-layers: checkpoint 2, this run 8"),
+    ],
+)
+@pytest.mark.parametrize("way", ["--load {}", "--load {}/none --pretrained-checkpoint {}"])
+def test_what_is_typed_must_not_contradict(tmp_path, typed, told, way):
+    folder = checkpoint(tmp_path, read(LLAMA))
+    text = problems_of(f"{way.format(folder, folder)} {typed}")
+    assert told in text and "of another model" in text
+    assert f"checkpoint in {way.split()[-2]} {folder}" in text
+
+
+def test_a_preset_that_says_the_same_goes_on(tmp_path):
+    folder = checkpoint(tmp_path, read("--model-preset tiny"))
+    assert read(f"--model-preset tiny --load {folder}").augmented_shortcuts == 1
+
+
+def test_a_preset_gives_way_to_the_checkpoint_where_that_is_asked_for(tmp_path):
+    folder = checkpoint(tmp_path, read(f"{LLAMA} --hidden-dropout 0.25"))
+    args = read(f"--model-preset tiny --use-checkpoint-args --load {folder}")
+    assert (args.rotary_base, args.num_layers, args.hidden_dropout) == (500000, 2, 0.25)
+    assert "--rotary-base: checkpoint 500000, this run 7" in problems_of(
+        f"--use-checkpoint-args --load {folder} --rotary-base 7"
+    )
+
+
+def test_as_many_groups_as_heads_are_none():
+    plain, grouped = read(GPT), read(f"{GPT} --group-query-attention --num-query-groups 4")
+    assert model_function.differences(plain, grouped) == []
+    assert model_function.differences(plain, read(f"{GPT} --group-query-attention --num-query-groups 2"))
+
+
+def test_positions_matter_where_they_are_learned():
+    assert model_function.differences(read(GPT), read(f"{GPT} --max-position-embeddings 128"))
+    assert not model_function.differences(read(LLAMA), read(f"{LLAMA} --max-position-embeddings 128"))
+
+
+#: Of an older version of Megatron-LM, without the options of later ones and of ours.
+UPSTREAM = Namespace(
+    num_layers=2, hidden_size=64, ffn_hidden_size=256, num_attention_heads=4, kv_channels=16,
+    norm_epsilon=1e-6, group_query_attention=False, num_query_groups=1, position_embedding_type="rope",
+    max_position_embeddings=64, add_bias_linear=True, normalization="RMSNorm", swiglu=False,
+    untie_embeddings_and_output_weights=True,
+)  # fmt: skip
+
+
+def test_what_an_older_megatron_lm_does_not_say_is_its_default(tmp_path):
+    folder = checkpoint(tmp_path, UPSTREAM)
+    args = read(f"--load {folder}")
+    assert (args.normalization, args.rotary_base, args.add_qkv_bias) == ("RMSNorm", 10000, True)
+    assert args.layernorm_epsilon == 1e-6
+    found = problems_of(f"--load {folder} --rotary-base 1000000 --use-rope-scaling --norm-epsilon 1e-5")
+    for flag in ("--rotary-base", "--use-rope-scaling", "--norm-epsilon"):
+        assert f"{flag}: checkpoint" in found or f"{flag} (layernorm_epsilon): checkpoint" in found
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("apply_layernorm_1p", True),
+        ("rotary_interleaved", True),
+        ("window_size", (128, 0)),
+        ("num_experts", 8),
+        ("rope_type", "yarn"),
+        ("glu_linear_offset", 1.0),
+    ],
+)
+def test_a_model_that_no_flag_here_describes_is_refused(tmp_path, name, value):
+    folder = checkpoint(tmp_path, Namespace(**vars(UPSTREAM) | {name: value}))
+    assert f"{name} (Megatron-LM's): checkpoint {value}" in problems_of(f"--load {folder}")
+
+
+def test_one_that_cannot_be_read_leaves_it_to_the_one_before(tmp_path):
+    checkpoint(tmp_path, read(LLAMA), 1)
+    newest = checkpoint(tmp_path, read(LLAMA), 2) / "iter_0000002" / "common.pt"
+    newest.write_bytes(newest.read_bytes()[:100])
+    assert read(f"--load {tmp_path}").rotary_base == 500000

@@ -1,0 +1,105 @@
+"""Causal attention in one pass: the formula's values and gradients, for every instruction set and shape."""
+
+import pytest
+import torch
+
+from megatron_ext.kernels import attention, fused
+from tests.helpers.models import positions, small_config, small_model, tokens
+
+needs_kernels = pytest.mark.skipif(not fused.available(), reason="the C++ kernels were not built")
+INSTRUCTION_SETS = fused._kernels.isa_names() if fused.available() else []
+
+
+def angles(length: int, rotated: int) -> torch.Tensor | None:
+    half = 3 * torch.randn(length, 1, 1, rotated // 2)
+    return torch.cat((half, half), -1) if rotated else None
+
+
+def value_and_gradient(function, qkv, heads_per_group, width, freqs, grad):
+    qkv = qkv.clone().requires_grad_()
+    out = function(qkv, heads_per_group, width, freqs, width**-0.5)
+    out.backward(grad.to(out.dtype))
+    return out.detach().double(), qkv.grad.double()
+
+
+@needs_kernels
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("length", "batch", "groups", "heads", "width", "rotated"),
+    [
+        (1, 1, 1, 1, 16, 16),
+        (5, 2, 1, 1, 16, 0),
+        (64, 1, 2, 1, 32, 32),  # exactly one block
+        (130, 2, 2, 3, 64, 24),  # three blocks, grouped queries, part of a head rotated
+        (97, 1, 1, 2, 112, 112),  # a width that is no multiple of a panel
+    ],
+)
+def test_equals_the_formula(isa, dtype, length, batch, groups, heads, width, rotated):
+    torch.manual_seed(length)
+    qkv = torch.randn(length, batch, groups, (heads + 2) * width).to(dtype)
+    freqs, grad = angles(length, rotated), torch.randn(length, batch, groups * heads * width).to(dtype)
+    before = fused._kernels.isa()
+    fused._kernels.use_isa(isa)
+    try:
+        found = value_and_gradient(attention.causal_attention, qkv, heads, width, freqs, grad)
+    finally:
+        fused._kernels.use_isa(before)
+    exact = value_and_gradient(
+        attention.causal_attention_reference, qkv.double(), heads, width,
+        None if freqs is None else freqs.double(), grad,
+    )  # fmt: skip
+    tolerance = 2e-6 if dtype == torch.float32 else 1e-2
+    for mine, theirs in zip(found, exact, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=tolerance * theirs.abs().max().item())
+
+
+@needs_kernels
+def test_large_scores_do_not_overflow():
+    qkv = 60 * torch.randn(80, 1, 1, 3 * 16)
+    grad = torch.randn(80, 1, 16)
+    found = value_and_gradient(attention.causal_attention, qkv, 1, 16, None, grad)
+    exact = value_and_gradient(attention.causal_attention_reference, qkv.double(), 1, 16, None, grad)
+    for mine, theirs in zip(found, exact, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-3 * theirs.abs().max().item())
+
+
+@needs_kernels
+def test_threads_change_no_bit():
+    qkv, freqs, grad = torch.randn(200, 2, 2, 4 * 32), angles(200, 32), torch.randn(200, 2, 2 * 2 * 32)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            found.append(value_and_gradient(attention.causal_attention, qkv, 2, 32, freqs, grad))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, three) for one, three in zip(*found, strict=True))
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="causal_attention needs qkv"):
+        attention.causal_attention(torch.randn(4, 1, 1, 50), 1, 16, None, 1.0)
+    with pytest.raises(ValueError, match="even rot <= d"):
+        attention.causal_attention(torch.randn(4, 1, 1, 48), 1, 16, torch.randn(5, 1, 1, 16), 1.0)
+
+
+@needs_kernels
+@pytest.mark.parametrize("groups", [2, 4], ids=["gqa", "mha"])
+def test_model_uses_it_and_stays_the_same(single_process, monkeypatch, groups):
+    """The one pass against Megatron-Core's split, rotation and core attention, in a whole model."""
+    model, ids = small_model(small_config(num_query_groups=groups))[0], tokens()
+    calls = []
+    kernel = attention.causal_attention
+    monkeypatch.setattr(attention, "causal_attention", lambda *args: calls.append(args) or kernel(*args))
+    found = []
+    for takes in (attention.takes, lambda *args: False):
+        monkeypatch.setattr(attention, "takes", takes)
+        model.zero_grad()
+        loss = model(ids, positions(ids), None, labels=ids.roll(-1, 1)).mean()
+        loss.backward()
+        found.append((loss.detach(), [parameter.grad for parameter in model.parameters()]))
+    assert len(calls) == 2  # once a layer, in the first run alone
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-6, atol=0)
+    for one, other in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * other.abs().max().item())
