@@ -53,7 +53,7 @@ def build_datasets(args: Namespace, tokenizer, sizes: Sequence[int | None]) -> t
         DatasetError: on every rank, if data is missing, damaged, of another tokenizer, too small,
             or the index cannot be stored.
     """
-    config = on_every_rank(lambda: dataset_config(args, tokenizer))
+    config = on_every_rank(lambda: dataset_config(args, tokenizer), error=DatasetError)
     for split in Split:
         if sizes[split.value] == 0:
             _leave_out(config, split)
@@ -69,8 +69,8 @@ def build_datasets(args: Namespace, tokenizer, sizes: Sequence[int | None]) -> t
         _check_data(config, sizes, tokenizer, args.split)
         return _fill_cache(kind, sizes, config)
 
-    config.path_to_cache = on_first_rank(prepare)
-    return tuple(on_every_rank(lambda: _build(kind, sizes, config)))
+    config.path_to_cache = on_first_rank(prepare, error=DatasetError)
+    return tuple(on_every_rank(lambda: _build(kind, sizes, config), error=DatasetError))
 
 
 def _leave_out(config: GPTDatasetConfig, split: Split) -> None:

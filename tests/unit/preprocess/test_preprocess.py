@@ -316,7 +316,7 @@ def wait_for_end_of_group(group: int) -> None:
 
 def test_killed_at_any_moment_it_goes_on(model, tmp_path):
     """kill -9 of the run, three times at random; then it ends with upstream's bytes and reused parts."""
-    texts = corpora.documents(6000)
+    texts = corpora.documents(12000)
     source = corpora.write_jsonl(tmp_path / "in.jsonl", texts)
     expected = corpora.upstream(tmp_path / "upstream", texts, model)
     work, rng = tmp_path / "out_preprocess_work", random.Random()

@@ -306,7 +306,7 @@ def test_ctrl_c_ends_without_a_stack(when):
     sleep = "print('ready', flush=True); time.sleep(60)"
     script = ENDINGS.format(body=sleep)
     if when == "while importing":
-        script = f"import time\nfrom megatron_ext import command\n{sleep}"
+        script = f"import time\nfrom megatron_ext.common import command\n{sleep}"
     process = subprocess.Popen(
         [sys.executable, "-c", script], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )

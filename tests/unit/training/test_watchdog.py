@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_ext import platform
-from megatron_ext.checkpoint import errors
+from megatron_ext.platform import collective
 from megatron_ext.training.watchdog import _lost_connection
 
 NCCL = "NCCL error in: ProcessGroupNCCL.cpp:3356, {kind}, NCCL version 2.27.5\n{last}"
@@ -36,7 +36,7 @@ def timeouts() -> list[float]:
     """Of the world, and of the control group that it would have if it were nccl's."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.distributed, "get_backend", lambda group: "nccl")
-        group = errors._control_group.__wrapped__(torch.distributed.group.WORLD)
+        group = collective._control_group.__wrapped__(torch.distributed.group.WORLD)
     own = torch.distributed.group.WORLD
     return [platform.group_timeout(each).total_seconds() for each in (own, group)]
 
