@@ -12,9 +12,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_ext.kernels.fused import _is_bf16, _kernels, takes
+from megatron_ext.kernels import fused, launch
+from megatron_ext.kernels.fused import _is_bf16, _kernels
 
 Group = dist.ProcessGroup | None
+
+
+def takes(logits: Tensor) -> bool:
+    """Whether a kernel can take these: C++ on a CPU, Triton on a GPU."""
+    return fused.takes(logits) or launch.takes(logits)
 
 
 def width_of_shard(columns: int, first: int, vocab_size: int | None) -> int:
@@ -74,10 +80,15 @@ def cross_entropy_stats(
     if not takes(logits):
         return cross_entropy_stats_reference(logits, target, first, width)
     rows, columns = logits.shape
+    width = columns if width is None else width
     logits, target = logits.contiguous(), target.contiguous()
+    if not fused.takes(logits):
+        from megatron_ext.kernels import triton_cross_entropy
+
+        return triton_cross_entropy.cross_entropy_stats(logits, target, first, width)
     stats = tuple(torch.empty(rows, dtype=torch.float32) for _ in range(3))
     addresses = (logits.data_ptr(), target.data_ptr(), first, *(t.data_ptr() for t in stats))
-    sizes = rows, columns if width is None else width, columns
+    sizes = rows, width, columns
     _kernels.cross_entropy_stats(_is_bf16(logits), *addresses, *sizes, torch.get_num_threads())
     return stats
 
@@ -115,8 +126,14 @@ def cross_entropy_grad_(
         wide[torch.arange(len(wide), device=wide.device), column] -= grad * ours
         return logits.copy_(wide.masked_fill_(_padding(logits, width), 0.0))
     rows, columns = logits.shape
+    width = columns if width is None else width
     vectors = [t.to(torch.float32).contiguous() for t in (top, total, grad)]
     target = target.contiguous()
+    torch.autograd.graph.increment_version(logits)  # written behind autograd's back
+    if not fused.takes(logits):
+        from megatron_ext.kernels import triton_cross_entropy
+
+        return triton_cross_entropy.cross_entropy_grad_(logits, target, first, *vectors, width)
     addresses = (
         logits.data_ptr(),
         target.data_ptr(),
@@ -124,9 +141,8 @@ def cross_entropy_grad_(
         *(t.data_ptr() for t in vectors),
         logits.data_ptr(),
     )
-    sizes = rows, columns if width is None else width, columns
+    sizes = rows, width, columns
     _kernels.cross_entropy_grad(_is_bf16(logits), *addresses, *sizes, torch.get_num_threads())
-    torch.autograd.graph.increment_version(logits)  # written behind autograd's back
     return logits
 
 

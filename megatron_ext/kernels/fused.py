@@ -1,10 +1,10 @@
 """Fused element-wise operators of the training step, each beside its formula in plain PyTorch.
 
 On a CPU they run in the C++ extension ``megatron_ext._kernels``: forward and backward are one pass
-over memory each, arithmetic in float32, storage in float32 or bfloat16. The ``*_reference``
-functions are the formulas as they stand; they are used where the extension was not built, for other
-dtypes, and on a GPU (there the series activation runs in Triton where that is installed). Gradients
-are the same functions of the same tensors either way. docs/kernels.md has the numerics.
+over memory each, arithmetic in float32, storage in float32 or bfloat16. On a GPU those that torch does
+not fuse itself run in Triton, where it is installed (``launch.py``). The ``*_reference`` functions are
+the formulas as they stand, used elsewhere and for other dtypes. Gradients are the same functions of the
+same tensors either way. docs/kernels.md has the numerics.
 """
 
 import logging
@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from megatron_ext.kernels import launch
 
 #: Raised with every change of the extension's functions; kAbi in csrc/kernels.cpp.
 _ABI = 1
@@ -130,11 +132,10 @@ def series_swiglu(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
         raise ValueError(f"series_swiglu needs x [..., 2 f] and scale, bias [n, f]; got {shapes}")
     if takes(x) and all(t.device.type == "cpu" and t.dtype in _STORAGE for t in (scale, bias)):
         return _SeriesSwiGLU.apply(x, scale, bias)
-    if x.is_cuda and x.dtype in _STORAGE:
+    if launch.takes(x, scale, bias):
         from megatron_ext.kernels import triton_activation
 
-        if triton_activation.available():
-            return triton_activation.series_swiglu(x, scale, bias)
+        return triton_activation.series_swiglu(x, scale, bias)
     return series_swiglu_reference(x, scale, bias)
 
 
@@ -253,5 +254,9 @@ def apply_rope(t: Tensor, freqs: Tensor, *, inplace: bool = False) -> Tensor:
         raise ValueError(f"apply_rope needs t [s, b, n, d] and freqs [s, 1, 1, even rot <= d]; got {shapes}")
     if takes(t) and not (inplace and t.stride(-1) != 1):
         return _RoPE.apply(t, freqs, inplace)
+    if launch.takes(t) and not (inplace and t.stride(-1) != 1):
+        from megatron_ext.kernels import triton_rope
+
+        return triton_rope.apply_rope(t, freqs, inplace=inplace)
     result = apply_rope_reference(t, freqs)
     return t.copy_(result) if inplace else result

@@ -1,5 +1,6 @@
-"""Rotary position embedding in one pass, in the place where Megatron-Core looks for its own."""
+"""Rotary position embedding in one pass, in the places where Megatron-Core looks for its own."""
 
+import torch
 from torch import Tensor
 
 from megatron_ext.kernels import fused
@@ -14,8 +15,45 @@ def apply_rotary(
 ) -> Tensor:
     """t * cos(freqs) + rotate_half(t) * sin(freqs); [s, b, n, d], [s, 1, 1, rot] -> [s, b, n, d].
 
-    Stands for rope_utils.py:_apply_rotary_pos_emb_bshd on a CPU; the signature is upstream's. The
+    Stands for rope_utils.py:_apply_rotary_pos_emb_bshd; the signature is upstream's. The
     argument rules leave only halves rotated, without scaling of the magnitudes.
     """
     assert not rotary_interleaved and not multi_latent_attention and mscale == 1.0
     return fused.apply_rope(t, freqs)
+
+
+def provide_rope() -> None:
+    """Let Megatron-Core rotate by :func:`apply_rotary` on a GPU too, where no seam puts it in its place.
+
+    Transformer Engine's own fused rotation goes before it (rope_utils.py 237, ``apply_rope_fusion``).
+    """
+    from megatron.core.models.common.embeddings import rope_utils
+
+    rope_utils._apply_rotary_pos_emb_bshd = apply_rotary
+
+
+def split_and_rotate_reference(
+    qkv: Tensor, members: int, d: int, freqs: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The split in plain PyTorch; see :func:`split_and_rotate`."""
+    s, b, groups, _ = qkv.shape
+    q, k, v = torch.split(qkv, [members * d, d, d], dim=-1)
+    q = q.reshape(s, b, groups * members, d)
+    return fused.apply_rope_reference(q, freqs), fused.apply_rope_reference(k, freqs), v
+
+
+def split_and_rotate(qkv: Tensor, members: int, d: int, freqs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotated queries, rotated keys and values of a joint projection; on a GPU (``launch.takes``).
+
+    One kernel for each of queries and keys; backward writes the gradient of the whole projection, where
+    autograd would join three.
+
+    Args:
+        qkv: [s, b, groups, (members + 2) d]: query heads, then key and value, of each group.
+        freqs: angles [s, 1, 1, rot], rot <= d and even; no gradient flows to them.
+    Returns:
+        [s, b, groups * members, d], [s, b, groups, d] and [s, b, groups, d], the last a view of ``qkv``.
+    """
+    from megatron_ext.kernels import triton_rope
+
+    return triton_rope.split_and_rotate(qkv, members, d, freqs)

@@ -10,72 +10,65 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # not installed, or broken: megatron_ext/common/optional.py
-    triton = None
+from megatron_ext.kernels.launch import launch
+from megatron_ext.kernels.triton_language import blocks, jit, power_of_2, tl
+
+# Shapes: BLOCK columns of f, TERMS = n rounded up to a power of two (Triton's tiles ask for it);
+# the rows that n does not fill are masked to z = 0, which adds nothing.
 
 
-def available() -> bool:
-    """Whether Triton is installed and imports."""
-    return triton is not None
+@jit
+def _parameters(a, b, column, n, f, TERMS: tl.constexpr):
+    term = tl.arange(0, TERMS)[:, None]
+    real = (term < n) & (column < f)[None, :]
+    at = term * f + column[None, :]
+    scale = tl.load(a + at, mask=real, other=0.0).to(tl.float32)
+    bias = tl.load(b + at, mask=real, other=0.0).to(tl.float32)
+    return at, real, scale, bias  # [TERMS, BLOCK] each
 
 
-if available():
-    # Shapes: BLOCK columns of f, TERMS = n rounded up to a power of two (Triton's tiles ask for it);
-    # the rows that n does not fill are masked to z = 0, which adds nothing.
+@jit
+def _forward_kernel(x, a, b, y, rows, n, f, ROWS: tl.constexpr, TERMS: tl.constexpr, BLOCK: tl.constexpr):
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    at, real, scale, bias = _parameters(a, b, column, n, f, TERMS)
+    inside = column < f
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    for row in range(first, tl.minimum(first + ROWS, rows)):
+        gate = tl.load(x + row * 2 * f + column, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(x + row * 2 * f + f + column, mask=inside, other=0.0).to(tl.float32)
+        z = tl.where(real, scale * gate[None, :] + bias, 0.0)
+        total = tl.sum(z * tl.sigmoid(z), axis=0)
+        tl.store(y + row * f + column, (total * up).to(y.dtype.element_ty), mask=inside)
 
-    @triton.jit
-    def _parameters(a, b, column, n, f, TERMS: tl.constexpr):
-        term = tl.arange(0, TERMS)[:, None]
-        real = (term < n) & (column < f)[None, :]
-        at = term * f + column[None, :]
-        scale = tl.load(a + at, mask=real, other=0.0).to(tl.float32)
-        bias = tl.load(b + at, mask=real, other=0.0).to(tl.float32)
-        return at, real, scale, bias  # [TERMS, BLOCK] each
 
-    @triton.jit
-    def _forward_kernel(x, a, b, y, rows, n, f, ROWS: tl.constexpr, TERMS: tl.constexpr, BLOCK: tl.constexpr):
-        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        at, real, scale, bias = _parameters(a, b, column, n, f, TERMS)
-        inside = column < f
-        first = tl.program_id(0).to(tl.int64) * ROWS
-        for row in range(first, tl.minimum(first + ROWS, rows)):
-            gate = tl.load(x + row * 2 * f + column, mask=inside, other=0.0).to(tl.float32)
-            up = tl.load(x + row * 2 * f + f + column, mask=inside, other=0.0).to(tl.float32)
-            z = tl.where(real, scale * gate[None, :] + bias, 0.0)
-            total = tl.sum(z * tl.sigmoid(z), axis=0)
-            tl.store(y + row * f + column, (total * up).to(y.dtype.element_ty), mask=inside)
-
-    @triton.jit
-    def _backward_kernel(
-        x, a, b, dy, dx, sums, rows, n, f, ROWS: tl.constexpr, TERMS: tl.constexpr, BLOCK: tl.constexpr
-    ):
-        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        at, real, scale, bias = _parameters(a, b, column, n, f, TERMS)
-        inside = column < f
-        first = tl.program_id(0).to(tl.int64) * ROWS
-        da = tl.zeros([TERMS, BLOCK], tl.float32)
-        db = tl.zeros([TERMS, BLOCK], tl.float32)
-        for row in range(first, tl.minimum(first + ROWS, rows)):
-            gate = tl.load(x + row * 2 * f + column, mask=inside, other=0.0).to(tl.float32)
-            up = tl.load(x + row * 2 * f + f + column, mask=inside, other=0.0).to(tl.float32)
-            grad = tl.load(dy + row * f + column, mask=inside, other=0.0).to(tl.float32)
-            z = tl.where(real, scale * gate[None, :] + bias, 0.0)
-            s = tl.sigmoid(z)
-            slope = s * (1.0 + z * (1.0 - s))
-            gate_grad = grad * up
-            d_gate = gate_grad * tl.sum(scale * slope, axis=0)
-            d_up = grad * tl.sum(z * s, axis=0)
-            q = gate_grad[None, :] * slope
-            da += q * gate[None, :]
-            db += q
-            tl.store(dx + row * 2 * f + column, d_gate.to(dx.dtype.element_ty), mask=inside)
-            tl.store(dx + row * 2 * f + f + column, d_up.to(dx.dtype.element_ty), mask=inside)
-        share = sums + tl.program_id(0).to(tl.int64) * 2 * n * f  # [blocks of rows, 2, n, f]
-        tl.store(share + at, da, mask=real)
-        tl.store(share + n * f + at, db, mask=real)
+@jit
+def _backward_kernel(
+    x, a, b, dy, dx, sums, rows, n, f, ROWS: tl.constexpr, TERMS: tl.constexpr, BLOCK: tl.constexpr
+):
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    at, real, scale, bias = _parameters(a, b, column, n, f, TERMS)
+    inside = column < f
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    da = tl.zeros([TERMS, BLOCK], tl.float32)
+    db = tl.zeros([TERMS, BLOCK], tl.float32)
+    for row in range(first, tl.minimum(first + ROWS, rows)):
+        gate = tl.load(x + row * 2 * f + column, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(x + row * 2 * f + f + column, mask=inside, other=0.0).to(tl.float32)
+        grad = tl.load(dy + row * f + column, mask=inside, other=0.0).to(tl.float32)
+        z = tl.where(real, scale * gate[None, :] + bias, 0.0)
+        s = tl.sigmoid(z)
+        slope = s * (1.0 + z * (1.0 - s))
+        gate_grad = grad * up
+        d_gate = gate_grad * tl.sum(scale * slope, axis=0)
+        d_up = grad * tl.sum(z * s, axis=0)
+        q = gate_grad[None, :] * slope
+        da += q * gate[None, :]
+        db += q
+        tl.store(dx + row * 2 * f + column, d_gate.to(dx.dtype.element_ty), mask=inside)
+        tl.store(dx + row * 2 * f + f + column, d_up.to(dx.dtype.element_ty), mask=inside)
+    share = sums + tl.program_id(0).to(tl.int64) * 2 * n * f  # [blocks of rows, 2, n, f]
+    tl.store(share + at, da, mask=real)
+    tl.store(share + n * f + at, db, mask=real)
 
 
 _BLOCK = 256
@@ -84,8 +77,8 @@ _BACKWARD_ROWS = 64
 
 
 def _launch(rows: int, f: int, n: int, rows_a_program: int) -> tuple[tuple[int, int], dict[str, int]]:
-    grid = (triton.cdiv(rows, rows_a_program), triton.cdiv(f, _BLOCK))
-    return grid, dict(ROWS=rows_a_program, TERMS=triton.next_power_of_2(n), BLOCK=_BLOCK)
+    grid = (blocks(rows, rows_a_program), blocks(f, _BLOCK))
+    return grid, dict(ROWS=rows_a_program, TERMS=power_of_2(n), BLOCK=_BLOCK)
 
 
 class _SeriesSwiGLU(torch.autograd.Function):
@@ -97,7 +90,8 @@ class _SeriesSwiGLU(torch.autograd.Function):
         y = x.new_empty(*x.shape[:-1], f)
         if rows:
             grid, constants = _launch(rows, f, n, _FORWARD_ROWS)
-            _forward_kernel[grid](x, scale, bias, y, rows, n, f, **constants)
+            arguments = (x, scale, bias, y, rows, n, f)
+            launch(_forward_kernel, grid, arguments, (x, scale, bias), (y,), **constants)
         ctx.save_for_backward(x, scale, bias)
         return y
 
@@ -111,7 +105,9 @@ class _SeriesSwiGLU(torch.autograd.Function):
             return dx, torch.zeros_like(scale), torch.zeros_like(bias)
         grid, constants = _launch(rows, f, n, _BACKWARD_ROWS)
         sums = torch.empty(grid[0], 2, n, f, dtype=torch.float32, device=x.device)
-        _backward_kernel[grid](x, scale, bias, grad.contiguous(), dx, sums, rows, n, f, **constants)
+        grad = grad.contiguous()
+        arguments = (x, scale, bias, grad, dx, sums, rows, n, f)
+        launch(_backward_kernel, grid, arguments, (x, scale, bias, grad), (dx, sums), **constants)
         da, db = sums.sum(dim=0)
         return dx, da.to(scale.dtype), db.to(bias.dtype)
 

@@ -10,7 +10,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_ext.kernels import attention
+from megatron_ext.kernels import attention, launch, rope
 from megatron_ext.models.augmented_shortcut import AugmentedShortcut
 from megatron_ext.models.config import PanguProConfig
 
@@ -102,8 +102,11 @@ class AugmentedSelfAttention(SelfAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """[s, b, h] -> ([s, b, h], bias to be added or None)."""
         plain = attention_mask is None and all(value is None for value in kwargs.values())
+        freqs = rotary_pos_emb[0] if isinstance(rotary_pos_emb, tuple) else rotary_pos_emb
         if plain and self._in_one_pass(hidden_states):
-            output, bias = self._attend_in_one_pass(hidden_states, rotary_pos_emb)
+            output, bias = self._attend_in_one_pass(hidden_states, freqs)
+        elif plain and freqs is not None and self._on_the_joint_projection() and launch.takes(hidden_states):
+            output, bias = self._split_rotate_and_attend(hidden_states, freqs)
         else:
             output, bias = super().forward(
                 hidden_states, attention_mask, rotary_pos_emb=rotary_pos_emb, **kwargs
@@ -113,28 +116,41 @@ class AugmentedSelfAttention(SelfAttention):
         return output, bias
 
     def _in_one_pass(self, hidden_states: Tensor) -> bool:
-        """Whether rotation and attention can run as one kernel: on a CPU, nothing between or beside them."""
-        config, core = self.config, self.core_attention
+        """Whether rotation and attention can run as one kernel: on a CPU, without dropout."""
         return (
-            isinstance(core, ScaledDotProductAttention)
-            and attention.takes(hidden_states, config.kv_channels)
+            attention.takes(hidden_states, self.config.kv_channels)
+            and self._on_the_joint_projection()
+            and not (self.training and self.core_attention.dropout)
+        )
+
+    def _on_the_joint_projection(self) -> bool:
+        """Whether nothing stands between projection, rotation and causal attention, or beside them."""
+        config = self.config
+        return (
+            isinstance(self.core_attention, ScaledDotProductAttention)
             and self.attn_mask_type == AttnMaskType.causal
             and isinstance(self.q_layernorm, IdentityOp)
             and isinstance(self.k_layernorm, IdentityOp)
             and config.num_query_groups >= self.world_size
             and not (config.attention_output_gate or config.no_rope_freq or config.test_mode)
-            and not (self.checkpoint_core_attention or (self.training and core.dropout))
+            and not self.checkpoint_core_attention
         )
 
-    def _attend_in_one_pass(self, hidden_states: Tensor, freqs) -> tuple[Tensor, Tensor | None]:
-        """Project, attend, project back; the angles are the same for queries and keys."""
+    def _joint_projection(self, hidden_states: Tensor) -> tuple[Tensor, int, int]:
+        """[s, b, ng, (r + 2) * hn], the number r of query heads of a group, and hn."""
         mixed, _ = self.get_query_key_value_tensors(hidden_states, split_qkv=False)
         heads_per_group = self.num_attention_heads_per_partition // self.num_query_groups_per_partition
-        context = attention.causal_attention(
-            mixed,  # [s, b, ng, (np / ng + 2) * hn]
-            heads_per_group,
-            self.hidden_size_per_attention_head,
-            freqs[0] if isinstance(freqs, tuple) else freqs,
-            self.core_attention.scale,
-        )  # [s, b, np * hn]
-        return self.linear_proj(context)
+        return mixed, heads_per_group, self.hidden_size_per_attention_head
+
+    def _attend_in_one_pass(
+        self, hidden_states: Tensor, freqs: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Project, attend, project back; the angles are the same for queries and keys."""
+        projection = self._joint_projection(hidden_states)
+        context = attention.causal_attention(*projection, freqs, self.core_attention.scale)
+        return self.linear_proj(context)  # [s, b, np * hn] -> [s, b, h]
+
+    def _split_rotate_and_attend(self, hidden_states: Tensor, freqs: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The same on a GPU, where attention is torch's."""
+        query, key, value = rope.split_and_rotate(*self._joint_projection(hidden_states), freqs)
+        return self.linear_proj(self.core_attention(query, key, value))

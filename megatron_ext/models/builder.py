@@ -8,6 +8,7 @@ from megatron.core.transformer.module import Float16Module
 from torch import nn
 
 from megatron_ext import platform
+from megatron_ext.kernels.rope import provide_rope
 from megatron_ext.kernels.weight_gradient import provide_weight_gradients
 from megatron_ext.models.config import PanguProConfig, fields_of
 from megatron_ext.models.gpt_model import PanguModel
@@ -25,6 +26,8 @@ def build_model(
     ``drawn`` False the weights are whatever lay in memory, for a model that is filled at once.
     """
     provide_weight_gradients()
+    if platform.on_gpu():  # on a CPU a seam does it
+        provide_rope()
     stages = parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1
     chunks = [
         _build_chunk(config, args, vp_stage=stage if stages > 1 else None, parallel_output=parallel_output)

@@ -4,16 +4,11 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.utils import get_pg_rank
 from torch import Tensor
 
-from megatron_ext.kernels import fused, linear
-from megatron_ext.kernels.cross_entropy import (
-    mask_padding_,
-    vocab_parallel_cross_entropy,
-    width_of_shard,
-)
+from megatron_ext.kernels import cross_entropy, linear
 
 
 class PanguModel(GPTModel):
-    """GPTModel; on a CPU the cross entropy turns the logits into their gradient in place.
+    """GPTModel; with a kernel for it the cross entropy turns the logits into their gradient in place.
 
     The logits are the largest tensor of a small model's step ([s, b, vocabulary / tp]); Megatron's
     own loss makes several copies of them. The products of all linear layers, the output layer's
@@ -33,10 +28,10 @@ class PanguModel(GPTModel):
         """Labels [b, s] and logits [s, b, v / tp] -> losses [b, s] in nats, fp32."""
         group = self.pg_collection.tp
         first = get_pg_rank(group) * logits.size(-1)
-        if self.config.cross_entropy_loss_fusion or not fused.takes(logits):
-            width = width_of_shard(logits.size(-1), first, self.softmax_vocab_size)
-            return super().compute_language_model_loss(labels, mask_padding_(logits, width))
-        losses = vocab_parallel_cross_entropy(
+        if self.config.cross_entropy_loss_fusion or not cross_entropy.takes(logits):
+            width = cross_entropy.width_of_shard(logits.size(-1), first, self.softmax_vocab_size)
+            return super().compute_language_model_loss(labels, cross_entropy.mask_padding_(logits, width))
+        losses = cross_entropy.vocab_parallel_cross_entropy(
             logits,
             labels.transpose(0, 1).contiguous(),
             first=first,

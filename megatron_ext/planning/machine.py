@@ -112,8 +112,8 @@ def apex() -> Finding:
 
 
 def triton() -> Finding:
-    """Triton, for the series activation on a GPU."""
-    use = "fused series activation on a GPU"
+    """Triton, for the fused kernels on a GPU."""
+    use = "fused kernels on a GPU"
     command = "pip install triton" if _gpu_count() else ""
     return _optional("Triton", "triton", use, "plain PyTorch on a GPU; not used on a CPU", command)
 

@@ -74,7 +74,7 @@ stage_smoke() {
   tests smoke tests/gpu/test_smoke.py
 }
 stage_equality() { tests equality tests/gpu/test_traces.py -k "not fp8"; }
-stage_kernels() { tests kernels tests/gpu/test_fused_triton.py; }
+stage_kernels() { tests kernels tests/gpu/test_*triton.py; }
 stage_bench() {
   if [ "$rehearsal" = 1 ]; then
     bench bench --device cpu --shapes tiny --precisions fp32 --micro-batch-size 2 --micro-batches 1

@@ -3,21 +3,15 @@
 Needs a GPU; tests/gpu/interpret.sh runs the same kernels in Triton's interpreter on the CPU.
 """
 
-import os
-
 import pytest
 import torch
 
 from megatron_ext.kernels import fused, triton_activation
+from tests.gpu.interpreted import DEVICE, INTERPRETED, needs_triton, tolerance
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 #: The interpreter takes seconds for the last.
 SIZES = [(1, 1), (5, 33), (6, 257)] if INTERPRETED else [(1, 1), (5, 33), (70, 300), (1000, 6912)]
-pytestmark = [
-    pytest.mark.skipif(not triton_activation.available(), reason="Triton is not installed"),
-    pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="torch sees no GPU"),
-]
+pytestmark = needs_triton
 
 
 def run(function, inputs: list[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
@@ -37,12 +31,11 @@ def test_matches_the_formula(rows, f, n, dtype):
     inputs = [torch.randn(*shape, generator=generator).to(DEVICE, dtype) for shape in shapes]
     found = run(triton_activation.series_swiglu, inputs, dtype)
     expected = run(fused.series_swiglu_reference, [t.double() for t in inputs], dtype)
-    rounding = 2**-7 if INTERPRETED else 2**-8  # looser: the interpreter may cut bfloat16 off, not round it
-    relative, absolute = (2e-5, 2e-6) if dtype == torch.float32 else (rounding, 1e-4)
+    allowed = tolerance(dtype)
     for got, want in zip(found, expected, strict=True):
         assert got.dtype == dtype
         scale = max(1.0, want.abs().max().item())
-        torch.testing.assert_close(got.double(), want, rtol=relative, atol=absolute * scale)
+        torch.testing.assert_close(got.double(), want, rtol=allowed["rtol"], atol=allowed["atol"] * scale)
 
 
 def test_infinities_pass_as_in_the_formula():

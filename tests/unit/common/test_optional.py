@@ -30,7 +30,7 @@ device, gpu = sys.argv[1:]
 torch.cuda.is_available = lambda: bool(int(gpu))
 from megatron_ext import platform
 chosen = platform.activate(device)
-import megatron_ext.training.setup, megatron_ext.training.loop, megatron_ext.kernels.triton_activation
+import megatron_ext.training.setup, megatron_ext.training.loop, megatron_ext.kernels.triton_language
 from megatron.core import optimizer
 from megatron.core.extensions import transformer_engine
 from megatron.core.optimizer import clip_grads
@@ -41,7 +41,7 @@ print(json.dumps({
     "apex": layers._grad_accum_fusion_available and chosen == "cuda",
     "norm": clip_grads.l2_norm_impl.__module__.split(".")[0],
     "adam": optimizer.Adam.__module__.split(".")[0],
-    "triton": megatron_ext.kernels.triton_activation.available(),
+    "triton": megatron_ext.kernels.triton_language.available(),
 }))
 """
 NONE_USED = {"engine": [False] * 3, "apex": False, "adam": "torch"}

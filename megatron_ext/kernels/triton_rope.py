@@ -1,0 +1,145 @@
+"""Rotary embedding as one Triton kernel, for GPUs: of a tensor, or of a joint QKV projection as it is split.
+
+The angles' cosines and sines are taken where they are used, in float32: the work of a token is shared by all
+its heads, and nothing is kept between layers. Backward is the same kernel with the rotation turned round.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_ext.kernels.launch import launch
+from megatron_ext.kernels.triton_language import blocks, jit, power_of_2, tl
+
+# One program turns HEADS heads of one token. Tensors are [s, b, groups, members, d] with the last stride 1;
+# HALF is half of the rotated channels, REST those past them (0: none to copy), both as powers of two.
+
+
+@jit
+def _rotate_kernel(
+    t, freqs, out, batch, heads, members, d, half,
+    t_s, t_b, t_group, t_member, out_s, out_b, out_group, out_member,
+    BACK: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    row, sample = token // batch, token % batch
+    channel = tl.arange(0, HALF)
+    low = tl.load(freqs + row * 2 * half + channel, mask=channel < half, other=0.0)
+    high = tl.load(freqs + row * 2 * half + half + channel, mask=channel < half, other=0.0)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    group, member = head // members, head % members
+    t += row * t_s + sample * t_b
+    out += row * out_s + sample * out_b
+    source = (group * t_group + member * t_member)[:, None] + channel[None, :]  # [HEADS, HALF]
+    target = (group * out_group + member * out_member)[:, None] + channel[None, :]
+    inside = (head < heads)[:, None] & (channel < half)[None, :]
+    first = tl.load(t + source, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(t + source + half, mask=inside, other=0.0).to(tl.float32)
+    first_sine, second_sine = tl.sin(low)[None, :], tl.sin(high)[None, :]
+    if BACK:  # the transpose: the sine of the row that a channel was added to
+        first_sine, second_sine = -second_sine, -first_sine
+    turned = first * tl.cos(low)[None, :] - second * first_sine
+    tl.store(out + target, turned.to(out.dtype.element_ty), mask=inside)
+    turned = second * tl.cos(high)[None, :] + first * second_sine
+    tl.store(out + target + half, turned.to(out.dtype.element_ty), mask=inside)
+    if REST:
+        channel = 2 * half + tl.arange(0, REST)
+        inside = (head < heads)[:, None] & (channel < d)[None, :]
+        source = (group * t_group + member * t_member)[:, None] + channel[None, :]
+        target = (group * out_group + member * out_member)[:, None] + channel[None, :]
+        tl.store(out + target, tl.load(t + source, mask=inside), mask=inside)
+
+
+_TILE = 2048  # channels of a program
+
+
+def _rotate(t: Tensor, freqs: Tensor, out: Tensor, back: bool = False) -> Tensor:
+    """Turn t [s, b, groups, members, d] by freqs [s, 1, 1, rot] into ``out``; ``t`` itself may be that."""
+    s, batch, groups, members, d = t.shape
+    if not t.numel():
+        return out
+    half = freqs.size(-1) // 2
+    width = power_of_2(max(half, 1))
+    heads = min(power_of_2(groups * members), max(1, _TILE // (2 * width)))
+    rest = d - 2 * half if t.data_ptr() != out.data_ptr() else 0
+    launch(
+        _rotate_kernel,
+        (s * batch, blocks(groups * members, heads)),
+        (t, freqs, out, batch, groups * members, members, d, half, *t.stride()[:4], *out.stride()[:4]),
+        reads=(t, freqs),
+        writes=(out,),
+        BACK=back,
+        HEADS=heads,
+        HALF=width,
+        REST=power_of_2(rest) if rest else 0,
+    )
+    return out
+
+
+def _rows(t: Tensor) -> Tensor:
+    """``t`` with its channels next to each other."""
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _angles(freqs: Tensor) -> Tensor:
+    return freqs.detach().float().contiguous()
+
+
+class _RoPE(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, t: Tensor, freqs: Tensor, inplace: bool) -> Tensor:
+        ctx.freqs = _angles(freqs)
+        if inplace:
+            ctx.mark_dirty(t)
+            _rotate(t.unsqueeze(2), ctx.freqs, t.unsqueeze(2))
+            return t
+        out = torch.empty(t.shape, dtype=t.dtype, device=t.device)
+        _rotate(_rows(t).unsqueeze(2), ctx.freqs, out.unsqueeze(2))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        out = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
+        _rotate(_rows(grad).unsqueeze(2), ctx.freqs, out.unsqueeze(2), back=True)
+        return out, None, None
+
+
+def apply_rope(t: Tensor, freqs: Tensor, *, inplace: bool = False) -> Tensor:
+    """See :func:`megatron_ext.kernels.fused.apply_rope`."""
+    return _RoPE.apply(t, freqs, inplace)
+
+
+class _SplitAndRotate(torch.autograd.Function):
+    """Backward writes the three gradients where the projection's lies, instead of joining them afterwards."""
+
+    @staticmethod
+    def forward(ctx, qkv: Tensor, members: int, d: int, freqs: Tensor):
+        ctx.shape, ctx.members, ctx.d, ctx.freqs = qkv.shape, members, d, _angles(freqs)
+        s, b, groups, _ = qkv.shape
+        q_part, k_part, v = _parts(_rows(qkv), members, d)
+        q, k = (qkv.new_empty(s, b, groups, part.size(3), d) for part in (q_part, k_part))
+        _rotate(q_part, ctx.freqs, q)
+        _rotate(k_part, ctx.freqs, k)
+        return q.view(s, b, groups * members, d), k.view(s, b, groups, d), v
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dq: Tensor, dk: Tensor, dv: Tensor):
+        qkv = torch.empty(ctx.shape, dtype=dq.dtype, device=dq.device)
+        q_part, k_part, v_part = _parts(qkv, ctx.members, ctx.d)
+        _rotate(_rows(dq).unflatten(2, (-1, ctx.members)), ctx.freqs, q_part, back=True)
+        _rotate(_rows(dk).unsqueeze(3), ctx.freqs, k_part, back=True)
+        v_part.copy_(dv)
+        return qkv, None, None, None
+
+
+def _parts(qkv: Tensor, members: int, d: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Views of q [s, b, groups, members, d], k [s, b, groups, 1, d] and v [s, b, groups, d]."""
+    q, k, v = qkv.split([members * d, d, d], dim=-1)
+    return q.unflatten(-1, (members, d)), k.unsqueeze(3), v
+
+
+def split_and_rotate(qkv: Tensor, members: int, d: int, freqs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`megatron_ext.kernels.rope.split_and_rotate`."""
+    return _SplitAndRotate.apply(qkv, members, d, freqs)
