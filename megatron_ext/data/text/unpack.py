@@ -8,7 +8,7 @@ import lzma
 import zlib
 from typing import BinaryIO
 
-ZSTD_BLOCK = 1 << 12  # small: a few packed bytes may be much text
+PACKED_BLOCK = 1 << 12  # small: a few packed bytes may be much text
 BUFFER = 1 << 20
 MAGICS = {
     b"\x1f\x8b": "gzip",
@@ -61,23 +61,21 @@ def unpacked(raw: BinaryIO, kind: str) -> BinaryIO:
     """
     if kind == "gzip":
         return gzip.GzipFile(fileobj=raw)
-    if kind == "xz":
-        return lzma.LZMAFile(raw)
-    if kind == "bzip2":
-        return bz2.BZ2File(raw)
-    if kind == "zstd":
-        return io.BufferedReader(_ZstdFrames(raw), BUFFER)
+    if kind in ("xz", "bzip2", "zstd"):
+        return io.BufferedReader(_Streams(raw, kind), BUFFER)
     return raw
 
 
-class _ZstdFrames(io.RawIOBase):
-    """The text of zstd frames; zstandard's own reader takes a file that was cut off for one that ended."""
+class _Streams(io.RawIOBase):
+    """The text of the compressed streams of a file, one after another, as pbzip2, pxz and pzstd write them.
 
-    def __init__(self, raw: BinaryIO) -> None:
-        import zstandard
+    Python's readers of xz and bzip2 take a damaged stream behind the first for the end of the file, and
+    zstandard's takes one that is cut off for one that ended.
+    """
 
-        self.raw, self.decompressor = raw, zstandard.ZstdDecompressor()
-        self.frame = None
+    def __init__(self, raw: BinaryIO, kind: str) -> None:
+        self.raw, self.kind = raw, kind
+        self.stream = None
         self.packed, self.text = b"", memoryview(b"")
 
     def readable(self) -> bool:
@@ -85,11 +83,15 @@ class _ZstdFrames(io.RawIOBase):
 
     def readinto(self, buffer) -> int:
         while not self.text:
-            self.packed = self.packed or self.raw.read(ZSTD_BLOCK)
-            if not self.packed:
-                if self.frame is not None:
-                    raise EOFError("the file ends within a zstd frame")
-                return 0
+            if self.stream is None and self.kind == "xz":
+                self.packed = self.packed.lstrip(b"\0")  # streams are padded to whole words
+            if not self.packed and getattr(self.stream, "needs_input", True):
+                self.packed = self.raw.read(PACKED_BLOCK)
+                if not self.packed:
+                    if self.stream is not None:
+                        raise EOFError(f"the file ends within a {self.kind} stream")
+                    return 0
+                continue
             self._decompress()
         size = min(len(buffer), len(self.text))
         buffer[:size] = self.text[:size]
@@ -97,8 +99,21 @@ class _ZstdFrames(io.RawIOBase):
         return size
 
     def _decompress(self) -> None:
-        self.frame = self.frame or self.decompressor.decompressobj()
-        self.text = memoryview(self.frame.decompress(self.packed))
+        self.stream = self.stream or _decompressor(self.kind)
+        # zstandard's takes no limit.
+        limit = () if self.kind == "zstd" else (BUFFER,)
+        self.text = memoryview(self.stream.decompress(self.packed, *limit))
         self.packed = b""
-        if self.frame.eof:
-            self.packed, self.frame = self.frame.unused_data, None
+        if self.stream.eof:
+            self.packed, self.stream = self.stream.unused_data, None
+
+
+def _decompressor(kind: str):
+    """What unpacks one stream."""
+    if kind == "xz":
+        return lzma.LZMADecompressor(lzma.FORMAT_XZ)
+    if kind == "bzip2":
+        return bz2.BZ2Decompressor()
+    import zstandard
+
+    return zstandard.ZstdDecompressor().decompressobj()

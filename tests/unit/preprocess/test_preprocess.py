@@ -249,6 +249,30 @@ def test_compressed_input(model, tmp_path, kind):
             run(model, source, tmp_path / "out", workers=1, chunk_bytes=len(text))
 
 
+@pytest.mark.parametrize("kind", ["gz", "xz", "bz2", "zst"])
+@pytest.mark.parametrize("damage", ["start", "middle", "behind"])
+def test_a_damaged_stream_behind_a_whole_one(model, tmp_path, kind, damage):
+    """Readers of xz and bzip2 that take it for the end of the file leave the rest out without a word."""
+    text = corpora.write_jsonl(tmp_path / "plain", corpora.documents(60)).read_bytes()
+    first, source = packed(kind, text), tmp_path / "in.jsonl"
+    second = bytearray(first)
+    second[{"start": 1, "middle": len(first) * 3 // 4}.get(damage, 0)] ^= 0x55
+    source.write_bytes(first + (b"no archive" if damage == "behind" else bytes(second) + first))
+    with pytest.raises(PreprocessError):
+        run(model, source, tmp_path / "out", chunk_bytes=10 * len(text))
+    assert left(tmp_path, "out") == []
+
+
+def test_padding_between_and_behind_streams_of_xz(model, tmp_path):
+    texts = corpora.documents(60)
+    text = corpora.write_jsonl(tmp_path / "plain", texts).read_bytes()
+    half, source = len(text) // 2, tmp_path / "in.jsonl"
+    source.write_bytes(lzma.compress(text[:half]) + bytes(8192) + lzma.compress(text[half:]) + bytes(4))
+    run(model, source, tmp_path / "out")
+    expected = corpora.upstream(tmp_path / "upstream", texts, model)
+    assert corpora.hashes(tmp_path / "out_text_document") == expected
+
+
 def test_a_zstd_file_cut_off_behind_a_whole_line(model, tmp_path):
     """What can be unpacked looks whole; only the end of the frame is missing."""
     zstandard = pytest.importorskip("zstandard")
@@ -256,7 +280,7 @@ def test_a_zstd_file_cut_off_behind_a_whole_line(model, tmp_path):
     frame = zstandard.ZstdCompressor().compressobj()
     block = frame.compress(source.read_bytes()) + frame.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
     source.write_bytes(block)
-    with pytest.raises(PreprocessError, match="ends within a zstd frame"):
+    with pytest.raises(PreprocessError, match="ends within a zstd stream"):
         run(model, source, tmp_path / "out")
     source.write_bytes(block + frame.flush())
     run(model, source, tmp_path / "out")
