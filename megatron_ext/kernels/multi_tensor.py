@@ -1,4 +1,4 @@
-"""Gradient norm and scaling over lists of tensors on the CPU, each one pass over memory.
+"""Gradient norm and scaling over lists of tensors, each one pass over memory.
 
 Every function falls back to plain PyTorch where the C++ kernels cannot take a tensor.
 """
@@ -79,3 +79,32 @@ def multi_tensor_scale(chunk_size, overflow_buffer, tensor_lists, scale):
         for source, destination in zip(sources, destinations, strict=True):
             destination.copy_(source)
     scale_(destinations, float(scale))
+
+
+def foreach_l2_norm(chunk_size, overflow_buffer, tensor_lists, per_parameter, *args):
+    """:func:`multi_tensor_l2_norm` on a GPU, which nobody waits for: torch's kernel over lists.
+
+    megatron.core.utils.local_multi_tensor_l2_norm reads the norm of every tensor back to the host.
+    """
+    norms = torch._foreach_norm(tensor_lists[0], 2, dtype=torch.float32)
+    return torch.linalg.vector_norm(torch.stack(norms)).view(1), None
+
+
+def foreach_scale(chunk_size, overflow_buffer, tensor_lists, scale):
+    """:func:`multi_tensor_scale` on a GPU: in place, where upstream's makes a copy of every gradient."""
+    sources, destinations = tensor_lists
+    if sources is not destinations:
+        torch._foreach_copy_(destinations, sources)
+    torch._foreach_mul_(destinations, scale)
+
+
+def provide_multi_tensor() -> None:
+    """Let Megatron-Core clip by these on a GPU that has neither Transformer Engine nor Apex.
+
+    Serves optimizer/clip_grads.py 35-46, which takes the functions of utils.py 1200-1215 then.
+    """
+    from megatron.core import utils
+    from megatron.core.optimizer import clip_grads
+
+    if clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm:
+        clip_grads.l2_norm_impl, clip_grads.multi_tensor_scale_impl = foreach_l2_norm, foreach_scale

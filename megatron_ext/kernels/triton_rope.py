@@ -62,12 +62,13 @@ def _rotate(t: Tensor, freqs: Tensor, out: Tensor, back: bool = False) -> Tensor
     width = power_of_2(max(half, 1))
     heads = min(power_of_2(groups * members), max(1, _TILE // (2 * width)))
     rest = d - 2 * half if t.data_ptr() != out.data_ptr() else 0
+    touched = 2 * half + rest
     launch(
         _rotate_kernel,
         (s * batch, blocks(groups * members, heads)),
         (t, freqs, out, batch, groups * members, members, d, half, *t.stride()[:4], *out.stride()[:4]),
-        reads=(t, freqs),
-        writes=(out,),
+        reads=(t[..., :touched], freqs),
+        writes=(out[..., :touched],),
         BACK=back,
         HEADS=heads,
         HALF=width,

@@ -11,6 +11,8 @@ from megatron.core.optimizer import (
 from megatron.core.optimizer.optimizer_config import ParamKey
 from torch import nn
 
+from megatron_ext import platform
+from megatron_ext.kernels.multi_tensor import provide_multi_tensor
 from megatron_ext.models.config import fields_of
 from megatron_ext.platform.adam import provide_adam
 from megatron_ext.training.adam import FusedAdam
@@ -31,6 +33,8 @@ def build_optimizer(config: OptimizerConfig, model_chunks: list[nn.Module]) -> M
     scale; they do not mix). Plain, half precision or distributed, as ``config`` says.
     """
     provide_adam(FusedAdam)
+    if platform.on_gpu():  # on a CPU a seam does it
+        provide_multi_tensor()
     overrides = get_standard_config_overrides(config)
     # The same override as upstream's, so that these parameters join its group without decay and
     # the groups of a checkpoint stay two.
