@@ -25,15 +25,15 @@ from megatron_ext.training.signals import StopSignals  # noqa: E402
 def main(argv: list[str] | None = None) -> None:
     """Parse, build and train; or record the losses of a model that was trained."""
     with steady_streams(), StopSignals() as signals:
-        run(argv, signals)
+        train(argv, signals)
 
 
-def run(argv: list[str] | None, signals: StopSignals) -> None:
+def train(argv: list[str] | None, signals: StopSignals) -> None:
     """The same, with the signals answered by ``signals``."""
     from megatron_ext.arguments import parse_args
 
-    args = parse_args(argv)
-    signals.answer(args.exit_signal)
+    run = parse_args(argv)
+    signals.answer(run.training.exit_signal)
 
     # Imported after the flags are known to be right: these take seconds.
     from megatron_ext.checkpoint import only_recording_in, only_run_in
@@ -43,17 +43,17 @@ def run(argv: list[str] | None, signals: StopSignals) -> None:
     from megatron_ext.training.setup import build_trainer
     from megatron_ext.training.watchdog import watching
 
-    store = distributed.meet(args)
-    with watching(args, store) as watchdog:
-        distributed.initialize(args, store)
-        frozen = args.record_sample_loss and args.record_mode == "frozen"  # reads checkpoints, saves none
-        with only_recording_in(args.record_sample_loss), only_run_in(None if frozen else args.save):
+    store, losses = distributed.meet(run), run.rounds.record_sample_loss
+    with watching(run, store) as watchdog:
+        distributed.initialize(run, store)
+        frozen = losses and run.rounds.record_mode == "frozen"  # reads checkpoints, saves none
+        with only_recording_in(losses), only_run_in(None if frozen else run.checkpoint.save):
             if frozen:
-                record_training_set(args, watchdog, signals)
+                record_training_set(run, watchdog, signals)
             else:
-                trainer = build_trainer(args)
+                trainer = build_trainer(run)
                 print_rank_0(f" set up in {time.time() - START:.1f} s")
-                distributed.shorten_timeout(args)
+                distributed.shorten_timeout(run)
                 trainer.train(watchdog, signals)
     distributed.finalize()
 

@@ -29,6 +29,7 @@ import time
 from functools import partial
 
 from megatron_ext import platform
+from megatron_ext.config import RunConfig
 from megatron_ext.config.presets import preset
 
 PARTS = ("small", "stream", "async")
@@ -61,7 +62,7 @@ def state_of(gigabytes: float, layers: int | None = None, **sizes: int) -> dict:
     from megatron.core.dist_checkpointing import ShardedTensor
 
     size = preset("1.5b-pro")
-    h, f = sizes.get("hidden", size.hidden), sizes.get("ffn", size.ffn)
+    h, f = sizes.get("hidden", size.hidden_size), sizes.get("ffn", size.ffn_hidden_size)
     shapes = {"linear_qkv": (3 * h, h), "linear_proj": (h, h), "linear_fc1": (2 * f, h), "linear_fc2": (h, f)}
     per_layer = 12 * sum(a * b for a, b in shapes.values())
     count = layers or max(1, round(gigabytes * 1e9 / per_layer))
@@ -82,8 +83,7 @@ def write_state(state: dict, folder: Path) -> None:
 
     previous = save.on_rank_0("prepare", lambda: save._prepare(folder, 1))
     pending = save.PendingSave(folder, 1, folders.working_dir(folder, 1), save.Retain(), previous)
-    args = argparse.Namespace(ckpt_fully_parallel_save=True)
-    save._divide_among_replicas(state, args)
+    save._divide_among_replicas(state, RunConfig.of({}))
     pending.start(writer.plan(state), b"")
     pending.finish()
 
@@ -172,12 +172,12 @@ def training(folder: Path, gigabytes: float, threads: int):
         --mock-data --tokenizer-type NullTokenizer --vocab-size 255 --eval-iters 0 --num-workers 0
         --save {folder / "run"} --save-interval 1000 --keep-latest-k 1
     """
-    args = parse_args(argv.split())
-    distributed.initialize(args)
-    trainer = build_trainer(args)
-    connect(trainer.model, trainer.optimizer, args)
-    saver = Saver(args, trainer.model, trainer.optimizer, trainer.scheduler, 0)
-    return trainer, chunk_iterators(trainer.datasets[0], args, 0), saver
+    run = parse_args(argv.split())
+    distributed.initialize(run)
+    trainer = build_trainer(run)
+    connect(trainer.model, trainer.optimizer, run)
+    saver = Saver(run, trainer.model, trainer.optimizer, trainer.scheduler, 0)
+    return trainer, chunk_iterators(trainer.datasets[0], run, 0), saver
 
 
 def background(folder: Path, gigabytes: float, repeats: int, threads: int) -> dict:
@@ -202,11 +202,11 @@ def background(folder: Path, gigabytes: float, repeats: int, threads: int) -> di
 
         start = time.perf_counter()
         if kind != "none":
-            saver.args.async_save = kind == "async"
+            saver.run.checkpoint.async_save = kind == "async"
             trainer.progress.iteration += 1
             standing(saver.save, trainer.progress)
         for _ in range(5):
-            train_step(iterators, *parts, saver.args, before_update=lambda: standing(saver.copied))
+            train_step(iterators, *parts, saver.run, before_update=lambda: standing(saver.copied))
             standing(saver.poll)
         standing(saver.finish)
         took[kind].append(time.perf_counter() - start)

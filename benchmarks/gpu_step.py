@@ -161,10 +161,9 @@ def measure(options: argparse.Namespace, case: dict) -> dict:
     import torch
 
     from megatron_ext import platform
-    from megatron_ext.config.describe import flops_per_token, shape_of
     from megatron_ext.planning.speed import data_sheet_flops
 
-    step, args = trainer_step(options, case)
+    step, run = trainer_step(options, case)
     for _ in range(options.warm_up):
         step()
     seconds = []
@@ -174,11 +173,11 @@ def measure(options: argparse.Namespace, case: dict) -> dict:
         step()
         platform.synchronize()
         seconds.append(time.perf_counter() - start)
-    tokens = args.global_batch_size * args.seq_length / statistics.median(seconds)
+    tokens = run.training.global_batch_size * run.data.seq_length / statistics.median(seconds)
     peak = data_sheet_flops(platform.device_name(), half=True) or PEAK
     return {
         "tokens_per_second": tokens,
-        "mfu": tokens * flops_per_token(shape_of(args, args.padded_vocab_size)) / peak,
+        "mfu": tokens * run.model.flops_per_token(run.data.seq_length) / peak,
         "memory_bytes": platform.max_memory_bytes(),
         "step_seconds": seconds,
         "device": platform.device_name(),
@@ -217,28 +216,28 @@ def trainer_step(options: argparse.Namespace, case: dict):
     from megatron_ext.training.schedule import build_scheduler
     from megatron_ext.training.step import train_step
 
-    args = read_args(flags_of(options, case))
-    args.padded_vocab_size = padded_vocab_size(VOCABULARY, args)
-    distributed.initialize(args)
-    config = transformer_config(args)
+    run = read_args(flags_of(options, case))
+    run = run.but(padded_vocab_size=padded_vocab_size(VOCABULARY, run))
+    distributed.initialize(run)
+    config = transformer_config(run)
     if case["contender"] == "stock" and case["impl"] == "local":
         # Megatron-Core's own layers have it with Apex only.
         config.gradient_accumulation_fusion = layers._grad_accum_fusion_available
     provide_weight_gradients()
-    chunks = [stock_model(config, args)] if case["contender"] == "stock" else build_model(config, args)
-    model = wrap_for_training(chunks, config, ddp_config(args))
-    optimizer = build_optimizer(optimizer_config(args), model)
-    scheduler = build_scheduler(optimizer, args)
-    connect(model, optimizer, args)
+    chunks = [stock_model(config, run)] if case["contender"] == "stock" else build_model(config, run)
+    model = wrap_for_training(chunks, config, ddp_config(run))
+    optimizer = build_optimizer(optimizer_config(run), model)
+    scheduler = build_scheduler(optimizer, run)
+    connect(model, optimizer, run)
     model[0].train()
 
     def samples():
         generator = torch.Generator().manual_seed(0)
-        shape = (args.micro_batch_size, args.seq_length + 1)
+        shape = (run.training.micro_batch_size, run.data.seq_length + 1)
         while True:
             ids = torch.randint(VOCABULARY, shape, generator=generator)
             tokens, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-            positions = torch.arange(args.seq_length).expand_as(tokens)
+            positions = torch.arange(run.data.seq_length).expand_as(tokens)
             yield {
                 "tokens": tokens,
                 "labels": labels,
@@ -247,10 +246,10 @@ def trainer_step(options: argparse.Namespace, case: dict):
             }
 
     iterator = samples()
-    return lambda: train_step([iterator], model, optimizer, scheduler, args), args
+    return lambda: train_step([iterator], model, optimizer, scheduler, run), run
 
 
-def stock_model(config, args: argparse.Namespace):
+def stock_model(config, run):
     """Megatron-Core's GPTModel with the layer spec that it has for this implementation."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import (
@@ -261,23 +260,23 @@ def stock_model(config, args: argparse.Namespace):
     from megatron_ext import platform
     from megatron_ext.models.initialization import initialize, mark_split_parameters
 
-    local = args.transformer_impl == "local"
+    local = run.layers.transformer_impl == "local"
     spec = (
-        get_gpt_layer_local_spec(normalization=args.normalization)
+        get_gpt_layer_local_spec(normalization=run.model.normalization)
         if local
         else get_gpt_layer_with_transformer_engine_spec()
     )
     model = GPTModel(
         config=config,
         transformer_layer_spec=spec,
-        vocab_size=args.padded_vocab_size,
-        max_sequence_length=args.max_position_embeddings,
+        vocab_size=run.model.padded_vocab_size,
+        max_sequence_length=run.model.max_position_embeddings,
         share_embeddings_and_output_weights=False,
         position_embedding_type="rope",
-        rotary_base=args.rotary_base,
+        rotary_base=run.model.rotary_base,
     )
     mark_split_parameters(model)
-    initialize(model, config, args.seed)
+    initialize(model, config, run.init.seed)
     return model.to(platform.current_device())
 
 

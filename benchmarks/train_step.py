@@ -184,7 +184,7 @@ def summary(case: Case, contenders: list[Contender], peak: float, args: argparse
     """Numbers of each contender and the ratios between them, taken round by round."""
     from megatron_ext.config.presets import preset
 
-    sequence = {"wide": 1024}.get(case.shape) or preset(case.shape).sequence
+    sequence = {"wide": 1024}.get(case.shape) or preset(case.shape).max_position_embeddings
     tokens = args.micro_batch_size * args.micro_batches * sequence
     rows = {}
     for c in contenders:

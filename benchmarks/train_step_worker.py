@@ -87,12 +87,12 @@ def megatron_arguments(case: argparse.Namespace, extra: str) -> argparse.Namespa
     if case.precision == "bf16":
         flags += " --bf16"
     os.environ |= {"RANK": str(case.rank), "WORLD_SIZE": str(case.world), "LOCAL_RANK": str(case.rank)}
-    args = read_args(flags.split(), world_size=case.world, device="cpu")
-    args.padded_vocab_size = VOCABULARY[case.shape]
-    return args
+    run = read_args(flags.split(), world_size=case.world, device="cpu")
+    run = run.but(padded_vocab_size=VOCABULARY[case.shape])
+    return run
 
 
-def stock_model(config, args: argparse.Namespace) -> list:
+def stock_model(config, run) -> list:
     """Megatron-Core's GPTModel with its local layers and its own rotary embedding."""
     from megatron.core.models.common.embeddings import rope_utils
     from megatron.core.models.gpt import GPTModel
@@ -104,15 +104,15 @@ def stock_model(config, args: argparse.Namespace) -> list:
         setattr(rope_utils, name, upstream)
     model = GPTModel(
         config=config,
-        transformer_layer_spec=get_gpt_layer_local_spec(normalization=args.normalization),
-        vocab_size=args.padded_vocab_size,
-        max_sequence_length=args.max_position_embeddings,
+        transformer_layer_spec=get_gpt_layer_local_spec(normalization=run.model.normalization),
+        vocab_size=run.model.padded_vocab_size,
+        max_sequence_length=run.model.max_position_embeddings,
         share_embeddings_and_output_weights=False,
         position_embedding_type="rope",
-        rotary_base=args.rotary_base,
+        rotary_base=run.model.rotary_base,
     )
     mark_split_parameters(model)
-    initialize(model, config, args.seed)
+    initialize(model, config, run.init.seed)
     return [model]
 
 
@@ -121,7 +121,6 @@ def megatron(case: argparse.Namespace, extra: str, stock: bool = False) -> tuple
     from megatron.core.optimizer import get_megatron_optimizer
 
     from megatron_ext import platform
-    from megatron_ext.config.describe import flops_per_token, shape_of
     from megatron_ext.models.builder import build_model, ddp_config, wrap_for_training
     from megatron_ext.models.config import transformer_config
     from megatron_ext.training import distributed
@@ -130,28 +129,28 @@ def megatron(case: argparse.Namespace, extra: str, stock: bool = False) -> tuple
     from megatron_ext.training.schedule import build_scheduler
     from megatron_ext.training.step import train_step
 
-    args = megatron_arguments(case, extra)
+    run = megatron_arguments(case, extra)
     before = memory_now()
     if stock:  # what this project adds to the trainer for speed is not stock
         platform.keep_freed_memory = lambda: None
-    distributed.initialize(args)
-    config = transformer_config(args)
-    chunks = stock_model(config, args) if stock else build_model(config, args)
-    model = wrap_for_training(chunks, config, ddp_config(args))
+    distributed.initialize(run)
+    config = transformer_config(run)
+    chunks = stock_model(config, run) if stock else build_model(config, run)
+    model = wrap_for_training(chunks, config, ddp_config(run))
     # Without Transformer Engine and Apex, Megatron-Core takes torch's AdamW.
     build = get_megatron_optimizer if stock else build_optimizer
-    optimizer = build(optimizer_config(args), model)
-    scheduler = build_scheduler(optimizer, args)
-    connect(model, optimizer, args)
+    optimizer = build(optimizer_config(run), model)
+    scheduler = build_scheduler(optimizer, run)
+    connect(model, optimizer, run)
     model[0].train()
-    iterator = (as_sample(ids) for ids in samples(case, args.seq_length))
+    iterator = (as_sample(ids) for ids in samples(case, run.data.seq_length))
     count = sum(p.numel() for p in model[0].parameters())
     info = {
         "before": before,
         "parameters": count,
-        "flops_per_token": flops_per_token(shape_of(args, args.padded_vocab_size)),
+        "flops_per_token": run.model.flops_per_token(run.data.seq_length),
     }
-    return lambda: train_step([iterator], model, optimizer, scheduler, args).lm_loss, info
+    return lambda: train_step([iterator], model, optimizer, scheduler, run).lm_loss, info
 
 
 def as_sample(ids) -> dict:
@@ -173,17 +172,17 @@ def llama(case: argparse.Namespace) -> tuple[Step, dict]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    args = megatron_arguments(case, PI_OFF)
+    run = megatron_arguments(case, PI_OFF)
     before = memory_now()
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=args.padded_vocab_size,
-        hidden_size=args.hidden_size,
-        intermediate_size=args.ffn_hidden_size,
-        num_hidden_layers=args.num_layers,
-        num_attention_heads=args.num_attention_heads,
-        max_position_embeddings=args.max_position_embeddings,
-        rms_norm_eps=args.layernorm_epsilon,
+        vocab_size=run.model.padded_vocab_size,
+        hidden_size=run.model.hidden_size,
+        intermediate_size=run.model.ffn_hidden_size,
+        num_hidden_layers=run.model.num_layers,
+        num_attention_heads=run.model.num_attention_heads,
+        max_position_embeddings=run.model.max_position_embeddings,
+        rms_norm_eps=run.model.layernorm_epsilon,
         use_cache=False,
         attn_implementation="sdpa",
     )
@@ -194,13 +193,12 @@ def llama(case: argparse.Namespace) -> tuple[Step, dict]:
     groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=BETAS, eps=EPSILON, fused=True)
     wrapped = torch.nn.parallel.DistributedDataParallel(model) if case.world > 1 else model
-    batches = samples(case, args.seq_length, case.rank)
-    from megatron_ext.config.describe import flops_per_token, shape_of
+    batches = samples(case, run.data.seq_length, case.rank)
 
     def step() -> float:
         total = 0.0
         for _ in range(case.micro_batches):
-            ids = next(batches)[:, : args.seq_length][case.rank :: case.world]
+            ids = next(batches)[:, : run.data.seq_length][case.rank :: case.world]
             with torch.autocast("cpu", torch.bfloat16, enabled=case.precision == "bf16"):
                 loss = wrapped(input_ids=ids, labels=ids).loss / case.micro_batches
             loss.backward()
@@ -213,7 +211,7 @@ def llama(case: argparse.Namespace) -> tuple[Step, dict]:
     return step, {
         "before": before,
         "parameters": count,
-        "flops_per_token": flops_per_token(shape_of(args, args.padded_vocab_size)),
+        "flops_per_token": run.model.flops_per_token(run.data.seq_length),
     }
 
 

@@ -15,6 +15,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -22,8 +23,9 @@ from megatron_ext.arguments import derive
 from megatron_ext.arguments.parser import with_defaults
 from megatron_ext.arguments.validate import numbers
 from megatron_ext.common import command
-from megatron_ext.config import describe, options
+from megatron_ext.config import RunConfig, describe, options
 from megatron_ext.config.flags import add_group
+from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.presets import PRESETS
 
 SHAPE_FLAGS = (
@@ -39,22 +41,35 @@ LAYOUT_FLAGS = (
 )
 
 
+@dataclasses.dataclass
+class Options:
+    """What this tool adds to the trainer's flags."""
+
+    design: bool
+    params: float | None
+    world_size: int
+    sustained_tflops: float
+    json: bool
+
+
 @command.tool
 def main(argv: list[str] | None = None) -> int:
     """Run; returns the exit code."""
     parser = make_parser()
-    typed = parser.parse_args(argv)
+    typed = vars(parser.parse_args(argv))
     problems: list[str] = []
-    args = with_defaults(typed, problems)
-    for name in ("design", "params", "world_size", "sustained_tflops", "json"):
-        setattr(args, name, getattr(typed, name))
-    args.device, args.micro_batch_size = "cpu", args.micro_batch_size or 1
-    derive.before_rules(args)
-    problems += _problems(args)
+    own = {name: typed.pop(name) for name in ("design", "params", "world_size", "sustained_tflops", "json")}
+    tool = Options(**own)
+    values = with_defaults(typed, problems)
+    values |= {"device": "cpu", "micro_batch_size": values["micro_batch_size"] or 1}
+    run = RunConfig.of(values)
+    run.process.world_size = tool.world_size
+    derive.before_rules(run)
+    problems += _problems(run, tool)
     if problems:
         parser.error("; ".join(problems))
-    summary = design(args, typed) if args.design else description(args)
-    print(json.dumps(summary) if args.json else "\n".join(_lines(summary)))
+    summary = design(run, tool, typed) if tool.design else description(run, tool)
+    print(json.dumps(summary) if tool.json else "\n".join(_lines(summary)))
     return 0
 
 
@@ -79,74 +94,71 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _problems(args: argparse.Namespace) -> list[str]:
-    if wrong := list(numbers.numbers_are_in_range(args, {})):
+def _problems(run: RunConfig, tool: Options) -> list[str]:
+    if wrong := list(numbers.values_are_possible(run, {})):
         return wrong
-    if not 0 < args.sustained_tflops < math.inf:
-        return [f"--sustained-tflops {args.sustained_tflops}: must be above 0"]
-    if args.params is not None and not 0 < args.params < math.inf:
-        return [f"--params {args.params}: must be above 0"]
-    if args.design:
-        return [] if args.params and args.vocab_size else ["--design needs --params and --vocab-size"]
-    if args.model_preset is not None and args.model_preset not in PRESETS:
+    if not 0 < tool.sustained_tflops < math.inf:
+        return [f"--sustained-tflops {tool.sustained_tflops}: must be above 0"]
+    if tool.params is not None and not 0 < tool.params < math.inf:
+        return [f"--params {tool.params}: must be above 0"]
+    if tool.design:
+        return (
+            [] if tool.params and run.tokenizer.vocab_size else ["--design needs --params and --vocab-size"]
+        )
+    if run.init.model_preset is not None and run.init.model_preset not in PRESETS:
         return []
     needed = ("num_layers", "hidden_size", "num_attention_heads", "seq_length")
-    missing = ["--" + name.replace("_", "-") for name in needed if getattr(args, name) is None]
+    missing = ["--" + name.replace("_", "-") for name in needed if run.get(name) is None]
     if missing:
         return [f"give --model-preset, or {', '.join(missing)}"]
-    if args.model_preset is None and args.vocab_size is None and args.padded_vocab_size is None:
+    if (run.init.model_preset, run.tokenizer.vocab_size, run.model.padded_vocab_size) == (None, None, None):
         return ["give --vocab-size"]
-    if args.world_size % derive.model_parallel_size(args):
-        return [f"--world-size {args.world_size} is not divisible by the model parallel sizes' product"]
-    return [] if args.kv_channels else ["--hidden-size is not divisible by --num-attention-heads"]
+    if tool.world_size % run.parallel.model_parallel_size:
+        return [f"--world-size {tool.world_size} is not divisible by the model parallel sizes' product"]
+    return list(run.model.problems())
 
 
-def description(args: argparse.Namespace) -> dict:
+def description(run: RunConfig, tool: Options) -> dict[str, Any]:
     """Parameters, work and memory of one model."""
-    shape, layout = describe.shape_of(args, describe.vocabulary_of(args)), describe.layout_of(args)
-    flops = describe.flops_per_token(shape)
+    model, layout = describe.with_vocabulary(run), describe.layout_of(run)
     return {
-        "model": args.model_preset or "custom",
-        "layers": shape.layers,
-        "hidden_size": shape.hidden,
-        "heads": shape.heads,
-        "ffn_hidden_size": shape.ffn,
-        "vocabulary": shape.vocabulary,
-        "parameters": describe.parameters(shape),
-        "total_parameters": describe.total_parameters(shape),
-        "embedding_and_head_share": describe.embedding_share(shape),
-        "flops_per_token": flops,
-        "tokens_per_second_per_device": args.sustained_tflops * 1e12 / flops,
-        "memory_bytes_per_device": describe.memory(shape, layout),
+        "model": run.init.model_preset or "custom",
+        "layers": model.num_layers,
+        "heads": model.num_attention_heads,
+        "vocabulary": model.vocab_rows,
+        "parameters": describe.parts(model),
+        "memory_bytes_per_device": describe.memory(model, layout),
+        **_figures(model, layout.seq_length, tool),
     }
 
 
-def design(args: argparse.Namespace, typed: argparse.Namespace) -> dict:
-    """Shapes of --params parameters, with PanGu-pi's modules unless they were switched off."""
-    like = describe.shape_of_preset(PRESETS["pangu-pi-1b-pro"])
+def _figures(model: ModelConfig, seq_length: int, tool: Options) -> dict[str, Any]:
+    flops = model.flops_per_token(seq_length)
+    return {
+        "hidden_size": model.hidden_size,
+        "ffn_hidden_size": model.ffn_hidden_size,
+        "total_parameters": model.num_parameters,
+        "embedding_and_head_share": describe.embedding_share(model),
+        "flops_per_token": flops,
+        "tokens_per_second_per_device": tool.sustained_tflops * 1e12 / flops,
+    }
+
+
+def design(run: RunConfig, tool: Options, typed: dict[str, Any]) -> dict[str, Any]:
+    """Models of --params parameters, with PanGu-pi's modules unless they were switched off."""
+    pi = ("series_activation_order", "augmented_shortcuts", "augmented_shortcut_reduction")
     like = dataclasses.replace(
-        like,
-        vocabulary=describe.vocabulary_of(args),
-        sequence=args.seq_length or like.sequence,
-        series_terms=getattr(typed, "series_activation_order", like.series_terms),
-        shortcuts=getattr(typed, "augmented_shortcuts", like.shortcuts),
-        reduction=getattr(typed, "augmented_shortcut_reduction", like.reduction),
+        PRESETS["pangu-pi-1b-pro"],
+        softmax_vocab_size=None,
+        padded_vocab_size=describe.vocabulary_of(run),
+        **{name: typed[name] for name in pi if name in typed},
     )
-    rows = []
-    for shape in describe.candidates(args.params, like):
-        flops = describe.flops_per_token(shape)
-        rows.append(
-            {
-                "layers": shape.layers,
-                "hidden_size": shape.hidden,
-                "ffn_hidden_size": shape.ffn,
-                "total_parameters": describe.total_parameters(shape),
-                "embedding_and_head_share": describe.embedding_share(shape),
-                "flops_per_token": flops,
-                "tokens_per_second_per_device": args.sustained_tflops * 1e12 / flops,
-            }
-        )
-    return {"params": args.params, "vocabulary": like.vocabulary, "candidates": rows}
+    seq_length = run.data.seq_length or like.max_position_embeddings
+    rows = [
+        {"layers": model.num_layers, **_figures(model, seq_length, tool)}
+        for model in describe.candidates(tool.params or 0, like)
+    ]
+    return {"params": tool.params, "vocabulary": like.vocab_rows, "candidates": rows}
 
 
 def _lines(summary: dict) -> list[str]:

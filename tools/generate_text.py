@@ -56,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
 
     platform.activate(options.device)
     from megatron_ext.inference import Sampling, load_for_inference
+    from megatron_ext.platform.collective import is_last_rank
     from megatron_ext.training import distributed
 
     try:
@@ -66,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
         options.load, options.ckpt_step, options.tokenizer_model, options.trust_remote_code
     )
     results = [continuation(model, tokenizer, prompt, options, sampling) for prompt in prompts]
-    if distributed.is_last_rank():
+    if is_last_rank():
         show(results, options.json)
     distributed.finalize()
     return 0

@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_ext.common import command
+from megatron_ext.config.data import TokenizerConfig
 from megatron_ext.data.inspect import Report, report, samples, verify
 from megatron_ext.tokenizer.build import TOKENIZER_TYPES, build_tokenizer
 
@@ -71,7 +72,10 @@ def main(argv: list[str] | None = None) -> int:
         p.error("--tokenizer-type NullTokenizer needs --vocab-size")
     prefix = args.input.removesuffix(".bin").removesuffix(".idx")
     known = args.tokenizer_model or args.tokenizer_type == "NullTokenizer"
-    tokenizer = build_tokenizer(args) if known else None
+    flags = TokenizerConfig(
+        tokenizer_type=args.tokenizer_type, tokenizer_model=args.tokenizer_model, vocab_size=args.vocab_size
+    )
+    tokenizer = build_tokenizer(flags) if known else None
     found, index = report(prefix, tokenizer)
     if args.verify:
         verify(prefix, index, found, tokenizer.vocab_size if tokenizer else None)

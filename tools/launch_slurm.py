@@ -113,15 +113,16 @@ def flag_problems(options: argparse.Namespace, flags: list[str]) -> list[str]:
     processes = options.nodes * (options.gpus_per_node or options.cpus_per_node)
     device = "cuda" if options.gpus_per_node else "cpu"
     try:
-        args = read_args(flags, world_size=processes, device=device)
+        run = read_args(flags, world_size=processes, device=device)
     except CommandLineError as error:
         return [f"  - {problem}" for problem in error.problems]
-    if args.save is None or args.load != args.save:
+    checkpoint = run.checkpoint
+    if checkpoint.save is None or checkpoint.load != checkpoint.save:
         return ["  - a requeued job goes on from --load: give --save FOLDER and --load of the same folder"]
-    if args.ckpt_step is not None:
+    if (step := checkpoint.ckpt_step) is not None:
         return [
-            f"  - a requeued job would go back to --ckpt-step {args.ckpt_step} each time: leave it out, and "
-            f"write {args.ckpt_step} into latest_checkpointed_iteration.txt of --save to go back once"
+            f"  - a requeued job would go back to --ckpt-step {step} each time: leave it out, and write "
+            f"{step} into latest_checkpointed_iteration.txt of --save to go back once"
         ]
     return []
 

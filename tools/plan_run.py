@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_ext.arguments.parser import CommandLineError, read_args
 from megatron_ext.common import command
-from megatron_ext.config import describe
+from megatron_ext.config import RunConfig, describe
+from megatron_ext.config.model import ModelConfig
 from megatron_ext.planning import communication, plan
 
 GIB = 2**30
@@ -54,13 +55,13 @@ def main(argv: list[str] | None = None) -> int:
     """Run; returns the exit code."""
     options = parser().parse_args(argv)
     try:
-        args = read_args(
+        run = read_args(
             options.flags,
             world_size=options.world_size,
             device="cpu" if options.machine == "cpu" else "cuda",
             check_files=options.check_files,
         )
-        shape = describe.shape_of(args, describe.vocabulary_of(args))
+        model = describe.with_vocabulary(run)
     except CommandLineError as error:
         print(f"plan_run.py: the command line has problems:\n{error}", file=sys.stderr)
         return 2
@@ -68,9 +69,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"plan_run.py: error: {error}", file=sys.stderr)
         return 2
     machine = machine_of(options)
-    summary = planned(args, shape, machine)
+    summary = planned(run, model, machine)
     if options.suggest:
-        summary["suggestions"] = suggested(args, shape, machine)
+        summary["suggestions"] = suggested(run, model, machine)
     print(json.dumps(summary) if options.json else "\n".join(lines(summary)))
     return 0 if summary["fits"] or options.suggest and summary["suggestions"] else 1
 
@@ -84,38 +85,39 @@ def machine_of(options: argparse.Namespace) -> plan.Machine:
     return machine.scaled(*(value and value * unit for value, unit in scale))
 
 
-def planned(args: argparse.Namespace, shape: describe.Shape, machine: plan.Machine) -> dict:
+def planned(run: RunConfig, model: ModelConfig, machine: plan.Machine) -> dict:
     """What the run is, and what it needs."""
-    layout = describe.layout_of(args)
-    seconds = plan.step_seconds(shape, layout, machine, args.overlap_grad_reduce)
-    tokens = args.global_batch_size * args.seq_length
+    layout = describe.layout_of(run)
+    seconds = plan.step_seconds(model, layout, machine, run.parallel.overlap_grad_reduce)
+    tokens = run.training.global_batch_size * run.data.seq_length
     return {
-        "processes": args.world_size,
+        "processes": run.process.world_size,
         "tensor": layout.tensor,
         "pipeline": layout.pipeline,
         "data": layout.data,
-        "parameters": describe.total_parameters(shape),
-        "iterations": args.train_iters,
-        "tokens": args.train_iters * tokens,
-        "memory_bytes": describe.memory(shape, layout),
+        "parameters": model.num_parameters,
+        "iterations": run.training.train_iters,
+        "tokens": run.training.train_iters * tokens,
+        "memory_bytes": describe.memory(model, layout),
         "device_memory_bytes": machine.memory,
-        "fits": plan.fits(shape, layout, machine),
-        "bytes_sent": communication.bytes_sent(shape, layout),
+        "fits": plan.fits(model, layout, machine),
+        "bytes_sent": communication.bytes_sent(model, layout),
         "step_seconds": seconds,
-        "tokens_per_second_per_device": tokens / sum(seconds.values()) / args.world_size,
+        "tokens_per_second_per_device": tokens / sum(seconds.values()) / run.process.world_size,
     }
 
 
-def suggested(args: argparse.Namespace, shape: describe.Shape, machine: plan.Machine) -> list[dict]:
+def suggested(run: RunConfig, model: ModelConfig, machine: plan.Machine) -> list[dict]:
     """The ten fastest layouts that fit, as flags, the best micro batch of each division."""
     found, seen = [], set()
-    each = 2 if args.bf16 or args.fp16 else 4
-    layouts = plan.suggestions(shape, args.world_size, args.global_batch_size, machine, each)
+    each = 2 if run.precision.bf16 or run.precision.fp16 else 4
+    devices, batch = run.process.world_size, run.training.global_batch_size
+    layouts = plan.suggestions(model, devices, batch, machine, run.data.seq_length, each)
     for seconds, layout in layouts:
         division = (layout.tensor, layout.pipeline)
         if division not in seen:
             seen.add(division)
-            used = sum(describe.memory(shape, layout).values())
+            used = sum(describe.memory(model, layout).values())
             found.append({"seconds": seconds, "memory_bytes": used, "flags": flags(layout), **vars(layout)})
     return list(itertools.islice(found, 10))
 

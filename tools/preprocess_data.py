@@ -15,6 +15,7 @@ Exit code 0: everything is in place; 1: bad input; 2: bad usage.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import signal
@@ -24,6 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_ext.common import command
+from megatron_ext.config.data import TokenizerConfig
 from megatron_ext.preprocess.options import Options
 from megatron_ext.preprocess.run import describe, preprocess
 from megatron_ext.tokenizer.build import TOKENIZER_TYPES
@@ -196,11 +198,8 @@ def options(args: argparse.Namespace, p: argparse.ArgumentParser) -> Options:
     """The run that the flags ask for; flags that contradict each other exit with code 2."""
     if found := problems(args):
         p.error("; ".join(found))
-    tokenizer = argparse.Namespace(
-        **{name: value for name, value in vars(args).items() if name.startswith("tokenizer_")},
-        vocab_size=args.vocab_size,
-        trust_remote_code=args.trust_remote_code,
-    )
+    flags = {field.name for field in dataclasses.fields(TokenizerConfig)}
+    tokenizer = TokenizerConfig(**{name: value for name, value in vars(args).items() if name in flags})
     return Options(
         inputs=args.input,
         output_prefix=args.output_prefix,

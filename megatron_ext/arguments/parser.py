@@ -5,13 +5,14 @@ import os
 import sys
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
 from megatron_ext.arguments import derive, from_checkpoint, refused, validate
-from megatron_ext.config import options, sections
+from megatron_ext.config import RunConfig, options, sections
 from megatron_ext.config.flags import add_group, default_of
-from megatron_ext.config.presets import PRESETS, preset
+from megatron_ext.config.presets import PRESETS, preset_values
 
 DESCRIPTION = """Pretrain PanGu-pi Pro, or any Llama-like model, with Megatron-Core.
 
@@ -63,7 +64,7 @@ def parse_args(
     world_size: int | None = None,
     device: str | None = None,
     check_files: bool = True,
-) -> argparse.Namespace:
+) -> RunConfig:
     """Parse, fill in, check; on any problem print all of them and leave with exit code 2.
 
     Args:
@@ -85,45 +86,46 @@ def read_args(
     world_size: int | None = None,
     device: str | None = None,
     check_files: bool = True,
-) -> argparse.Namespace:
+) -> RunConfig:
     """:func:`parse_args` for callers that want the problems as an exception.
 
     Raises:
         CommandLineError: with every problem of the command line.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    typed, unknown = make_parser().parse_known_args(argv)
+    namespace, unknown = make_parser().parse_known_args(argv)
+    typed = vars(namespace)
     problems = refused.problems(unknown)
-    args = with_defaults(typed, problems)
-    derive.from_environment(args, world_size)
-    problems += derive.device(args, device)
-    of_checkpoint, taken = from_checkpoint.take_model(args, typed)
-    problems += of_checkpoint
-    warnings = derive.before_rules(args)
-    problems += validate.problems(args, MappingProxyType(vars(typed)), check_files)
+    values = with_defaults(typed, problems)
+    of_checkpoint, taken = from_checkpoint.take_model(values, typed)
+    run = RunConfig.of(values)
+    derive.from_environment(run.process, world_size)
+    problems += derive.device(run, device) + of_checkpoint
+    warnings = derive.before_rules(run)
+    problems += validate.problems(run, MappingProxyType(typed), check_files)
     if problems:
         raise CommandLineError(problems)
-    derive.after_rules(args)
-    if args.rank == 0:
+    derive.after_rules(run)
+    if run.process.rank == 0:
         for note in [f"WARNING: {warning}" for warning in warnings] + [taken] * (taken is not None):
             print(note, file=sys.stderr)
-    return args
+    return run
 
 
-def with_defaults(typed: argparse.Namespace, problems: list[str]) -> argparse.Namespace:
-    """Defaults, over them the preset's values, over them what was typed."""
+def with_defaults(typed: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+    """Name -> value: defaults, over them the preset's values, over them what was typed."""
     values = {name: default_of(option) for name, option in options().items()}
     values = {name: value.copy() if isinstance(value, list) else value for name, value in values.items()}
-    if getattr(typed, "model_preset", None) is not None:
+    if typed.get("model_preset") is not None:
         try:
-            values |= preset(typed.model_preset).flags()
+            values |= preset_values(typed["model_preset"])
         except LookupError as error:
             problems.append(str(error.args[0]))
-    values |= vars(typed)
+    values |= typed
     if "seq_length" in typed and "max_position_embeddings" not in typed and values["model_preset"] in PRESETS:
         # A preset is trained at its own length, but rotary positions have no end.
         values["max_position_embeddings"] = max(values["max_position_embeddings"], values["seq_length"])
-    return argparse.Namespace(**values)
+    return values
 
 
 def _leave(error: CommandLineError):

@@ -1,16 +1,13 @@
 """What a checkpoint holds, under Megatron-LM's names.
 
-Common part (``common.pt``): args, checkpoint_version, iteration, optimizer (parameter groups),
+Common part (``common.pt``): run, checkpoint_version, iteration, optimizer (parameter groups),
 opt_param_scheduler, num_floating_point_operations_so_far, content_metadata, and our own
 ``pangu_pro``. Sharded part: model (model0, model1, ... with interleaved stages), optimizer state,
 rng_state.
 """
 
-import enum
 import logging
 import random
-import signal
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +20,9 @@ from torch import nn
 
 from megatron_ext import platform
 from megatron_ext.checkpoint.errors import CheckpointError
-from megatron_ext.config import model_function
+from megatron_ext.checkpoint.saved_args import arguments_of, plain
+from megatron_ext.config import RunConfig, model_function
+from megatron_ext.config.model_function import Saved
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +38,7 @@ def unwrap(module: nn.Module) -> nn.Module:
     return module
 
 
-def content_metadata(optimizer, args: Namespace) -> dict:
+def content_metadata(optimizer, run: RunConfig) -> dict:
     """How tensors are laid out in the checkpoint; upstream's keys."""
     metadata: dict[str, Any] = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
     if optimizer is not None and any(
@@ -47,7 +46,7 @@ def content_metadata(optimizer, args: Namespace) -> dict:
     ):
         metadata["distrib_optim_sharding_type"] = "fully_reshardable"
         name = "distrib_optim_fully_reshardable_mem_efficient"
-        metadata[name] = bool(getattr(args, name, False))
+        metadata[name] = run.checkpoint.distrib_optim_fully_reshardable_mem_efficient
     return metadata
 
 
@@ -135,18 +134,18 @@ def restore_rng(states: list[dict]) -> None:
     tracker.set_states(tracked)
 
 
-def common_part(iteration: int, run_state: dict, args: Namespace, scheduler) -> dict:
+def common_part(iteration: int, run_state: dict, run: RunConfig, scheduler) -> dict:
     """The part that is the same on all ranks, without the optimizer's."""
     counters = {name: run_state[name] for name in _COUNTERS if name in run_state}
     common = {
-        "args": plain_args(Namespace(**{**vars(args), **counters, "iteration": iteration})),
+        "args": arguments_of(run, **counters, iteration=iteration),
         "checkpoint_version": CHECKPOINT_VERSION,
         "iteration": iteration,
         "num_floating_point_operations_so_far": run_state.get("num_floating_point_operations_so_far", 0),
         "pangu_pro": {
             "run_state": plain(run_state),
-            "tokenizer_sha256": getattr(args, "tokenizer_sha256", None),
-            "padded_vocab_size": getattr(args, "padded_vocab_size", None),
+            "tokenizer_sha256": run.tokenizer.tokenizer_sha256,
+            "padded_vocab_size": run.model.padded_vocab_size,
         },
     }
     if scheduler is not None:
@@ -158,48 +157,28 @@ def run_state_of(common: dict) -> dict:
     """The run state of a checkpoint of ours, or what upstream's says of it."""
     if "pangu_pro" in common:
         return dict(common["pangu_pro"]["run_state"])
-    args = common.get("args", Namespace())
-    state = {name: getattr(args, name, 0) for name in _COUNTERS}
+    saved = common.get("args") or {}
+    state = {name: saved.get(name, 0) for name in _COUNTERS}
     state["num_floating_point_operations_so_far"] = common.get("num_floating_point_operations_so_far", 0)
     return state
 
 
-def plain_args(args: Namespace) -> Namespace:
-    """``args`` with values that every reader can load: what is not plain becomes text."""
-    return Namespace(**{name: plain(value) for name, value in vars(args).items()})
-
-
-def plain(value: Any) -> Any:
-    """Numbers, text, dtypes and upstream's enums as they are, containers item by item, the rest as text."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(plain(item) for item in value) if type(value) in (list, tuple) else str(value)
-    if isinstance(value, Path):
-        return str(value)
-    ours = isinstance(value, enum.Enum) and type(value).__module__.startswith("megatron_ext")
-    if ours or isinstance(value, signal.Signals):  # Python 3.10 pickles a signal as a name to look up
-        return value.name
-    known = value is None or isinstance(value, bool | int | float | str | bytes | torch.dtype | enum.Enum)
-    return value if known else str(value)
-
-
-def require_same_function(saved: Namespace | None, args: Namespace, path: Path) -> None:
+def require_same_function(saved: Saved | None, run: RunConfig, path: Path) -> None:
     """Raise CheckpointError, naming every flag that differs, if the model is not the checkpoint's.
 
     Not its sizes alone: all that decides what it computes. A checkpoint without arguments says nothing.
     """
-    if saved is None or not hasattr(saved, "num_layers"):
+    if not saved or "num_layers" not in saved:
         if torch.distributed.get_rank() == 0:
             logger.warning("%s holds no arguments: whether it is of the same model is not known", path)
-    elif found := model_function.differences(saved, args):
+    elif found := model_function.differences(saved, run.model):
         raise CheckpointError(f"{path} holds another model: " + "; ".join(found))
 
 
-def require_same_tokenizer(common: dict, args: Namespace, path: Path) -> None:
+def require_same_tokenizer(common: dict, run: RunConfig, path: Path) -> None:
     """Raise CheckpointError if the checkpoint was trained on the ids of another tokenizer."""
     theirs = common.get("pangu_pro", {}).get("tokenizer_sha256")
-    ours = getattr(args, "tokenizer_sha256", None)
+    ours = run.tokenizer.tokenizer_sha256
     if theirs and ours and theirs != ours:
         raise CheckpointError(
             f"{path} was trained with another tokenizer (sha256 {theirs[:12]}..., not {ours[:12]}...): "

@@ -6,7 +6,6 @@ Reads only: the folder may be that of a run that is alive.
 """
 
 import os
-from argparse import Namespace
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from megatron_ext.checkpoint import folders
 from megatron_ext.checkpoint.errors import CheckpointError, DamagedCheckpoint
 from megatron_ext.checkpoint.folders import RELEASE, TRACKER
 from megatron_ext.checkpoint.reader import read_common
+from megatron_ext.config import RunConfig
 
 #: Arguments that name what a run writes, perhaps beside its checkpoints, before it has saved anything.
 _OUTPUTS = ("metrics_file", "tensorboard_dir", "wandb_save_dir", "data_cache_path", "memory_snapshot_path")
@@ -72,10 +72,10 @@ def find(base: str | os.PathLike, wanted: int | None = None, outputs: Iterable[P
     return Found([(stored[i], i) for i in (chosen, *reversed(before))], before, notes)
 
 
-def outputs_of(args: Namespace) -> list[Path]:
+def outputs_of(run: RunConfig) -> list[Path]:
     """The files and folders that a run with these arguments writes besides checkpoints."""
-    names = [getattr(args, name, None) for name in _OUTPUTS]
-    losses = getattr(args, "record_sample_loss", None)
+    names = [run.get(name) for name in _OUTPUTS]
+    losses = run.rounds.record_sample_loss
     if losses:
         stem = losses.removesuffix(".npy")
         names += [f"{stem}{end}" for end in (".npy", ".tokens.npy", ".sources.npy", ".json")]

@@ -1,10 +1,10 @@
 """Loading: the newest checkpoint that is whole, at whatever layout this run has."""
 
 import logging
-from argparse import Namespace
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
@@ -19,6 +19,8 @@ from megatron_ext.checkpoint.found import find, outputs_of
 from megatron_ext.checkpoint.integrity import damage, is_as_written
 from megatron_ext.checkpoint.reader import ReadCommon, SafeLoadStrategy, read, read_common
 from megatron_ext.checkpoint.saved_args import require_room
+from megatron_ext.config import RunConfig
+from megatron_ext.config.model_function import Saved
 from megatron_ext.platform.collective import gather
 
 logger = logging.getLogger(__name__)
@@ -41,7 +43,7 @@ class LoadedState:
     run_state: dict
     path: Path
     checkpoints: list[int] = field(default_factory=list)
-    args: Namespace = field(default_factory=Namespace)
+    saved: Saved = field(default_factory=dict)
     optimizer_loaded: bool = False
     rng_loaded: bool = False
 
@@ -57,9 +59,9 @@ class OpenedCheckpoint:
     metadata: Metadata
 
     @property
-    def args(self) -> Namespace:
+    def saved(self) -> Saved:
         """The arguments it was saved with."""
-        return self.common.get("args", Namespace())
+        return self.common.get("args") or {}
 
     @property
     def iteration(self) -> int:
@@ -79,14 +81,14 @@ class OpenedCheckpoint:
 
 
 def open_checkpoint(
-    load_dir: str | Path, args: Namespace, iteration: int | None = None
+    load_dir: str | Path, run: RunConfig, iteration: int | None = None
 ) -> OpenedCheckpoint | None:
     """The checkpoint that load_checkpoint would load, before there is a model; collective.
 
     Returns None, and raises, as load_checkpoint does where there is none or none is whole.
     """
-    wanted = iteration if iteration is not None else getattr(args, "ckpt_step", None)
-    found = _find(Path(load_dir), args, wanted)
+    wanted = iteration if iteration is not None else run.checkpoint.ckpt_step
+    found = _find(Path(load_dir), run, wanted)
     if found is None:
         return None
     folder, number, before = found
@@ -99,19 +101,22 @@ def load_checkpoint(
     model: list[nn.Module],
     optimizer=None,
     scheduler=None,
-    args: Namespace,
+    run: RunConfig,
     strict: bool = True,
     iteration: int | None = None,
     opened: OpenedCheckpoint | None = None,
+    finetune: bool | None = None,
+    rng: bool = True,
 ) -> LoadedState | None:
     """Load the newest whole checkpoint of ``load_dir`` into model, optimizer and scheduler; collective.
 
     The tracker says which is newest (``found.find`` says what else may be); one that is torn or altered
     is named in a warning and the one before it in its run used. ``iteration`` (or ``--ckpt-step``) asks for
-    that one and no other. Nothing in the folder is changed. In ``args``,
-    ``--finetune`` loads the weights alone (iteration 0, any tokenizer), ``--no-load-optim`` and
-    ``--no-load-rng`` leave parts out. Generators are restored only where the tensor and pipeline
-    layout is the one that saved them. ``opened`` is what open_checkpoint found, where it was asked before.
+    that one and no other. Nothing in the folder is changed.
+    ``finetune``, by default ``--finetune``, loads the weights alone (iteration 0, any tokenizer);
+    ``--no-load-optim`` and ``--no-load-rng`` (or ``rng=False``) leave parts out. Generators are restored
+    only where the tensor and pipeline layout is the one that saved them. ``opened`` is what open_checkpoint
+    found, where it was asked before.
 
     Returns None if ``load_dir`` is empty or not there.
 
@@ -120,31 +125,31 @@ def load_checkpoint(
             one does not fit: another model, another tokenizer, another kind of optimizer state.
             ``strict=False`` only warns of weights that model and checkpoint do not share.
     """
-    opened = opened or open_checkpoint(load_dir, args, iteration)
+    opened = opened or open_checkpoint(load_dir, run, iteration)
     if opened is None:
         return None
     folder, common, metadata = opened.folder, opened.common, opened.metadata
-    finetune = bool(getattr(args, "finetune", False))
+    finetune = run.checkpoint.finetune if finetune is None else finetune
 
     def check() -> None:
-        content.require_same_function(common.get("args"), args, folder)
+        content.require_same_function(common.get("args"), run, folder)
         if not finetune:
-            content.require_same_tokenizer(common, args, folder)
+            content.require_same_tokenizer(common, run, folder)
 
     together(f"load {folder}", check)
-    parts = _Parts(model, optimizer, scheduler, args, common, set(metadata.state_dict_metadata), finetune)
+    parts = _Parts(model, optimizer, scheduler, run, common, set(metadata.state_dict_metadata), finetune, rng)
     template = together(f"load {folder}", parts.template)
     _require_keys(folder, parts, template, strict)
     state = together(f"load {folder}", lambda: _read_tensors(folder, template, common, metadata))
     together(f"load {folder}", lambda: parts.apply(state))
     if finetune:
-        return LoadedState(0, {}, folder, args=opened.args)
+        return LoadedState(0, {}, folder, saved=opened.saved)
     return LoadedState(
         iteration=opened.iteration,
         run_state=opened.run_state,
         path=folder,
         checkpoints=opened.checkpoints,
-        args=opened.args,
+        saved=opened.saved,
         optimizer_loaded=parts.with_optimizer,
         rng_loaded="rng_state" in state,
     )
@@ -152,8 +157,8 @@ def load_checkpoint(
 
 def read_checkpoint_args(
     load_dir: str | Path, iteration: int | None = None, outputs: Iterable[Path] = ()
-) -> Namespace | None:
-    """The args that a checkpoint was saved with, as far as :mod:`saved_args` lets them through.
+) -> Saved | None:
+    """The arguments that a checkpoint was saved with, as far as :mod:`saved_args` lets them through.
 
     By default those of the newest whose file is not damaged. None if the folder is not there, or empty
     but for ``outputs``. Communicates nothing.
@@ -164,9 +169,9 @@ def read_checkpoint_args(
     problem = None
     for folder, _ in find(load_dir, iteration, outputs).tries:
         try:
-            args = read_common(folder).get("args", Namespace())
-            require_room(args, folder)
-            return args
+            saved = read_common(folder).get("args") or {}
+            require_room(saved, folder)
+            return saved
         except DamagedCheckpoint as error:
             # Refused though it is as it was written: this is no torn save, it says what cannot be.
             if is_as_written(folder / "common.pt") and damage(folder) is None:
@@ -177,9 +182,9 @@ def read_checkpoint_args(
     return None
 
 
-def _find(load_dir: Path, args: Namespace, wanted: int | None) -> tuple[Path, int, list[int]] | None:
+def _find(load_dir: Path, run: RunConfig, wanted: int | None) -> tuple[Path, int, list[int]] | None:
     """Folder and iteration of the newest whole checkpoint, and those before it in its run; collective."""
-    found = on_rank_0(f"look into {load_dir}", lambda: find(load_dir, wanted, outputs_of(args)))
+    found = on_rank_0(f"look into {load_dir}", lambda: find(load_dir, wanted, outputs_of(run)))
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     for note in found.notes if rank == 0 else ():
         logger.warning(note)
@@ -216,18 +221,19 @@ class _Parts:
     """Model, optimizer, scheduler and generators, and what of them a checkpoint holds."""
 
     model: list[nn.Module]
-    optimizer: object
-    scheduler: object
-    args: Namespace
+    optimizer: Any
+    scheduler: Any
+    run: RunConfig
     common: dict
     available: set[str]
     finetune: bool
+    rng: bool
 
     def __post_init__(self) -> None:
-        skip = self.finetune or getattr(self.args, "no_load_optim", None)
+        skip = self.finetune or self.run.checkpoint.no_load_optim
         self.with_optimizer = self.optimizer is not None and not skip
         rng = content.rng_object(None)
-        skip_rng = self.finetune or getattr(self.args, "no_load_rng", None)
+        skip_rng = self.finetune or not self.rng or self.run.checkpoint.no_load_rng
         self.with_rng = not skip_rng and rng.unique_key in self.available
 
     def template(self) -> dict:
@@ -250,7 +256,7 @@ class _Parts:
             raise CheckpointError(
                 "it holds no optimizer state (--no-save-optim); add --no-load-optim or --finetune"
             )
-        keep_rates = bool(getattr(self.args, "override_opt_param_scheduler", False))
+        keep_rates = self.run.schedule.override_opt_param_scheduler
         optimizer_part.adapt_common(self.common, self.optimizer, keep_rates)
         if optimizer_part.kind_of(self.optimizer) == "distributed":
             metadata = {"distrib_optim_sharding_type": optimizer_part.RESHARDABLE} | metadata
@@ -278,8 +284,8 @@ class _Parts:
             elif self.optimizer is not None:
                 self.optimizer.reload_model_params()
         if self.scheduler is not None and self.with_optimizer and "opt_param_scheduler" in state:
-            saved = self.common.get("args", Namespace())
-            self.scheduler.restore(state["opt_param_scheduler"], saved, self.args)
+            saved = self.common.get("args") or {}
+            self.scheduler.restore(state["opt_param_scheduler"], saved, self.run)
         if self.with_rng:
             content.restore_rng(state["rng_state"])
 

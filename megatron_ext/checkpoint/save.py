@@ -4,7 +4,6 @@ import io
 import json
 import logging
 import shutil
-from argparse import Namespace
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
@@ -28,6 +27,7 @@ from megatron_ext.checkpoint.errors import CheckpointError, on_rank_0, together
 from megatron_ext.checkpoint.folders import Retain
 from megatron_ext.checkpoint.integrity import CHECKSUMS, describe, marker
 from megatron_ext.checkpoint.lock import saving_into
+from megatron_ext.config import RunConfig
 from megatron_ext.platform.collective import gather
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def save_checkpoint(
     optimizer,
     scheduler,
     run_state: dict,
-    args: Namespace,
+    run: RunConfig,
     rng_states: bool = True,
     retain: Retain | None = None,
     async_save: bool = False,
@@ -64,7 +64,7 @@ def save_checkpoint(
     :func:`load_checkpoint`: plain values only. Its "checkpoints" are the iterations in ``save_dir`` that
     this one goes on from (by default all below): it falls back to them if it is damaged, and of them
     ``retain`` says which go (by default what ``--save-retain-interval`` and ``--keep-latest-k`` say).
-    ``--no-save-optim`` and ``--no-save-rng`` in ``args`` leave parts out.
+    ``--no-save-optim`` and ``--no-save-rng`` in ``run`` leave parts out.
 
     With ``async_save`` the call returns as soon as all tensors were copied, and the result's
     ``finish`` must be called, on all ranks alike, for the checkpoint to appear. Without
@@ -77,17 +77,15 @@ def save_checkpoint(
             nothing is left behind and older checkpoints are as they were.
     """
     save_dir = Path(save_dir)
-    retain = retain or Retain(
-        getattr(args, "save_retain_interval", None), getattr(args, "keep_latest_k", None)
-    )
+    retain = retain or Retain(run.checkpoint.save_retain_interval, run.checkpoint.keep_latest_k)
     pending = PendingSave(save_dir, iteration, folders.working_dir(save_dir, iteration), retain)
     try:
         before = pending.prepare(run_state.get("checkpoints"))
         run_state = run_state | {"checkpoints": before}
-        state = content.common_part(iteration, run_state, args, scheduler)
-        state |= _sharded_part(model, optimizer, args, rng_states)
+        state = content.common_part(iteration, run_state, run, scheduler)
+        state |= _sharded_part(model, optimizer, run, rng_states)
         sharded, common = save_preprocess(state, preprocess_common_before_consistancy_check=lambda common: {})
-        _divide_among_replicas(sharded, args)
+        _divide_among_replicas(sharded, run)
         shard_plan = writer.plan(sharded)
         # The common part is serialised now, as the scheduler's and optimizer's values move on.
         if async_save:
@@ -103,24 +101,24 @@ def save_checkpoint(
     return pending
 
 
-def _sharded_part(model: list, optimizer, args: Namespace, rng_states: bool) -> dict:
-    keep_optimizer = optimizer is not None and not getattr(args, "no_save_optim", None)
-    metadata = content.content_metadata(optimizer if keep_optimizer else None, args)
+def _sharded_part(model: list, optimizer, run: RunConfig, rng_states: bool) -> dict:
+    keep_optimizer = optimizer is not None and not run.checkpoint.no_save_optim
+    metadata = content.content_metadata(optimizer if keep_optimizer else None, run)
     state = content.model_part(model, metadata)
     if keep_optimizer and not getattr(optimizer, "is_stub_optimizer", False):
         content.make_state(optimizer)
         with torch.no_grad():
             state["optimizer"] = optimizer.sharded_state_dict(dict(state), metadata=metadata)
-    if rng_states and not getattr(args, "no_save_rng", None):
+    if rng_states and not run.checkpoint.no_save_rng:
         state["rng_state"] = content.rng_object(content.gather_rng())
     force_all_tensors_to_non_fp8(state)  # a checkpoint is read without Transformer Engine too
     return state | {"content_metadata": metadata}
 
 
-def _divide_among_replicas(sharded: dict, args: Namespace) -> None:
+def _divide_among_replicas(sharded: dict, run: RunConfig) -> None:
     """Let each data parallel rank write a share of what they all hold; collective."""
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    if group.size() == 1 or not getattr(args, "ckpt_fully_parallel_save", True):
+    if group.size() == 1 or not run.checkpoint.ckpt_fully_parallel_save:
         return
     shares = determine_main_replica_uniform_distribution(sharded, group)
     distribute_main_replicas_with_precomputed_distribution(sharded, group, shares)

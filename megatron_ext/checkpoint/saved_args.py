@@ -8,6 +8,8 @@ this machine is not listed, and so stays as the user typed it. ``tokenizer_model
 is read as data and never as code (megatron_ext/tokenizer/build.py).
 """
 
+import enum
+import signal
 import types
 import typing
 from argparse import Namespace
@@ -18,7 +20,9 @@ import torch
 
 from megatron_ext.checkpoint.bounds import bytes_in
 from megatron_ext.checkpoint.errors import DamagedCheckpoint
-from megatron_ext.config import model_function, options
+from megatron_ext.config import RunConfig, model_function, options
+from megatron_ext.config.model_function import Saved
+from megatron_ext.config.run import is_named
 
 #: What the model computes and is run with, by the names of our flags.
 MODEL = (
@@ -68,7 +72,32 @@ _LARGEST = 2**53
 _LONGEST_TEXT = 4096
 
 
-def harmless(saved: Any, path: Path) -> Namespace:
+def arguments_of(run: RunConfig, **more: Any) -> Namespace:
+    """The arguments that a checkpoint of ``run`` holds, each a value that every reader can load."""
+    return Namespace(**{name: plain(value) for name, value in (run.flat() | more).items()})
+
+
+def plain(value: Any) -> Any:
+    """Numbers, text, dtypes and upstream's enums as they are, containers item by item, the rest as text."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(plain(item) for item in value) if type(value) in (list, tuple) else str(value)
+    if isinstance(value, Path):
+        return str(value)
+    ours = isinstance(value, enum.Enum) and type(value).__module__.startswith("megatron_ext")
+    if ours or isinstance(value, signal.Signals):  # Python 3.10 pickles a signal as a name to look up
+        return value.name
+    known = value is None or isinstance(value, bool | int | float | str | bytes | torch.dtype | enum.Enum)
+    return value if known else str(value)
+
+
+def run_of(saved: Saved) -> RunConfig:
+    """What is said of the run, as a configuration; what is not said has its default."""
+    return RunConfig.of({name: value for name, value in saved.items() if is_named(name)})
+
+
+def harmless(saved: Any, path: Path) -> Saved:
     """The arguments of ``common.pt`` at ``path`` that are listed above; the others are passed over.
 
     Raises DamagedCheckpoint if they are no arguments, or one of model, tokenizer or counters has a value
@@ -76,26 +105,26 @@ def harmless(saved: Any, path: Path) -> Namespace:
     """
     if not isinstance(saved, Namespace):
         raise DamagedCheckpoint(f"{path}: args is {_kind(saved)}, not the arguments of a run")
-    passed = Namespace()
+    passed: dict[str, Any] = {}
     for name in (*MODEL, *TOKENIZER, *_TRAINING, *_MORE):
         if name not in saved:
             continue
         value, wanted = vars(saved)[name], _type_of(name)
         if value is None or _fits(value, wanted):
-            setattr(passed, name, value)
+            passed[name] = value
         elif name not in _TRAINING:
             raise DamagedCheckpoint(f"{path}: its argument {name} is {_kind(value)}; {_meaning(wanted)}")
     return passed
 
 
-def require_room(args: Namespace, folder: Path) -> None:
-    """Raise DamagedCheckpoint if ``args`` describe a model that the files in ``folder`` are too small for.
+def require_room(saved: Saved, folder: Path) -> None:
+    """Raise DamagedCheckpoint if ``saved`` describe a model that the files in ``folder`` are too small for.
 
     A number format has a byte or more, so the files have at least as many bytes as there are parameters.
     """
 
     def size(name: str) -> int:
-        return getattr(args, name, None) or 0
+        return saved.get(name) or 0
 
     hidden, ffn = size("hidden_size"), size("ffn_hidden_size")
     layer = hidden * (ffn + size("num_attention_heads") * size("kv_channels"))
@@ -104,7 +133,7 @@ def require_room(args: Namespace, folder: Path) -> None:
         2 * hidden * size("augmented_shortcuts") * (hidden // (size("augmented_shortcut_reduction") or 1))
     )
     rows = size("padded_vocab_size")
-    if getattr(args, "position_embedding_type", None) == "learned_absolute":
+    if saved.get("position_embedding_type") == "learned_absolute":
         rows += size("max_position_embeddings")
     least, there = hidden * rows + layer * size("num_layers"), bytes_in(folder)
     if least > there:

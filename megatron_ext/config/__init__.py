@@ -1,46 +1,30 @@
-"""The configuration by concern; each field is a flag too (``flags.py`` makes it).
-
-``sections()`` are those of the command line, in the order of ``--help``.
-"""
+"""The configuration by concern; each field is a flag too (``flags.py`` makes it)."""
 
 from functools import cache
 
-from megatron_ext.config import data, model, output, parallel, training
-from megatron_ext.config.flags import Option, argparse_form, core_options, own_options
+from megatron_ext.config.flags import Option, own_options, spelled
+from megatron_ext.config.run import RunConfig, concerns
 
-TRANSFORMER = ("transformer.transformer_config", "TransformerConfig")
-MODEL_PARALLEL = ("model_parallel_config", "ModelParallelConfig")
+__all__ = ["Option", "RunConfig", "flag_of", "options", "sections"]
+
+#: Titles of the sections of ``--help``, where they are not the concern's name.
+_TITLES = {
+    "init": "initial weights and random numbers",
+    "training": "batch, duration and exit",
+    "schedule": "learning rate",
+    "checkpoint": "checkpoints",
+    "parallel": "parallelism",
+    "recompute": "recomputation",
+    "graphs": "CUDA graphs",
+    "fusion": "fused kernels to switch off",
+    "process": "processes",
+}
 
 
 @cache
 def sections() -> dict[str, list[Option]]:
-    """Title -> options of every flag of the program."""
-    return {
-        "PanGu-pi": own_options(model.PanguArguments),
-        "model": core_options(*TRANSFORMER, model.TRANSFORMER_FIELDS) + own_options(model.ModelArguments),
-        "batch, duration and exit": own_options(training.TrainingArguments),
-        "optimizer": own_options(training.OptimizerArguments),
-        "learning rate": own_options(training.ScheduleArguments),
-        "data": own_options(data.DataArguments),
-        "tokenizer": own_options(data.TokenizerArguments),
-        "validation": own_options(data.ValidationArguments),
-        "checkpoints": own_options(output.CheckpointArguments),
-        "logging": own_options(output.LoggingArguments),
-        "model parallelism": core_options(*MODEL_PARALLEL, parallel.MODEL_PARALLEL_FIELDS),
-        "pipeline": own_options(parallel.PipelineArguments)
-        + core_options(*TRANSFORMER, parallel.PIPELINE_SPLIT_FIELDS),
-        "data parallelism": own_options(parallel.DataParallelArguments),
-        "recomputation": own_options(parallel.RecomputeArguments)
-        + core_options(*TRANSFORMER, parallel.RECOMPUTE_FIELDS),
-        "precision": own_options(training.PrecisionArguments)
-        + core_options(*TRANSFORMER, training.FP8_FIELDS)
-        + own_options(training.Fp8Arguments),
-        "CUDA graphs": core_options(*TRANSFORMER, parallel.GRAPH_FIELDS),
-        "fused kernels to switch off": own_options(model.FusionArguments),
-        "random numbers": own_options(training.RandomArguments),
-        "processes": own_options(parallel.ProcessArguments),
-        "profiling": own_options(output.ProfilingArguments),
-    }
+    """Title -> options of every flag of the program, in the order of ``--help``."""
+    return {_TITLES.get(name, name): own_options(kind) for name, kind in concerns().items()}
 
 
 @cache
@@ -51,4 +35,4 @@ def options() -> dict[str, Option]:
 
 def flag_of(name: str) -> str:
     """The first spelling of a destination's flag."""
-    return argparse_form(options()[name])[0][0] if name in options() else name
+    return spelled(options()[name]) if name in options() else name

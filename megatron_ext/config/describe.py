@@ -4,126 +4,42 @@ Used by tools/describe_model.py. Parameters are exact (a test compares them with
 operations count matmuls; memory is an estimate, with what it counts said where it counts it.
 """
 
-from argparse import Namespace
+import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
-from megatron_ext.config.presets import PRESETS, Preset
+from megatron_ext.config import RunConfig
+from megatron_ext.config.model import ModelConfig
+from megatron_ext.config.presets import PRESETS
 
-
-@dataclass(frozen=True)
-class Shape:
-    """A decoder's shape; sizes in elements, ``vocabulary`` with its padding."""
-
-    layers: int
-    hidden: int
-    heads: int
-    groups: int
-    head_width: int
-    ffn: int
-    vocabulary: int
-    sequence: int
-    gated: bool = True
-    tied: bool = False
-    biases: bool = False
-    qkv_biases: bool = False
-    norm_vectors: int = 1
-    qk_norms: bool = False
-    learned_positions: int = 0
-    series_terms: int = 0
-    shortcuts: int = 0
-    reduction: int = 32
-
-    @property
-    def query_width(self) -> int:
-        return self.heads * self.head_width
-
-    @property
-    def key_width(self) -> int:
-        return self.groups * self.head_width
+#: What is in a parameter's name -> the part that it belongs to; the first that is found.
+_PARTS = {
+    "norm": "norms",
+    "augmented_shortcut": "augmented shortcuts",
+    "series_activation": "series activation",
+    "embedding": "embedding",
+    "output_layer": "head",
+    "self_attention": "attention",
+    "mlp": "FFN",
+}
 
 
-def shape_of(args: Namespace, vocabulary: int) -> Shape:
-    """The shape that parsed arguments describe, for an embedding of ``vocabulary`` rows."""
-    return Shape(
-        layers=args.num_layers,
-        hidden=args.hidden_size,
-        heads=args.num_attention_heads,
-        groups=args.num_query_groups if args.group_query_attention else args.num_attention_heads,
-        head_width=args.kv_channels,
-        ffn=args.ffn_hidden_size,
-        vocabulary=vocabulary,
-        sequence=args.seq_length,
-        gated=args.swiglu or args.quick_geglu,
-        tied=not args.untie_embeddings_and_output_weights,
-        biases=args.add_bias_linear,
-        qkv_biases=args.add_qkv_bias or args.add_bias_linear,
-        norm_vectors=1 if args.normalization == "RMSNorm" else 2,
-        qk_norms=args.qk_layernorm,
-        learned_positions=(
-            args.max_position_embeddings if args.position_embedding_type == "learned_absolute" else 0
-        ),
-        series_terms=args.series_activation_order,
-        shortcuts=args.augmented_shortcuts,
-        reduction=args.augmented_shortcut_reduction,
-    )
-
-
-def shape_of_preset(preset: Preset) -> Shape:
-    """A preset's shape at the vocabulary that it was designed for, padded to a multiple of 128."""
-    return Shape(
-        layers=preset.layers,
-        hidden=preset.hidden,
-        heads=preset.heads,
-        groups=preset.heads,
-        head_width=preset.hidden // preset.heads,
-        ffn=preset.ffn,
-        vocabulary=-(-preset.vocabulary // 128) * 128,
-        sequence=preset.sequence,
-        series_terms=2,
-        shortcuts=1,
-    )
-
-
-def parameters(shape: Shape) -> dict[str, int]:
+def parts(model: ModelConfig) -> dict[str, int]:
     """Part -> number of parameters; the sum is the model's."""
-    s, h, f = shape, shape.hidden, shape.ffn
-    qkv, fc1 = s.query_width + 2 * s.key_width, (2 if s.gated else 1) * f
-    attention = h * qkv + s.query_width * h + s.qkv_biases * qkv + s.biases * h
-    feed_forward = h * fc1 + f * h + s.biases * (fc1 + h)
-    norms = 2 * h * s.norm_vectors + s.qk_norms * 2 * s.head_width * s.norm_vectors
-    return {
-        "embedding": s.vocabulary * h + s.learned_positions * h,
-        "head": 0 if s.tied else s.vocabulary * h,
-        "attention": s.layers * attention,
-        "FFN": s.layers * feed_forward,
-        "augmented shortcuts": s.layers * s.shortcuts * 2 * h * (h // s.reduction),
-        "series activation": s.layers * 2 * s.series_terms * f,
-        "norms": s.layers * norms + h * s.norm_vectors,
-    }
+    found = dict.fromkeys(_PARTS.values(), 0)
+    for name, shape in dataclasses.replace(model, num_layers=1).parameters().items():
+        part = next(part for key, part in _PARTS.items() if key in name)
+        in_layer = name.startswith("decoder.layers.")
+        found[part] += math.prod(shape) * (model.num_layers if in_layer else 1)
+    return found
 
 
-def total_parameters(shape: Shape) -> int:
-    """Parameters of the whole model."""
-    return sum(parameters(shape).values())
-
-
-def embedding_share(shape: Shape) -> float:
+def embedding_share(model: ModelConfig) -> float:
     """Share of embedding and head in all parameters, 0 to 1."""
-    parts = parameters(shape)
-    return (parts["embedding"] + parts["head"]) / sum(parts.values())
-
-
-def flops_per_token(shape: Shape) -> float:
-    """Operations of forward and backward for one token: 2 a multiply-add, three products a matmul.
-
-    Causal attention counts as the half that is not masked, as Megatron-LM 0.16 counts it.
-    """
-    s, h = shape, shape.hidden
-    attention = h * (s.query_width + 2 * s.key_width) + s.query_width * h + s.query_width * s.sequence
-    feed_forward = (3 if s.gated else 2) * h * s.ffn
-    shortcut = s.shortcuts * 2 * h * (h // s.reduction)
-    return 6.0 * (s.layers * (attention + feed_forward + shortcut) + h * s.vocabulary)
+    of = parts(model)
+    return (of["embedding"] + of["head"]) / sum(of.values())
 
 
 @dataclass(frozen=True)
@@ -138,118 +54,128 @@ class Layout:
     recompute: bool = False
     micro_batch: int = 1
     micro_batches: int = 1
+    seq_length: int = 2048
     bytes_each: int = 4
 
 
-def layout_of(args: Namespace) -> Layout:
+def layout_of(run: RunConfig) -> Layout:
     """The layout that parsed arguments describe."""
     return Layout(
-        tensor=args.tensor_model_parallel_size,
-        pipeline=args.pipeline_model_parallel_size,
-        data=args.data_parallel_size,
-        sequence_parallel=args.sequence_parallel,
-        distributed_optimizer=args.use_distributed_optimizer,
-        recompute=args.recompute_granularity == "full",
-        micro_batch=args.micro_batch_size,
-        micro_batches=max(1, args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)),
-        bytes_each=2 if args.bf16 or getattr(args, "fp16", False) else 4,
+        tensor=run.parallel.tensor_model_parallel_size,
+        pipeline=run.parallel.pipeline_model_parallel_size,
+        data=run.parallel.data_parallel_size,
+        sequence_parallel=run.parallel.sequence_parallel,
+        distributed_optimizer=run.parallel.use_distributed_optimizer,
+        recompute=run.recompute.recompute_granularity == "full",
+        micro_batch=run.training.micro_batch_size,
+        micro_batches=max(1, run.training.global_batch_size // run.samples_at_once),
+        seq_length=run.data.seq_length,
+        bytes_each=2 if run.precision.bf16 or run.precision.fp16 else 4,
     )
 
 
-def vocabulary_of(args: Namespace) -> int:
+def vocabulary_of(run: RunConfig) -> int:
     """Rows of the embedding: what is given, or what the preset was designed for, padded.
 
     Raises:
         ValueError: neither a size nor a preset is given.
     """
-    if args.padded_vocab_size:
-        return args.padded_vocab_size
-    size, unit = args.vocab_size, args.make_vocab_size_divisible_by
-    if size is None and args.model_preset in PRESETS:
-        size = PRESETS[args.model_preset].vocabulary
+    if run.model.padded_vocab_size:
+        return run.model.padded_vocab_size
+    size, unit = run.tokenizer.vocab_size, run.tokenizer.make_vocab_size_divisible_by
+    if size is None and run.init.model_preset in PRESETS:
+        size = PRESETS[run.init.model_preset].softmax_vocab_size
     if size is None:
         raise ValueError("the size of the vocabulary is not known: give --vocab-size")
     return -(-size // unit) * unit
 
 
-def memory(shape: Shape, layout: Layout) -> dict[str, float]:
+def with_vocabulary(run: RunConfig) -> ModelConfig:
+    """The model of a run, with the rows of its vocabulary; raises ValueError where there is none."""
+    return replace(run.model, padded_vocab_size=vocabulary_of(run))
+
+
+def memory(model: ModelConfig, layout: Layout) -> dict[str, float]:
     """What -> bytes on the pipeline stage that needs most; activations are an estimate."""
-    stages = [_stage_memory(shape, layout, stage) for stage in range(layout.pipeline)]
+    stages = [_stage_memory(model, layout, stage) for stage in range(layout.pipeline)]
     return max(stages, key=lambda stage: sum(stage.values()))
 
 
-def _stage_memory(shape: Shape, layout: Layout, stage: int) -> dict[str, float]:
-    held = parameters_of_rank(shape, layout, stage)
+def _stage_memory(model: ModelConfig, layout: Layout, stage: int) -> dict[str, float]:
+    held = parameters_of_rank(model, layout, stage)
     # Adam's two moments, and an fp32 copy of weights that are not fp32 themselves.
     state = 8 + (4 if layout.bytes_each < 4 else 0)
     return {
         "weights": held * layout.bytes_each,
         "gradients": held * 4,
         "optimizer": held * state / (layout.data if layout.distributed_optimizer else 1),
-        "activations": _activations(shape, layout, stage),
+        "activations": _activations(model, layout, stage),
     }
 
 
-def parameters_of_rank(shape: Shape, layout: Layout, stage: int) -> float:
+def parameters_of_rank(model: ModelConfig, layout: Layout, stage: int) -> float:
     """Parameters on one rank of a pipeline stage; shortcuts and norms are whole on every rank."""
-    parts, split = parameters(shape), layout.tensor
-    final_norm = shape.hidden * shape.norm_vectors
-    divided = parts["attention"] + parts["FFN"] + parts["series activation"]
-    whole = parts["augmented shortcuts"] + parts["norms"] - final_norm
+    of, split = parts(model), layout.tensor
+    final_norm = model.hidden_size * (1 if model.normalization == "RMSNorm" else 2)
+    divided = of["attention"] + of["FFN"] + of["series activation"]
+    whole = of["augmented shortcuts"] + of["norms"] - final_norm
     held = (divided / split + whole) / layout.pipeline
     first, last = stage == 0, stage == layout.pipeline - 1
     if first:
-        held += parts["embedding"] / split
+        held += of["embedding"] / split
     if last:
         # A tied head is a copy of the embedding where it is not the same rank.
-        head = parts["embedding"] if shape.tied and not first else parts["head"]
+        head = of["embedding"] if model.tied and not first else of["head"]
         held += head / split + final_norm
     return held
 
 
-def _activations(shape: Shape, layout: Layout, stage: int) -> float:
+def _activations(model: ModelConfig, layout: Layout, stage: int) -> float:
     """Tensors that a stage keeps for its backward pass, with as many micro batches as 1F1B has there."""
-    tokens = layout.micro_batch * shape.sequence
+    tokens = layout.micro_batch * layout.seq_length
     in_flight = min(layout.pipeline - stage, layout.micro_batches)
-    layers = shape.layers / layout.pipeline
-    one_layer = layer_activations(shape, layout)
-    residual = shape.hidden / (layout.tensor if layout.sequence_parallel else 1)
+    layers = model.num_layers / layout.pipeline
+    one_layer = layer_activations(model, layout)
+    residual = model.hidden_size / (layout.tensor if layout.sequence_parallel else 1)
     # Recomputation keeps each layer's input, and all of the one layer that is computed again.
     kept = layers * residual * in_flight + one_layer if layout.recompute else layers * one_layer * in_flight
-    logits = shape.vocabulary / layout.tensor * 4 if stage == layout.pipeline - 1 else 0
+    logits = model.vocab_rows / layout.tensor * 4 if stage == layout.pipeline - 1 else 0
     return tokens * (kept * layout.bytes_each + logits)
 
 
-def layer_activations(shape: Shape, layout: Layout) -> float:
+def layer_activations(model: ModelConfig, layout: Layout) -> float:
     """Elements for each token that one layer keeps, without dropout and with flash attention.
 
     Residual stream and normed input, twice (4 h); queries and keys before and after the rotation,
     values, and the attention's output; gate and up, and their product; the shortcut's bottleneck.
     """
-    s = shape
-    stream = 4 * s.hidden / (layout.tensor if layout.sequence_parallel else 1)
-    attention = (3 * s.query_width + 3 * s.key_width) / layout.tensor
-    feed_forward = (3 if s.gated else 2) * s.ffn / layout.tensor
-    return stream + attention + feed_forward + 2 * s.shortcuts * (s.hidden // s.reduction)
+    stream = 4 * model.hidden_size / (layout.tensor if layout.sequence_parallel else 1)
+    attention = 3 * (model.query_width + model.query_groups * model.kv_channels) / layout.tensor
+    feed_forward = (2 + model.gated) * model.ffn_hidden_size / layout.tensor
+    return stream + attention + feed_forward + 2 * model.shortcut_width
 
 
 def candidates(
-    budget: float, like: Shape, depths: range = range(8, 49, 2), tolerance: float = 0.01
-) -> Iterator[Shape]:
-    """Shapes of about ``budget`` parameters, by depth and width, for a depth against width study.
+    budget: float, like: ModelConfig, depths: range = range(8, 49, 2), tolerance: float = 0.01
+) -> Iterator[ModelConfig]:
+    """Models of about ``budget`` parameters, by depth and width, for a depth against width study.
 
     Widths are multiples of 128, in heads of 128 (64 below 768); the FFN takes what is left, in
-    multiples of 128, between 2 and 4 times the width; vocabulary, modules and length are ``like``'s.
+    multiples of 128, between 2 and 4 times the width; vocabulary and modules are ``like``'s.
     """
     for layers in depths:
         for hidden in range(256, 8193, 128):
             width = 128 if hidden >= 768 else 64
-            heads = hidden // width
-            bare = replace(
-                like, layers=layers, hidden=hidden, heads=heads, groups=heads, head_width=width, ffn=0
+            of = partial(
+                replace,
+                like,
+                num_layers=layers,
+                hidden_size=hidden,
+                num_attention_heads=hidden // width,
+                kv_channels=width,
             )
-            per_channel = total_parameters(replace(bare, ffn=1)) - total_parameters(bare)
-            ffn = round((budget - total_parameters(bare)) / per_channel / 128) * 128
-            found = replace(bare, ffn=ffn)
-            if 2 * hidden <= ffn <= 4 * hidden and abs(total_parameters(found) / budget - 1) <= tolerance:
+            one, two = (of(ffn_hidden_size=ffn).num_parameters for ffn in (1, 2))
+            ffn = 128 * round(((budget - one) / (two - one) + 1) / 128)
+            found = of(ffn_hidden_size=ffn) if ffn > 0 else like
+            if 2 * hidden <= ffn <= 4 * hidden and abs(found.num_parameters / budget - 1) <= tolerance:
                 yield found

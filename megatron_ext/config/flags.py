@@ -8,22 +8,57 @@ A field gives the flag as Megatron-LM's own factory does (megatron/training/argu
 - ``metadata["argparse_meta"]`` overrides any of it, ``arg_names`` the spelling;
 - the string under the field is the help.
 
-Megatron-Core's configuration classes are read from their source text, because importing them costs
-torch and several seconds, and a command line that is only parsed needs neither.
+Beside it stand what a value must be (``Range``) and what it needs to have an effect (``Need``).
 """
 
 import argparse
 import ast
 import dataclasses
-import importlib.util
 import inspect
+import math
 import sys
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Need:
+    """A flag has an effect only where ``holds(run)``; ``flags`` says what to add or leave out."""
+
+    flags: str
+    holds: Callable[[Any], object]
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The numbers that a field may have; they are finite, whatever else."""
+
+    minimum: float | None = None
+    maximum: float | None = None
+    above: float | None = None
+    below: float | None = None
+
+    def holds(self, value: float) -> bool:
+        return (
+            math.isfinite(value)
+            and (self.minimum is None or value >= self.minimum)
+            and (self.maximum is None or value <= self.maximum)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        if self.maximum is not None:
+            return f"between {self.minimum} and {self.maximum}"
+        if self.below is not None:
+            return f"at least {self.minimum} and below {self.below}"
+        if self.above is not None:
+            return f"above {self.above}"
+        return f"{self.minimum} or more" if self.minimum == 0 else f"at least {self.minimum}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,44 +70,55 @@ class Option:
     default: Any
     meta: dict[str, Any]
     doc: str
+    range: Range | None = None
+    needs: Sequence[Need] = ()
 
 
-def flag(value: Any, *names: str, **argparse_meta: Any) -> Any:
-    """A dataclass field whose flag differs from what its name and annotation say."""
+def flag(
+    value: Any,
+    *names: str,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    needs: Sequence[Need] = (),
+    **argparse_meta: Any,
+) -> Any:
+    """A dataclass field whose flag has a range or needs, or differs from what its name and annotation say."""
     if names:
         argparse_meta["arg_names"] = list(names)
-    metadata = {"argparse_meta": argparse_meta}
+    limits = (minimum, maximum, above, below)
+    allowed = None if limits == (None,) * 4 else Range(*limits)
+    metadata = {"argparse_meta": argparse_meta, "range": allowed, "needs": tuple(needs)}
     if isinstance(value, list):
         return dataclasses.field(default_factory=value.copy, metadata=metadata)
     return dataclasses.field(default=value, metadata=metadata)
 
 
-def own_options(cls: type) -> list[Option]:
-    """The options of a dataclass of ours."""
+def derived(value: Any) -> Any:
+    """A dataclass field that no flag gives: it follows from others, the machine or the data."""
+    return dataclasses.field(default=value, metadata={"derived": True})
+
+
+@cache
+def own_options(cls: Any) -> list[Option]:
+    """The options of a dataclass of ours, without what is derived."""
     tree = _module_tree(sys.modules[cls.__module__].__file__)
     docs = {name: doc for name, _, _, doc in _annotated_fields(_class_node(tree, cls.__name__))}
     hints = typing.get_type_hints(cls)
     return [
-        Option(f.name, hints[f.name], _default(f), f.metadata.get("argparse_meta", {}), docs[f.name])
+        Option(
+            f.name,
+            hints[f.name],
+            _default(f),
+            f.metadata.get("argparse_meta", {}),
+            docs[f.name],
+            f.metadata.get("range"),
+            f.metadata.get("needs", ()),
+        )
         for f in dataclasses.fields(cls)
+        if not f.metadata.get("derived")
     ]
-
-
-def core_options(module: str, class_name: str, names: Sequence[str]) -> list[Option]:
-    """The named fields of one of Megatron-Core's dataclasses, read without importing it.
-
-    Args:
-        module: dotted path below ``megatron.core``, such as ``"model_parallel_config"``.
-
-    Raises:
-        LookupError: the installed Megatron-Core has no such field.
-    """
-    tree = _module_tree(str(_core_folder().joinpath(*module.split("."))) + ".py")
-    found = {name: (node, doc) for name, node, _, doc in _annotated_fields(_class_node(tree, class_name))}
-    missing = [name for name in names if name not in found]
-    if missing:
-        raise LookupError(f"megatron.core.{module}.{class_name} has no field {', '.join(missing)}")
-    return [_core_option(name, *found[name]) for name in names]
 
 
 def add_group(parser: argparse.ArgumentParser, title: str, options: Iterable[Option]) -> None:
@@ -110,6 +156,49 @@ def default_of(option: Option) -> Any:
     return option.meta.get("default", option.default)
 
 
+def spelled(option: Option) -> str:
+    """The first spelling of an option's flag."""
+    return argparse_form(option)[0][0]
+
+
+def wrong(option: Option, value: Any) -> Iterator[str]:
+    """What is wrong with a value by itself; one that is None was not given, which is another matter."""
+    if value is None:
+        return
+    if not fits(value, option.annotation):
+        yield f"{spelled(option)} {value!r}: must be {kind(option.annotation)}"
+    elif option.range is not None and not option.range.holds(value):
+        yield f"{spelled(option)} {value}: must be {option.range}"
+
+
+def fits(value: Any, annotation: Any) -> bool:
+    """Whether a value is of an annotated type; a number is finite, an integer of modest size."""
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, one) for one in inner)
+    if origin is list:
+        return isinstance(value, list) and all(fits(item, inner[0]) for item in value)
+    if origin is typing.Literal:
+        return value in inner
+    if annotation is int:
+        return type(value) is int and abs(value) < 1 << 63
+    if annotation is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return isinstance(value, annotation)
+
+
+def kind(annotation: Any) -> str:
+    """A type in words."""
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return kind(next(one for one in inner if one is not type(None)))
+    if origin is typing.Literal:
+        return f"one of {', '.join(map(str, inner))}"
+    return {int: "an integer", float: "a number", bool: "true or false", str: "a text"}.get(
+        annotation, "of its type"
+    )
+
+
 def _help(doc: str, default: Any, keywords: dict[str, Any]) -> str:
     text = doc.replace("%", "%%").rstrip(".")
     if "action" in keywords:
@@ -137,14 +226,6 @@ def _default(field: dataclasses.Field) -> Any:
 
 
 @cache
-def _core_folder() -> Path:
-    for folder in importlib.util.find_spec("megatron").submodule_search_locations:
-        if Path(folder, "core", "__init__.py").exists():
-            return Path(folder, "core")
-    raise ModuleNotFoundError("megatron-core is not installed; pip install -c constraints.txt .")
-
-
-@cache
 def _module_tree(path: str) -> ast.Module:
     return ast.parse(Path(path).read_text(encoding="utf-8"))
 
@@ -159,21 +240,4 @@ def _annotated_fields(node: ast.ClassDef) -> Iterable[tuple[str, ast.AnnAssign, 
         documented = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
         if isinstance(statement, ast.AnnAssign) and documented:
             doc = " ".join(inspect.cleandoc(below.value.value).split())
-            yield statement.target.id, statement, statement.value, doc
-
-
-#: The names that the annotations and defaults of the fields we take from Megatron-Core use.
-_VOCABULARY = {name: getattr(typing, name) for name in ("List", "Literal", "Optional", "Tuple", "Union")} | {
-    "field": dataclasses.field
-}
-
-
-def _core_option(name: str, statement: ast.AnnAssign, doc: str) -> Option:
-    def evaluate(node: ast.expr) -> Any:
-        return eval(ast.unparse(node), dict(_VOCABULARY))
-
-    default, meta = evaluate(statement.value), {}
-    if isinstance(default, dataclasses.Field):
-        meta = default.metadata.get("argparse_meta", {})
-        default = _default(default)
-    return Option(name, evaluate(statement.annotation), default, dict(meta), doc)
+            yield ast.unparse(statement.target), statement, statement.value, doc

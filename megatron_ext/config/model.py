@@ -1,37 +1,86 @@
-"""The model: Megatron-Core's own fields, what only Megatron-LM's command line has, and PanGu-pi."""
+"""The one description of a model: what it computes, the tensors that it has, what a token costs.
 
+Whatever needs a model's shape takes a :class:`ModelConfig`: the trainer, the planner, checkpoints, models
+in and out, inheritance. Each field is a flag; all of them together are the model's function, so that a
+checkpoint of other values is another model. Names are Megatron-LM's; nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Literal
 
-from megatron_ext.config.flags import flag
+from megatron_ext.config.flags import derived, flag, own_options, wrong
+from megatron_ext.config.needs import GROUPED, ROPE_SCALING, ROTARY, SHORTCUTS
 
-TRANSFORMER_FIELDS = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "kv_channels",
-    "num_query_groups",
-    "normalization",
-    "layernorm_epsilon",
-    "add_bias_linear",
-    "add_qkv_bias",
-    "qk_layernorm",
-    "attention_dropout",
-    "hidden_dropout",
-    "init_method_std",
-    "embedding_init_method_std",
-)
+#: Settled by the tokenizer and the layout, not by the model's function.
+_VOCABULARY = ("padded_vocab_size", "softmax_vocab_size")
 
 
-@dataclass
-class ModelArguments:
-    """Options of the model that TransformerConfig does not hold, or holds in another form."""
+class NoSuchModel(ValueError):
+    """There is no model of this shape; ``problems`` are the reasons, one sentence each."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__(f"no such model: {'; '.join(problems)}")
+        self.problems = problems
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder-only transformer, with or without the PanGu-pi modules.
+
+    What follows from other fields may be left out: the FFN's size is then 4 h, or 8 h / 3 in multiples of 64
+    for SwiGLU (three matrices for two), and a head's size h / n.
+
+    Shapes below use s sequence length, h hidden size, f FFN size, n heads, g query groups, d channels of a
+    head, v rows of the vocabulary.
+
+    Raises:
+        NoSuchModel: with every reason.
+    """
+
+    num_layers: int = flag(0, default=None, minimum=1)
+    """Transformer layers."""
+
+    hidden_size: int = flag(0, default=None, minimum=1)
+    """Channels of the residual stream."""
+
+    ffn_hidden_size: int = flag(0, default=None, minimum=1)
+    """Channels inside the FFN; by default 4 times --hidden-size, or 8/3 of it in multiples of 64 with
+    --swiglu."""
+
+    num_attention_heads: int = flag(0, default=None, minimum=1)
+    """Attention heads."""
+
+    kv_channels: int = flag(0, default=None, minimum=1)
+    """Channels of a head; by default --hidden-size over --num-attention-heads."""
 
     group_query_attention: bool = False
     """Share keys and values among groups of query heads; --num-query-groups says how many groups."""
 
-    max_position_embeddings: int | None = None
+    num_query_groups: int | None = flag(None, default=1, minimum=1, needs=[GROUPED])
+    """Groups of query heads that share keys and values (--group-query-attention)."""
+
+    normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
+    """The norm before attention and FFN, and at the end."""
+
+    layernorm_epsilon: float = flag(1e-05, "--norm-epsilon", above=0)
+    """Term that keeps the norm's denominator from zero."""
+
+    add_bias_linear: bool = flag(True, "--disable-bias-linear")
+    """No biases in linear layers."""
+
+    add_qkv_bias: bool = False
+    """Biases for queries, keys and values alone."""
+
+    qk_layernorm: bool = False
+    """Normalize queries and keys of each head."""
+
+    max_position_embeddings: int = flag(0, default=None, minimum=1)
     """Longest sequence the model is built for; at least --seq-length."""
 
     position_embedding_type: Literal["learned_absolute", "rope", "mrope", "relative", "none"] = (
@@ -39,23 +88,20 @@ class ModelArguments:
     )
     """How positions enter the model; PanGu-pi and Llama use rope."""
 
-    use_rotary_position_embeddings: bool = False
-    """Older spelling of --position-embedding-type rope."""
-
-    rotary_base: int = 10000
+    rotary_base: int = flag(10000, minimum=1, needs=[ROTARY])
     """Base of the rotary embedding's wavelengths."""
 
-    rotary_percent: float = 1.0
+    rotary_percent: float = flag(1.0, minimum=0, maximum=1, needs=[ROTARY])
     """Share of each head's channels that is rotated."""
 
-    rotary_seq_len_interpolation_factor: int | None = None
+    rotary_seq_len_interpolation_factor: int | None = flag(None, minimum=1, needs=[ROTARY])
     """Positions are divided by this factor, to stretch rotary embeddings over longer sequences."""
 
-    use_rope_scaling: bool = False
+    use_rope_scaling: bool = flag(False, needs=[ROTARY])
     """Stretch long wavelengths of the rotary embedding as Llama 3.1 and later do: those above 8192 positions
     by --rope-scaling-factor, those below 2048 not at all."""
 
-    rope_scaling_factor: float = 8.0
+    rope_scaling_factor: float = flag(8.0, minimum=1, needs=[ROPE_SCALING])
     """Factor of --use-rope-scaling: 8 in Llama 3.1, 32 in the small models of Llama 3.2."""
 
     swiglu: bool = False
@@ -70,86 +116,208 @@ class ModelArguments:
     untie_embeddings_and_output_weights: bool = False
     """Give the output layer its own weights instead of the word embedding's."""
 
-    make_vocab_size_divisible_by: int = 128
-    """The vocabulary is padded to a multiple of this, at every tensor parallel size alike."""
-
-    transformer_impl: Literal["local", "transformer_engine", "inference_optimized"] | None = None
-    """Layers of Megatron-Core (local) or of Transformer Engine; by default Transformer Engine if a
-    GPU and the package are there, else local."""
-
-    attention_backend: Literal["auto", "flash", "fused", "unfused", "local"] = "auto"
-    """Which of Transformer Engine's attention kernels to use; the local layers use torch's
-    scaled_dot_product_attention, which chooses for itself."""
-
-    attention_softmax_in_fp32: bool = False
-    """The softmax of the attention in fp32. It always is: accepted because it says what is so."""
-
-    use_mcore_models: bool = False
-    """Models of Megatron-Core. There are no others: accepted because it says what is so."""
-
-    use_flash_attn: bool = False
-    """Flash attention. It is what --attention-backend auto finds: accepted for older scripts."""
-
-
-@dataclass
-class FusionArguments:
-    """Fused kernels of Megatron-Core that need CUDA extensions; each switch turns one off."""
-
-    masked_softmax_fusion: bool = flag(True, "--no-masked-softmax-fusion")
-    """Do not fuse scaling, masking and softmax of the attention."""
-
-    bias_gelu_fusion: bool = flag(True, "--no-bias-gelu-fusion")
-    """Do not fuse bias and GELU."""
-
-    bias_swiglu_fusion: bool = flag(True, "--no-bias-swiglu-fusion")
-    """Do not fuse bias and SwiGLU."""
-
-    bias_dropout_fusion: bool = flag(True, "--no-bias-dropout-fusion")
-    """Do not fuse bias, dropout and the residual sum."""
-
-    apply_rope_fusion: bool = flag(True, "--no-rope-fusion")
-    """Do not use Transformer Engine's fused rotary embedding."""
-
-    gradient_accumulation_fusion: bool = flag(True, "--no-gradient-accumulation-fusion")
-    """Do not add weight gradients into the main gradient inside the matrix product."""
-
-    no_persist_layer_norm: bool = False
-    """Do not use Apex's persistent layer norm kernel."""
-
-
-@dataclass
-class PanguArguments:
-    """PanGu-pi (arXiv 2312.17276) and PanGu-pi Pro (arXiv 2402.02791)."""
-
-    model_preset: str | None = flag(None, metavar="NAME")
-    """Take the shape of a published or small model: pangu-pi-1b, pangu-pi-7b, pangu-pi-1b-pro,
-    pangu-pi-1.5b-pro, tiny, small. A flag that is typed wins over the preset."""
-
-    series_activation_order: int = 0
+    series_activation_order: int = flag(0, minimum=0)
     """Terms n of the series informed activation in the FFN; 0 keeps the plain activation."""
 
-    augmented_shortcuts: int = 0
+    augmented_shortcuts: int = flag(0, minimum=0)
     """Augmented shortcuts T around the attention; 0 keeps the plain residual."""
 
-    augmented_shortcut_reduction: int = 32
+    augmented_shortcut_reduction: int = flag(32, minimum=1, needs=[SHORTCUTS])
     """Reduction r of a shortcut's bottleneck, hidden -> hidden/r -> hidden."""
 
-    pangu_init: Literal["identity", "random"] = "identity"
-    """identity: the PanGu-pi modules start without effect, so a plain model can be inherited
-    exactly; random: they start like any other weight."""
+    padded_vocab_size: int | None = flag(None, minimum=1)
+    """Rows of the embedding; by default the vocabulary's size rounded up to a multiple of
+    --make-vocab-size-divisible-by."""
 
-    round_index: str | None = flag(None, metavar="PATH")
-    """Train on the samples that this index selects (tools/build_round.py writes it), epoch after epoch."""
+    softmax_vocab_size: int | None = derived(None)
+    """Rows that take part in the softmax: the tokenizer's pieces, or padding too (--vocab-padding)."""
 
-    round_schedule: Literal["restart", "continue"] = "restart"
-    """What a round takes from the one before, where --load holds no checkpoint of it yet: restart takes
-    the weights of --pretrained-checkpoint, for a schedule from iteration 0; continue goes on with its
-    iteration, optimizer and learning rate, so that --train-iters counts all rounds."""
+    def __post_init__(self) -> None:
+        self._fill_in()
+        if problems := list(self.problems()):
+            raise NoSuchModel(problems)
 
-    record_sample_loss: str | None = flag(None, metavar="PATH")
-    """Write the loss of every training sample to PATH (.npy) and its manifest: with the frozen model of
-    --load, without training (with the data flags of the run that trained it), or see --record-mode."""
+    @classmethod
+    def draft(cls, **values: object) -> ModelConfig:
+        """A model that may not be one: its :meth:`problems` are still to be reported, among others."""
+        config = object.__new__(cls)
+        vars(config).update(
+            {field.name: values.get(field.name, field.default) for field in dataclasses.fields(cls)}
+        )
+        config._fill_in()
+        return config
 
-    record_mode: Literal["frozen", "online"] = "frozen"
-    """frozen: forward only with the loaded model; online: train, and write down each sample's loss as
-    it is trained on."""
+    def _fill_in(self) -> None:
+        h, n = self.hidden_size, self.num_attention_heads
+        if type(h) is not int or type(n) is not int:
+            return  # files of other makers may say anything: problems() tells
+        if not self.ffn_hidden_size and h:
+            width = int((4 * h * 2 / 3) / 64) * 64 if self.swiglu else 4 * h
+            object.__setattr__(self, "ffn_hidden_size", width)
+        if not self.kv_channels and h and n and h % n == 0:
+            object.__setattr__(self, "kv_channels", h // n)
+        if self.add_bias_linear:
+            object.__setattr__(self, "add_qkv_bias", True)
+
+    def problems(self) -> Iterator[str]:
+        """Why there is no such model; sizes first, because the rest is calculated with them."""
+        found = [
+            text for option in own_options(type(self)) for text in wrong(option, getattr(self, option.name))
+        ]
+        yield from found
+        if found:
+            return
+        if not self.kv_channels:
+            yield (
+                f"--hidden-size {self.hidden_size} is not divisible by --num-attention-heads "
+                f"{self.num_attention_heads}; change one, or give --kv-channels"
+            )
+        if self.group_query_attention and self.num_attention_heads % (self.num_query_groups or 1):
+            yield (
+                f"--num-attention-heads {self.num_attention_heads} is not divisible by "
+                f"--num-query-groups {self.num_query_groups}"
+            )
+        chosen = [name for name in ("swiglu", "squared_relu", "quick_geglu") if getattr(self, name)]
+        if len(chosen) > 1:
+            yield f"{' and '.join('--' + name.replace('_', '-') for name in chosen)} exclude each other"
+        if self.series_activation_order and not self.swiglu:
+            yield "--series-activation-order acts on the gate of SwiGLU: add --swiglu"
+        if self.augmented_shortcuts and self.hidden_size % self.augmented_shortcut_reduction:
+            yield (
+                f"--hidden-size {self.hidden_size} is not divisible by --augmented-shortcut-reduction "
+                f"{self.augmented_shortcut_reduction}"
+            )
+        if self.position_embedding_type in ("mrope", "relative"):
+            yield (
+                f"--position-embedding-type {self.position_embedding_type} is not supported here; "
+                "use rope, learned_absolute or none"
+            )
+        if (self.padded_vocab_size or math.inf) < (self.softmax_vocab_size or 0):
+            yield (
+                f"--padded-vocab-size {self.padded_vocab_size}: too few rows for a vocabulary of "
+                f"{self.softmax_vocab_size}"
+            )
+
+    # ----------------------------------------------------------------------------------- what follows
+
+    @property
+    def tied(self) -> bool:
+        """Whether embedding and output layer are one matrix."""
+        return not self.untie_embeddings_and_output_weights
+
+    @property
+    def gated(self) -> bool:
+        """Whether the FFN has a gate."""
+        return self.swiglu or self.quick_geglu
+
+    @property
+    def has_pi(self) -> bool:
+        """Whether it has a PanGu-pi module, which no plain transformer has."""
+        return bool(self.series_activation_order or self.augmented_shortcuts)
+
+    @property
+    def query_groups(self) -> int:
+        """g: heads that have keys and values of their own."""
+        return (self.group_query_attention and self.num_query_groups) or self.num_attention_heads
+
+    @property
+    def query_width(self) -> int:
+        """n d."""
+        return self.num_attention_heads * self.kv_channels
+
+    @property
+    def qkv_width(self) -> int:
+        """(n + 2 g) d: rows of ``linear_qkv``."""
+        return self.query_width + 2 * self.query_groups * self.kv_channels
+
+    @property
+    def shortcut_width(self) -> int:
+        """T h / r: width of the bottleneck of all augmented shortcuts together."""
+        return self.augmented_shortcuts * (self.hidden_size // self.augmented_shortcut_reduction)
+
+    @property
+    def vocab_rows(self) -> int:
+        """Rows of the embedding, padding included."""
+        return self.padded_vocab_size or self.softmax_vocab_size or 0
+
+    def effective(self) -> dict[str, object]:
+        """Name -> value of what decides the model's function; None where a value does not matter."""
+        values = {name: value for name, value in vars(self).items() if name not in _VOCABULARY}
+        values["rotary_seq_len_interpolation_factor"] = self.rotary_seq_len_interpolation_factor or 1
+        for option in own_options(type(self)):
+            if not all(need.holds(SimpleNamespace(model=self)) for need in option.needs):
+                values[option.name] = None
+        if self.query_groups == self.num_attention_heads:  # as many groups as heads are none
+            values |= {"group_query_attention": False, "num_query_groups": None}
+        if self.position_embedding_type != "learned_absolute":
+            values["max_position_embeddings"] = None  # rotary positions have no end
+        return values
+
+    # --------------------------------------------------------------------------------------- tensors
+
+    def parameters(self, padded: bool = True) -> dict[str, tuple[int, ...]]:
+        """Name in a checkpoint -> shape of every tensor, undivided, in the order of the forward pass.
+
+        The names are Megatron-Core's. The embedding has its padding, or only the rows of the softmax.
+        """
+        h = self.hidden_size
+        v = self.vocab_rows if padded else self.softmax_vocab_size or self.vocab_rows
+        tensors: dict[str, tuple[int, ...]] = {"embedding.word_embeddings.weight": (v, h)}
+        if self.position_embedding_type == "learned_absolute":
+            tensors["embedding.position_embeddings.weight"] = (self.max_position_embeddings, h)
+        layer = self.layer_parameters()
+        for number in range(self.num_layers):
+            tensors |= {f"decoder.layers.{number}.{name}": shape for name, shape in layer.items()}
+        tensors |= self._norm("decoder.final_layernorm.", h)
+        return tensors if self.tied else tensors | {"output_layer.weight": (v, h)}
+
+    def layer_parameters(self) -> dict[str, tuple[int, ...]]:
+        """Name below ``decoder.layers.N.`` -> shape of every tensor of one layer."""
+        h, f, d = self.hidden_size, self.ffn_hidden_size, self.kv_channels
+        tensors = self._norm("self_attention.linear_qkv.layer_norm_", h)
+        tensors |= _linear("self_attention.linear_qkv", self.qkv_width, h, self.add_qkv_bias)
+        if self.qk_layernorm:
+            tensors |= self._norm("self_attention.q_layernorm.", d)
+            tensors |= self._norm("self_attention.k_layernorm.", d)
+        tensors |= _linear("self_attention.linear_proj", h, self.query_width, self.add_bias_linear)
+        if self.augmented_shortcuts:
+            tensors["self_attention.augmented_shortcut.down"] = (self.shortcut_width, h)
+            tensors["self_attention.augmented_shortcut.up"] = (h, self.shortcut_width)
+        tensors |= self._norm("mlp.linear_fc1.layer_norm_", h)
+        tensors |= _linear("mlp.linear_fc1", (1 + self.gated) * f, h, self.add_bias_linear)
+        if self.series_activation_order:
+            tensors["mlp.series_activation.scale"] = (self.series_activation_order, f)
+            tensors["mlp.series_activation.bias"] = (self.series_activation_order, f)
+        return tensors | _linear("mlp.linear_fc2", h, f, self.add_bias_linear)
+
+    def _norm(self, prefix: str, width: int) -> dict[str, tuple[int, ...]]:
+        vectors = ("weight",) if self.normalization == "RMSNorm" else ("weight", "bias")
+        return {prefix + vector: (width,) for vector in vectors}
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the whole model, the vocabulary's padding included."""
+        one = dataclasses.replace(self, num_layers=1)
+        outside = _count(one.parameters()) - _count(one.layer_parameters())
+        return outside + self.num_layers * _count(self.layer_parameters())
+
+    def flops_per_token(self, seq_length: int) -> float:
+        """Operations of forward and backward for one token of a sequence of s tokens: matmuls alone.
+
+        Two for each multiply-add, and two more products backward for each one forward. Causal attention
+        counts as the half that is not masked, as in Megatron-LM 0.16; recomputation is not counted.
+        """
+        h = self.hidden_size
+        attention = h * self.qkv_width + self.query_width * h + self.query_width * seq_length
+        feed_forward = (2 + self.gated) * h * self.ffn_hidden_size
+        layer = attention + feed_forward + 2 * h * self.shortcut_width
+        return 6.0 * (self.num_layers * layer + h * self.vocab_rows)
+
+
+def _linear(name: str, rows: int, columns: int, bias: bool) -> dict[str, tuple[int, ...]]:
+    tensors: dict[str, tuple[int, ...]] = {f"{name}.weight": (rows, columns)}
+    return tensors | {f"{name}.bias": (rows,)} if bias else tensors
+
+
+def _count(tensors: dict[str, tuple[int, ...]]) -> int:
+    return sum(map(math.prod, tensors.values()))

@@ -1,24 +1,15 @@
 """Which arguments decide what a model computes: the one table for all who compare or take them."""
 
-from argparse import Namespace
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from megatron_ext.config import flag_of, options, sections
-from megatron_ext.config.dependences import DEPENDENCES
-from megatron_ext.config.flags import default_of
+from megatron_ext.config import flag_of, options
+from megatron_ext.config.flags import default_of, own_options
+from megatron_ext.config.model import ModelConfig
 
-#: Flags of the model's sections that leave its function as it is: they say how it starts, is trained or is
-#: run, or say again what another flag says. Every other flag of these sections is part of the function.
-NOT_THE_FUNCTION = frozenset(
-    {
-        *("model_preset", "pangu_init", "init_method_std", "embedding_init_method_std"),
-        *("attention_dropout", "hidden_dropout", "make_vocab_size_divisible_by"),
-        *("round_index", "round_schedule", "record_sample_loss", "record_mode"),
-        *("transformer_impl", "attention_backend", "attention_softmax_in_fp32"),
-        *("use_mcore_models", "use_flash_attn", "use_rotary_position_embeddings"),
-    }
-)
+#: What a checkpoint says of the run that saved it, by the names of Megatron-LM's arguments.
+Saved = Mapping[str, Any]
 
 #: Megatron-LM's arguments that change what a model computes and that have no flag here, with the value
 #: that every model here is computed with. A checkpoint that says another is of a model we do not have.
@@ -61,75 +52,57 @@ TOGETHER = (
 @cache
 def names() -> tuple[str, ...]:
     """The arguments that decide what a model computes, and with it the sizes of its weights."""
-    model = [option.name for title in ("model", "PanGu-pi") for option in sections()[title]]
-    return tuple(name for name in model if name not in NOT_THE_FUNCTION)
+    return tuple(option.name for option in own_options(ModelConfig) if option.name != "padded_vocab_size")
 
 
-def function_of(args: Namespace) -> dict[str, Any]:
+def function_of(saved: Saved) -> dict[str, Any]:
     """Name -> value of what decides the model's function; None where it does not matter, or is not known.
 
-    ``args`` may be those of a checkpoint of Megatron-LM. What it does not say has the default: the
+    ``saved`` may be the arguments of a checkpoint of Megatron-LM. What they do not say has the default: the
     versions without an option computed as its default does.
     """
-    values = {name: _stated(args, name, default_of(options()[name])) for name in names()}
-    values["add_qkv_bias"] = values["add_qkv_bias"] or values["add_bias_linear"]
-    values["rotary_seq_len_interpolation_factor"] = values["rotary_seq_len_interpolation_factor"] or 1
-    given = Namespace(**values)
-    for dependence in DEPENDENCES:
-        idle = [name for name in dependence.names if name in values]
-        if idle and not dependence.holds(given):
-            values |= dict.fromkeys(idle)
-    # As many groups as heads are none; without groups, their number says nothing.
-    if not values["group_query_attention"] or values["num_query_groups"] == values["num_attention_heads"]:
-        values |= {"group_query_attention": False, "num_query_groups": None}
-    if values["position_embedding_type"] != "learned_absolute":
-        values["max_position_embeddings"] = None  # rotary positions have no end
-    return values
+    stated = {name: _stated(saved, name, default_of(options()[name])) for name in names()}
+    return ModelConfig.draft(**stated).effective()
 
 
-def differences(saved: Namespace, args: Namespace) -> list[str]:
-    """What a checkpoint's ``saved`` arguments and ``args`` say differently of the model, flag by flag."""
-    theirs, ours = function_of(saved), function_of(args)
+def differences(saved: Saved, model: ModelConfig) -> list[str]:
+    """What a checkpoint's ``saved`` arguments say differently of the model, flag by flag."""
+    theirs, ours = function_of(saved), model.effective()
     found = [
         f"{spelled(name)}: checkpoint {theirs[name]}, this run {ours[name]}"
-        for name in theirs
+        for name in names()
         if theirs[name] is not None and ours[name] is not None and theirs[name] != ours[name]
     ]
     return found + unknown_here(saved)
 
 
-def unknown_here(saved: Namespace) -> list[str]:
+def unknown_here(saved: Saved) -> list[str]:
     """What a checkpoint of Megatron-LM says of its model that no flag here can say."""
     return [
-        f"{name} (Megatron-LM's): checkpoint {getattr(saved, name)}, here always {value}"
+        f"{name} (Megatron-LM's): checkpoint {saved[name]}, here always {value}"
         for name, value in ALWAYS.items()
-        if getattr(saved, name, None) not in (None, value)
+        if saved.get(name) not in (None, value)
     ]
 
 
-def take(saved: Namespace, args: Namespace, said: set[str], more: tuple[str, ...] = ()) -> list[str]:
-    """Set in ``args`` what a checkpoint's ``saved`` arguments say of the model and ``said`` does not.
+def taken(saved: Saved, said: set[str], more: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Name -> value of what a checkpoint's ``saved`` arguments say of the model and ``said`` does not.
 
     Args:
         said: the arguments that a flag, or a preset, gave a value.
         more: arguments to take besides those of the function.
-    Returns:
-        the names of the arguments that were set.
     """
     said = said.union(*(group for group in TOGETHER if said & {*group}))
-    open_ = [name for name in (*names(), *more) if name not in said]
-    taken = {name: _stated(saved, name, None) for name in open_}
-    taken = {name: value for name, value in taken.items() if value is not None}
-    vars(args).update(taken)
-    return list(taken)
+    found = {name: _stated(saved, name, None) for name in (*names(), *more) if name not in said}
+    return {name: value for name, value in found.items() if value is not None}
 
 
-def _stated(args: Namespace, name: str, default: Any) -> Any:
-    """What ``args`` say, under the names of earlier versions of Megatron-LM too."""
-    if name == "position_embedding_type" and getattr(args, "use_rotary_position_embeddings", False):
+def _stated(saved: Saved, name: str, default: Any) -> Any:
+    """What is said, under the names of earlier versions of Megatron-LM too."""
+    if name == "position_embedding_type" and saved.get("use_rotary_position_embeddings"):
         return "rope"
     earlier = {"layernorm_epsilon": "norm_epsilon"}.get(name, name)
-    return getattr(args, name, getattr(args, earlier, default))
+    return saved.get(name, saved.get(earlier, default))
 
 
 def spelled(name: str) -> str:

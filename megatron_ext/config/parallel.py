@@ -1,60 +1,59 @@
-"""How the model is spread over processes, and how its activations are kept."""
+"""How the model is spread over processes."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from megatron_ext.config.flags import flag
-
-MODEL_PARALLEL_FIELDS = (
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "context_parallel_size",
-    "expert_model_parallel_size",
-    "sequence_parallel",
-    "microbatch_group_size_per_vp_stage",
-    "cross_entropy_loss_fusion",
-    "deterministic_mode",
-    "use_cpu_initialization",
-)
-PIPELINE_SPLIT_FIELDS = (
-    "account_for_embedding_in_pipeline_split",
-    "account_for_loss_in_pipeline_split",
-)
-GRAPH_FIELDS = ("cuda_graph_impl", "cuda_graph_warmup_steps")
-RECOMPUTE_FIELDS = (
-    "recompute_granularity",
-    "recompute_method",
-    "recompute_num_layers",
-    "recompute_modules",
-)
+from megatron_ext.config.flags import derived, flag
+from megatron_ext.config.needs import BF16, CONTEXT, INTERLEAVED, OVERLAP, PIPELINE
 
 
-@dataclass
-class PipelineArguments:
-    """Layers per stage and the interleaved schedule."""
+@dataclass(kw_only=True)
+class ParallelConfig:
+    """Tensor, pipeline, context and data parallelism."""
 
-    num_layers_per_virtual_pipeline_stage: int | None = None
+    tensor_model_parallel_size: int = flag(1, minimum=1)
+    """Processes that divide each matrix."""
+
+    pipeline_model_parallel_size: int = flag(1, minimum=1)
+    """Processes that divide the layers."""
+
+    context_parallel_size: int = flag(1, minimum=1)
+    """Processes that divide each sequence."""
+
+    expert_model_parallel_size: int = flag(1, minimum=1)
+    """Processes that divide experts; there are none here."""
+
+    sequence_parallel: bool = False
+    """Divide the residual stream along the sequence among the tensor parallel ranks (arXiv 2205.05198)."""
+
+    num_layers_per_virtual_pipeline_stage: int | None = flag(None, minimum=1)
     """Layers of one virtual stage; gives each pipeline rank several stages (interleaved schedule)."""
 
-    num_virtual_stages_per_pipeline_rank: int | None = None
+    num_virtual_stages_per_pipeline_rank: int | None = flag(None, minimum=1)
     """The same as a number of virtual stages for each pipeline rank."""
 
-    decoder_first_pipeline_num_layers: int | None = None
+    decoder_first_pipeline_num_layers: int | None = flag(None, minimum=1, needs=[PIPELINE])
     """Layers on the first pipeline stage; the others share the rest equally."""
 
-    decoder_last_pipeline_num_layers: int | None = None
+    decoder_last_pipeline_num_layers: int | None = flag(None, minimum=1, needs=[PIPELINE])
     """Layers on the last pipeline stage; the others share the rest equally."""
 
-    overlap_p2p_comm: bool = flag(True, "--no-overlap-p2p-communication")
+    overlap_p2p_comm: bool = flag(True, "--no-overlap-p2p-communication", needs=[INTERLEAVED])
     """Do not overlap the interleaved schedule's sends and receives with computation."""
 
-    cp_comm_type: list[str] = flag(["p2p"], choices=["p2p", "a2a", "all_gather"])
+    cp_comm_type: list[str] = flag(["p2p"], choices=["p2p", "a2a", "all_gather"], needs=[CONTEXT])
     """How context parallel ranks exchange keys and values."""
 
+    microbatch_group_size_per_vp_stage: int | None = flag(
+        None, "--microbatch-group-size-per-virtual-pipeline-stage", minimum=1, needs=[INTERLEAVED]
+    )
+    """Micro batches that a virtual stage takes at a time; by default as many as there are pipeline stages."""
 
-@dataclass
-class DataParallelArguments:
-    """Gradients and optimizer state over the data parallel ranks."""
+    account_for_embedding_in_pipeline_split: bool = flag(False, needs=[PIPELINE])
+    """Count the embedding as a layer where the layers are divided."""
+
+    account_for_loss_in_pipeline_split: bool = flag(False, needs=[PIPELINE])
+    """Count the output layer and the loss as a layer where the layers are divided."""
 
     use_distributed_optimizer: bool = False
     """Divide the optimizer's state among the data parallel ranks."""
@@ -65,13 +64,13 @@ class DataParallelArguments:
     overlap_param_gather: bool = False
     """Gather the distributed optimizer's parameters while the forward pass runs."""
 
-    align_grad_reduce: bool = flag(True, "--no-align-grad-reduce")
+    align_grad_reduce: bool = flag(True, "--no-align-grad-reduce", needs=[OVERLAP])
     """Let each pipeline stage reduce its gradients when it is ready, not all at once."""
 
     align_param_gather: bool = flag(True, "--no-align-param-gather")
     """Let each pipeline stage gather its parameters when it is ready, not all at once."""
 
-    ddp_bucket_size: int | None = None
+    ddp_bucket_size: int | None = flag(None, minimum=1)
     """Parameters in a bucket; by default max(40000000, 1000000 * data parallel size)."""
 
     ddp_pad_buckets_for_high_nccl_busbw: bool = False
@@ -83,21 +82,26 @@ class DataParallelArguments:
     accumulate_allreduce_grads_in_fp32: bool = False
     """Accumulate and reduce gradients in fp32; --bf16 switches it on."""
 
-    grad_reduce_in_bf16: bool = False
+    grad_reduce_in_bf16: bool = flag(False, needs=[BF16])
     """Reduce gradients in bf16, against the default of --bf16."""
 
+    data_parallel_size: int = derived(1)
+    """Copies of the model."""
 
-@dataclass
-class RecomputeArguments:
-    """Short form of selective recomputation."""
+    virtual_pipeline_model_parallel_size: int | None = derived(None)
+    """Virtual stages of a pipeline rank; None without the interleaved schedule."""
 
-    recompute_activations: bool = False
-    """The same as --recompute-granularity selective."""
+    @property
+    def model_parallel_size(self) -> int:
+        """Processes that hold one copy of the model."""
+        return (
+            self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+        )
 
 
-@dataclass
-class ProcessArguments:
-    """The processes of the job."""
+@dataclass(kw_only=True)
+class ProcessConfig:
+    """The processes of the job and their devices."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes a GPU if there is one."""
@@ -105,16 +109,27 @@ class ProcessArguments:
     distributed_backend: Literal["nccl", "gloo"] | None = None
     """Backend of torch.distributed; by default the one of the device."""
 
-    distributed_timeout_minutes: int = 10
+    distributed_timeout_minutes: int = flag(10, minimum=1)
     """Minutes after which a collective that does not come to an end fails."""
 
-    watchdog_minutes: float | None = None
+    watchdog_minutes: float | None = flag(None, minimum=0)
     """Minutes without progress after which the ranks report where they stand; by default half of
     --distributed-timeout-minutes, 0 never."""
 
-    distributed_timeout_seconds_after_init: int | None = None
+    distributed_timeout_seconds_after_init: int | None = flag(None, minimum=1)
     """Seconds after which a collective fails once training has begun; set-up keeps
     --distributed-timeout-minutes, because reading data and checkpoints takes its time."""
 
     local_rank: int | None = None
     """Rank within the host; by default what the launcher put in the environment."""
+
+    rank: int = derived(0)
+    world_size: int = derived(1)
+
+    gpu: Any = derived(None)
+    """Compute capability and CUDA of this process's GPU, if there is one (``platform.engine.gpu``)."""
+
+    engine_problem: str | None = derived(None)
+    """Why Transformer Engine cannot be used; None if it can."""
+
+    has_transformer_engine: bool = derived(False)

@@ -10,7 +10,6 @@ import copy
 import json
 import logging
 import os
-from argparse import Namespace
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +20,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.core.datasets.utils import Split, get_blend_from_list
 
+from megatron_ext.config import RunConfig
 from megatron_ext.data import index_cache
 from megatron_ext.data.gpt import GPTDataset, MockGPTDataset
 from megatron_ext.data.indexed import DatasetError, Index
@@ -34,11 +34,11 @@ DEFAULT_SPLIT = "969, 30, 1"
 logger = logging.getLogger(__name__)
 
 
-def build_datasets(args: Namespace, tokenizer, sizes: Sequence[int | None]) -> tuple:
+def build_datasets(run: RunConfig, tokenizer, sizes: Sequence[int | None]) -> tuple:
     """Build (train, valid, test); None where the flags give no such set. A collective call.
 
     Args:
-        args: data_path, split, {train,valid,test}_data_path, data_args_path,
+        run: data_path, split, {train,valid,test}_data_path, data_args_path,
             per_split_data_args_path, mock_data, data_cache_path, seed, seq_length and the other
             data flags.
         tokenizer: of build_tokenizer.
@@ -53,7 +53,7 @@ def build_datasets(args: Namespace, tokenizer, sizes: Sequence[int | None]) -> t
         DatasetError: on every rank, if data is missing, damaged, of another tokenizer, too small,
             or the index cannot be stored.
     """
-    config = on_every_rank(lambda: dataset_config(args, tokenizer), error=DatasetError)
+    config = on_every_rank(lambda: dataset_config(run, tokenizer), error=DatasetError)
     for split in Split:
         if sizes[split.value] == 0:
             _leave_out(config, split)
@@ -66,7 +66,7 @@ def build_datasets(args: Namespace, tokenizer, sizes: Sequence[int | None]) -> t
     def prepare() -> str | None:
         if config.mock:
             return None
-        _check_data(config, sizes, tokenizer, args.split)
+        _check_data(config, sizes, tokenizer, run.data.split)
         return _fill_cache(kind, sizes, config)
 
     config.path_to_cache = on_first_rank(prepare, error=DatasetError)
@@ -81,49 +81,48 @@ def _leave_out(config: GPTDatasetConfig, split: Split) -> None:
         config.split_matrix[split.value] = None
 
 
-def dataset_config(args: Namespace, tokenizer) -> GPTDatasetConfig:
+def dataset_config(run: RunConfig, tokenizer) -> GPTDatasetConfig:
     """The configuration that Megatron-LM's core_gpt_dataset_config_from_args makes of the flags."""
-    blend, blend_per_split = blends(args)
-    if not args.mock_data and not blend and not any(blend_per_split or ()):
+    blend, blend_per_split = blends(run)
+    if not run.data.mock_data and not blend and not any(blend_per_split or ()):
         # Megatron-Core would train on made-up data.
-        named = args.data_args_path or args.per_split_data_args_path
+        named = run.data.data_args_path or run.data.per_split_data_args_path
         raise DatasetError(f"{named}: names no data; give a prefix of at least one dataset")
     return GPTDatasetConfig(
-        random_seed=args.seed,
-        sequence_length=args.seq_length,
+        random_seed=run.init.seed,
+        sequence_length=run.data.seq_length,
         blend=blend,
         blend_per_split=blend_per_split,
-        split=(args.split or DEFAULT_SPLIT) if blend else None,
-        multiple_validation_sets=getattr(args, "multiple_validation_sets", False),
-        full_validation=getattr(args, "full_validation", False),
-        num_dataset_builder_threads=args.num_dataset_builder_threads,
-        path_to_cache=args.data_cache_path,
-        mmap_bin_files=args.mmap_bin_files,
+        split=(run.data.split or DEFAULT_SPLIT) if blend else None,
+        full_validation=run.validation.full_validation,
+        num_dataset_builder_threads=run.data.num_dataset_builder_threads,
+        path_to_cache=run.data.data_cache_path,
+        mmap_bin_files=run.data.mmap_bin_files,
         tokenizer=tokenizer,
-        reset_position_ids=args.reset_position_ids,
-        reset_attention_mask=args.reset_attention_mask,
-        eod_mask_loss=args.eod_mask_loss,
+        reset_position_ids=run.data.reset_position_ids,
+        reset_attention_mask=run.data.reset_attention_mask,
+        eod_mask_loss=run.data.eod_mask_loss,
         # Without resets the mask is causal, which attention knows by itself: s * s bytes a sample saved.
-        create_attention_mask=args.create_attention_mask_in_dataloader and args.reset_attention_mask,
+        create_attention_mask=run.data.create_attention_mask_in_dataloader and run.data.reset_attention_mask,
     )
 
 
-def blends(args: Namespace) -> tuple[Blend | None, list[Blend | None] | None]:
+def blends(run: RunConfig) -> tuple[Blend | None, list[Blend | None] | None]:
     """(blend to be split, blends of each split) from the flags; at most one is not None.
 
     Raises:
         DatasetError: a file of arguments cannot be read or has another form.
     """
-    if args.mock_data:
+    if run.data.mock_data:
         return None, None
-    words = args.data_path
-    if args.data_args_path:
-        words = _read_text(args.data_args_path).split()
+    words = run.data.data_path
+    if run.data.data_args_path:
+        words = _read_text(run.data.data_args_path).split()
     if words is not None:
-        return _blend(words, "--data-args-path" if args.data_args_path else "--data-path"), None
-    per_split = [args.train_data_path, args.valid_data_path, args.test_data_path]
-    if args.per_split_data_args_path:
-        per_split = _read_per_split(args.per_split_data_args_path)
+        return _blend(words, "--data-args-path" if run.data.data_args_path else "--data-path"), None
+    per_split = [run.data.train_data_path, run.data.valid_data_path, run.data.test_data_path]
+    if run.data.per_split_data_args_path:
+        per_split = _read_per_split(run.data.per_split_data_args_path)
     names = ("train", "valid", "test")
     return None, [_blend(w, f"--{n}-data-path") for w, n in zip(per_split, names, strict=True)]
 

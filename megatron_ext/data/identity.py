@@ -9,12 +9,13 @@ matter: a source is known by its content.
 import hashlib
 import json
 import os
-from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from megatron_ext.config import RunConfig
 from megatron_ext.data.indexed import DatasetError
 from megatron_ext.data.manifest import read_manifest
 
@@ -24,7 +25,7 @@ PIECES, PIECE_BYTES = 64, 1 << 14
 PROBES = 16
 
 
-def identify(args: Namespace, tokenizer, samples: int) -> dict:
+def identify(run: RunConfig, tokenizer, samples: int) -> dict:
     """What decides the first ``samples`` samples of the training set that the flags describe.
 
     Reads about a megabyte of each file, whatever its size. ``tokenizer`` is of build_tokenizer.
@@ -32,7 +33,7 @@ def identify(args: Namespace, tokenizer, samples: int) -> dict:
     # Imported here, because it brings torch: tools/build_round.py only passes descriptions on.
     from megatron_ext.data.datasets import dataset_config
 
-    config = dataset_config(args, tokenizer)
+    config = dataset_config(run, tokenizer)
     if config.mock:
         blend, part = (["mock"], None), config.split_matrix[0]
         fingerprints = ["mock"]
@@ -47,14 +48,14 @@ def identify(args: Namespace, tokenizer, samples: int) -> dict:
         # Without weights a blend takes what is there, which is not the same as equal weights.
         "weights": None if blend[1] is None else (weights / weights.sum()).tolist(),
         "documents": list(part) if part else None,
-        "seq_length": args.seq_length,
-        "seed": args.seed,
+        "seq_length": run.data.seq_length,
+        "seed": run.init.seed,
         "tokenizer_sha256": tokenizer.sha256,
         "samples": samples,
     }
 
 
-def stated(saved: Namespace) -> dict:
+def stated(saved: Mapping[str, Any]) -> dict[str, Any]:
     """What the arguments in a checkpoint say of its training set, as fields of :func:`identify`.
 
     For checkpoints that hold no description, as Megatron-LM's. The datasets' paths are not among them: the
@@ -65,14 +66,14 @@ def stated(saved: Namespace) -> dict:
         parse_and_normalize_split,
     )
 
-    given = {name: getattr(saved, name, None) for name in ("seed", "seq_length", "dataloader_type")}
-    given["mock"] = getattr(saved, "mock_data", None)
-    split = getattr(saved, "split", None)
+    given = {name: saved.get(name) for name in ("seed", "seq_length", "dataloader_type")}
+    given["mock"] = saved.get("mock_data")
+    split = saved.get("split")
     if split is not None and not given["mock"]:
         part = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))[0]
         given["documents"] = list(part) if part else None
-    batches = getattr(saved, "train_iters", None), getattr(saved, "global_batch_size", None)
-    given["samples"] = getattr(saved, "train_samples", None)
+    batches = saved.get("train_iters"), saved.get("global_batch_size")
+    given["samples"] = saved.get("train_samples")
     if given["samples"] is None and None not in batches:
         given["samples"] = batches[0] * batches[1]
     return {name: value for name, value in given.items() if value is not None}

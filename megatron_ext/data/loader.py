@@ -1,13 +1,13 @@
 """A data loader that yields the microbatches of one data parallel rank."""
 
 import signal
-from argparse import Namespace
 from itertools import islice
 
 import torch
 from megatron.core import parallel_state
 from torch.utils.data import DataLoader, Dataset
 
+from megatron_ext.config import RunConfig
 from megatron_ext.data.sampler import CyclicSampler, SequentialSampler
 
 SAMPLERS = {"single": SequentialSampler, "cyclic": CyclicSampler}
@@ -15,12 +15,12 @@ SAMPLERS = {"single": SequentialSampler, "cyclic": CyclicSampler}
 TRAINERS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
-def build_data_loader(dataset: Dataset, args: Namespace, consumed_samples: int) -> DataLoader:
+def build_data_loader(dataset: Dataset, run: RunConfig, consumed_samples: int, rank: int = 0) -> DataLoader:
     """Microbatches of this rank, beginning after ``consumed_samples`` samples of the whole job.
 
     Reads micro_batch_size, dataloader_type ("single": once in order; "cyclic": without end,
-    shuffled) and num_workers of ``args``; the data parallel rank and size of Megatron-Core, or
-    ``args.data_parallel_rank`` and ``args.data_parallel_size`` where it is not initialised.
+    shuffled) and num_workers of ``run``; the data parallel rank and size are Megatron-Core's, or
+    ``rank`` and data_parallel_size where it is not initialised.
 
     Returns:
         A loader of dicts: the dataset's samples stacked along a new first axis of
@@ -28,8 +28,8 @@ def build_data_loader(dataset: Dataset, args: Namespace, consumed_samples: int) 
     """
     return DataLoader(
         dataset,
-        batch_sampler=_sampler(dataset, args, consumed_samples, *_data_parallel(args)),
-        num_workers=args.num_workers,
+        batch_sampler=_sampler(dataset, run, consumed_samples, *_data_parallel(run, rank)),
+        num_workers=run.data.num_workers,
         worker_init_fn=_leave_signals_to_trainer,
         # Its own, because an iterator draws a seed: from the default generator that would be one
         # number of the dropout's on a CPU, and a resumed run would no longer be the whole one.
@@ -37,21 +37,23 @@ def build_data_loader(dataset: Dataset, args: Namespace, consumed_samples: int) 
     )
 
 
-def sample_numbers(dataset: Dataset, args: Namespace, consumed_samples: int, count: int) -> list[list[int]]:
-    """The samples of the next ``count`` microbatches of ``args.data_parallel_rank``, without reading them."""
-    rank, size = args.data_parallel_rank, args.data_parallel_size
-    return list(islice(_sampler(dataset, args, consumed_samples, rank, size), count))
+def sample_numbers(
+    dataset: Dataset, run: RunConfig, consumed_samples: int, count: int, rank: int
+) -> list[list[int]]:
+    """The samples of the next ``count`` microbatches of a data parallel rank, without reading them."""
+    size = run.parallel.data_parallel_size
+    return list(islice(_sampler(dataset, run, consumed_samples, rank, size), count))
 
 
-def _sampler(dataset: Dataset, args: Namespace, consumed_samples: int, rank: int, size: int):
-    kind = SAMPLERS[args.dataloader_type or "single"]
-    return kind(len(dataset), consumed_samples, args.micro_batch_size, rank, size)
+def _sampler(dataset: Dataset, run: RunConfig, consumed_samples: int, rank: int, size: int):
+    kind = SAMPLERS[run.data.dataloader_type or "single"]
+    return kind(len(dataset), consumed_samples, run.training.micro_batch_size, rank, size)
 
 
-def _data_parallel(args: Namespace) -> tuple[int, int]:
+def _data_parallel(run: RunConfig, rank: int) -> tuple[int, int]:
     if parallel_state.model_parallel_is_initialized():
         return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    return getattr(args, "data_parallel_rank", 0), getattr(args, "data_parallel_size", 1)
+    return rank, run.parallel.data_parallel_size
 
 
 def _leave_signals_to_trainer(_worker: int) -> None:

@@ -1,13 +1,13 @@
 """A model from a checkpoint, with its own arguments and tokenizer, ready to be asked."""
 
-from argparse import Namespace
 from pathlib import Path
 
 from megatron_ext.arguments import derive, validate
 from megatron_ext.arguments.parser import with_defaults
 from megatron_ext.arguments.vocabulary import settle_vocabulary
 from megatron_ext.checkpoint import load_checkpoint, read_checkpoint_args, saved_args
-from megatron_ext.config import model_function
+from megatron_ext.config import RunConfig, model_function
+from megatron_ext.config.model_function import Saved
 from megatron_ext.interchange import tokenizer_files
 from megatron_ext.models.builder import build_model
 from megatron_ext.models.config import transformer_config
@@ -39,42 +39,43 @@ def load_for_inference(
     saved = read_checkpoint_args(load, iteration)
     if saved is None:
         raise FileNotFoundError(f"--load {load}: no checkpoint found")
-    args = arguments(saved, load, iteration)
-    args.trust_remote_code = trust_remote_code
-    vars(args).update(overrides)
-    bare = args.tokenizer_type in (None, "NullTokenizer")
+    run = arguments(saved, load, iteration)
+    run.tokenizer.trust_remote_code = trust_remote_code
+    run = run.but(**overrides)
+    bare = run.tokenizer.tokenizer_type in (None, "NullTokenizer")
     if tokenizer_model and bare:
         found = tokenizer_files.of_path(tokenizer_model)
-        args.tokenizer_type, args.tokenizer_model, args.vocab_size = found.kind, str(found.model), None
+        run = run.but(tokenizer_type=found.kind, tokenizer_model=str(found.model), vocab_size=None)
     elif tokenizer_model:
-        args.tokenizer_model = tokenizer_model
-    tokenizer = build_tokenizer(args)
-    distributed.initialize(args)
-    args.padded_vocab_size = None  # as many rows as this layout needs
-    settle_vocabulary(args, tokenizer)
+        run.tokenizer.tokenizer_model = tokenizer_model
+    tokenizer = build_tokenizer(run.tokenizer)
+    distributed.initialize(run)
+    run = run.but(padded_vocab_size=None)  # as many rows as this layout needs
+    settle_vocabulary(run, tokenizer)
     if tokenizer_model and bare:
-        args.tokenizer_sha256 = None  # a checkpoint without a tokenizer cannot say which one is its own
-    model = build_model(transformer_config(args), args)
-    if load_checkpoint(load, model=model, args=args, iteration=iteration) is None:
+        run.tokenizer.tokenizer_sha256 = None  # the checkpoint cannot say which one is its own
+    model = build_model(transformer_config(run), run)
+    if load_checkpoint(load, model=model, run=run, iteration=iteration) is None:
         raise FileNotFoundError(f"--load {load}: no checkpoint found")
-    return model[0].eval(), tokenizer, args
+    return model[0].eval(), tokenizer, run
 
 
-def arguments(saved: Namespace, load: str | Path, iteration: int | None = None) -> Namespace:
+def arguments(saved: Saved, load: str | Path, iteration: int | None = None) -> RunConfig:
     """The trainer's defaults with the model and the tokenizer of a checkpoint, for this job and machine.
 
     Raises ValueError, naming what is missing or wrong, if ``saved`` does not describe a model.
     """
-    args = with_defaults(Namespace(), [])
-    model_function.take(saved, args, set(), (*saved_args.MODEL, *saved_args.TOKENIZER))
-    derive.from_environment(args, None)
-    problems = derive.device(args, None)
-    args.tensor_model_parallel_size = args.world_size
-    args.micro_batch_size = args.global_batch_size = 1
-    args.load, args.ckpt_step = str(load), iteration
-    derive.before_rules(args)
-    problems += validate.problems_of_model(args)
+    values = with_defaults({}, [])
+    values |= model_function.taken(saved, set(), (*saved_args.MODEL, *saved_args.TOKENIZER))
+    run = RunConfig.of(values)
+    derive.from_environment(run.process, None)
+    problems = derive.device(run, None)
+    run.parallel.tensor_model_parallel_size = run.process.world_size
+    run.training.micro_batch_size = run.training.global_batch_size = 1
+    run.checkpoint.load, run.checkpoint.ckpt_step = str(load), iteration
+    derive.before_rules(run)
+    problems += validate.problems_of_model(run)
     if problems:
         raise ValueError(f"--load {load}: " + "; ".join(problems))
-    derive.after_rules(args)
-    return args
+    derive.after_rules(run)
+    return run

@@ -4,7 +4,6 @@ Each rank holds the whole model; ranks share the text (data parallelism).
 """
 
 import math
-from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from megatron_ext import platform
+from megatron_ext.config import RunConfig
 from megatron_ext.data.indexed import map_tokens
 from megatron_ext.data.manifest import check_dataset
 from megatron_ext.models.builder import build_model
@@ -23,9 +23,9 @@ from megatron_ext.tokenizer.build import Tokenizer
 from megatron_ext.training.batch import Batch
 
 
-def frozen_model(args: Namespace) -> nn.Module:
-    """The model that ``args`` describe, to be filled and run as it is."""
-    return build_model(transformer_config(args), args, drawn=False)[0].eval().requires_grad_(False)
+def frozen_model(run: RunConfig) -> nn.Module:
+    """The model that ``run`` describes, to be filled and run as it is."""
+    return build_model(transformer_config(run), run, drawn=False)[0].eval().requires_grad_(False)
 
 
 def fill(model: nn.Module, get: Callable[[str], Tensor]) -> None:

@@ -11,6 +11,8 @@ from torch import Tensor
 from megatron_ext import platform
 from megatron_ext.arguments.parser import read_args
 from megatron_ext.checkpoint import load_checkpoint
+from megatron_ext.config import RunConfig
+from megatron_ext.config.data import TokenizerConfig
 from megatron_ext.data import build_data_loader, build_datasets
 from megatron_ext.inherit.axes import Axis, axes_of
 from megatron_ext.inherit.calibration import (
@@ -36,7 +38,7 @@ def tokenizer_of(files: TokenizerFiles) -> Tokenizer:
     """The tokenizer in these files."""
     model = None if files.model is None else str(files.model)
     return build_tokenizer(
-        Namespace(tokenizer_type=files.kind, tokenizer_model=model, vocab_size=files.size - 1)
+        TokenizerConfig(tokenizer_type=files.kind, tokenizer_model=model, vocab_size=files.size - 1)
     )
 
 
@@ -61,10 +63,10 @@ class Probe:
         self.options, self.shape, self.tokenizer = options, source.shape, tokenizer_of(files)
         if rows is not None:
             self.shape = dataclasses.replace(source.shape, vocab_size=len(rows), padded_vocab_size=len(rows))
-        self.args = self._arguments(self.shape, files)
-        distributed.initialize(self.args)
-        self.ranks = self.args.data_parallel_size
-        self.dataset = build_datasets(self.args, self.tokenizer, (self._samples(), 0, 0))[0]
+        self.run = self._arguments(self.shape, files)
+        distributed.initialize(self.run)
+        self.ranks = self.run.parallel.data_parallel_size
+        self.dataset = build_datasets(self.run, self.tokenizer, (self._samples(), 0, 0))[0]
         self.documents = read_documents(
             options.data_path, options.calibration_samples * options.seq_length + 1
         )
@@ -76,7 +78,7 @@ class Probe:
         self.losses = {}
         if rows is not None:
             self.losses["loss_before"] = self._loss_of_source(source)
-        self.model = frozen_model(self.args)
+        self.model = frozen_model(self.run)
         fill(self.model, lambda key: _with_rows(key, source.get(key), rows))
         self.losses["loss_before" if rows is None else "loss_with_target_vocabulary"] = self.loss()
 
@@ -93,8 +95,8 @@ class Probe:
         learned = options.mask_steps * options.mask_batch_size * (options.width_criterion == "learned")
         return max(options.calibration_samples, learned)
 
-    def _arguments(self, shape: ModelShape, files: TokenizerFiles, with_data: bool = True) -> Namespace:
-        """The trainer's arguments for this model and the calibration data."""
+    def _arguments(self, shape: ModelShape, files: TokenizerFiles, with_data: bool = True) -> RunConfig:
+        """The trainer's configuration for this model and the calibration data."""
         options = self.options
         shape = dataclasses.replace(shape, dtype=_dtype(options.calibration_dtype, shape.dtype))
         flags = [*shape.flags(), "--seq-length", str(options.seq_length)]
@@ -129,7 +131,7 @@ class Probe:
             yield microbatches
 
     def _stream(self, consumed: int) -> Iterator[Batch]:
-        loader = iter(build_data_loader(self.dataset, self.args, consumed))
+        loader = iter(build_data_loader(self.dataset, self.run, consumed))
         while True:
             try:
                 yield next_batch(loader)
@@ -139,9 +141,9 @@ class Probe:
     def loss_of_checkpoint(self, save: str, shape: ModelShape, files: TokenizerFiles) -> Loss:
         """The loss of a checkpoint on the same text; the source's model is given up first."""
         self.model = None
-        args = self._arguments(shape, files)
-        model = frozen_model(args)
-        if load_checkpoint(save, model=[model], args=Namespace(**vars(args) | {"finetune": True})) is None:
+        run = self._arguments(shape, files)
+        model = frozen_model(run)
+        if load_checkpoint(save, model=[model], run=run, finetune=True) is None:
             raise FileNotFoundError(f"--save {save}: the checkpoint is not to be seen on this rank")
         return mean_loss(model, self.windows, self.options.micro_batch_size, self.tokenizer.token_bytes())
 

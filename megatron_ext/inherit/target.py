@@ -4,7 +4,7 @@ import dataclasses
 from argparse import Namespace
 from collections.abc import Iterator
 
-from megatron_ext.config.presets import preset
+from megatron_ext.config.presets import preset_values
 from megatron_ext.inherit.axes import heads_per_group
 from megatron_ext.interchange.shape import ModelShape, padded
 
@@ -45,7 +45,7 @@ def _wanted(options: Namespace) -> dict[str, int | bool]:
     wanted: dict[str, int | bool] = {}
     if options.model_preset:
         try:
-            flags = preset(options.model_preset).flags()
+            flags = preset_values(options.model_preset)
         except LookupError as error:
             raise InheritanceError([str(error.args[0])]) from error
         names = {field.name for field in dataclasses.fields(ModelShape)} - {"max_position_embeddings"}

@@ -49,17 +49,17 @@ class MegatronSource(Source):
             common, self._metadata = read(folder)
         except CheckpointError as error:
             raise InterchangeError(str(error)) from error
-        self.args = common.get("args")
-        if self.args is None:
+        self.saved = common.get("args")
+        if self.saved is None:
             raise InterchangeError(f"{folder / 'common.pt'} has no args, which say what the model is")
         self.iteration = int(common.get("iteration", 0))
         saved_sha256 = common.get("pangu_pro", {}).get("tokenizer_sha256")
         self.tokenizer = self._find_tokenizer(tokenizer_model, saved_sha256)
         try:
-            shape = ModelShape.from_args(self.args, self._vocab_size(), torch.float32)
-        except (AttributeError, TypeError) as error:
+            shape = ModelShape.from_saved(self.saved, self._vocab_size(), torch.float32)
+        except (KeyError, TypeError) as error:
             raise InterchangeError(
-                f"the args in {folder / 'common.pt'} do not say what it is: {error}"
+                f"the args in {folder / 'common.pt'} do not say what it is (no {error})"
             ) from error
         self._require_layers(shape.num_layers)
         self.shape = replace(shape, dtype=self._dtype(shape))
@@ -70,7 +70,7 @@ class MegatronSource(Source):
     def _find_tokenizer(self, given, saved_sha256: str | None) -> tokenizer_files.TokenizerFiles | None:
         """The tokenizer given, or the one that the args name if it is still the same."""
         if given is None:
-            found = tokenizer_files.of_args(self.args)
+            found = tokenizer_files.of_saved(self.saved)
             return None if found and saved_sha256 and found.sha256 != saved_sha256 else found
         found = tokenizer_files.of_path(given)
         if saved_sha256 and found.sha256 != saved_sha256:
@@ -83,7 +83,7 @@ class MegatronSource(Source):
     def _vocab_size(self) -> int:
         """Rows without padding: what the args or the tokenizer say, else all there are."""
         rows = self._stored("embedding.word_embeddings.weight")[1].size[0]
-        kind, told = getattr(self.args, "tokenizer_type", None), getattr(self.args, "vocab_size", None)
+        kind, told = self.saved.get("tokenizer_type"), self.saved.get("vocab_size")
         told = told + 1 if told and kind == "NullTokenizer" else told or 0
         size = max(told, self.tokenizer.size if self.tokenizer else 0)
         if size > rows:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 import torch
 
 from megatron_ext.config import model_function
+from megatron_ext.config.model_function import Saved
 from megatron_ext.interchange.errors import InterchangeError
 
 #: Embedding rows of a checkpoint of ours are a multiple of this (--make-vocab-size-divisible-by).
@@ -134,37 +134,35 @@ class ModelShape:
         return {name: torch.Size(size) for name, size in sizes.items()}
 
     @classmethod
-    def from_args(cls, args: Namespace, vocab_size: int, dtype: torch.dtype | None = None) -> ModelShape:
-        """The shape that a checkpoint's ``args`` describe, ours or Megatron-LM's.
+    def from_saved(cls, saved: Saved, vocab_size: int, dtype: torch.dtype | None = None) -> ModelShape:
+        """The shape that a checkpoint's arguments describe, ours or Megatron-LM's.
 
         Raises InterchangeError, with every reason, for a model that is not Llama-like.
         """
-        if problems := list(_not_llama(args)):
+        if problems := list(_not_llama(saved)):
             raise InterchangeError(f"only Llama-like models can be exchanged: {'; '.join(problems)}")
-        heads = args.num_attention_heads
-        grouped = getattr(args, "group_query_attention", False)
+        heads = saved["num_attention_heads"]
+        grouped = saved.get("group_query_attention")
         return cls(
-            num_layers=args.num_layers,
-            hidden_size=args.hidden_size,
-            ffn_hidden_size=args.ffn_hidden_size,
+            num_layers=saved["num_layers"],
+            hidden_size=saved["hidden_size"],
+            ffn_hidden_size=saved["ffn_hidden_size"],
             num_attention_heads=heads,
-            num_query_groups=args.num_query_groups if grouped else heads,
-            kv_channels=args.kv_channels,
+            num_query_groups=saved["num_query_groups"] if grouped else heads,
+            kv_channels=saved["kv_channels"],
             vocab_size=vocab_size,
-            padded_vocab_size=max(args.padded_vocab_size, vocab_size),
-            tied=not args.untie_embeddings_and_output_weights,
-            qkv_bias=bool(getattr(args, "add_qkv_bias", False)),
+            padded_vocab_size=max(saved["padded_vocab_size"], vocab_size),
+            tied=not saved["untie_embeddings_and_output_weights"],
+            qkv_bias=bool(saved.get("add_qkv_bias")),
             # The flag is --norm-epsilon; the args of some versions have that name.
-            norm_epsilon=getattr(args, "layernorm_epsilon", None) or args.norm_epsilon,
-            rotary_base=args.rotary_base,
-            rope_scaling_factor=args.rope_scaling_factor
-            if getattr(args, "use_rope_scaling", False)
-            else None,
-            max_position_embeddings=args.max_position_embeddings,
-            series_activation_order=getattr(args, "series_activation_order", 0),
-            augmented_shortcuts=getattr(args, "augmented_shortcuts", 0),
-            augmented_shortcut_reduction=getattr(args, "augmented_shortcut_reduction", 32),
-            dtype=dtype or args.params_dtype,
+            norm_epsilon=saved.get("layernorm_epsilon") or saved["norm_epsilon"],
+            rotary_base=saved["rotary_base"],
+            rope_scaling_factor=saved["rope_scaling_factor"] if saved.get("use_rope_scaling") else None,
+            max_position_embeddings=saved["max_position_embeddings"],
+            series_activation_order=saved.get("series_activation_order", 0),
+            augmented_shortcuts=saved.get("augmented_shortcuts", 0),
+            augmented_shortcut_reduction=saved.get("augmented_shortcut_reduction", 32),
+            dtype=dtype or saved["params_dtype"],
         )
 
     def flags(self) -> list[str]:
@@ -220,10 +218,10 @@ LLAMA = {
 }
 
 
-def _not_llama(args: Namespace) -> Iterator[str]:
-    """The reasons why ``args`` describe a model of another kind."""
-    function = model_function.function_of(args)
+def _not_llama(saved: Saved) -> Iterator[str]:
+    """The reasons why ``saved`` describes a model of another kind."""
+    function = model_function.function_of(saved)
     for name, value in LLAMA.items():
         if function[name] not in (value, None):
             yield f"{name} is {function[name]}, not {value}"
-    yield from model_function.unknown_here(args)
+    yield from model_function.unknown_here(saved)

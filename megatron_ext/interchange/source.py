@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from argparse import Namespace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from megatron_ext.config.model_function import Saved
 from megatron_ext.interchange.errors import InterchangeError
 from megatron_ext.interchange.shape import ModelShape
 from megatron_ext.interchange.tokenizer_files import TokenizerFiles
@@ -21,7 +21,7 @@ class Source(ABC):
         path: the folder.
         shape: what the model is.
         tokenizer: its tokenizer's files; None where there are none.
-        args: a checkpoint's arguments; None for a Hugging Face folder.
+        saved: a checkpoint's arguments; None for a Hugging Face folder.
         iteration: the training iteration of a checkpoint, else 0.
         kind: "hf" or "megatron".
         origin: one line on what was opened.
@@ -33,7 +33,7 @@ class Source(ABC):
     path: Path
     shape: ModelShape
     tokenizer: TokenizerFiles | None
-    args: Namespace | None = None
+    saved: Saved | None = None
     iteration: int = 0
     origin: str = ""
     notes: tuple[str, ...] = ()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import shutil
-from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +29,7 @@ from megatron_ext.checkpoint import CheckpointError, content, folders, writer
 from megatron_ext.checkpoint.integrity import CHECKSUMS, describe, marker
 from megatron_ext.checkpoint.lock import saving_into
 from megatron_ext.checkpoint.save import FORMAT, serialised
+from megatron_ext.config import RunConfig
 from megatron_ext.interchange import tokenizer_files
 from megatron_ext.interchange.errors import InterchangeError
 from megatron_ext.interchange.numbers import to_format
@@ -84,9 +84,9 @@ def write_checkpoint(
     tokenizer_files.require_fit(tokenizer, shape.vocab_size, save_dir)
     with _working_folder(save_dir, iteration) as working:
         tokenizer.copy_into(save_dir / "tokenizer")
-        args = checkpoint_args(shape, tokenizer.moved_to(save_dir.absolute() / "tokenizer"), overrides)
+        run = checkpoint_args(shape, tokenizer.moved_to(save_dir.absolute() / "tokenizer"), overrides)
         files = _write_tensors(working, shape, _in_order(tensors, shape))
-        common = content.common_part(iteration, {}, args, None)
+        common = content.common_part(iteration, {}, run, None)
         common["content_metadata"] = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
         for name, data in (("common.pt", serialised(common)), ("metadata.json", FORMAT)):
             folders.write_durably(working / name, data)
@@ -121,22 +121,25 @@ def _require_new(save_dir: Path) -> None:
 
 def checkpoint_args(
     shape: ModelShape, tokenizer: TokenizerFiles, overrides: dict[str, object] | None = None
-) -> Namespace:
-    """The args of a run that would have made this checkpoint, every default of the trainer filled in."""
+) -> RunConfig:
+    """The configuration of a run that would have made this checkpoint, defaults filled in."""
     flags = [*shape.flags(), "--tokenizer-type", tokenizer.kind, "--mock-data", "--micro-batch-size", "1"]
     flags += ["--vocab-size", str(shape.vocab_size - (tokenizer.kind == "NullTokenizer"))]
     flags += ["--train-iters", "1", "--lr", "1e-4"]
     if tokenizer.model is not None:
         flags += ["--tokenizer-model", str(tokenizer.model)]
     try:
-        args = read_args(flags, world_size=1, device="cpu", check_files=False)
+        run = read_args(flags, world_size=1, device="cpu", check_files=False)
     except CommandLineError as error:
         raise InterchangeError(f"no run could make this model: {'; '.join(error.problems)}") from error
     # Not by flags: fp16 trains on GPUs alone, but is written and read anywhere.
-    args.fp16, args.params_dtype = shape.dtype == torch.float16, shape.dtype
-    vars(args).update(overrides or {})
-    args.tokenizer_sha256, args.softmax_vocab_size = tokenizer.sha256, shape.vocab_size
-    return args
+    return run.but(
+        fp16=shape.dtype == torch.float16,
+        params_dtype=shape.dtype,
+        tokenizer_sha256=tokenizer.sha256,
+        softmax_vocab_size=shape.vocab_size,
+        **(overrides or {}),
+    )
 
 
 def _in_order(tensors: Tensors, shape: ModelShape) -> Iterator[tuple[str, Tensor]]:

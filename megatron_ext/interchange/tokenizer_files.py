@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_ext.config.model_function import Saved
 from megatron_ext.interchange.errors import InterchangeError
 from megatron_ext.interchange.json_file import read_object
 from megatron_ext.tokenizer.build import HUGGINGFACE_FILES, SENTENCEPIECE_TYPES, folder_sha256
@@ -112,11 +112,12 @@ def _described(folder: Path, known: dict[str, int], plain: TokenizerFiles | None
     return TokenizerFiles("HuggingFaceTokenizer", folder, size, folder_sha256(folder))
 
 
-def of_args(args: Namespace) -> TokenizerFiles | None:
+def of_saved(saved: Saved) -> TokenizerFiles | None:
     """The tokenizer that a checkpoint's args name; None if its files are not there (any more)."""
-    kind, model = getattr(args, "tokenizer_type", None), getattr(args, "tokenizer_model", None)
+    kind, model = saved.get("tokenizer_type"), saved.get("tokenizer_model")
     if kind == "NullTokenizer":
-        return null(args.vocab_size + 1)
+        size = saved.get("vocab_size")
+        return None if size is None else null(size + 1)
     if not model or not Path(model).exists():
         return None
     if kind in SENTENCEPIECE_TYPES:

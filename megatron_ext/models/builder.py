@@ -1,7 +1,5 @@
 """From arguments to the model chunks of one pipeline rank."""
 
-from argparse import Namespace
-
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.transformer.module import Float16Module
@@ -9,6 +7,7 @@ from torch import nn
 
 from megatron_ext import platform
 from megatron_ext.kernels.rope import provide_rope
+from megatron_ext.config import RunConfig
 from megatron_ext.kernels.weight_gradient import provide_weight_gradients
 from megatron_ext.models.config import PanguProConfig, fields_of
 from megatron_ext.models.gpt_model import PanguModel
@@ -17,11 +16,11 @@ from megatron_ext.models.layer_specs import block_spec
 
 
 def build_model(
-    config: PanguProConfig, args: Namespace, parallel_output: bool = True, drawn: bool = True
+    config: PanguProConfig, run: RunConfig, parallel_output: bool = True, drawn: bool = True
 ) -> list[PanguModel]:
     """The model chunks of this rank: one, or one a virtual pipeline stage, initialised and in place.
 
-    ``args`` gives what TransformerConfig does not hold: the padded vocabulary and how much of it takes part
+    ``run`` gives what TransformerConfig does not hold: the padded vocabulary and how much of it takes part
     in the softmax (``arguments.vocabulary``), positions, tying. With
     ``drawn`` False the weights are whatever lay in memory, for a model that is filled at once.
     """
@@ -30,34 +29,34 @@ def build_model(
         provide_rope()
     stages = parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1
     chunks = [
-        _build_chunk(config, args, vp_stage=stage if stages > 1 else None, parallel_output=parallel_output)
+        _build_chunk(config, run, vp_stage=stage if stages > 1 else None, parallel_output=parallel_output)
         for stage in range(stages)
     ]
     for chunk in chunks:
         mark_split_parameters(chunk)
         if drawn:
-            initialize(chunk, config, args.seed)
+            initialize(chunk, config, run.init.seed)
         sum_weight_gradients_in_place(chunk)
     return [chunk.to(platform.current_device()) for chunk in chunks]
 
 
-def _build_chunk(config: PanguProConfig, args: Namespace, vp_stage: int | None, parallel_output: bool):
+def _build_chunk(config: PanguProConfig, run: RunConfig, vp_stage: int | None, parallel_output: bool):
     return PanguModel(
         config=config,
         transformer_layer_spec=block_spec(config, vp_stage),
-        vocab_size=args.padded_vocab_size,
-        softmax_vocab_size=getattr(args, "softmax_vocab_size", None),
-        max_sequence_length=args.max_position_embeddings,
+        vocab_size=run.model.padded_vocab_size,
+        softmax_vocab_size=run.model.softmax_vocab_size,
+        max_sequence_length=run.model.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
         parallel_output=parallel_output,
-        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
-        position_embedding_type=args.position_embedding_type,
-        rotary_percent=args.rotary_percent,
-        rotary_base=args.rotary_base,
-        rope_scaling=args.use_rope_scaling,
-        rope_scaling_factor=args.rope_scaling_factor,
-        seq_len_interpolation_factor=args.rotary_seq_len_interpolation_factor,
+        share_embeddings_and_output_weights=not run.model.untie_embeddings_and_output_weights,
+        position_embedding_type=run.model.position_embedding_type,
+        rotary_percent=run.model.rotary_percent,
+        rotary_base=run.model.rotary_base,
+        rope_scaling=run.model.use_rope_scaling,
+        rope_scaling_factor=run.model.rope_scaling_factor,
+        seq_len_interpolation_factor=run.model.rotary_seq_len_interpolation_factor,
         vp_stage=vp_stage,
     )
 
@@ -67,20 +66,20 @@ def half_precision(chunks: list[PanguModel], config: PanguProConfig) -> list[nn.
     return [Float16Module(config, chunk) for chunk in chunks] if config.fp16 or config.bf16 else chunks
 
 
-def ddp_config(args: Namespace) -> DistributedDataParallelConfig:
+def ddp_config(run: RunConfig) -> DistributedDataParallelConfig:
     """How gradients are kept and reduced over the data parallel ranks."""
-    values = fields_of(args, DistributedDataParallelConfig)
+    values = fields_of(run, DistributedDataParallelConfig)
     return DistributedDataParallelConfig(
         **values
         | {
-            "grad_reduce_in_fp32": args.accumulate_allreduce_grads_in_fp32,
+            "grad_reduce_in_fp32": run.parallel.accumulate_allreduce_grads_in_fp32,
             # Megatron-Core's check raises on one rank while the others wait for its gradients;
             # training/step.py checks with all ranks agreeing.
             "check_for_nan_in_grad": False,
-            "bucket_size": args.ddp_bucket_size,
-            "pad_buckets_for_high_nccl_busbw": args.ddp_pad_buckets_for_high_nccl_busbw,
-            "average_in_collective": args.ddp_average_in_collective,
-            "align_param_gather": args.align_param_gather,
+            "bucket_size": run.parallel.ddp_bucket_size,
+            "pad_buckets_for_high_nccl_busbw": run.parallel.ddp_pad_buckets_for_high_nccl_busbw,
+            "average_in_collective": run.parallel.ddp_average_in_collective,
+            "align_param_gather": run.parallel.align_param_gather,
         }
     )
 

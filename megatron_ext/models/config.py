@@ -4,7 +4,6 @@ Mirrors megatron/training/arguments.py:core_transformer_config_from_args of Mega
 """
 
 import dataclasses
-from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +13,8 @@ from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_ext.config import RunConfig
 
 #: Fused forms that Megatron-LM uses unless told not to, and that a CPU does not have.
 CUDA_FUSIONS = (
@@ -53,62 +54,62 @@ class PanguProConfig(TransformerConfig):
             )
 
 
-def transformer_config(args: Namespace) -> PanguProConfig:
+def transformer_config(run: RunConfig) -> PanguProConfig:
     """The model's configuration. Weights are not drawn while it is built: ours are drawn afterwards,
     at full shape, so that they do not depend on the layout."""
-    values = fields_of(args, PanguProConfig)
-    values |= _renamed(args) | _activation(args)
-    return PanguProConfig(**(values | dict.fromkeys(_unavailable_fusions(args), False)))
+    values = fields_of(run, PanguProConfig)
+    values |= _renamed(run) | _activation(run)
+    return PanguProConfig(**(values | dict.fromkeys(_unavailable_fusions(run), False)))
 
 
-def _unavailable_fusions(args: Namespace) -> list[str]:
+def _unavailable_fusions(run: RunConfig) -> list[str]:
     """The fusions that this device or the installed packages do not have."""
-    if args.device == "cpu":
+    if run.process.device == "cpu":
         return list(CUDA_FUSIONS)
     return ["apply_rope_fusion"] if rope_utils.fused_apply_rotary_pos_emb is None else []
 
 
-def _renamed(args: Namespace) -> dict[str, Any]:
+def _renamed(run: RunConfig) -> dict[str, Any]:
     """Fields whose name or form differs from the argument's."""
-    local = args.transformer_impl == "local"
+    local = run.layers.transformer_impl == "local"
     return {
-        "attention_backend": AttnBackend[args.attention_backend],
-        "num_query_groups": args.num_query_groups if args.group_query_attention else None,
-        "num_layers_in_first_pipeline_stage": args.decoder_first_pipeline_num_layers,
-        "num_layers_in_last_pipeline_stage": args.decoder_last_pipeline_num_layers,
-        "cp_comm_type": args.cp_comm_type[0],
-        "params_dtype": args.params_dtype,
-        "pipeline_dtype": args.params_dtype,
-        "batch_p2p_comm": not args.overlap_p2p_comm,
+        "attention_backend": AttnBackend[run.layers.attention_backend],
+        "num_query_groups": run.model.num_query_groups if run.model.group_query_attention else None,
+        "num_layers_in_first_pipeline_stage": run.parallel.decoder_first_pipeline_num_layers,
+        "num_layers_in_last_pipeline_stage": run.parallel.decoder_last_pipeline_num_layers,
+        "cp_comm_type": run.parallel.cp_comm_type[0],
+        "params_dtype": run.precision.params_dtype,
+        "pipeline_dtype": run.precision.params_dtype,
+        "batch_p2p_comm": not run.parallel.overlap_p2p_comm,
         # gloo sends straight from an output's memory: an overlapped send has to find it unchanged.
-        "deallocate_pipeline_outputs": args.device == "cuda" or not args.overlap_p2p_comm,
-        "persist_layer_norm": not args.no_persist_layer_norm,
-        "fp8_param": args.fp8_param_gather,
+        "deallocate_pipeline_outputs": run.process.device == "cuda" or not run.parallel.overlap_p2p_comm,
+        "persist_layer_norm": not run.fusion.no_persist_layer_norm,
+        "fp8_param": run.precision.fp8_param_gather,
         "cuda_graph_scope": [],  # the whole layer
         "perform_initialization": False,
-        "use_cpu_initialization": bool(args.use_cpu_initialization),
+        "use_cpu_initialization": bool(run.init.use_cpu_initialization),
         # The local attention never makes a masked softmax that could be fused.
-        "masked_softmax_fusion": args.masked_softmax_fusion and not local,
+        "masked_softmax_fusion": run.fusion.masked_softmax_fusion and not local,
     }
 
 
-def _activation(args: Namespace) -> dict[str, Any]:
+def _activation(run: RunConfig) -> dict[str, Any]:
     """The FFN's nonlinearity; Megatron-Core's fused forms would pass the series activation by."""
-    series = args.series_activation_order > 0
-    if args.swiglu:
+    series = run.model.series_activation_order > 0
+    if run.model.swiglu:
         return {
             "activation_func": F.silu,
             "gated_linear_unit": True,
-            "bias_activation_fusion": args.bias_swiglu_fusion and not series,
+            "bias_activation_fusion": run.fusion.bias_swiglu_fusion and not series,
         }
-    if args.squared_relu:
+    if run.model.squared_relu:
         return {"activation_func": squared_relu, "bias_activation_fusion": False}
-    if args.quick_geglu:
+    if run.model.quick_geglu:
         return {"activation_func": quick_gelu, "gated_linear_unit": True, "bias_activation_fusion": False}
-    return {"activation_func": F.gelu, "bias_activation_fusion": args.bias_gelu_fusion}
+    return {"activation_func": F.gelu, "bias_activation_fusion": run.fusion.bias_gelu_fusion}
 
 
-def fields_of(args: Namespace, config: type) -> dict[str, Any]:
+def fields_of(run: RunConfig, config: type) -> dict[str, Any]:
     """The arguments that a configuration class has under the same name."""
     names = {field.name for field in dataclasses.fields(config)}
-    return {name: value for name, value in vars(args).items() if name in names}
+    return {name: value for name, value in run.flat().items() if name in names}

@@ -9,7 +9,8 @@ collectives that a run calls. docs/scaling.md shows what follows for the 1.5B mo
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_ext.config.describe import Layout, Shape, parameters, parameters_of_rank
+from megatron_ext.config.describe import Layout, parameters_of_rank, parts
+from megatron_ext.config.model import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -29,29 +30,29 @@ class Collective:
         return self.times * self.size * share.get(self.operation, (self.ranks - 1) / self.ranks)
 
 
-def collectives(shape: Shape, layout: Layout, stage: int = 0) -> list[Collective]:
+def collectives(model: ModelConfig, layout: Layout, stage: int = 0) -> list[Collective]:
     """The collectives of one step on a rank of a pipeline stage; only those that grow with the model."""
-    found = [*_tensor(shape, layout, stage), *_pipeline(shape, layout, stage), *_data(shape, layout, stage)]
+    found = [*_tensor(model, layout, stage), *_pipeline(model, layout, stage), *_data(model, layout, stage)]
     return [collective for collective in found if collective.times]
 
 
-def bytes_sent(shape: Shape, layout: Layout) -> dict[str, float]:
+def bytes_sent(model: ModelConfig, layout: Layout) -> dict[str, float]:
     """Dimension -> bytes that a rank sends in one step, on the pipeline stage that sends most."""
     totals = []
     for stage in range(layout.pipeline):
         total = dict.fromkeys(("tensor", "pipeline", "data"), 0.0)
-        for collective in collectives(shape, layout, stage):
+        for collective in collectives(model, layout, stage):
             total[collective.dimension] += collective.sent
         totals.append(total)
     return max(totals, key=lambda total: sum(total.values()))
 
 
-def _activation(shape: Shape, layout: Layout) -> float:
+def _activation(model: ModelConfig, layout: Layout) -> float:
     """Bytes of the residual stream of one micro batch, [s, b, h]."""
-    return layout.micro_batch * shape.sequence * shape.hidden * layout.bytes_each
+    return layout.micro_batch * layout.seq_length * model.hidden_size * layout.bytes_each
 
 
-def _tensor(shape: Shape, layout: Layout, stage: int) -> Iterator[Collective]:
+def _tensor(model: ModelConfig, layout: Layout, stage: int) -> Iterator[Collective]:
     """Attention and FFN each end with a sum over the ranks, and so does their backward pass.
 
     Sequence parallelism gathers before and scatters after instead, the same bytes, and gathers the
@@ -61,8 +62,8 @@ def _tensor(shape: Shape, layout: Layout, stage: int) -> Iterator[Collective]:
     p = layout.tensor
     if p == 1:
         return
-    size, batches = _activation(shape, layout), layout.micro_batches
-    layers = shape.layers // layout.pipeline * batches
+    size, batches = _activation(model, layout), layout.micro_batches
+    layers = model.num_layers // layout.pipeline * batches
     first, last = (stage == 0) * batches, (stage == layout.pipeline - 1) * batches
     forwards = 2 if layout.recompute else 1
     if not layout.sequence_parallel:
@@ -70,23 +71,23 @@ def _tensor(shape: Shape, layout: Layout, stage: int) -> Iterator[Collective]:
         return
     yield Collective("tensor", "all_gather", size, 2 * (forwards + 2) * layers + first + 2 * last, p)
     yield Collective("tensor", "reduce_scatter", size, 2 * (forwards + 1) * layers + first + last, p)
-    parts = parameters(shape)
-    final_norm = shape.hidden * shape.norm_vectors
-    whole = (parts["augmented shortcuts"] + parts["norms"] - final_norm) / layout.pipeline
+    of = parts(model)
+    final_norm = model.hidden_size * (1 if model.normalization == "RMSNorm" else 2)
+    whole = (of["augmented shortcuts"] + of["norms"] - final_norm) / layout.pipeline
     whole += final_norm if stage == layout.pipeline - 1 else 0
     yield Collective("tensor", "all_reduce", 4 * whole, 1, p)
 
 
-def _pipeline(shape: Shape, layout: Layout, stage: int) -> Iterator[Collective]:
+def _pipeline(model: ModelConfig, layout: Layout, stage: int) -> Iterator[Collective]:
     """The residual stream to the next stage and its gradient to the previous one (1F1B)."""
-    size = _activation(shape, layout) / (layout.tensor if layout.sequence_parallel else 1)
+    size = _activation(model, layout) / (layout.tensor if layout.sequence_parallel else 1)
     neighbours = (stage > 0) + (stage < layout.pipeline - 1)
     yield Collective("pipeline", "send", size, neighbours * layout.micro_batches, layout.pipeline)
 
 
-def _data(shape: Shape, layout: Layout, stage: int) -> Iterator[Collective]:
+def _data(model: ModelConfig, layout: Layout, stage: int) -> Iterator[Collective]:
     """Gradients in fp32 once a step; with the distributed optimizer also the new parameters."""
-    d, held = layout.data, parameters_of_rank(shape, layout, stage)
+    d, held = layout.data, parameters_of_rank(model, layout, stage)
     if d == 1:
         return
     if layout.distributed_optimizer:

@@ -7,7 +7,8 @@ not measurements. ``Machine.scaled`` takes measured speeds instead (tools/doctor
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from megatron_ext.config.describe import Layout, Shape, flops_per_token, memory, parameters_of_rank
+from megatron_ext.config.describe import Layout, memory, parameters_of_rank
+from megatron_ext.config.model import ModelConfig
 from megatron_ext.planning.communication import bytes_sent
 
 #: Share of the data sheet's matmul speed that a training step gets, and of its link speeds.
@@ -48,12 +49,14 @@ MACHINES = {
 }
 
 
-def fits(shape: Shape, layout: Layout, machine: Machine) -> bool:
+def fits(model: ModelConfig, layout: Layout, machine: Machine) -> bool:
     """Whether the fullest device has room for its part."""
-    return sum(memory(shape, layout).values()) < MEMORY_SHARE * machine.memory
+    return sum(memory(model, layout).values()) < MEMORY_SHARE * machine.memory
 
 
-def step_seconds(shape: Shape, layout: Layout, machine: Machine, overlap: bool = True) -> dict[str, float]:
+def step_seconds(
+    model: ModelConfig, layout: Layout, machine: Machine, overlap: bool = True
+) -> dict[str, float]:
     """What -> seconds of one optimizer step; the sum is the step.
 
     Tensor parallel sums wait for nothing to overlap with. With ``overlap`` the exchange among data
@@ -61,17 +64,17 @@ def step_seconds(shape: Shape, layout: Layout, machine: Machine, overlap: bool =
     its stages but one, in units of a micro batch (1F1B).
     """
     devices = layout.tensor * layout.pipeline * layout.data
-    tokens = layout.micro_batch * layout.micro_batches * layout.data * shape.sequence
+    tokens = layout.micro_batch * layout.micro_batches * layout.data * layout.seq_length
     again = 4 / 3 if layout.recompute else 1
-    compute = again * flops_per_token(shape) * tokens / devices / machine.flops
-    sent = bytes_sent(shape, layout)
+    compute = again * model.flops_per_token(layout.seq_length) * tokens / devices / machine.flops
+    sent = bytes_sent(model, layout)
     model_is_near = layout.tensor * layout.pipeline <= machine.devices_per_host
     tensor = sent["tensor"] / (machine.near if layout.tensor <= machine.devices_per_host else machine.far)
     pipeline = sent["pipeline"] / (machine.near if model_is_near else machine.far)
     data = sent["data"] / (machine.near if devices <= machine.devices_per_host else machine.far)
     if overlap:
         data = max(0.0, data - compute * 2 / 3 / layout.micro_batches)
-    held = max(parameters_of_rank(shape, layout, stage) for stage in range(layout.pipeline))
+    held = max(parameters_of_rank(model, layout, stage) for stage in range(layout.pipeline))
     share = layout.data if layout.distributed_optimizer else 1
     return {
         "computation": compute,
@@ -85,28 +88,33 @@ def step_seconds(shape: Shape, layout: Layout, machine: Machine, overlap: bool =
 
 
 def suggestions(
-    shape: Shape, devices: int, global_batch: int, machine: Machine, bytes_each: int = 2
+    model: ModelConfig,
+    devices: int,
+    global_batch: int,
+    machine: Machine,
+    seq_length: int,
+    bytes_each: int = 2,
 ) -> Iterator[tuple[float, Layout]]:
     """(Seconds of a step, layout) of the layouts of so many devices that fit, fastest first."""
     found = []
-    for layout in _layouts(shape, devices, global_batch, machine, bytes_each):
-        if fits(shape, layout, machine):
-            found.append((sum(step_seconds(shape, layout, machine).values()), layout))
+    for layout in _layouts(model, devices, global_batch, machine, seq_length, bytes_each):
+        if fits(model, layout, machine):
+            found.append((sum(step_seconds(model, layout, machine).values()), layout))
     # Of equally fast ones the least divided first.
     yield from sorted(found, key=lambda f: (f[0], f[1].tensor, f[1].pipeline, f[1].micro_batch))
 
 
 def _layouts(
-    shape: Shape, devices: int, global_batch: int, machine: Machine, bytes_each: int
+    model: ModelConfig, devices: int, global_batch: int, machine: Machine, seq_length: int, bytes_each: int
 ) -> Iterator[Layout]:
     """Every division of model and batch without a remainder, tensor parallel within a host."""
     for tensor in _divisors(devices):
-        split = (shape.heads, shape.ffn, shape.vocabulary, shape.sequence)
+        split = (model.num_attention_heads, model.ffn_hidden_size, model.vocab_rows, seq_length)
         if tensor > machine.devices_per_host or any(size % tensor for size in split):
             continue
         for pipeline in _divisors(devices // tensor):
             data = devices // tensor // pipeline
-            if shape.layers % pipeline or global_batch % data:
+            if model.num_layers % pipeline or global_batch % data:
                 continue
             for micro_batch in _divisors(global_batch // data):
                 if micro_batch > 64:
@@ -121,6 +129,7 @@ def _layouts(
                         recompute=recompute,
                         micro_batch=micro_batch,
                         micro_batches=global_batch // data // micro_batch,
+                        seq_length=seq_length,
                         bytes_each=bytes_each,
                     )
 

@@ -2,10 +2,10 @@
 
 import hashlib
 import json
-from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_ext.config.data import TokenizerConfig
 from megatron_ext.data.indexed import dataset_files
 from megatron_ext.data.text.sources import BAD_LINES, STDIN, WORK_FOLDER, Source
 
@@ -23,7 +23,6 @@ class Options:
     """A preprocessing run.
 
     Attributes:
-        tokenizer: the flags that ``build_tokenizer`` reads.
         output_prefix: PREFIX of ``PREFIX_KEY_document``.
         on_bad_line: "stop", "skip" or "quarantine".
         shard: (i, n) makes the i-th (from 0) of n parts of the input.
@@ -32,7 +31,7 @@ class Options:
 
     inputs: list[str]
     output_prefix: str
-    tokenizer: Namespace
+    tokenizer: TokenizerConfig
     json_keys: list[str] = field(default_factory=lambda: ["text"])
     append_eod: bool = False
     on_bad_line: str = "stop"
@@ -99,7 +98,7 @@ def plan_id(options: Options, sources: list[Source], tokenizer_sha256: str) -> s
         "version": PLAN_VERSION,
         "options": options.describe(),
         "tokenizer": tokenizer_sha256,
-        "include_special_tokens": getattr(options.tokenizer, "tokenizer_hf_include_special_tokens", False),
+        "include_special_tokens": options.tokenizer.tokenizer_hf_include_special_tokens,
         "chunk_bytes": chunk_size(options, sources),
         "inputs": inputs,
     }

@@ -7,12 +7,13 @@ tools start at once.
 
 import hashlib
 import json
-from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+
+from megatron_ext.config.data import TokenizerConfig
 
 SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 TOKENIZER_TYPES = (*SENTENCEPIECE_TYPES, "HuggingFaceTokenizer", "NullTokenizer")
@@ -221,31 +222,28 @@ class NullTokenizer(Tokenizer):
         return np.zeros(self.vocab_size, dtype=np.int32)
 
 
-def build_tokenizer(args: Namespace) -> Tokenizer:
+def build_tokenizer(flags: TokenizerConfig) -> Tokenizer:
     """The tokenizer that ``--tokenizer-type`` and its neighbours name.
-
-    Reads tokenizer_type, tokenizer_model, vocab_size (NullTokenizer), tokenizer_hf_use_fast,
-    tokenizer_hf_include_special_tokens and trust_remote_code of ``args``.
 
     Raises:
         TokenizerError: unknown type, missing flag, missing or broken file.
     """
-    kind = args.tokenizer_type
+    kind = flags.tokenizer_type
     if kind == "NullTokenizer":
-        if getattr(args, "vocab_size", None) is None:
+        if flags.vocab_size is None:
             raise TokenizerError("--tokenizer-type NullTokenizer needs --vocab-size")
-        return NullTokenizer(args.vocab_size)
+        return NullTokenizer(flags.vocab_size)
     if kind not in TOKENIZER_TYPES:
         raise TokenizerError(f"--tokenizer-type {kind} is not supported; use {', '.join(TOKENIZER_TYPES)}")
-    if not args.tokenizer_model:
+    if not flags.tokenizer_model:
         raise TokenizerError(f"--tokenizer-type {kind} needs --tokenizer-model")
     if kind in SENTENCEPIECE_TYPES:
-        return SentencePieceTokenizer(args.tokenizer_model)
+        return SentencePieceTokenizer(flags.tokenizer_model)
     return HuggingFaceTokenizer(
-        args.tokenizer_model,
-        getattr(args, "tokenizer_hf_use_fast", False),
-        getattr(args, "tokenizer_hf_include_special_tokens", False),
-        getattr(args, "trust_remote_code", False),
+        flags.tokenizer_model,
+        flags.tokenizer_hf_use_fast,
+        flags.tokenizer_hf_include_special_tokens,
+        flags.trust_remote_code,
     )
 
 

@@ -59,12 +59,13 @@ def curve(vocabulary: Vocabulary, counts: Counts, sizes: list[int]) -> list[dict
 
 def add_shares(points: list[dict], preset_name: str) -> None:
     """Adds to each point the share of embedding and output head in the parameters of a preset."""
-    from megatron_ext.config.describe import embedding_share, shape_of_preset
+    from megatron_ext.config.describe import embedding_share
     from megatron_ext.config.presets import preset
 
     for point in points:
-        shape = shape_of_preset(dataclasses.replace(preset(preset_name), vocabulary=point["vocab_size"]))
-        point["embedding_share"] = float(embedding_share(shape))
+        rows = -(-point["vocab_size"] // 128) * 128
+        model = dataclasses.replace(preset(preset_name), softmax_vocab_size=None, padded_vocab_size=rows)
+        point["embedding_share"] = embedding_share(model)
 
 
 def recommend(points: list[dict]) -> dict:

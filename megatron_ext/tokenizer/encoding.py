@@ -1,11 +1,11 @@
 """Texts -> ids, by the fastest encoder that gives the tokenizer's own ids."""
 
 import contextlib
-from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from megatron_ext.config.data import TokenizerConfig
 from megatron_ext.tokenizer.build import SentencePieceTokenizer, Tokenizer, build_tokenizer
 
 #: (texts as UTF-8) -> (ids of all texts one behind the other [total], ids of each text int32 [texts])
@@ -13,7 +13,7 @@ Encode = Callable[[Sequence[bytes]], tuple[np.ndarray, np.ndarray]]
 _loaded: dict[str, tuple[Tokenizer, Encode]] = {}
 
 
-def load(flags: Namespace, dtype: np.dtype | None = None) -> tuple[Tokenizer, Encode]:
+def load(flags: TokenizerConfig, dtype: np.dtype | None = None) -> tuple[Tokenizer, Encode]:
     """The tokenizer of the flags and its encoder; loaded once, and inherited by forked workers."""
     name = repr(sorted(vars(flags).items()))
     if name not in _loaded:

@@ -1,9 +1,9 @@
 """NaN and Inf in losses and gradients: where they came from, and how many the run may pass over."""
 
 import json
-from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -11,6 +11,7 @@ from megatron.core.distributed import finalize_model_grads
 from torch import nn
 
 from megatron_ext.common.errors import RunError
+from megatron_ext.config import RunConfig
 from megatron_ext.data.loader import sample_numbers
 from megatron_ext.data.provenance import provenance
 from megatron_ext.models.builder import unwrap
@@ -81,7 +82,7 @@ def check_finite(model: list[nn.Module], counter: LossCounter) -> None:
         more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
         problems.append(f"NaN or Inf in the gradient of {', '.join(names[:_MOST_NAMES])}{more}")
     own = Finding(parallel_state.get_data_parallel_rank(), problems, list(counter.bad))
-    findings = [None] * torch.distributed.get_world_size()
+    findings: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(findings, own)
     told = [f"rank {rank}: {'; '.join(f.problems)}" for rank, f in enumerate(findings) if f.problems]
     raise BadNumbers("; ".join(told) or "the sum of the ranks' finite gradients overflows", findings)
@@ -93,18 +94,18 @@ class BadNumberPolicy:
     The samples of each go to ``bad_samples.jsonl`` in the --save folder, a JSON object an iteration.
     """
 
-    def __init__(self, args: Namespace, dataset):
-        self.args, self.dataset = args, dataset
+    def __init__(self, run: RunConfig, dataset):
+        self.run, self.dataset = run, dataset
         self.report: LinesFile | None = None
-        if args.save and torch.distributed.get_rank() == 0:
-            self.report = LinesFile(Path(args.save) / REPORT, "report of bad samples")
+        if run.checkpoint.save and torch.distributed.get_rank() == 0:
+            self.report = LinesFile(Path(run.checkpoint.save) / REPORT, "report of bad samples")
 
     def pass_over(self, error: BadNumbers, progress, microbatches: int) -> None:
         """Report the iteration after ``progress`` and count it; raises BadNumbers past the limit.
 
         To be called on all ranks alike, with the ``error`` that they all got.
         """
-        iteration, limit = progress.iteration + 1, self.args.skip_bad_iterations
+        iteration, limit = progress.iteration + 1, self.run.training.skip_bad_iterations
         consumed = progress.consumed_train_samples - progress.round_start
         samples = self.samples(error.findings, consumed, microbatches)
         if self.report is not None:
@@ -131,8 +132,8 @@ class BadNumberPolicy:
             wanted = {(f.data_rank, number) for f in concerned for number in range(microbatches)}
         found = []
         for rank in sorted({rank for rank, _ in wanted}):
-            args = Namespace(**vars(self.args) | {"data_parallel_rank": rank})
-            for number, batch in enumerate(sample_numbers(self.dataset, args, consumed, microbatches)):
+            numbers = sample_numbers(self.dataset, self.run, consumed, microbatches, rank)
+            for number, batch in enumerate(numbers):
                 if (rank, number) in wanted:
                     place = {"data_parallel_rank": rank, "microbatch": number}
                     found += [provenance(self.dataset, sample) | place for sample in batch]

@@ -1,6 +1,5 @@
 """A microbatch on its way through the model, and the loss at its end."""
 
-from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -10,6 +9,7 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from megatron_ext import platform
+from megatron_ext.config import RunConfig
 
 
 @dataclass
@@ -59,10 +59,10 @@ def of_context_rank(batch: Batch, rank: int, size: int) -> Batch:
     return replace(batch, **changes)
 
 
-def needs_data(args: Namespace, vp_stage: int | None = None) -> bool:
+def needs_data(run: RunConfig, vp_stage: int | None = None) -> bool:
     """Whether this pipeline stage reads samples: the ends do, and all do if masks follow documents."""
     return (
-        args.reset_attention_mask
+        run.data.reset_attention_mask
         or parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
         or parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
     )

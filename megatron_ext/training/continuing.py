@@ -6,12 +6,14 @@ together: some of it works as it is meant, some is refused with the ways out (do
 table).
 """
 
-from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from megatron_ext.arguments.derive import iterations_left, running_batch
 from megatron_ext.checkpoint import CheckpointError, OpenedCheckpoint
+from megatron_ext.checkpoint.saved_args import run_of
+from megatron_ext.config import RunConfig
+from megatron_ext.config.model_function import Saved
 from megatron_ext.data.identity import differences, identify, stated
 from megatron_ext.data.rounds.dataset import RoundIndex
 from megatron_ext.platform.collective import on_first_rank, print_rank_0
@@ -48,11 +50,11 @@ class Start:
             self.progress.checkpoints = self.checkpoint.checkpoints
 
 
-def settle(start: Start, args: Namespace, tokenizer, index: RoundIndex | None, new_round: bool) -> None:
+def settle(start: Start, run: RunConfig, tokenizer, index: RoundIndex | None, new_round: bool) -> None:
     """Compare a run with the checkpoint that it goes on from, and note in its progress what it reads.
 
     Sets ``training_set`` of ``start.progress``, and ``round_start`` where another training set begins, and
-    ``args.train_iters`` of a run in samples. A collective call.
+    ``run.training.train_iters`` of a run in samples. A collective call.
 
     Args:
         new_round: whether the run has just entered the round of ``index``.
@@ -61,27 +63,27 @@ def settle(start: Start, args: Namespace, tokenizer, index: RoundIndex | None, n
         CheckpointError: on every rank, naming every difference that is not allowed and the ways out.
     """
     progress = start.progress
-    if args.train_samples is not None:
-        left = iterations_left(args, progress.consumed_train_samples)
-        args.train_iters = progress.iteration + left
-    if args.skip_train:
+    if run.training.train_samples is not None:
+        left = iterations_left(run, progress.consumed_train_samples)
+        run.training.train_iters = progress.iteration + left
+    if run.validation.skip_train:
         return
-    samples = dataset_sizes(args)[0] if index is None else index.manifest["samples"]
-    ours = on_first_rank(lambda: identify(args, tokenizer, samples))
-    ours |= {"mock": bool(args.mock_data), "dataloader_type": args.dataloader_type}
+    samples = dataset_sizes(run)[0] if index is None else index.manifest["samples"]
+    ours = on_first_rank(lambda: identify(run, tokenizer, samples))
+    ours |= {"mock": bool(run.data.mock_data), "dataloader_type": run.data.dataloader_type}
     goes_on = start.goes_on and progress.consumed_train_samples > 0
     theirs = _training_set_of(start, ours) if goes_on and not new_round else ours
     if index is not None:
         theirs = theirs | {"samples": samples}  # the first round's, which the index numbers
     changed = differences(theirs, {name: value for name, value in ours.items() if name != "samples"})
     if goes_on:
-        _refuse(start, args, changed)
-        for note in _notes(start.checkpoint.args, progress, args):
+        _refuse(start, run, changed)
+        for note in _notes(start.checkpoint.saved, progress, run):
             print_rank_0(note)
     progress.training_set = ours | {"samples": theirs["samples"]}
     if changed:
         progress.round_start = progress.consumed_train_samples
-        progress.training_set["samples"] = max(1, samples_to_read(progress, args))
+        progress.training_set["samples"] = max(1, samples_to_read(progress, run))
         print_rank_0(
             f"WARNING: another training set from iteration {progress.iteration} on, read from its beginning: "
             + "; ".join(changed)
@@ -93,16 +95,16 @@ def _training_set_of(start: Start, ours: dict) -> dict:
     found = start.progress.training_set
     if isinstance(found, dict) and type(found.get("samples")) is int:
         return found
-    return ours | stated(start.checkpoint.args)
+    return ours | stated(start.checkpoint.saved)
 
 
-def _refuse(start: Start, args: Namespace, changed: list[str]) -> None:
+def _refuse(start: Start, run: RunConfig, changed: list[str]) -> None:
     """Raise CheckpointError for a schedule or a training set that differs and is not said to be meant."""
-    saved, problems = start.checkpoint.args, []
+    saved, problems = start.checkpoint.saved, []
     rates = start.checkpoint.common.get("opt_param_scheduler")
-    if rates and not args.no_load_optim and (found := schedule.conflicts(rates, saved, args)):
+    if rates and not run.checkpoint.no_load_optim and (found := schedule.conflicts(rates, saved, run)):
         problems.append(f"another schedule ({'; '.join(found)}): {schedule.WAYS_OUT}")
-    if changed and not args.override_training_set:
+    if changed and not run.data.override_training_set:
         problems.append(
             f"another training set ({'; '.join(changed)}): give the flags that the run was begun with; "
             "--override-training-set goes on with this one from its beginning, --finetune begins a new run "
@@ -112,19 +114,19 @@ def _refuse(start: Start, args: Namespace, changed: list[str]) -> None:
         raise CheckpointError(f"the run in {start.folder} was begun with " + ", and with ".join(problems))
 
 
-def _notes(saved: Namespace, progress: Progress, args: Namespace) -> Iterator[str]:
+def _notes(saved: Saved, progress: Progress, run: RunConfig) -> Iterator[str]:
     """What differs and is allowed, where it is not plain what comes of it."""
-    if getattr(saved, "global_batch_size", None) is not None and args.train_samples is None:
-        theirs, ours = running_batch(saved), running_batch(args)
+    if saved.get("global_batch_size") is not None and run.training.train_samples is None:
+        theirs, ours = running_batch(run_of(saved)), running_batch(run)
         if theirs != ours:
             yield (
                 f"WARNING: global batches of {ours} samples, {theirs} in the checkpoint: the schedule, in "
-                f"iterations, goes on at iteration {progress.iteration} of {args.train_iters}"
+                f"iterations, goes on at iteration {progress.iteration} of {run.training.train_iters}"
             )
     for name in LOSS_FLAGS:
-        theirs = getattr(saved, name, None)
-        if theirs is not None and bool(theirs) != bool(getattr(args, name)):
+        theirs = saved.get(name)
+        if theirs is not None and bool(theirs) != bool(run.get(name)):
             flag = "--" + name.replace("_", "-")
             yield f"WARNING: {flag} differs from the checkpoint's: losses before and after do not compare"
-    if args.no_load_optim:
+    if run.checkpoint.no_load_optim:
         yield "WARNING: --no-load-optim: the schedule starts over with the optimizer, from iteration 0"

@@ -1,13 +1,13 @@
 """The samples of a run: how many it needs, and this rank's stream of microbatches."""
 
 import math
-from argparse import Namespace
 from collections.abc import Iterator
 
 from megatron.core import parallel_state
 
 from megatron_ext.arguments.derive import running_batch
 from megatron_ext.common.errors import RunError
+from megatron_ext.config import RunConfig
 from megatron_ext.data import build_data_loader
 from megatron_ext.data.amounts import epochs, without_a_sample
 from megatron_ext.data.views import Endless, Span
@@ -19,61 +19,69 @@ class OutOfData(RunError):
     """The dataset ended before the run did."""
 
 
-def dataset_sizes(args: Namespace) -> tuple[int, int | None, int | None]:
+def dataset_sizes(run: RunConfig) -> tuple[int, int | None, int | None]:
     """Samples of the training, validation and test sets, counted as Megatron-LM counts them.
 
     The number enters the index of a dataset (its epochs and shuffles), so it has to be upstream's
     for the same samples to come in the same order (training.py:get_train_valid_test_num_samples).
     """
-    train = args.train_samples or args.train_iters * args.global_batch_size
-    rounds = args.train_iters // args.eval_interval + 1 if args.eval_interval else 1
-    if args.skip_train:
+    train = run.training.train_samples or run.training.train_iters * run.training.global_batch_size
+    rounds = (
+        run.training.train_iters // run.validation.eval_interval + 1 if run.validation.eval_interval else 1
+    )
+    if run.validation.skip_train:
         rounds = 1
-    batch = args.eval_iters * args.global_batch_size
+    batch = run.validation.eval_iters * run.training.global_batch_size
     # None draws the whole set once.
-    return (train, None, None) if args.full_validation else (train, rounds * batch, batch)
+    return (train, None, None) if run.validation.full_validation else (train, rounds * batch, batch)
 
 
-def samples_to_read(progress, args: Namespace) -> int:
+def samples_to_read(progress, run: RunConfig) -> int:
     """How many samples the run reads of its training set, from the set's first to its own last iteration."""
     read = progress.consumed_train_samples - progress.round_start
-    if args.train_samples is not None:
-        return max(read, args.train_samples - progress.round_start)
-    return read + max(0, args.train_iters - progress.iteration) * running_batch(args)
+    if run.training.train_samples is not None:
+        return max(read, run.training.train_samples - progress.round_start)
+    return read + max(0, run.training.train_iters - progress.iteration) * running_batch(run)
 
 
-def say_what_is_read(datasets: tuple, samples: int, args: Namespace) -> None:
+def say_what_is_read(datasets: tuple, samples: int, run: RunConfig) -> None:
     """How often the run reads its data, and what of it is not as one would expect; a collective call.
 
     ``samples`` are read of the training set.
     """
-    for line in on_first_rank(lambda: list(_what_is_read(datasets, samples, args))):
+    for line in on_first_rank(lambda: list(_what_is_read(datasets, samples, run))):
         print_rank_0(line)
 
 
-def _what_is_read(datasets: tuple, samples: int, args: Namespace) -> Iterator[str]:
+def _what_is_read(datasets: tuple, samples: int, run: RunConfig) -> Iterator[str]:
     train, *held_out = datasets
     if train is not None:
         often = epochs(train, samples)
         yield f" data: {samples:,} training samples, {often:.3g} epochs of the training set"
         if often > samples:
-            yield f"WARNING: the training set is shorter than one sequence of --seq-length {args.seq_length}"
+            length = run.data.seq_length
+            yield f"WARNING: the training set is shorter than one sequence of --seq-length {length}"
         for prefix in without_a_sample(train):
             yield f"WARNING: none of the {samples:,} samples is of {prefix}: its weight is too small"
     for name, dataset in zip(("validation", "test"), held_out, strict=True):
-        samples = args.eval_iters * args.global_batch_size
-        if dataset is None or args.full_validation:
+        samples = run.validation.eval_iters * run.training.global_batch_size
+        if dataset is None or run.validation.full_validation:
             continue
         if (often := epochs(dataset, samples)) > 1:
             yield (
-                f"WARNING: --eval-iters {args.eval_iters} of --global-batch-size {args.global_batch_size} go "
-                f"{often:.1f} times through the {name} set; --full-validation looks at each sample once"
+                f"WARNING: --eval-iters {run.validation.eval_iters} of --global-batch-size "
+                f"{run.training.global_batch_size} go {often:.1f} times through the {name} set; "
+                "--full-validation looks at each sample once"
             )
-    if held_out[0] is None and args.eval_interval and (args.eval_iters or args.full_validation):
+    if (
+        held_out[0] is None
+        and run.validation.eval_interval
+        and (run.validation.eval_iters or run.validation.full_validation)
+    ):
         yield "WARNING: there is no validation set: --eval-interval does nothing"
 
 
-def chunk_iterators(dataset, args: Namespace, consumed_samples: int) -> list[Iterator[dict] | None]:
+def chunk_iterators(dataset, run: RunConfig, consumed_samples: int) -> list[Iterator[dict] | None]:
     """One stream of this rank's microbatches for each of its model chunks; None where none is read.
 
     The chunks of an interleaved pipeline each read the same microbatches in the same order.
@@ -86,14 +94,14 @@ def chunk_iterators(dataset, args: Namespace, consumed_samples: int) -> list[Ite
     if dataset is None:
         return [None] * (stages or 1)
     return [
-        _microbatches(dataset, args, consumed_samples) if needs_data(args, stage) else None
+        _microbatches(dataset, run, consumed_samples) if needs_data(run, stage) else None
         for stage in (range(stages) if stages else [None])
     ]
 
 
-def _microbatches(dataset, args: Namespace, consumed_samples: int) -> Iterator[dict]:
+def _microbatches(dataset, run: RunConfig, consumed_samples: int) -> Iterator[dict]:
     """The microbatches from ``consumed_samples`` on."""
-    return _to_the_end(dataset, iter(build_data_loader(dataset, args, consumed_samples)))
+    return _to_the_end(dataset, iter(build_data_loader(dataset, run, consumed_samples)))
 
 
 def _to_the_end(dataset, microbatches: Iterator[dict]) -> Iterator[dict]:
@@ -101,32 +109,32 @@ def _to_the_end(dataset, microbatches: Iterator[dict]) -> Iterator[dict]:
     raise OutOfData(f"the dataset's {len(dataset)} samples are used up; lower --train-iters, or add data")
 
 
-def validation_iterators(dataset, args: Namespace, consumed_samples: int) -> list[Iterator[dict] | None]:
+def validation_iterators(dataset, run: RunConfig, consumed_samples: int) -> list[Iterator[dict] | None]:
     """As chunk_iterators, of a dataset that begins again where it ends.
 
     A run may be resumed with fewer validations than it was begun with, and what it has consumed then lies
     beyond the set that they need.
     """
-    if dataset is not None and args.dataloader_type != "cyclic":
+    if dataset is not None and run.data.dataloader_type != "cyclic":
         dataset = Endless(dataset)
-    return chunk_iterators(dataset, args, consumed_samples)
+    return chunk_iterators(dataset, run, consumed_samples)
 
 
-def pipeline_group(args: Namespace) -> int:
+def pipeline_group(run: RunConfig) -> int:
     """What the number of microbatches in a pass through an interleaved pipeline is a multiple of."""
-    stages = args.pipeline_model_parallel_size
-    return math.lcm(stages, args.microbatch_group_size_per_vp_stage or stages)
+    stages = run.parallel.pipeline_model_parallel_size
+    return math.lcm(stages, run.parallel.microbatch_group_size_per_vp_stage or stages)
 
 
-def whole_set(dataset, args: Namespace) -> tuple[list[Iterator[dict] | None], list[int]]:
+def whole_set(dataset, run: RunConfig) -> tuple[list[Iterator[dict] | None], list[int]]:
     """Every sample of a dataset once: streams as of chunk_iterators, and the microbatches of each pass.
 
     The last microbatches are filled up with what does not count, so that neither the layout nor the batch
     decides what is looked at.
     """
-    group, unit = pipeline_group(args), args.micro_batch_size * args.data_parallel_size
+    group, unit = pipeline_group(run), run.samples_at_once
     span = Span(dataset, 0, len(dataset), unit * group)
-    most = max(1, args.global_batch_size // unit // group) * group
+    most = max(1, run.training.global_batch_size // unit // group) * group
     count = len(span) // unit
-    iterators = chunk_iterators(span, Namespace(**vars(args) | {"dataloader_type": "single"}), 0)
+    iterators = chunk_iterators(span, run.but(dataloader_type="single"), 0)
     return iterators, [min(most, count - done) for done in range(0, count, most)]

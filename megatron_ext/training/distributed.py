@@ -1,6 +1,5 @@
 """Joining the job's processes and laying the parallel groups over them."""
 
-from argparse import Namespace
 from datetime import timedelta
 
 import torch
@@ -10,67 +9,75 @@ from torch.distributed import Store
 
 from megatron_ext import platform
 from megatron_ext.common.errors import LostProcess
+from megatron_ext.config import RunConfig
 from megatron_ext.platform import rendezvous
 
 
-def meet(args: Namespace) -> Store:
+def meet(run: RunConfig) -> Store:
     """Where the job's processes find each other: its key-value store.
 
     Raises LostProcess if they have not met within --distributed-timeout-minutes.
     """
     try:
-        return rendezvous.meet(args.rank, args.world_size, _timeout(args))
+        return rendezvous.meet(run.process.rank, run.process.world_size, _timeout(run))
     except RuntimeError as error:
         raise LostProcess(f"the processes of the job have not found each other: {error}") from error
 
 
-def initialize(args: Namespace, store: Store | None = None) -> None:
+def initialize(run: RunConfig, store: Store | None = None) -> None:
     """Process group, tensor x pipeline x data parallel groups, seeds and microbatch counter."""
     platform.keep_freed_memory()
     platform.init_process_group(
-        args.distributed_backend, args.rank, args.world_size, args.local_rank, _timeout(args), store
+        run.process.distributed_backend,
+        run.process.rank,
+        run.process.world_size,
+        run.process.local_rank,
+        _timeout(run),
+        store,
     )
     parallel_state.initialize_model_parallel(
-        args.tensor_model_parallel_size,
-        args.pipeline_model_parallel_size,
-        args.virtual_pipeline_model_parallel_size,
-        context_parallel_size=args.context_parallel_size,
-        distributed_timeout_minutes=args.distributed_timeout_minutes,
+        run.parallel.tensor_model_parallel_size,
+        run.parallel.pipeline_model_parallel_size,
+        run.parallel.virtual_pipeline_model_parallel_size,
+        context_parallel_size=run.parallel.context_parallel_size,
+        distributed_timeout_minutes=run.process.distributed_timeout_minutes,
     )
-    seed(args)
+    seed(run)
     num_microbatches_calculator.init_num_microbatches_calculator(
-        args.rank,
-        args.rampup_batch_size,
-        args.global_batch_size,
-        args.micro_batch_size,
-        args.data_parallel_size,
-        args.decrease_batch_size_if_needed,
+        run.process.rank,
+        run.training.rampup_batch_size,
+        run.training.global_batch_size,
+        run.training.micro_batch_size,
+        run.parallel.data_parallel_size,
+        run.training.decrease_batch_size_if_needed,
     )
 
 
-def _timeout(args: Namespace) -> timedelta:
-    return timedelta(minutes=args.distributed_timeout_minutes)
+def _timeout(run: RunConfig) -> timedelta:
+    return timedelta(minutes=run.process.distributed_timeout_minutes)
 
 
-def shorten_timeout(args: Namespace) -> None:
+def shorten_timeout(run: RunConfig) -> None:
     """From here on a collective fails after --distributed-timeout-seconds-after-init; a collective call."""
-    if args.distributed_timeout_seconds_after_init:
-        parallel_state.update_pg_timeout(timedelta(seconds=args.distributed_timeout_seconds_after_init))
+    if run.process.distributed_timeout_seconds_after_init:
+        parallel_state.update_pg_timeout(
+            timedelta(seconds=run.process.distributed_timeout_seconds_after_init)
+        )
 
 
-def seed(args: Namespace) -> None:
+def seed(run: RunConfig) -> None:
     """Seed every generator as Megatron-LM does: by pipeline stage, by tensor parallel rank in its tracker.
 
     The initial weights do not come from these (models/initialization.py); dropout does.
     """
-    value = args.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
-    if args.data_parallel_random_init:
+    value = run.init.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    if run.init.data_parallel_random_init:
         value += 10 * parallel_state.get_data_parallel_rank()
     platform.seed_all(value)
     # Generators whose state a CUDA graph can carry on from one replay to the next; Transformer Engine's
     # layers ask for its own tracker then (upstream's validate_args).
-    graphs = args.cuda_graph_impl != "none"
-    engine = graphs and args.transformer_impl == "transformer_engine"
+    graphs = run.graphs.cuda_graph_impl != "none"
+    engine = graphs and run.layers.transformer_impl == "transformer_engine"
     model_parallel_cuda_manual_seed(value, te_rng_tracker=engine, use_cudagraphable_rng=graphs)
 
 

@@ -1,7 +1,6 @@
 """Validation: the mean loss of held-out samples, and what it costs in bits per byte of text."""
 
 import math
-from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +8,7 @@ import torch
 from torch import nn
 
 from megatron_ext import platform
+from megatron_ext.config import RunConfig
 from megatron_ext.training.batch import LossCounter
 from megatron_ext.training.step import evaluation_mode, forward_backward, parameters_in_place
 
@@ -31,7 +31,7 @@ class Evaluation:
 def evaluate(
     iterators: list[Iterator | None],
     model: list[nn.Module],
-    args: Namespace,
+    run: RunConfig,
     token_bytes: torch.Tensor,
     passes: Sequence[int],
     stop: Callable[[], bool] = lambda: False,
@@ -42,16 +42,16 @@ def evaluate(
     """
     counter = LossCounter(token_bytes=token_bytes)
     total = torch.zeros(4, dtype=torch.float64)
-    with parameters_in_place(model, args), evaluation_mode(model):
+    with parameters_in_place(model, run), evaluation_mode(model):
         for num_microbatches in passes:
             if stop():
                 return None
             sums = forward_backward(
-                iterators, model, args, counter, forward_only=True, num_microbatches=num_microbatches
+                iterators, model, run, counter, forward_only=True, num_microbatches=num_microbatches
             )
             if sums is not None:
                 total += sums.cpu()
-    if args.empty_unused_memory_level:
+    if run.training.empty_unused_memory_level:
         platform.empty_cache()
     loss, tokens, text_loss, text_bytes = total.tolist()
     if not tokens:

@@ -2,9 +2,9 @@
 
 import gc
 import time
-from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from megatron.core.distributed import finalize_model_grads
@@ -15,8 +15,10 @@ from megatron.core.num_microbatches_calculator import (
 )
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.core.timers import Timers
+from torch import nn
 
 from megatron_ext import platform
+from megatron_ext.config import RunConfig
 from megatron_ext.platform.collective import print_rank_0
 from megatron_ext.training.bad_numbers import BadNumberPolicy, BadNumbers, LocalGradients
 from megatron_ext.training.data import chunk_iterators, validation_iterators, whole_set
@@ -65,11 +67,11 @@ class Trainer:
     the UTF-8 bytes of each token id; ``recorder`` writes down the losses of samples.
     """
 
-    args: Namespace
-    model: list
-    optimizer: object
-    scheduler: object
-    datasets: tuple
+    run: RunConfig
+    model: list[nn.Module]
+    optimizer: Any
+    scheduler: Any
+    datasets: tuple[Any, Any, Any]
     token_bytes: torch.Tensor
     progress: Progress = field(default_factory=Progress)
     recorder: OnlineRecorder | None = None
@@ -79,26 +81,26 @@ class Trainer:
 
         ``watchdog`` is told how far the run is; ``signals`` answers those that came, and come.
         """
-        args, progress = self.args, self.progress
-        connect(self.model, self.optimizer, args)
+        run, progress = self.run, self.progress
+        connect(self.model, self.optimizer, run)
         for chunk in self.model:
             chunk.train()
-        self.reporter = Reporter(args, progress.iteration)
+        self.reporter = Reporter(run, progress.iteration)
         signals = signals or StopSignals()
-        self.stopping, self.profiler = Stopping(args, signals), Profiler(args)
+        self.stopping, self.profiler = Stopping(run, signals), Profiler(run)
         self.note: Callable = watchdog.note if watchdog else lambda *phase: None
         self.watched: Callable = watchdog.watch if watchdog else lambda iterator: iterator
         if watchdog:
             watchdog.on_launcher_gone = lambda: signals.request("word that the launcher has gone")
-        self.saver = Saver(args, self.model, self.optimizer, self.scheduler, progress.iteration)
-        self.bad_numbers = BadNumberPolicy(args, self.datasets[0])
+        self.saver = Saver(run, self.model, self.optimizer, self.scheduler, progress.iteration)
+        self.bad_numbers = BadNumberPolicy(run, self.datasets[0])
         # One and the same model is to have one and the same loss.
-        consumed = 0 if args.skip_train else progress.consumed_valid_samples
-        read_in_parts = None if args.full_validation else self.datasets[1]
-        self.valid_iterators = validation_iterators(read_in_parts, args, consumed)
+        consumed = 0 if run.validation.skip_train else progress.consumed_valid_samples
+        read_in_parts = None if run.validation.full_validation else self.datasets[1]
+        self.valid_iterators = validation_iterators(read_in_parts, run, consumed)
         try:
             reason = None
-            if not args.skip_train:
+            if not run.validation.skip_train:
                 reason = self._train_iterations()
                 if self.recorder is not None:
                     self.recorder.flush()
@@ -117,17 +119,19 @@ class Trainer:
 
     def _train_iterations(self) -> str | None:
         """Returns why the loop ended early, or None."""
-        args, progress = self.args, self.progress
+        run, progress = self.run, self.progress
         consumed = progress.consumed_train_samples - progress.round_start
-        iterators = chunk_iterators(self.datasets[0], args, consumed)
+        iterators = chunk_iterators(self.datasets[0], run, consumed)
         iterators = [self.watched(iterator) for iterator in iterators]
-        if progress.iteration >= args.train_iters:
-            print_rank_0(f" nothing to train: iteration {progress.iteration} of {args.train_iters} is done")
-        if args.manual_gc:
+        if progress.iteration >= run.training.train_iters:
+            print_rank_0(
+                f" nothing to train: iteration {progress.iteration} of {run.training.train_iters} is done"
+            )
+        if run.training.manual_gc:
             gc.disable()
         if progress.validation_due and self.datasets[1] is not None:
             self.validate("validation")
-        while progress.iteration < args.train_iters:
+        while progress.iteration < run.training.train_iters:
             update_num_microbatches(progress.consumed_train_samples, consistency_check=True, verbose=True)
             self.profiler.before(progress.iteration)
             started = time.perf_counter()
@@ -142,33 +146,33 @@ class Trainer:
             if self._validation_is_due():
                 self.validate("validation")
             if (
-                args.manual_gc
-                and args.manual_gc_interval
-                and progress.iteration % args.manual_gc_interval == 0
+                run.training.manual_gc
+                and run.training.manual_gc_interval
+                and progress.iteration % run.training.manual_gc_interval == 0
             ):
                 gc.collect()
             self.note("agreeing whether to stop, and saving", progress.iteration)
             reason = self.stopping.reason(progress.iteration)
             self.saver.poll()
-            last = reason is not None or progress.iteration == args.train_iters
+            last = reason is not None or progress.iteration == run.training.train_iters
             if self.saver.due(progress.iteration, last):
                 if self.recorder is not None:
                     self.recorder.flush()  # a run resumed from here does not train on these samples again
                 self.saver.save(progress)
             if reason:
                 self.reporter.rest()
-                unsaved = "" if args.save else "; nothing was saved, as there is no --save"
+                unsaved = "" if run.checkpoint.save else "; nothing was saved, as there is no --save"
                 print_rank_0(f"exiting program at iteration {progress.iteration}: {reason}{unsaved}")
                 return reason
         return None
 
     def _step(self, iterators: list) -> StepResult:
         """One iteration: trained on, or passed over because of the flags or of its numbers."""
-        if self.progress.iteration + 1 in self.args.iterations_to_skip:
+        if self.progress.iteration + 1 in self.run.training.iterations_to_skip:
             return self._skip_step(iterators)
         try:
             parts = self.model, self.optimizer, self.scheduler
-            return train_step(iterators, *parts, self.args, self.recorder, self.saver.copied)
+            return train_step(iterators, *parts, self.run, self.recorder, self.saver.copied)
         except BadNumbers as error:
             self.bad_numbers.pass_over(error, self.progress, get_num_microbatches())
             return StepResult(float("nan"), float("nan"), None, skipped=True, bad=True)
@@ -182,8 +186,8 @@ class Trainer:
         return StepResult(float("nan"), 0.0, None, skipped=True)
 
     def _report(self, result: StepResult, seconds: float) -> None:
-        args = self.args
-        logs_norm = args.log_params_norm and self.progress.iteration % args.log_interval == 0
+        run = self.run
+        logs_norm = run.logging.log_params_norm and self.progress.iteration % run.logging.log_interval == 0
         self.reporter.iteration(
             IterationReport(
                 iteration=self.progress.iteration,
@@ -200,24 +204,27 @@ class Trainer:
                 params_norm=params_norm(self.model) if logs_norm else None,
             )
         )
-        if args.timing_log_level and self.progress.iteration % args.log_interval == 0:
+        if run.logging.timing_log_level and self.progress.iteration % run.logging.log_interval == 0:
             self.reporter.times(self.model[0].config.timers, self.progress.iteration)
 
     def validate(self, split: str) -> None:
         """Evaluate on ``--eval-iters`` global batches, or all there are, and report; a collective call."""
-        args, progress = self.args, self.progress
+        run, progress = self.run, self.progress
         self.note(f"evaluating on the {split} set", progress.iteration)
-        if args.manual_gc and args.manual_gc_eval:
+        if run.training.manual_gc and run.training.manual_gc_eval:
             gc.collect()
         dataset = self.datasets[1 if split == "validation" else 2]
-        unit = args.micro_batch_size * args.data_parallel_size
-        iterators, passes = self.valid_iterators, [args.global_batch_size // unit] * args.eval_iters
-        if args.full_validation:
-            iterators, passes = whole_set(dataset, args)
+        unit = run.samples_at_once
+        iterators, passes = (
+            self.valid_iterators,
+            [run.training.global_batch_size // unit] * run.validation.eval_iters,
+        )
+        if run.validation.full_validation:
+            iterators, passes = whole_set(dataset, run)
         elif split == "test":
-            iterators = validation_iterators(dataset, args, 0)
+            iterators = validation_iterators(dataset, run, 0)
         iterators = [self.watched(iterator) for iterator in iterators]
-        result = evaluate(iterators, self.model, args, self.token_bytes, passes, self.stopping.requested)
+        result = evaluate(iterators, self.model, run, self.token_bytes, passes, self.stopping.requested)
         progress.validation_due = result is None and split == "validation"
         if result is None:
             print_rank_0(f"validation of iteration {progress.iteration} cut short: the run stops")
@@ -228,34 +235,38 @@ class Trainer:
 
     def _validation_is_due(self) -> bool:
         """Whether the validation set is there and ``--eval-interval`` divides the iteration."""
-        interval, iteration = self.args.eval_interval, self.progress.iteration
+        interval, iteration = self.run.validation.eval_interval, self.progress.iteration
         return self.datasets[1] is not None and bool(interval and iteration) and iteration % interval == 0
 
     def _last_evaluations(self) -> None:
         """Validation and test loss of the final model, as Megatron-LM ends a run."""
-        if self.datasets[1] is not None and (self.args.skip_train or not self._validation_is_due()):
+        if self.datasets[1] is not None and (self.run.validation.skip_train or not self._validation_is_due()):
             self.validate("validation")
         if self.datasets[2] is not None:
             self.validate("test")
 
 
-def connect(model: list, optimizer, args: Namespace) -> None:
+def connect(model: list, optimizer, run: RunConfig) -> None:
     """Tell Megatron-Core's schedules how to scale the loss and when to reduce gradients."""
     config = model[0].config
-    config.timers = Timers(args.timing_log_level, args.timing_log_option)
+    config.timers = Timers(run.logging.timing_log_level, run.logging.timing_log_option)
     config.grad_scale_func = optimizer.scale_loss
     # Overlapped, the reduction has begun before anyone could look.
-    looks = args.check_for_nan_in_loss_and_grad and not args.overlap_grad_reduce
+    looks = run.training.check_for_nan_in_loss_and_grad and not run.parallel.overlap_grad_reduce
     config.finalize_model_grads_func = LocalGradients() if looks else finalize_model_grads
 
     def per_chunk(method: str):
         methods = [getattr(chunk, method) for chunk in model]
         return methods[0] if len(methods) == 1 else methods
 
-    if args.overlap_grad_reduce:
+    if run.parallel.overlap_grad_reduce:
         config.no_sync_func = per_chunk("no_sync")
-        if args.align_grad_reduce and args.pipeline_model_parallel_size > 1:
+        if run.parallel.align_grad_reduce and run.parallel.pipeline_model_parallel_size > 1:
             config.grad_sync_func = per_chunk("start_grad_sync")
-    if args.overlap_param_gather and args.align_param_gather and args.pipeline_model_parallel_size > 1:
+    if (
+        run.parallel.overlap_param_gather
+        and run.parallel.align_param_gather
+        and run.parallel.pipeline_model_parallel_size > 1
+    ):
         config.param_sync_func = per_chunk("start_param_sync")
     platform.synchronize()

@@ -1,7 +1,5 @@
 """The optimizer of a run: Megatron-Core's, with our Adam where the machine has no fused one."""
 
-from argparse import Namespace
-
 from megatron.core.optimizer import (
     MegatronOptimizer,
     OptimizerConfig,
@@ -13,15 +11,19 @@ from torch import nn
 
 from megatron_ext import platform
 from megatron_ext.kernels.multi_tensor import provide_multi_tensor
+from megatron_ext.config import RunConfig
 from megatron_ext.models.config import fields_of
 from megatron_ext.platform.adam import provide_adam
 from megatron_ext.training.adam import FusedAdam
 
 
-def optimizer_config(args: Namespace) -> OptimizerConfig:
+def optimizer_config(run: RunConfig) -> OptimizerConfig:
     """The optimizer's configuration; loss scaling is for fp16 alone."""
     return OptimizerConfig(
-        **(fields_of(args, OptimizerConfig) | {"fp8_recipe": args.fp8_recipe if args.fp8 else None})
+        **(
+            fields_of(run, OptimizerConfig)
+            | {"fp8_recipe": run.precision.fp8_recipe if run.precision.fp8 else None}
+        )
     )
 
 

@@ -1,12 +1,12 @@
 """A window of iterations under a profiler (``--profile``), and the record of GPU memory."""
 
 import os
-from argparse import Namespace
 from pathlib import Path
 
 import torch
 
 from megatron_ext import platform
+from megatron_ext.config import RunConfig
 from megatron_ext.training.side import Side
 
 
@@ -22,27 +22,27 @@ class Profiler:
     the window, or without ``--profile`` at the end of the run. A profile that fails does not end training.
     """
 
-    def __init__(self, args: Namespace):
-        self.args = args
+    def __init__(self, run: RunConfig):
+        self.run = run
         self.profiler: torch.profiler.profile | platform.NsysWindow | None = None
-        chosen = args.rank in args.profile_ranks
-        self.wanted = args.profile and chosen
-        self.for_nsys = platform.on_gpu() and not args.use_pytorch_profiler
+        chosen = run.process.rank in run.profiling.profile_ranks
+        self.wanted = run.profiling.profile and chosen
+        self.for_nsys = platform.on_gpu() and not run.profiling.use_pytorch_profiler
         self.side, self.memory_side = Side("--profile"), Side("--record-memory-history")
-        self.records_memory = args.record_memory_history and chosen
+        self.records_memory = run.profiling.record_memory_history and chosen
         if self.records_memory:
             self.memory_side.attempt(platform.record_memory_history)
 
     def before(self, iteration: int) -> None:
         """Start, if ``iteration`` (finished ones so far) opens the window."""
-        if self.wanted and iteration == self.args.profile_step_start:
+        if self.wanted and iteration == self.run.profiling.profile_step_start:
             self.profiler = platform.NsysWindow() if self.for_nsys else torch.profiler.profile()
             if not self.side.attempt(self.profiler.start):
                 self.profiler = None
 
     def after(self, iteration: int) -> None:
         """Stop and write, if ``iteration`` closes the window."""
-        if self.profiler is None or iteration < self.args.profile_step_end:
+        if self.profiler is None or iteration < self.run.profiling.profile_step_end:
             return
         self._end()
 
@@ -56,16 +56,16 @@ class Profiler:
             self.side.attempt(lambda: self._write(profiler))
         if self.records_memory:
             self.records_memory = False
-            path = _of_rank(Path(self.args.memory_snapshot_path), self.args)
+            path = _of_rank(Path(self.run.profiling.memory_snapshot_path), self.run)
             self.memory_side.attempt(lambda: platform.dump_memory_history(str(path)))
 
     def _write(self, profiler: torch.profiler.profile) -> None:
-        folder = Path(self.args.tensorboard_dir or "profile")
+        folder = Path(self.run.logging.tensorboard_dir or "profile")
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"trace_rank{self.args.rank}.json"
+        path = folder / f"trace_rank{self.run.process.rank}.json"
         profiler.export_chrome_trace(str(path))
         _require_whole(path)
-        if self.args.rank == self.args.profile_ranks[0]:
+        if self.run.process.rank == self.run.profiling.profile_ranks[0]:
             print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=20))
 
 
@@ -77,7 +77,7 @@ def _require_whole(path: Path) -> None:
             raise OSError(f"{path}: was not written to its end")
 
 
-def _of_rank(path: Path, args: Namespace) -> Path:
+def _of_rank(path: Path, run: RunConfig) -> Path:
     """``path``, with the number of the rank in its name where several ranks write one."""
-    several = len(args.profile_ranks) > 1
-    return path.with_name(f"{path.stem}_rank{args.rank}{path.suffix}") if several else path
+    several = len(run.profiling.profile_ranks) > 1
+    return path.with_name(f"{path.stem}_rank{run.process.rank}{path.suffix}") if several else path

@@ -1,7 +1,6 @@
 """The loss of every training sample, written down: of a frozen model, or while it is trained on."""
 
 import hashlib
-from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from megatron_ext.arguments.vocabulary import settle_vocabulary
 from megatron_ext.checkpoint import load_checkpoint
+from megatron_ext.config import RunConfig
 from megatron_ext.data import build_datasets
 from megatron_ext.data.identity import dataset_hash, identify, probe
 from megatron_ext.data.indexed import DatasetError
@@ -123,15 +123,15 @@ class OnlineRecorder:
             self.record.write(*taken)
 
 
-def describe(args: Namespace, tokenizer, dataset, samples: int, kind: str, model: dict) -> dict:
+def describe(run: RunConfig, tokenizer, dataset, samples: int, kind: str, model: dict) -> dict:
     """The manifest of a recording before it begins; reads the data, so for one rank."""
-    identity = identify(args, tokenizer, samples) | {"probe": probe(dataset, samples)}
+    identity = identify(run, tokenizer, samples) | {"probe": probe(dataset, samples)}
     identity["hash"] = dataset_hash(identity)
-    options = {name: str(getattr(args, name, None)) for name in OPTIONS}
+    options = {name: str(run.get(name)) for name in OPTIONS}
     return {"kind": kind, "samples": samples, "dataset": identity, "model": model | options}
 
 
-def begin_record(args: Namespace, tokenizer, dataset, samples: int, kind: str, model: dict) -> dict:
+def begin_record(run: RunConfig, tokenizer, dataset, samples: int, kind: str, model: dict) -> dict:
     """Create the files of ``--record-sample-loss``, or find what is there; a collective call.
 
     ``dataset`` is Megatron-Core's, without a round around it. Returns the manifest on every rank.
@@ -141,42 +141,42 @@ def begin_record(args: Namespace, tokenizer, dataset, samples: int, kind: str, m
     """
 
     def begin() -> dict:
-        manifest = describe(args, tokenizer, dataset, samples, kind, model)
+        manifest = describe(run, tokenizer, dataset, samples, kind, model)
         sources = getattr(dataset, "dataset_index", None)
-        return open_record(args.record_sample_loss, manifest, sources)
+        return open_record(run.rounds.record_sample_loss, manifest, sources)
 
     return on_first_rank(begin)
 
 
 def online_recorder(
-    args: Namespace, tokenizer, datasets: tuple, progress
+    run: RunConfig, tokenizer, datasets: tuple, progress
 ) -> tuple[OnlineRecorder | None, tuple]:
     """The recorder of ``--record-mode online`` and the datasets with numbered samples; a collective call.
 
     ``progress`` of the run says for how many samples the order was drawn. Without
     ``--record-sample-loss``: None, and the datasets as they are.
     """
-    if args.record_sample_loss is None:
+    if run.rounds.record_sample_loss is None:
         return None, datasets
     train, *others = datasets
     if isinstance(train, RoundDataset):  # its samples are numbered, and it holds the first round's set
         base, samples = train.dataset, train.base_samples
     else:
         drawn = progress.training_set["samples"]
-        if drawn != dataset_sizes(args)[0] or isinstance(train, Chained):
+        if drawn != dataset_sizes(run)[0] or isinstance(train, Chained):
             raise DatasetError(
                 f"--record-mode online: the samples have numbers as in the {drawn:,} that the run was begun "
-                f"for, not in {dataset_sizes(args)[0]:,}: leave out --record-sample-loss, or give the length "
+                f"for, not in {dataset_sizes(run)[0]:,}: leave out --record-sample-loss, or give the length "
                 "that it was begun with"
             )
         base, samples = train, min(drawn, len(train))
         train = NumberedDataset(train)
-    manifest = begin_record(args, tokenizer, base, samples, "online", {})
-    return OnlineRecorder(args.record_sample_loss, manifest), (train, *others)
+    manifest = begin_record(run, tokenizer, base, samples, "online", {})
+    return OnlineRecorder(run.rounds.record_sample_loss, manifest), (train, *others)
 
 
 def record_training_set(
-    args: Namespace, watchdog: Watchdog | None = None, signals: StopSignals | None = None
+    run: RunConfig, watchdog: Watchdog | None = None, signals: StopSignals | None = None
 ) -> None:
     """Run the frozen model of ``--load`` over the training set; a collective call.
 
@@ -188,23 +188,25 @@ def record_training_set(
         DatasetError: on every rank, if the file holds other losses.
         FileNotFoundError: there is no checkpoint.
     """
-    tokenizer = on_every_rank(lambda: build_tokenizer(args))
-    print_rank_0(settle_vocabulary(args, tokenizer))
-    config = transformer_config(args)
-    model = half_precision(build_model(config, args), config)
-    loaded = load_checkpoint(args.load, model=model, args=Namespace(**vars(args) | {"no_load_rng": True}))
+    tokenizer = on_every_rank(lambda: build_tokenizer(run.tokenizer))
+    print_rank_0(settle_vocabulary(run, tokenizer))
+    config = transformer_config(run)
+    model = half_precision(build_model(config, run), config)
+    loaded = load_checkpoint(run.checkpoint.load, model=model, run=run, rng=False)
     if loaded is None:
-        raise FileNotFoundError(f"--load {args.load}: no checkpoint found; losses are of a trained model")
-    sizes = dataset_sizes(args)
-    dataset = build_datasets(args, tokenizer, sizes)[0]
+        raise FileNotFoundError(
+            f"--load {run.checkpoint.load}: no checkpoint found; losses are of a trained model"
+        )
+    sizes = dataset_sizes(run)
+    dataset = build_datasets(run, tokenizer, sizes)[0]
     samples = min(sizes[0], len(dataset))
-    manifest = begin_record(args, tokenizer, dataset, samples, "frozen", checkpoint_identity(loaded))
+    manifest = begin_record(run, tokenizer, dataset, samples, "frozen", checkpoint_identity(loaded))
     there = f", {manifest['recorded']:,} are there" if manifest["recorded"] else ""
     print_rank_0(f" recording the losses of {samples:,} samples with {loaded.path}{there}")
     note = watchdog.note if watchdog else lambda phase: None
-    stopping = Stopping(Namespace(**vars(args) | {"exit_interval": None}), signals or StopSignals())
-    done = _record_from(dataset, model, args, manifest, note, stopping)
-    print_rank_0(f" recorded {done:,} of {samples:,} losses in {args.record_sample_loss}")
+    stopping = Stopping(run.but(exit_interval=None), signals or StopSignals())
+    done = _record_from(dataset, model, run, manifest, note, stopping)
+    print_rank_0(f" recorded {done:,} of {samples:,} losses in {run.rounds.record_sample_loss}")
 
 
 def checkpoint_identity(loaded) -> dict:
@@ -216,17 +218,17 @@ def checkpoint_identity(loaded) -> dict:
 
 @torch.no_grad()
 def _record_from(
-    dataset, model: list, args: Namespace, manifest: dict, note: Callable[[str], None], stopping: Stopping
+    dataset, model: list, run: RunConfig, manifest: dict, note: Callable[[str], None], stopping: Stopping
 ) -> int:
     """Record what is missing, until the end or a reason to stop; returns how many there are."""
     done, samples = manifest["recorded"], manifest["samples"]
     losses = SampleLosses()
     counter = LossCounter(record=losses)
-    record = LossRecord(args.record_sample_loss, manifest) if losses.writes else None
-    group = pipeline_group(args)
-    unit = args.micro_batch_size * args.data_parallel_size * group
+    record = LossRecord(run.rounds.record_sample_loss, manifest) if losses.writes else None
+    group = pipeline_group(run)
+    unit = run.samples_at_once * group
     span = Span(dataset, done, samples, unit)
-    iterators = chunk_iterators(span, Namespace(**vars(args) | {"dataloader_type": "single"}), 0)
+    iterators = chunk_iterators(span, run.but(dataloader_type="single"), 0)
     progress = Progress("recorded", samples, done, losses.writes)
     try:
         with evaluation_mode(model):
@@ -234,7 +236,7 @@ def _record_from(
                 note("recording")
                 units = min(MICROBATCHES_PER_STAGE, -(-(samples - done) // unit))
                 microbatches = units * group
-                forward_backward(iterators, model, args, counter, True, num_microbatches=microbatches)
+                forward_backward(iterators, model, run, counter, True, num_microbatches=microbatches)
                 done = min(done + units * unit, samples)
                 taken = losses.take()
                 if record is not None:

@@ -4,7 +4,6 @@ import json
 import math
 import sys
 import time
-from argparse import Namespace
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -13,7 +12,7 @@ from megatron.core.timers import Timers
 from tqdm import tqdm
 
 from megatron_ext import platform
-from megatron_ext.config.describe import flops_per_token, shape_of
+from megatron_ext.config import RunConfig
 from megatron_ext.platform.collective import is_last_rank
 from megatron_ext.training.boards import Boards
 from megatron_ext.training.evaluation import Evaluation
@@ -62,8 +61,8 @@ class Reporter:
     that a resumed run continues it.
     """
 
-    def __init__(self, args: Namespace, first_iteration: int):
-        self.args = args
+    def __init__(self, run: RunConfig, first_iteration: int):
+        self.run = run
         self.active = is_last_rank()
         self.window = _Window()
         self.skipped = self.bad = 0
@@ -71,13 +70,15 @@ class Reporter:
         self.metrics = self.boards = self.bar = None
         if not self.active:
             return
-        self.flops_per_token = flops_per_token(shape_of(args, args.padded_vocab_size))
-        self.peak_flops = peak_flops(args.params_dtype)
-        if args.metrics_file:
-            self.metrics = LinesFile(args.metrics_file, "--metrics-file").open()
-        self.boards = Boards(args)
+        self.flops_per_token = run.model.flops_per_token(run.data.seq_length)
+        self.peak_flops = peak_flops(run.precision.params_dtype)
+        if run.logging.metrics_file:
+            self.metrics = LinesFile(run.logging.metrics_file, "--metrics-file").open()
+        self.boards = Boards(run)
         if sys.stderr.isatty():
-            self.bar = tqdm(total=args.train_iters, initial=first_iteration, unit="it", dynamic_ncols=True)
+            self.bar = tqdm(
+                total=run.training.train_iters, initial=first_iteration, unit="it", dynamic_ncols=True
+            )
 
     def iteration(self, report: IterationReport) -> None:
         """Take in one iteration; prints a line every ``--log-interval``."""
@@ -89,16 +90,19 @@ class Reporter:
         speed = self._speed(report)
         usual = self.spikes.see(report.lm_loss)
         self._write(
-            _iteration_record(report, self.args.seq_length) | speed | ({"spike": True} if usual else {})
+            _iteration_record(report, self.run.data.seq_length) | speed | ({"spike": True} if usual else {})
         )
         if usual:
             self.say(f" WARNING: loss spike at iteration {report.iteration}: {report.lm_loss:.4f}, {usual}")
-        if report.iteration % self.args.tensorboard_log_interval == 0:
+        if report.iteration % self.run.logging.tensorboard_log_interval == 0:
             self._to_boards(report, speed)
         if self.bar:
             self.bar.update(1)
             self.bar.set_postfix_str(f"loss {report.lm_loss:.4f}, {speed['tokens_per_second']:.0f} tokens/s")
-        if report.iteration % self.args.log_interval == 0 or report.iteration == self.args.train_iters:
+        if (
+            report.iteration % self.run.logging.log_interval == 0
+            or report.iteration == self.run.training.train_iters
+        ):
             self.rest()
 
     def rest(self) -> None:
@@ -129,7 +133,7 @@ class Reporter:
             self.boards.scalar(tag, result.lm_loss, iteration, consumed_samples)
             if math.isfinite(result.bits_per_byte):
                 self.boards.scalar(f"{tag} bits per byte", result.bits_per_byte, iteration, consumed_samples)
-            if self.args.log_validation_ppl_to_tensorboard:
+            if self.run.logging.log_validation_ppl_to_tensorboard:
                 self.boards.scalar(f"{tag} ppl", ppl, iteration, consumed_samples)
 
     def say(self, text: str) -> None:
@@ -144,11 +148,11 @@ class Reporter:
         names = sorted(set().union(*names))  # the stages of a pipeline have timers of their own
         if not names:
             return
-        if self.args.log_timers_to_tensorboard:
+        if self.run.logging.log_timers_to_tensorboard:
             largest = timers._get_global_min_max_time(names, False, False, 1.0)
             for name, (_, seconds) in largest.items() if self.boards else ():
                 self.boards.scalar(f"{name}-time", seconds, iteration)
-        text = timers.get_all_timers_string(names, normalizer=self.args.log_interval)
+        text = timers.get_all_timers_string(names, normalizer=self.run.logging.log_interval)
         if text:
             self.say(text)
 
@@ -159,8 +163,8 @@ class Reporter:
                 sink.close()
 
     def _speed(self, report: IterationReport) -> dict[str, float]:
-        tokens = report.global_batch_size * self.args.seq_length / report.seconds
-        flops = tokens * self.flops_per_token / self.args.world_size
+        tokens = report.global_batch_size * self.run.data.seq_length / report.seconds
+        flops = tokens * self.flops_per_token / self.run.process.world_size
         return {
             "tokens_per_second": tokens,
             "tflops_per_device": flops / 1e12,
@@ -174,10 +178,10 @@ class Reporter:
         mean_report = IterationReport(**{**vars(last), "seconds": window.mean("seconds") or last.seconds})
         speed = self._speed(mean_report)
         line = f" [{datetime.now().strftime('%Y-%m-%d %H:%M:%S')}]"
-        line += f" iteration {last.iteration:8d}/{self.args.train_iters:8d} |"
+        line += f" iteration {last.iteration:8d}/{self.run.training.train_iters:8d} |"
         line += f" consumed samples: {last.consumed_samples:12d} |"
         line += f" elapsed time per iteration (ms): {speed['elapsed_ms_per_iteration']:.1f} |"
-        if self.args.log_throughput:
+        if self.run.logging.log_throughput:
             digits = 1 if speed["tflops_per_device"] >= 1 else 4  # a laptop's would be 0.0
             line += f" throughput per GPU (TFLOP/s/GPU): {speed['tflops_per_device']:.{digits}f} |"
             line += f" tokens/s: {speed['tokens_per_second']:.0f} | MFU: {100 * speed['mfu']:.1f}% |"
@@ -196,18 +200,18 @@ class Reporter:
         return line
 
     def _to_boards(self, report: IterationReport, speed: dict[str, float]) -> None:
-        args = self.args
+        run = self.run
         values = {
             "learning-rate": report.learning_rate,
             "batch-size": report.global_batch_size,
             "lm loss": report.lm_loss,
             "grad-norm": report.grad_norm,
             "iteration-time": report.seconds,
-            "loss-scale": report.loss_scale if args.log_loss_scale_to_tensorboard else None,
-            "world-size": args.world_size if args.log_world_size_to_tensorboard else None,
-            "throughput": speed["tflops_per_device"] if args.log_throughput else None,
+            "loss-scale": report.loss_scale if run.logging.log_loss_scale_to_tensorboard else None,
+            "world-size": run.process.world_size if run.logging.log_world_size_to_tensorboard else None,
+            "throughput": speed["tflops_per_device"] if run.logging.log_throughput else None,
             "mem-max-allocated-bytes": platform.max_memory_bytes()
-            if args.log_memory_to_tensorboard
+            if run.logging.log_memory_to_tensorboard
             else None,
             "num-zeros": report.num_zeros_in_grad,
             "params-norm": report.params_norm,

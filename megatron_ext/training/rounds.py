@@ -1,7 +1,6 @@
 """Where a run stands among its rounds, and the samples of its round."""
 
-from argparse import Namespace
-
+from megatron_ext.config import RunConfig
 from megatron_ext.data import DatasetError, build_datasets
 from megatron_ext.data.identity import identify, probe, require_same
 from megatron_ext.data.rounds.dataset import RoundDataset, RoundIndex, read_round
@@ -10,15 +9,15 @@ from megatron_ext.platform.collective import on_every_rank, on_first_rank, print
 from megatron_ext.training.data import dataset_sizes, samples_to_read, say_what_is_read
 
 
-def open_round(args: Namespace, tokenizer) -> RoundIndex | None:
+def open_round(run: RunConfig, tokenizer) -> RoundIndex | None:
     """The index of ``--round-index``, checked against the flags of this run; None without one.
 
     Raises:
         DatasetError: on every rank, if it is damaged or of another training set.
     """
-    if args.round_index is None:
+    if run.rounds.round_index is None:
         return None
-    index = on_every_rank(lambda: read_round(args.round_index))
+    index = on_every_rank(lambda: read_round(run.rounds.round_index))
 
     def check() -> None:
         described = index.manifest["dataset"]
@@ -28,7 +27,7 @@ def open_round(args: Namespace, tokenizer) -> RoundIndex | None:
                 "training set cannot be checked"
             )
             return
-        ours = identify(args, tokenizer, index.manifest["samples"])
+        ours = identify(run, tokenizer, index.manifest["samples"])
         require_same(described, ours, f"--round-index {index.path}", _ADVICE)
 
     on_first_rank(check)
@@ -38,7 +37,7 @@ def open_round(args: Namespace, tokenizer) -> RoundIndex | None:
 _ADVICE = "Train with the data flags and the seed of the run that was recorded, or build a round for this one"
 
 
-def enter_round(progress, loaded_from: str | None, index: RoundIndex | None, args: Namespace) -> bool:
+def enter_round(progress, loaded_from: str | None, index: RoundIndex | None, run: RunConfig) -> bool:
     """Note in ``progress`` which round the run is in and how many samples were consumed before it.
 
     Returns whether it begins the round.
@@ -58,7 +57,7 @@ def enter_round(progress, loaded_from: str | None, index: RoundIndex | None, arg
             f"the checkpoint in {loaded_from} was made in a round: give its --round-index, or --finetune to "
             "take its weights alone"
         )
-    if loaded_from is not None and args.round_schedule == "restart":
+    if loaded_from is not None and run.rounds.round_schedule == "restart":
         raise DatasetError(
             f"the checkpoint in {loaded_from} is not of the round {index.path}. To begin the round from its "
             f"weights: --pretrained-checkpoint {loaded_from}, with a folder of the round's own in --load and "
@@ -70,15 +69,15 @@ def enter_round(progress, loaded_from: str | None, index: RoundIndex | None, arg
             f" round {index.manifest['round']}: {len(index.ids):,} of {index.manifest['samples']:,} samples, "
             f"from iteration {progress.iteration}"
         )
-        if len(index.ids) < args.global_batch_size:
+        if len(index.ids) < run.training.global_batch_size:
             print_rank_0(
-                f"WARNING: these are fewer than one --global-batch-size {args.global_batch_size}: a batch "
-                "holds samples more than once"
+                f"WARNING: these are fewer than one --global-batch-size {run.training.global_batch_size}: a "
+                "batch holds samples more than once"
             )
     return True
 
 
-def build_round_datasets(args: Namespace, tokenizer, progress, index: RoundIndex | None) -> tuple:
+def build_round_datasets(run: RunConfig, tokenizer, progress, index: RoundIndex | None) -> tuple:
     """(train, valid, test) as build_datasets has them, with the round's samples to train on.
 
     The order of the samples depends on how many it was drawn for, so it is drawn for as many as when the run
@@ -87,16 +86,16 @@ def build_round_datasets(args: Namespace, tokenizer, progress, index: RoundIndex
     Raises:
         DatasetError: on every rank; also if the samples are not those that were recorded.
     """
-    _, *others = dataset_sizes(args)
-    if args.skip_train:
-        datasets = build_datasets(args, tokenizer, (0, *others))
-        say_what_is_read(datasets, 0, args)
+    _, *others = dataset_sizes(run)
+    if run.validation.skip_train:
+        datasets = build_datasets(run, tokenizer, (0, *others))
+        say_what_is_read(datasets, 0, run)
         return datasets
-    drawn, wanted = progress.training_set["samples"], samples_to_read(progress, args)
-    train, *rest = build_datasets(args, tokenizer, (drawn, *others))
+    drawn, wanted = progress.training_set["samples"], samples_to_read(progress, run)
+    train, *rest = build_datasets(run, tokenizer, (drawn, *others))
     if index is None:
-        train = _prolonged(train, drawn, wanted, args, tokenizer)
-        say_what_is_read((train, *rest), wanted, args)
+        train = _prolonged(train, drawn, wanted, run, tokenizer)
+        say_what_is_read((train, *rest), wanted, run)
         return train, *rest
 
     def check() -> None:
@@ -110,11 +109,11 @@ def build_round_datasets(args: Namespace, tokenizer, progress, index: RoundIndex
             require_same(described, ours, f"--round-index {index.path}", _ADVICE)
 
     on_first_rank(check)
-    say_what_is_read((None, *rest), 0, args)
-    return RoundDataset(train, index, wanted, args.seed), *rest
+    say_what_is_read((None, *rest), 0, run)
+    return RoundDataset(train, index, wanted, run.init.seed), *rest
 
 
-def _prolonged(train, drawn: int, wanted: int, args: Namespace, tokenizer):
+def _prolonged(train, drawn: int, wanted: int, run: RunConfig, tokenizer):
     """A training set of at least ``wanted`` samples: its own, then those of further orders of the data.
 
     Megatron-Core shuffles all epochs together, so that with one more of them samples would come again that
@@ -122,8 +121,8 @@ def _prolonged(train, drawn: int, wanted: int, args: Namespace, tokenizer):
     comes does not depend on how long the run will be.
     """
     parts, more = [train], drawn
-    while sum(map(len, parts)) < wanted and args.dataloader_type != "cyclic":
-        again = Namespace(**vars(args) | {"seed": args.seed + len(parts)})
+    while sum(map(len, parts)) < wanted and run.data.dataloader_type != "cyclic":
+        again = run.but(seed=run.init.seed + len(parts))
         parts.append(build_datasets(again, tokenizer, (more, 0, 0))[0])
         more *= 2
     return train if len(parts) == 1 else Chained(parts)

@@ -2,11 +2,11 @@
 
 import os
 import time
-from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
 
 from megatron_ext.checkpoint import PendingSave, save_checkpoint
+from megatron_ext.config import RunConfig
 from megatron_ext.platform.collective import print_rank_0
 from megatron_ext.training.side import LinesFile
 from megatron_ext.training.step import parameters_in_place
@@ -21,46 +21,48 @@ class Saver:
     save, or at the end of the run.
     """
 
-    def __init__(self, args: Namespace, model: list, optimizer, scheduler, saved_at: int):
-        self.args, self.model, self.optimizer, self.scheduler = args, model, optimizer, scheduler
+    def __init__(self, run: RunConfig, model: list, optimizer, scheduler, saved_at: int):
+        self.run, self.model, self.optimizer, self.scheduler = run, model, optimizer, scheduler
         self.saved_at = saved_at
         self.pending: PendingSave | None = None
         self.progress: LinesFile | None = None
-        if args.log_progress and args.save and args.rank == 0:
-            self.progress = LinesFile(Path(args.save) / "progress.txt", "--log-progress")
+        if run.logging.log_progress and run.checkpoint.save and run.process.rank == 0:
+            self.progress = LinesFile(Path(run.checkpoint.save) / "progress.txt", "--log-progress")
         self.buffers: dict = {}
 
     def due(self, iteration: int, last: bool) -> bool:
         """Whether ``iteration`` is to be saved, and is not yet."""
-        if not self.args.save or iteration == self.saved_at:
+        if not self.run.checkpoint.save or iteration == self.saved_at:
             return False
-        return last or iteration % self.args.save_interval == 0
+        return last or iteration % self.run.checkpoint.save_interval == 0
 
     def save(self, progress) -> None:
         """Write a checkpoint of ``progress``, a dataclass of plain values, and note it there."""
         self.finish()
         started = time.perf_counter()
-        with parameters_in_place(self.model, self.args):
+        with parameters_in_place(self.model, self.run):
             self.pending = save_checkpoint(
-                self.args.save,
+                self.run.checkpoint.save,
                 progress.iteration,
                 model=self.model,
                 optimizer=self.optimizer,
                 scheduler=self.scheduler,
                 run_state=asdict(progress),
-                args=self.args,
-                async_save=self.args.async_save,
+                run=self.run,
+                async_save=self.run.checkpoint.async_save,
                 wait_for_copies=False,
                 buffers=self.buffers,
             )
         self.saved_at = progress.iteration
         progress.checkpoints.append(progress.iteration)
         blocked = time.perf_counter() - started
-        if self.args.async_save:
+        if self.run.checkpoint.async_save:
             print_rank_0(f" checkpoint {progress.iteration}: begun in {blocked:.2f} s, being written")
         else:
             self.finish()
-            print_rank_0(f" checkpoint {progress.iteration}: written to {self.args.save} in {blocked:.2f} s")
+            print_rank_0(
+                f" checkpoint {progress.iteration}: written to {self.run.checkpoint.save} in {blocked:.2f} s"
+            )
 
     def copied(self) -> None:
         """Wait until a checkpoint that is being written needs the model and the optimizer no more."""
@@ -78,9 +80,9 @@ class Saver:
             return
         pending, self.pending = self.pending, None
         pending.finish()
-        if self.args.async_save:
-            print_rank_0(f" checkpoint {pending.iteration}: in place in {self.args.save}")
+        if self.run.checkpoint.async_save:
+            print_rank_0(f" checkpoint {pending.iteration}: in place in {self.run.checkpoint.save}")
         if self.progress is not None:
             when, job = time.strftime("%Y-%m-%d %H:%M:%S"), os.environ.get("SLURM_JOB_ID", "")
-            gpus, end = self.args.world_size, f"Saved checkpoint\tIteration: {pending.iteration}"
+            gpus, end = self.run.process.world_size, f"Saved checkpoint\tIteration: {pending.iteration}"
             self.progress.write(f"{when}\tJob ID: {job}\t# GPUs: {gpus}\t{end}")

@@ -1,6 +1,5 @@
 """One training step: forward and backward over the microbatches, then the update."""
 
-from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import nn
 
 from megatron_ext import platform
+from megatron_ext.config import RunConfig
 from megatron_ext.platform.collective import max_over_ranks
 from megatron_ext.training import batch as batches
 from megatron_ext.training.bad_numbers import check_finite
@@ -35,7 +35,7 @@ def train_step(
     model: list[nn.Module],
     optimizer,
     scheduler,
-    args: Namespace,
+    run: RunConfig,
     record: Callable | None = None,
     before_update: Callable[[], None] = lambda: None,
 ) -> StepResult:
@@ -51,19 +51,19 @@ def train_step(
     for chunk in model:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    sums = forward_backward(iterators, model, args, counter, forward_only=False)
-    if args.check_for_nan_in_loss_and_grad:
+    sums = forward_backward(iterators, model, run, counter, forward_only=False)
+    if run.training.check_for_nan_in_loss_and_grad:
         check_finite(model, counter)
 
     before_update()
-    if args.empty_unused_memory_level >= 1:
+    if run.training.empty_unused_memory_level >= 1:
         platform.empty_cache()
     updated, grad_norm, num_zeros = optimizer.step()
-    if args.empty_unused_memory_level >= 2:
+    if run.training.empty_unused_memory_level >= 2:
         platform.empty_cache()
     updated = not max_over_ranks([0.0 if updated else 1.0])[0]
     if updated:
-        scheduler.step(increment=get_num_microbatches() * args.micro_batch_size * args.data_parallel_size)
+        scheduler.step(increment=get_num_microbatches() * run.samples_at_once)
     loss = float("nan") if sums is None else (sums[0] / sums[1]).item()
     return StepResult(loss, grad_norm or 0.0, num_zeros, skipped=not updated)
 
@@ -71,7 +71,7 @@ def train_step(
 def forward_backward(
     iterators: list[Iterator | None],
     model: list[nn.Module],
-    args: Namespace,
+    run: RunConfig,
     counter: batches.LossCounter,
     forward_only: bool,
     num_microbatches: int | None = None,
@@ -82,17 +82,17 @@ def forward_backward(
         data_iterator=iterators if len(model) > 1 else iterators[0],
         model=model,
         num_microbatches=num_microbatches or get_num_microbatches(),
-        seq_length=args.seq_length,
-        micro_batch_size=args.micro_batch_size,
+        seq_length=run.data.seq_length,
+        micro_batch_size=run.training.micro_batch_size,
         forward_only=forward_only,
     )
     return batches.total(reduced)
 
 
 @contextmanager
-def parameters_in_place(model: list[nn.Module], args: Namespace):
+def parameters_in_place(model: list[nn.Module], run: RunConfig):
     """Within it every parameter is whole: an overlapped gather of parameters is brought to its end."""
-    overlapped = args.use_distributed_optimizer and args.overlap_param_gather
+    overlapped = run.parallel.use_distributed_optimizer and run.parallel.overlap_param_gather
     if overlapped:
         for chunk in model:
             chunk.disable_forward_pre_hook()

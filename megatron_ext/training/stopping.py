@@ -1,8 +1,8 @@
 """When a run stops before its last iteration: a signal, a time limit, an interval."""
 
 import time
-from argparse import Namespace
 
+from megatron_ext.config import RunConfig
 from megatron_ext.platform.collective import max_over_ranks
 from megatron_ext.training.signals import StopSignals
 
@@ -13,8 +13,8 @@ class Stopping:
     From here on, what ``signals`` received asks for a save and an orderly end.
     """
 
-    def __init__(self, args: Namespace, signals: StopSignals):
-        self.args, self.signals = args, signals
+    def __init__(self, run: RunConfig, signals: StopSignals):
+        self.run, self.signals = run, signals
         self.start = time.time()
         signals.begin()
 
@@ -24,14 +24,14 @@ class Stopping:
 
     def reason(self, iteration: int) -> str | None:
         """Why all ranks stop now, or None; a collective call."""
-        limit, received = self.args.exit_duration_in_mins, self.signals.received
+        limit, received = self.run.training.exit_duration_in_mins, self.signals.received
         overtime = limit is not None and time.time() - self.start > limit * 60
         signalled, overtime = max_over_ranks([float(received is not None), float(overtime)])
         if signalled:
             return f"received {received or 'a signal on another rank'}"
         if overtime:
             return f"ran for {limit} minutes (--exit-duration-in-mins)"
-        interval = self.args.exit_interval
+        interval = self.run.training.exit_interval
         if interval and iteration % interval == 0:
             return f"reached iteration {iteration} (--exit-interval)"
         return None

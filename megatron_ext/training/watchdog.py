@@ -14,13 +14,13 @@ import os
 import sys
 import threading
 import time
-from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from torch.distributed import PrefixStore, Store
 
 from megatron_ext.common.errors import Interrupted, LostProcess
+from megatron_ext.config import RunConfig
 from megatron_ext.training.lifelines import Lifelines
 
 #: A rank that was told of another's failure gets this long to end by itself; less before its first step.
@@ -38,29 +38,29 @@ _LOST_WORDS = (
 
 
 @contextlib.contextmanager
-def watching(args: Namespace, store: Store) -> Iterator["Watchdog"]:
+def watching(run: RunConfig, store: Store) -> Iterator["Watchdog"]:
     """A watchdog over what runs within, on every rank of a job that met at ``store``.
 
     Raises LostProcess, naming the rank and its reason where known, if another rank failed or went.
     """
-    patience = args.watchdog_minutes
+    patience = run.process.watchdog_minutes
     if patience is None:
-        patience = args.distributed_timeout_minutes / 2
-    dog = Watchdog(store, args.rank, args.world_size, patience * 60)
+        patience = run.process.distributed_timeout_minutes / 2
+    dog = Watchdog(store, run.process.rank, run.process.world_size, patience * 60)
     try:
         dog.start()
         yield dog
     except Exception as error:
         if not _lost_connection(error):
-            dog.tell(f"rank {args.rank} failed: {type(error).__name__}: {error}")
+            dog.tell(f"rank {run.process.rank} failed: {type(error).__name__}: {error}")
             raise
         first_line = str(error).strip().split("\n")[0]
         lost = f"another process of the job was killed or does not answer ({first_line})"
         reason = dog.reason_elsewhere()
-        dog.tell(f"rank {args.rank} lost its connection: {lost}")
+        dog.tell(f"rank {run.process.rank} lost its connection: {lost}")
         raise LostProcess(reason or lost) from error
     except Interrupted as error:
-        dog.tell(f"rank {args.rank} {error}")
+        dog.tell(f"rank {run.process.rank} {error}")
         raise
     finally:
         dog.stop()

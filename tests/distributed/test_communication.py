@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_ext.arguments.parser import read_args
 from megatron_ext.config import describe
+from megatron_ext.config.presets import preset
 from megatron_ext.planning import communication
 from tests.functional.test_run import BASE
 from tests.helpers.training import _pretrain, flags
@@ -84,8 +85,8 @@ CASES = {
 def test_a_step_sends_what_is_predicted(pool, case):
     processes, changes = CASES[case]
     argv = flags(**MODEL | changes)
-    args = read_args(argv, world_size=processes, device="cpu")
-    shape, layout = describe.shape_of(args, 512), describe.layout_of(args)
+    run = read_args(argv, world_size=processes, device="cpu")
+    model, layout = describe.with_vocabulary(run), describe.layout_of(run)
     smallest = 4000  # bytes: above a micro batch's losses and every report, below the model's
     once, twice = (
         pool.run(processes, _counted, [*argv, "--exit-interval", str(n)], smallest, timeout=120)
@@ -94,7 +95,7 @@ def test_a_step_sends_what_is_predicted(pool, case):
     for rank in range(processes):
         step = {name: twice[rank][name] - once[rank].get(name, 0) for name in twice[rank]}
         predicted: Counter = Counter()
-        for collective in communication.collectives(shape, layout, rank // (processes // layout.pipeline)):
+        for collective in communication.collectives(model, layout, rank // (processes // layout.pipeline)):
             predicted[collective.operation] += collective.times * collective.size
         assert {name: size for name, size in step.items() if size} == pytest.approx(predicted, rel=0.02), rank
 
@@ -110,6 +111,6 @@ def test_ring_factors():
 
 
 def test_pipeline_of_one_sends_nothing():
-    shape = describe.shape_of_preset(describe.PRESETS["1b-pro"])
-    assert communication.collectives(shape, describe.Layout()) == []
-    assert torch.tensor(list(communication.bytes_sent(shape, describe.Layout()).values())).sum() == 0
+    model = preset("1b-pro")
+    assert communication.collectives(model, describe.Layout()) == []
+    assert torch.tensor(list(communication.bytes_sent(model, describe.Layout()).values())).sum() == 0

@@ -49,12 +49,12 @@ def gradients(
     config.finalize_model_grads_func = finalize_model_grads
     for chunk in model:
         chunk.zero_grad_buffer()
-    args = model_arguments()
-    args.seq_length, args.micro_batch_size = SEQUENCE, SAMPLES
+    run = model_arguments()
+    run.data.seq_length, run.training.micro_batch_size = SEQUENCE, SAMPLES
     sums = forward_backward(
         [microbatches(seed=7) for _ in model],
         model,
-        args,
+        run,
         LossCounter(),
         forward_only=False,
         num_microbatches=MICROBATCHES // parallel_state.get_data_parallel_world_size(),

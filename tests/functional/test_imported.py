@@ -5,7 +5,6 @@ import importlib
 import io
 import json
 import random
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ import pytest
 import torch
 
 from megatron_ext.arguments.parser import read_args
+from megatron_ext.config.data import TokenizerConfig
 from megatron_ext.data import build_datasets
 from megatron_ext.data.indexed import write_index
 from megatron_ext.tokenizer import build_tokenizer
@@ -53,9 +53,9 @@ def in_transformers(home: Path):
 
 def first_batch(argv: list[str]) -> list[dict]:
     """The samples that the first iteration of a run trains on."""
-    args = read_args(argv)
-    dataset = build_datasets(args, build_tokenizer(args), dataset_sizes(args))[0]
-    return [dataset[i] for i in range(args.global_batch_size)]
+    run = read_args(argv)
+    dataset = build_datasets(run, build_tokenizer(run.tokenizer), dataset_sizes(run))[0]
+    return [dataset[i] for i in range(run.training.global_batch_size)]
 
 
 @pytest.mark.parametrize("rows", [500, 508])
@@ -95,7 +95,7 @@ def written(load: str, prompts: list[str]) -> list[dict]:
 def test_writes_what_transformers_writes(home, pool):
     model = in_transformers(home)
     tokenizer = build_tokenizer(
-        Namespace(
+        TokenizerConfig(
             tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(home / "theirs/tokenizer.model")
         )
     )

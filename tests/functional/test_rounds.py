@@ -88,9 +88,9 @@ def _plain_losses(argv) -> list[float]:
     from megatron_ext.inference import load_for_inference
     from megatron_ext.training.data import dataset_sizes
 
-    args = read_args(argv)
-    model, tokenizer, _ = load_for_inference(args.load)
-    dataset = build_datasets(args, tokenizer, dataset_sizes(args))[0]
+    run = read_args(argv)
+    model, tokenizer, _ = load_for_inference(run.checkpoint.load)
+    dataset = build_datasets(run, tokenizer, dataset_sizes(run))[0]
     found = []
     with torch.no_grad():
         for number in range(SAMPLES):

@@ -3,7 +3,6 @@
 import os
 import signal
 import threading
-from argparse import Namespace
 
 import pytest
 import torch
@@ -75,7 +74,7 @@ def _memory_given_back(argv: list[str], level: int) -> int:
         patch.setattr(platform, "empty_cache", lambda: calls.append(1))
 
         def with_level(argv):  # which the command line has for GPUs only
-            return Namespace(**vars(parse(argv)) | {"empty_unused_memory_level": level})
+            return parse(argv).but(empty_unused_memory_level=level)
 
         patch.setattr(arguments, "parse_args", with_level)
         _pretrain(argv)

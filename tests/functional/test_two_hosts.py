@@ -178,9 +178,9 @@ def _train_until_two_checkpoints(hosts, runs, folder, metrics, checkpoints) -> d
 
 def _cable_carried_what_is_predicted(argv: list[str], seen: dict[int, int]) -> None:
     """Between two moments of training, both ranks of a host send their data parallel share each step."""
-    args = read_args(argv, world_size=4, device="cpu", check_files=False)
-    shape, layout = describe.shape_of(args, 8192), describe.layout_of(args)
-    step = 2 * communication.bytes_sent(shape, layout)["data"]
+    run = read_args(argv, world_size=4, device="cpu", check_files=False)
+    model = run.but(padded_vocab_size=8192).model
+    step = 2 * communication.bytes_sent(model, describe.layout_of(run))["data"]
     first, last = min(count for count in seen if count), max(seen)
     assert last - first >= 3, seen
     # The counter is read between iterations or within one: one step of slack, and headers.

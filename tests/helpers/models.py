@@ -1,11 +1,10 @@
 """Small models for tests: a configuration and the arguments that go with it."""
 
-from argparse import Namespace
-
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 
+from megatron_ext.config import RunConfig
 from megatron_ext.models.builder import build_model
 from megatron_ext.models.config import PanguProConfig
 
@@ -52,19 +51,19 @@ def small_model(config: PanguProConfig, tied: bool = False, seed: int = 1234, **
     return build_model(config, model_arguments(tied, seed), **changes)
 
 
-def model_arguments(tied: bool = False, seed: int = 1234) -> Namespace:
-    """What ``build_model`` reads besides the configuration."""
-    return Namespace(
-        padded_vocab_size=VOCABULARY,
-        max_position_embeddings=SEQUENCE,
-        untie_embeddings_and_output_weights=not tied,
-        position_embedding_type="rope",
-        rotary_percent=1.0,
-        rotary_base=10000,
-        rotary_seq_len_interpolation_factor=None,
-        use_rope_scaling=False,
-        rope_scaling_factor=8.0,
-        seed=seed,
+def model_arguments(tied: bool = False, seed: int = 1234) -> RunConfig:
+    """What ``build_model`` reads besides the transformer's configuration."""
+    return RunConfig.of(
+        dict(
+            num_layers=2,
+            hidden_size=64,
+            num_attention_heads=4,
+            padded_vocab_size=VOCABULARY,
+            max_position_embeddings=SEQUENCE,
+            untie_embeddings_and_output_weights=not tied,
+            position_embedding_type="rope",
+            seed=seed,
+        )
     )
 
 

@@ -1,27 +1,31 @@
 """A flag that was typed and cannot take effect is an error, never ignored."""
 
-from megatron_ext.config import flag_of
-from megatron_ext.config.dependences import DEPENDENCES
+from megatron_ext.arguments.validate.rule import Problems, Typed
+from megatron_ext.config import RunConfig, flag_of, options
+from megatron_ext.config.flags import Need
 
 
-def flags_take_effect(args, typed):
-    for dependence in DEPENDENCES:
-        idle = [name for name in dependence.names if name in typed and not dependence.holds(args)]
-        if idle:
-            spelled = ", ".join(map(flag_of, idle))
-            yield f"{spelled} cannot take effect: needs {dependence.needs}"
+def flags_take_effect(run: RunConfig, typed: Typed) -> Problems:
+    idle: dict[Need, list[str]] = {}
+    for name in typed:
+        for need in options()[name].needs:
+            if not need.holds(run):
+                idle.setdefault(need, []).append(flag_of(name))
+    for need, flags in idle.items():
+        yield f"{', '.join(flags)} cannot take effect: needs {need.flags}"
 
 
-def local_attention_chooses_for_itself(args, typed):
-    if args.transformer_impl == "local" and args.attention_backend not in ("auto", "local"):
+def local_attention_chooses_for_itself(run: RunConfig, typed: Typed) -> Problems:
+    backend = run.layers.attention_backend
+    if run.layers.transformer_impl == "local" and backend not in ("auto", "local"):
         yield (
-            f"--attention-backend {args.attention_backend} cannot take effect: the local layers use torch's "
+            f"--attention-backend {backend} cannot take effect: the local layers use torch's "
             "scaled_dot_product_attention; leave it at auto, or use --transformer-impl transformer_engine"
         )
 
 
-def engine_has_a_backend_left(args, typed):
-    if args.transformer_impl == "transformer_engine" and args.attention_backend == "local":
+def engine_has_a_backend_left(run: RunConfig, typed: Typed) -> Problems:
+    if run.layers.transformer_impl == "transformer_engine" and run.layers.attention_backend == "local":
         yield (
             "--attention-backend local switches every backend of Transformer Engine off: leave it at auto, "
             "or use --transformer-impl local"

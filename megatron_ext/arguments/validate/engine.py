@@ -2,111 +2,125 @@
 
 from collections.abc import Iterator
 
+from megatron_ext.arguments.validate.rule import Problems, Typed
+from megatron_ext.config import RunConfig
 from megatron_ext.platform.engine import RECIPES, recipe_problem
 
 
-def engine_is_there(args, typed):
-    if args.transformer_impl == "inference_optimized":
+def engine_is_there(run: RunConfig, typed: Typed) -> Problems:
+    if run.layers.transformer_impl == "inference_optimized":
         yield "--transformer-impl inference_optimized is for inference; use local or transformer_engine"
-    if args.transformer_impl == "transformer_engine" and args.engine_problem:
-        yield f"--transformer-impl transformer_engine: {args.engine_problem}; or use --transformer-impl local"
+    if run.layers.transformer_impl == "transformer_engine" and run.process.engine_problem:
+        problem = run.process.engine_problem
+        yield f"--transformer-impl transformer_engine: {problem}; or use --transformer-impl local"
 
 
-def engine_features(args, typed):
-    if args.transformer_impl == "transformer_engine":
+def engine_features(run: RunConfig, typed: Typed) -> Problems:
+    if run.layers.transformer_impl == "transformer_engine":
         return
     for given, spelled in (
-        (args.fp8, "--fp8-format"),
-        (args.fp4, "--fp4-format"),
-        (args.context_parallel_size > 1, "--context-parallel-size above 1"),
+        (run.precision.fp8, "--fp8-format"),
+        (run.precision.fp4, "--fp4-format"),
+        (run.parallel.context_parallel_size > 1, "--context-parallel-size above 1"),
     ):
         if given:
             yield f"{spelled} needs --transformer-impl transformer_engine, on a GPU"
 
 
-def engine_masks_are_causal(args, typed):
+def engine_masks_are_causal(run: RunConfig, typed: Typed) -> Problems:
     """Transformer Engine reads masks of the kinds padding and arbitrary alone (NVIDIA/Megatron-LM#2357)."""
-    if args.reset_attention_mask and args.transformer_impl == "transformer_engine":
+    if run.data.reset_attention_mask and run.layers.transformer_impl == "transformer_engine":
         yield (
             "--reset-attention-mask has no effect on Transformer Engine's attention, where documents would "
             "see each other: add --transformer-impl local, or leave it out"
         )
 
 
-def context_is_exchanged_in_one_way(args, typed):
-    if len(args.cp_comm_type) > 1:
+def context_is_exchanged_in_one_way(run: RunConfig, typed: Typed) -> Problems:
+    if len(run.parallel.cp_comm_type) > 1:
         yield "--cp-comm-type takes one value for all layers"
-    shards = args.tensor_model_parallel_size * args.context_parallel_size
-    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
-    if "a2a" in args.cp_comm_type and args.context_parallel_size > 1 and groups % shards:
+    shards = run.parallel.tensor_model_parallel_size * run.parallel.context_parallel_size
+    groups = run.model.num_query_groups if run.model.group_query_attention else run.model.num_attention_heads
+    if "a2a" in run.parallel.cp_comm_type and run.parallel.context_parallel_size > 1 and groups % shards:
         yield (
             f"--cp-comm-type a2a divides the heads: {groups} heads or query groups are not divisible by "
             f"--tensor-model-parallel-size x --context-parallel-size = {shards}"
         )
 
 
-def eight_bit_formats_agree(args, typed):
-    if args.fp8 and args.fp4:
+def eight_bit_formats_agree(run: RunConfig, typed: Typed) -> Problems:
+    if run.precision.fp8 and run.precision.fp4:
         yield "--fp8-format and --fp4-format exclude each other"
-    if args.fp8_param_gather and not args.use_distributed_optimizer:
+    if run.precision.fp8_param_gather and not run.parallel.use_distributed_optimizer:
         yield "--fp8-param-gather needs --use-distributed-optimizer"
-    if args.fp8_param_gather and args.fp8_recipe == "mxfp8":
+    if run.precision.fp8_param_gather and run.precision.fp8_recipe == "mxfp8":
         yield "--fp8-param-gather does not go with --fp8-recipe mxfp8, whose weights cannot share a buffer"
-    if args.fp8_recipe == "custom" and args.fp8 or args.fp4_recipe == "custom" and args.fp4:
+    if (
+        run.precision.fp8_recipe == "custom"
+        and run.precision.fp8
+        or run.precision.fp4_recipe == "custom"
+        and run.precision.fp4
+    ):
         yield "a custom recipe for FP8 or FP4 needs code of its own and is not supported here"
 
 
-def recipe_suits_the_machine(args, typed):
+def recipe_suits_the_machine(run: RunConfig, typed: Typed) -> Problems:
     """Only where the run will be: a command line that is checked for another machine has no GPU yet."""
-    if args.fp8 and args.fp8_recipe in RECIPES and args.gpu is not None:
-        problem = recipe_problem(args.fp8_recipe, *args.gpu)
+    if run.precision.fp8 and run.precision.fp8_recipe in RECIPES and run.process.gpu is not None:
+        problem = recipe_problem(run.precision.fp8_recipe, *run.process.gpu)
         if problem is not None:
-            yield f"--fp8-recipe {args.fp8_recipe} needs {problem}"
+            yield f"--fp8-recipe {run.precision.fp8_recipe} needs {problem}"
 
 
-def layers_in_bf16_are_possible(args, typed):
-    if not (args.fp8 and args.first_last_layers_bf16):
+def layers_in_bf16_are_possible(run: RunConfig, typed: Typed) -> Problems:
+    if not (run.precision.fp8 and run.precision.first_last_layers_bf16):
         return
-    if args.fp8_recipe == "delayed":
+    if run.precision.fp8_recipe == "delayed":
         yield "--first-last-layers-bf16 does not go with --fp8-recipe delayed; use another recipe"
-    most = args.num_layers // args.pipeline_model_parallel_size
+    most = run.model.num_layers // run.parallel.pipeline_model_parallel_size
     for where in ("start", "end"):
-        count = getattr(args, f"num_layers_at_{where}_in_bf16")
+        count = run.get(f"num_layers_at_{where}_in_bf16")
         if count > most:
             yield f"--num-layers-at-{where}-in-bf16 {count} exceeds the {most} layers of a pipeline stage"
 
 
-def recomputed_norms_and_delayed_scaling(args, typed):
-    if args.fp8 and args.fp8_recipe == "delayed" and "layernorm" in (args.recompute_modules or ()):
+def recomputed_norms_and_delayed_scaling(run: RunConfig, typed: Typed) -> Problems:
+    if (
+        run.precision.fp8
+        and run.precision.fp8_recipe == "delayed"
+        and "layernorm" in (run.recompute.recompute_modules or ())
+    ):
         yield "--recompute-modules layernorm does not go with --fp8-recipe delayed; use another recipe"
 
 
-def shapes_suit_fp8(args, typed):
+def shapes_suit_fp8(run: RunConfig, typed: Typed) -> Problems:
     """Every matrix that is multiplied in FP8, as a rank holds it, is made of whole blocks.
 
     A shard's columns are another matmul's rows in the backward pass, so a weight's both sides are
     multiples of the columns' unit; the tokens of a micro batch are rows.
     """
-    if not args.fp8 or args.fp8_recipe not in RECIPES or args.kv_channels is None:
+    if not run.precision.fp8 or run.precision.fp8_recipe not in RECIPES or run.model.kv_channels is None:
         return
-    rows, columns = RECIPES[args.fp8_recipe].rows, RECIPES[args.fp8_recipe].columns
-    tensor = args.tensor_model_parallel_size
-    yield from _uneven("--hidden-size", args.hidden_size, columns, 1, args.fp8_recipe)
-    yield from _uneven("--ffn-hidden-size", args.ffn_hidden_size, columns, tensor, args.fp8_recipe)
-    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    rows, columns = RECIPES[run.precision.fp8_recipe].rows, RECIPES[run.precision.fp8_recipe].columns
+    tensor = run.parallel.tensor_model_parallel_size
+    yield from _uneven("--hidden-size", run.model.hidden_size, columns, 1, run.precision.fp8_recipe)
+    yield from _uneven(
+        "--ffn-hidden-size", run.model.ffn_hidden_size, columns, tensor, run.precision.fp8_recipe
+    )
+    groups = run.model.num_query_groups if run.model.group_query_attention else run.model.num_attention_heads
     for count, what in (
-        (args.num_attention_heads, "query"),
-        (args.num_attention_heads + 2 * groups, "query, key and value"),
+        (run.model.num_attention_heads, "query"),
+        (run.model.num_attention_heads + 2 * groups, "query, key and value"),
     ):
-        width = count * args.kv_channels
+        width = count * run.model.kv_channels
         if width % (columns * tensor):
             yield (
-                f"--fp8-recipe {args.fp8_recipe}: the {width} {what} channels of {count} heads of "
-                f"{args.kv_channels} must be a multiple of {columns} on each of "
+                f"--fp8-recipe {run.precision.fp8_recipe}: the {width} {what} channels of {count} heads of "
+                f"{run.model.kv_channels} must be a multiple of {columns} on each of "
                 f"--tensor-model-parallel-size {tensor}; heads of 64 or 128 channels are"
             )
             break
-    yield from _uneven_tokens(args, rows)
+    yield from _uneven_tokens(run, rows)
 
 
 def _uneven(flag: str, size: int, unit: int, shards: int, recipe: str) -> Iterator[str]:
@@ -118,32 +132,32 @@ def _uneven(flag: str, size: int, unit: int, shards: int, recipe: str) -> Iterat
         yield f"--fp8-recipe {recipe}: {flag} {size} must be a multiple of {unit}{shard}: {nearest}"
 
 
-def _uneven_tokens(args, rows: int) -> Iterator[str]:
-    shards = args.tensor_model_parallel_size if args.sequence_parallel else 1
-    shards *= args.context_parallel_size
-    tokens = args.micro_batch_size * args.seq_length
+def _uneven_tokens(run: RunConfig, rows: int) -> Iterator[str]:
+    shards = run.parallel.tensor_model_parallel_size if run.parallel.sequence_parallel else 1
+    shards *= run.parallel.context_parallel_size
+    tokens = run.training.micro_batch_size * run.data.seq_length
     if tokens % (rows * shards):
         step = rows * shards
-        length = next(n for n in range(args.seq_length, args.seq_length + step + 1)
-                      if n * args.micro_batch_size % step == 0 and n % shards == 0)  # fmt: skip
+        length = next(n for n in range(run.data.seq_length, run.data.seq_length + step + 1)
+                      if n * run.training.micro_batch_size % step == 0 and n % shards == 0)  # fmt: skip
         yield (
-            f"--fp8-recipe {args.fp8_recipe}: --micro-batch-size {args.micro_batch_size} x --seq-length "
-            f"{args.seq_length} = {tokens} tokens must be a multiple of {rows} on each of the "
-            f"{shards} ranks that share the sequence: --seq-length {length}"
+            f"--fp8-recipe {run.precision.fp8_recipe}: --micro-batch-size {run.training.micro_batch_size} x "
+            f"--seq-length {run.data.seq_length} = {tokens} tokens must be a multiple of {rows} on each of "
+            f"the {shards} ranks that share the sequence: --seq-length {length}"
         )
 
 
-def graphs_are_possible(args, typed):
-    if args.cuda_graph_impl == "none":
+def graphs_are_possible(run: RunConfig, typed: Typed) -> Problems:
+    if run.graphs.cuda_graph_impl == "none":
         return
-    if args.cuda_graph_impl == "transformer_engine":
+    if run.graphs.cuda_graph_impl == "transformer_engine":
         yield (
             "--cuda-graph-impl transformer_engine needs a training loop that captures; "
             "use --cuda-graph-impl local, which captures each layer at its first steps"
         )
-    if args.device == "cpu":
+    if run.process.device == "cpu":
         yield "--cuda-graph-impl needs a GPU"
-    if args.recompute_granularity is not None:
+    if run.recompute.recompute_granularity is not None:
         yield "--cuda-graph-impl does not go with recomputation (--recompute-granularity)"
 
 

@@ -6,7 +6,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_ext.config import flag_of
+from megatron_ext.arguments.validate.rule import Problems, Typed
+from megatron_ext.config import RunConfig, flag_of
 from megatron_ext.platform.environment import not_deterministic
 
 SENTENCEPIECE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
@@ -14,71 +15,74 @@ SUPPORTED_TOKENIZERS = (*SENTENCEPIECE, "HuggingFaceTokenizer", "NullTokenizer")
 SPLIT_PATHS = ("train_data_path", "valid_data_path", "test_data_path")
 
 
-def data_comes_from_one_place(args, typed):
-    given = [
-        name for name in ("data_path", "data_args_path", "per_split_data_args_path") if getattr(args, name)
-    ]
-    given += ["mock_data"] if args.mock_data else []
-    given += ["train_data_path"] if any(getattr(args, name) for name in SPLIT_PATHS) else []
+def data_comes_from_one_place(run: RunConfig, typed: Typed) -> Problems:
+    given = [name for name in ("data_path", "data_args_path", "per_split_data_args_path") if run.get(name)]
+    given += ["mock_data"] if run.data.mock_data else []
+    given += ["train_data_path"] if any(run.get(name) for name in SPLIT_PATHS) else []
     if not given:
         yield "data is required: --data-path PREFIX, --train-data-path PREFIX, or --mock-data"
     if len(given) > 1:
         yield f"{' and '.join(map(flag_of, given))} exclude each other: give the data once"
 
 
-def split_is_three_shares(args, typed):
-    if args.split is None:
+def split_is_three_shares(run: RunConfig, typed: Typed) -> Problems:
+    if run.data.split is None:
         return
     try:
-        shares = [float(share) for share in args.split.split(",")]
+        shares = [float(share) for share in run.data.split.split(",")]
     except ValueError:
         shares = []
     if not 1 <= len(shares) <= 3 or min(shares) < 0 or sum(shares) <= 0:
-        yield f"--split {args.split!r}: give shares of training, validation and test, such as 949,50,1"
+        yield f"--split {run.data.split!r}: give shares of training, validation and test, such as 949,50,1"
 
 
-def loader_is_supported(args, typed):
-    if args.dataloader_type == "external":
+def loader_is_supported(run: RunConfig, typed: Typed) -> Problems:
+    if run.data.dataloader_type == "external":
         yield "--dataloader-type external needs a loader of your own and is not supported here"
 
 
-def mask_is_there(args, typed):
-    if args.reset_attention_mask and not args.create_attention_mask_in_dataloader:
+def mask_is_there(run: RunConfig, typed: Typed) -> Problems:
+    if run.data.reset_attention_mask and not run.data.create_attention_mask_in_dataloader:
         yield "--reset-attention-mask needs the mask that --no-create-attention-mask-in-dataloader leaves out"
 
 
-def tokenizer_is_named(args, typed):
-    kind = args.tokenizer_type
+def tokenizer_is_named(run: RunConfig, typed: Typed) -> Problems:
+    kind = run.tokenizer.tokenizer_type
     if kind is None:
         yield f"--tokenizer-type is required: {', '.join(SUPPORTED_TOKENIZERS)}"
     elif kind not in SUPPORTED_TOKENIZERS:
         yield f"--tokenizer-type {kind} is not supported here; use {', '.join(SUPPORTED_TOKENIZERS)}"
-    elif kind == "NullTokenizer" and args.vocab_size is None:
+    elif kind == "NullTokenizer" and run.tokenizer.vocab_size is None:
         yield "--tokenizer-type NullTokenizer needs --vocab-size"
-    elif kind != "NullTokenizer" and args.tokenizer_model is None:
+    elif kind != "NullTokenizer" and run.tokenizer.tokenizer_model is None:
         yield f"--tokenizer-type {kind} needs --tokenizer-model"
 
 
-def saving_has_an_interval(args, typed):
-    if args.save and args.save_interval is None:
+def saving_has_an_interval(run: RunConfig, typed: Typed) -> Problems:
+    if run.checkpoint.save and run.checkpoint.save_interval is None:
         yield "--save needs --save-interval"
-    if args.save_interval and args.save_retain_interval and args.save_retain_interval % args.save_interval:
+    if (
+        run.checkpoint.save_interval
+        and run.checkpoint.save_retain_interval
+        and run.checkpoint.save_retain_interval % run.checkpoint.save_interval
+    ):
         yield (
-            f"--save-retain-interval {args.save_retain_interval} must be a multiple of "
-            f"--save-interval {args.save_interval}"
+            f"--save-retain-interval {run.checkpoint.save_retain_interval} must be a multiple of "
+            f"--save-interval {run.checkpoint.save_interval}"
         )
 
 
-def format_is_supported(args, typed):
-    if args.ckpt_format != "torch_dist":
-        yield f"--ckpt-format {args.ckpt_format} is not supported here; torch_dist loads into any layout"
+def format_is_supported(run: RunConfig, typed: Typed) -> Problems:
+    if run.checkpoint.ckpt_format != "torch_dist":
+        given = run.checkpoint.ckpt_format
+        yield f"--ckpt-format {given} is not supported here; torch_dist loads into any layout"
 
 
-def loading_is_of_one_kind(args, typed):
-    if args.dist_ckpt_strictness != "assume_ok_unexpected":
+def loading_is_of_one_kind(run: RunConfig, typed: Typed) -> Problems:
+    if run.checkpoint.dist_ckpt_strictness != "assume_ok_unexpected":
         yield (
-            f"--dist-ckpt-strictness {args.dist_ckpt_strictness} is not supported here: model and checkpoint "
-            "are compared at every load, and a difference in their weights is an error"
+            f"--dist-ckpt-strictness {run.checkpoint.dist_ckpt_strictness} is not supported here: model and "
+            "checkpoint are compared at every load, and a difference in their weights is an error"
         )
 
 
@@ -94,9 +98,9 @@ RULES = (
 )
 
 
-def datasets_exist(args, typed):
+def datasets_exist(run: RunConfig, typed: Typed) -> Problems:
     for name in ("data_path", *SPLIT_PATHS):
-        yield from blend_problems(flag_of(name), getattr(args, name) or ())
+        yield from blend_problems(flag_of(name), run.get(name) or ())
 
 
 def blend_problems(flag: str, words: list[str]) -> Iterator[str]:
@@ -134,15 +138,17 @@ def _is_number(word: str) -> bool:
     return True
 
 
-def named_files_exist(args, typed):
+def named_files_exist(run: RunConfig, typed: Typed) -> Problems:
     for name in ("data_args_path", "per_split_data_args_path"):
-        path = getattr(args, name)
+        path = run.get(name)
         if path is not None and not os.access(path, os.R_OK):
             yield f"{flag_of(name)} {path}: there is no such file, or it cannot be read"
-    if args.round_index is not None:
-        yield from round_problems(args.round_index)
-    if args.pretrained_checkpoint is not None and not os.path.isdir(args.pretrained_checkpoint):
-        yield f"--pretrained-checkpoint {args.pretrained_checkpoint}: there is no such folder"
+    if run.rounds.round_index is not None:
+        yield from round_problems(run.rounds.round_index)
+    if run.checkpoint.pretrained_checkpoint is not None and not os.path.isdir(
+        run.checkpoint.pretrained_checkpoint
+    ):
+        yield f"--pretrained-checkpoint {run.checkpoint.pretrained_checkpoint}: there is no such folder"
 
 
 def round_problems(path: str) -> Iterator[str]:
@@ -156,23 +162,23 @@ def round_problems(path: str) -> Iterator[str]:
             )
 
 
-def tokenizer_exists(args, typed):
-    path = args.tokenizer_model
-    if path is None or args.tokenizer_type not in SENTENCEPIECE:
+def tokenizer_exists(run: RunConfig, typed: Typed) -> Problems:
+    path = run.tokenizer.tokenizer_model
+    if path is None or run.tokenizer.tokenizer_type not in SENTENCEPIECE:
         return
     if not os.path.isfile(path) or not os.access(path, os.R_OK):
         yield f"--tokenizer-model {path}: there is no such file, or it cannot be read"
 
 
-def outputs_are_writable(args, typed):
-    if args.rank != 0:
+def outputs_are_writable(run: RunConfig, typed: Typed) -> Problems:
+    if run.process.rank != 0:
         return
     for name in ("save", "tensorboard_dir", "wandb_save_dir", "data_cache_path"):
-        path = getattr(args, name)
+        path = run.get(name)
         if path:
             yield from _unwritable(flag_of(name), Path(path))
     for name in ("metrics_file", "record_sample_loss"):
-        path = getattr(args, name)
+        path = run.get(name)
         if path and os.path.isdir(path):
             yield f"{flag_of(name)} {path}: is a folder, give a file"
         elif path:
@@ -195,14 +201,14 @@ def _unwritable(flag: str, folder: Path) -> Iterator[str]:
         yield f"{flag} {folder}: cannot be written ({error.strerror} in {there})"
 
 
-def environment_is_deterministic(args, typed):
-    if args.deterministic_mode and args.device == "cuda":
+def environment_is_deterministic(run: RunConfig, typed: Typed) -> Problems:
+    if run.layers.deterministic_mode and run.process.device == "cuda":
         yield from (f"--deterministic-mode: {problem}" for problem in not_deterministic())
 
 
-def boards_are_installed(args, typed):
+def boards_are_installed(run: RunConfig, typed: Typed) -> Problems:
     for name, package in (("tensorboard_dir", "tensorboard"), ("wandb_project", "wandb")):
-        if getattr(args, name) and importlib.util.find_spec(package) is None:
+        if run.get(name) and importlib.util.find_spec(package) is None:
             yield f"{flag_of(name)} needs {package}: pip install {package}"
 
 

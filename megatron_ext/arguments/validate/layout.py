@@ -1,25 +1,27 @@
 """Rules of the division of a model over processes."""
 
-from megatron_ext.arguments.derive import model_parallel_size, pipeline_layers
+from megatron_ext.arguments.derive import pipeline_layers
+from megatron_ext.arguments.validate.rule import Problems, Typed
+from megatron_ext.config import RunConfig
 
 
-def world_is_divisible(args, typed):
-    size = model_parallel_size(args)
-    if args.world_size % size:
+def world_is_divisible(run: RunConfig, typed: Typed) -> Problems:
+    size = run.parallel.model_parallel_size
+    if run.process.world_size % size:
         yield (
-            f"the {args.world_size} processes cannot be divided into models of {size}: "
-            f"--tensor-model-parallel-size {args.tensor_model_parallel_size} x "
-            f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size} x "
-            f"--context-parallel-size {args.context_parallel_size} must divide "
+            f"the {run.process.world_size} processes cannot be divided into models of {size}: "
+            f"--tensor-model-parallel-size {run.parallel.tensor_model_parallel_size} x "
+            f"--pipeline-model-parallel-size {run.parallel.pipeline_model_parallel_size} x "
+            f"--context-parallel-size {run.parallel.context_parallel_size} must divide "
             "torchrun's --nproc-per-node x --nnodes"
         )
 
 
-def heads_are_divisible(args, typed):
-    parallel, heads = args.tensor_model_parallel_size, args.num_attention_heads
+def heads_are_divisible(run: RunConfig, typed: Typed) -> Problems:
+    parallel, heads = run.parallel.tensor_model_parallel_size, run.model.num_attention_heads
     if heads % parallel:
         yield f"--num-attention-heads {heads} is not divisible by --tensor-model-parallel-size {parallel}"
-    groups = args.num_query_groups if args.group_query_attention else heads
+    groups = run.model.num_query_groups if run.model.group_query_attention else heads
     if groups != heads and groups % parallel and parallel % groups:
         yield (
             f"--num-query-groups {groups} must be a multiple or a divisor of "
@@ -27,72 +29,77 @@ def heads_are_divisible(args, typed):
         )
 
 
-def widths_are_divisible(args, typed):
-    parallel = args.tensor_model_parallel_size
-    if args.ffn_hidden_size % parallel:
+def widths_are_divisible(run: RunConfig, typed: Typed) -> Problems:
+    parallel = run.parallel.tensor_model_parallel_size
+    if run.model.ffn_hidden_size % parallel:
         origin = "" if "ffn_hidden_size" in typed else " (derived)"
         yield (
-            f"--ffn-hidden-size {args.ffn_hidden_size}{origin} is not divisible by "
+            f"--ffn-hidden-size {run.model.ffn_hidden_size}{origin} is not divisible by "
             f"--tensor-model-parallel-size {parallel}"
         )
-    if args.padded_vocab_size is not None and args.padded_vocab_size % parallel:
+    if run.model.padded_vocab_size is not None and run.model.padded_vocab_size % parallel:
         yield (
-            f"--padded-vocab-size {args.padded_vocab_size} is not divisible by "
+            f"--padded-vocab-size {run.model.padded_vocab_size} is not divisible by "
             f"--tensor-model-parallel-size {parallel}"
         )
 
 
-def sequence_is_divisible(args, typed):
-    if args.sequence_parallel and args.seq_length % args.tensor_model_parallel_size:
+def sequence_is_divisible(run: RunConfig, typed: Typed) -> Problems:
+    if run.parallel.sequence_parallel and run.data.seq_length % run.parallel.tensor_model_parallel_size:
         yield (
-            f"--sequence-parallel: --seq-length {args.seq_length} is not divisible by "
-            f"--tensor-model-parallel-size {args.tensor_model_parallel_size}"
+            f"--sequence-parallel: --seq-length {run.data.seq_length} is not divisible by "
+            f"--tensor-model-parallel-size {run.parallel.tensor_model_parallel_size}"
         )
-    if args.context_parallel_size > 1 and args.seq_length % (2 * args.context_parallel_size):
+    if run.parallel.context_parallel_size > 1 and run.data.seq_length % (
+        2 * run.parallel.context_parallel_size
+    ):
         yield (
-            f"--seq-length {args.seq_length} must be a multiple of 2 x --context-parallel-size "
-            f"{args.context_parallel_size}"
+            f"--seq-length {run.data.seq_length} must be a multiple of 2 x --context-parallel-size "
+            f"{run.parallel.context_parallel_size}"
         )
 
 
-def experts_are_not_supported(args, typed):
-    if args.expert_model_parallel_size > 1:
+def experts_are_not_supported(run: RunConfig, typed: Typed) -> Problems:
+    if run.parallel.expert_model_parallel_size > 1:
         yield "--expert-model-parallel-size above 1: the models here are dense, without experts"
 
 
-def layers_are_divisible(args, typed):
+def layers_are_divisible(run: RunConfig, typed: Typed) -> Problems:
     """Layers over pipeline stages, with --decoder-first/last-pipeline-num-layers taken out first."""
-    stages, layers = args.pipeline_model_parallel_size, pipeline_layers(args)
-    ends = [args.decoder_first_pipeline_num_layers, args.decoder_last_pipeline_num_layers]
+    stages, layers = run.parallel.pipeline_model_parallel_size, pipeline_layers(run)
+    ends = [run.parallel.decoder_first_pipeline_num_layers, run.parallel.decoder_last_pipeline_num_layers]
     ends = [count for count in ends if count is not None]
     if not ends:
         if layers % stages:
             yield (
-                f"--num-layers {_counted(args)} is not divisible by --pipeline-model-parallel-size {stages}; "
+                f"--num-layers {_counted(run)} is not divisible by --pipeline-model-parallel-size {stages}; "
                 "use --decoder-first-pipeline-num-layers or --decoder-last-pipeline-num-layers for an "
                 "uneven division"
             )
         return
-    if layers != args.num_layers:
+    if layers != run.model.num_layers:
         yield (
             "--account-for-embedding-in-pipeline-split and --account-for-loss-in-pipeline-split exclude "
             "--decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers"
         )
-    inner, inner_stages = args.num_layers - sum(ends), stages - len(ends)
+    inner, inner_stages = run.model.num_layers - sum(ends), stages - len(ends)
     if inner < 0 or bool(inner) != bool(inner_stages) or inner_stages > 0 and inner % inner_stages:
         yield (
-            f"--num-layers {args.num_layers}: --decoder-first/last-pipeline-num-layers leave {inner} layers "
-            f"for {max(0, inner_stages)} pipeline stages, which do not divide"
+            f"--num-layers {run.model.num_layers}: --decoder-first/last-pipeline-num-layers leave {inner} "
+            f"layers for {max(0, inner_stages)} pipeline stages, which do not divide"
         )
 
 
-def _counted(args) -> str:
-    extra = pipeline_layers(args) - args.num_layers
-    return f"{args.num_layers} (+{extra} for embedding and loss)" if extra else str(args.num_layers)
+def _counted(run: RunConfig) -> str:
+    extra = pipeline_layers(run) - run.model.num_layers
+    return f"{run.model.num_layers} (+{extra} for embedding and loss)" if extra else str(run.model.num_layers)
 
 
-def virtual_stages_are_divisible(args, typed):
-    per_stage, stages = args.num_layers_per_virtual_pipeline_stage, args.num_virtual_stages_per_pipeline_rank
+def virtual_stages_are_divisible(run: RunConfig, typed: Typed) -> Problems:
+    per_stage, stages = (
+        run.parallel.num_layers_per_virtual_pipeline_stage,
+        run.parallel.num_virtual_stages_per_pipeline_rank,
+    )
     if per_stage is None and stages is None:
         return
     if per_stage is not None and stages is not None:
@@ -101,11 +108,11 @@ def virtual_stages_are_divisible(args, typed):
             "exclude each other"
         )
         return
-    ends = (args.decoder_first_pipeline_num_layers, args.decoder_last_pipeline_num_layers)
+    ends = (run.parallel.decoder_first_pipeline_num_layers, run.parallel.decoder_last_pipeline_num_layers)
     uneven = any(count is not None for count in ends)
     if per_stage is not None and uneven:
         yield "an uneven interleaved pipeline is given by --num-virtual-stages-per-pipeline-rank"
-    on_rank = pipeline_layers(args) // args.pipeline_model_parallel_size
+    on_rank = pipeline_layers(run) // run.parallel.pipeline_model_parallel_size
     if not uneven and on_rank % (per_stage or stages):
         given = (
             "--num-layers-per-virtual-pipeline-stage"
@@ -117,17 +124,17 @@ def virtual_stages_are_divisible(args, typed):
         yield f"the layers of the first and last stage must be divisible by {stages} virtual stages"
 
 
-def interleaving_has_a_pipeline(args, typed):
-    if args.virtual_pipeline_model_parallel_size is None:
+def interleaving_has_a_pipeline(run: RunConfig, typed: Typed) -> Problems:
+    if run.parallel.virtual_pipeline_model_parallel_size is None:
         return
-    stages = args.pipeline_model_parallel_size
-    least = 2 if args.overlap_p2p_comm else 3
+    stages = run.parallel.pipeline_model_parallel_size
+    least = 2 if run.parallel.overlap_p2p_comm else 3
     if stages < least:
-        without = "" if args.overlap_p2p_comm else " with --no-overlap-p2p-communication"
+        without = "" if run.parallel.overlap_p2p_comm else " with --no-overlap-p2p-communication"
         yield f"the interleaved schedule{without} needs --pipeline-model-parallel-size {least} or more"
         return
-    micro_batches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
-    group = args.microbatch_group_size_per_vp_stage or stages
+    micro_batches = run.training.global_batch_size // (run.samples_at_once)
+    group = run.parallel.microbatch_group_size_per_vp_stage or stages
     if not stages <= group <= max(stages, micro_batches) or micro_batches < stages:
         yield (
             f"the interleaved schedule takes micro batches in groups of {group}, which must be at least "
@@ -140,39 +147,42 @@ def interleaving_has_a_pipeline(args, typed):
         )
 
 
-def overlap_has_what_it_needs(args, typed):
-    if args.overlap_param_gather and not args.use_distributed_optimizer:
+def overlap_has_what_it_needs(run: RunConfig, typed: Typed) -> Problems:
+    if run.parallel.overlap_param_gather and not run.parallel.use_distributed_optimizer:
         yield "--overlap-param-gather needs --use-distributed-optimizer"
-    if args.overlap_param_gather and not args.overlap_grad_reduce:
+    if run.parallel.overlap_param_gather and not run.parallel.overlap_grad_reduce:
         yield "--overlap-param-gather needs --overlap-grad-reduce"
 
 
-def recomputation_is_complete(args, typed):
-    if args.recompute_granularity == "full":
-        missing = [name for name in ("method", "num_layers") if getattr(args, "recompute_" + name) is None]
+def recomputation_is_complete(run: RunConfig, typed: Typed) -> Problems:
+    if run.recompute.recompute_granularity == "full":
+        missing = [
+            name for name in ("method", "num_layers") if getattr(run.recompute, "recompute_" + name) is None
+        ]
         for name in missing:
             yield f"--recompute-granularity full needs --recompute-{name.replace('_', '-')}"
-    if args.recompute_activations and typed.get("recompute_granularity") == "full":
+    if run.recompute.recompute_activations and typed.get("recompute_granularity") == "full":
         yield "--recompute-activations means --recompute-granularity selective, but full was given too"
-    on_rank = max(1, pipeline_layers(args) // args.pipeline_model_parallel_size)
-    if (args.recompute_num_layers or 0) > on_rank:
-        yield f"--recompute-num-layers {args.recompute_num_layers} exceeds the {on_rank} layers of a rank"
+    on_rank = max(1, pipeline_layers(run) // run.parallel.pipeline_model_parallel_size)
+    if (run.recompute.recompute_num_layers or 0) > on_rank:
+        given = run.recompute.recompute_num_layers
+        yield f"--recompute-num-layers {given} exceeds the {on_rank} layers of a rank"
 
 
-def recomputed_modules_exist(args, typed):
+def recomputed_modules_exist(run: RunConfig, typed: Typed) -> Problems:
     known = ("core_attn", "layernorm", "mlp")
-    for name in args.recompute_modules or ():
+    for name in run.recompute.recompute_modules or ():
         if name not in known:
             yield f"--recompute-modules {name}: choose from {', '.join(known)}"
-    if "layernorm" in (args.recompute_modules or ()) and args.augmented_shortcuts:
+    if "layernorm" in (run.recompute.recompute_modules or ()) and run.model.augmented_shortcuts:
         yield (
             "--recompute-modules layernorm discards the normed input that the augmented shortcut reads; "
             "use core_attn, mlp, or --recompute-granularity full"
         )
 
 
-def backend_suits_the_device(args, typed):
-    if args.distributed_backend == "nccl" and args.device == "cpu":
+def backend_suits_the_device(run: RunConfig, typed: Typed) -> Problems:
+    if run.process.distributed_backend == "nccl" and run.process.device == "cpu":
         yield "--distributed-backend nccl needs GPUs; leave the flag out, or use gloo"
 
 

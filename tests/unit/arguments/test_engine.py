@@ -1,13 +1,13 @@
 """Transformer Engine's options: shapes, recipes, refusals that say what to install, the way to the config."""
 
 import sys
-from argparse import Namespace
 
 import pytest
 import torch
 
 from megatron_ext.arguments.parser import read_args
 from megatron_ext.arguments.validate import engine as rules
+from megatron_ext.config import RunConfig
 from megatron_ext.config.presets import PRESETS
 from megatron_ext.inference.load import arguments as inference_arguments
 from megatron_ext.models.config import transformer_config
@@ -111,22 +111,22 @@ def test_flags_reach_the_configuration(single_process):
         f"{FP8} --use-distributed-optimizer --fp8-param-gather --first-last-layers-bf16 "
         "--num-layers-at-start-in-bf16 2 --num-layers-at-end-in-bf16 1 --cuda-graph-impl local"
     )
-    args = read_args(line.split(), world_size=1, device="cuda")
-    assert args.transformer_impl == "transformer_engine"
-    config = transformer_config(args)
+    run = read_args(line.split(), world_size=1, device="cuda")
+    assert run.layers.transformer_impl == "transformer_engine"
+    config = transformer_config(run)
     assert (config.fp8, config.fp8_recipe, config.fp8_param) == ("hybrid", "tensorwise", True)
     assert config.first_last_layers_bf16 and config.cuda_graph_impl == "local"
     assert (config.num_layers_at_start_in_bf16, config.num_layers_at_end_in_bf16) == (2, 1)
     assert config.params_dtype == torch.bfloat16
-    assert optimizer_config(args).fp8_recipe == "tensorwise"
+    assert optimizer_config(run).fp8_recipe == "tensorwise"
 
 
 @pytest.mark.parametrize("kind", ["p2p", "all_gather", "a2a"])
 def test_ways_of_context_parallelism_are_spelled_as_the_engine_does(kind):
     """transformer_engine/pytorch/attention/dot_product_attention/context_parallel.py knows these words."""
     line = f"{RUN} {SHAPE} --bf16 --context-parallel-size 2 --cp-comm-type {kind}"
-    args = read_args(line.split(), world_size=2, device="cuda")
-    assert transformer_config(args).cp_comm_type == kind
+    run = read_args(line.split(), world_size=2, device="cuda")
+    assert transformer_config(run).cp_comm_type == kind
 
 
 @pytest.mark.parametrize(
@@ -148,8 +148,8 @@ def test_ways_of_context_parallelism_are_spelled_as_the_engine_does(kind):
     ],
 )
 def test_recipes_need_gpus_and_cuda(recipe, capability, cuda, expected):
-    args = Namespace(fp8="hybrid", fp8_recipe=recipe, gpu=(capability, cuda))
-    problems = list(rules.recipe_suits_the_machine(args, {}))
+    run = RunConfig.of({"fp8": "hybrid", "fp8_recipe": recipe, "gpu": (capability, cuda)})
+    problems = list(rules.recipe_suits_the_machine(run, {}))
     assert (expected is None) == (problems == [])
     if expected:
         assert problems[0].startswith(f"--fp8-recipe {recipe} needs ") and expected in problems[0]
@@ -188,8 +188,8 @@ def test_an_engine_that_cannot_be_used_says_what_to_install(engine_module, versi
     engine_module(version, content)
     problem = engine.problem(True)
     assert problem is None if expected is None else expected in problem
-    args = Namespace(transformer_impl="transformer_engine", engine_problem=problem)
-    refusals = list(rules.engine_is_there(args, {}))
+    run = RunConfig.of({"transformer_impl": "transformer_engine", "engine_problem": problem})
+    refusals = list(rules.engine_is_there(run, {}))
     assert len(refusals) == bool(expected) and all(expected in refusal for refusal in refusals)
 
 
@@ -229,6 +229,6 @@ def test_a_checkpoint_of_such_a_run_is_read_for_inference(single_process):
         "--pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 3"
     )
     saved = read_args(line.split(), world_size=4, device="cuda")
-    config = transformer_config(inference_arguments(saved, "folder"))
+    config = transformer_config(inference_arguments(saved.flat(), "folder"))
     assert (config.fp8, config.fp8_param, config.cuda_graph_impl) == (None, False, "none")
     assert config.num_layers_in_first_pipeline_stage is None and config.bf16

@@ -48,8 +48,8 @@ def _kind(action: argparse.Action) -> str:
 
 
 def stored() -> list[str]:
-    """Names of the args that a checkpoint holds before a run sets those of its tokenizer."""
-    return sorted(vars(read_args(SMALLEST.split(), world_size=1, device="cpu")))
+    """Names of the args that a checkpoint holds, but for where it stands."""
+    return sorted(read_args(SMALLEST.split(), world_size=1, device="cpu").flat())
 
 
 def contract() -> str:

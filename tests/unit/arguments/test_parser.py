@@ -20,26 +20,26 @@ def problems_of(line: str, **keywords) -> list[str]:
 
 
 def test_preset_sets_the_shape_and_a_typed_flag_wins():
-    args = read(f"{TINY} --num-layers 4 --hidden-dropout 0.5")
-    assert (args.hidden_size, args.swiglu, args.normalization) == (128, True, "RMSNorm")
-    assert (args.series_activation_order, args.augmented_shortcuts) == (2, 1)
-    assert (args.num_layers, args.hidden_dropout) == (4, 0.5)
+    run = read(f"{TINY} --num-layers 4 --hidden-dropout 0.5")
+    assert (run.model.hidden_size, run.model.swiglu, run.model.normalization) == (128, True, "RMSNorm")
+    assert (run.model.series_activation_order, run.model.augmented_shortcuts) == (2, 1)
+    assert (run.model.num_layers, run.layers.hidden_dropout) == (4, 0.5)
 
 
 def test_pangu_modules_are_switched_off_with_zero():
-    args = read(f"{TINY} --series-activation-order 0 --augmented-shortcuts 0")
-    assert (args.series_activation_order, args.augmented_shortcuts) == (0, 0)
+    run = read(f"{TINY} --series-activation-order 0 --augmented-shortcuts 0")
+    assert (run.model.series_activation_order, run.model.augmented_shortcuts) == (0, 0)
 
 
 def test_longer_sequences_lengthen_the_presets_positions():
-    assert read(f"{TINY} --seq-length 1024").max_position_embeddings == 1024
+    assert read(f"{TINY} --seq-length 1024").model.max_position_embeddings == 1024
     assert problems_of(f"{TINY} --seq-length 1024 --max-position-embeddings 512")
 
 
 def test_parsing_twice_gives_independent_lists():
     first = read(TINY)
-    first.iterations_to_skip.append(3)
-    assert read(TINY).iterations_to_skip == []
+    first.training.iterations_to_skip.append(3)
+    assert read(TINY).training.iterations_to_skip == []
 
 
 @pytest.mark.parametrize(
@@ -96,13 +96,13 @@ def test_a_value_of_the_wrong_type_names_the_flag():
 
 def test_help_has_a_section_for_each_group_and_no_blank_help():
     text = make_parser().format_help()
-    for title in ("PanGu-pi:", "model parallelism:", "checkpoints:", "learning rate:"):
+    for title in ("model:", "parallelism:", "checkpoints:", "learning rate:"):
         assert f"\n{title}" in text
     for action in make_parser()._actions:
         assert action.help
 
 
 def test_warnings_name_what_was_changed(capsys):
-    args = read(f"{TINY} --sequence-parallel")
-    assert args.sequence_parallel is False
+    run = read(f"{TINY} --sequence-parallel")
+    assert run.parallel.sequence_parallel is False
     assert "--sequence-parallel is off" in capsys.readouterr().err

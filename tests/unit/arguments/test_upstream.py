@@ -72,15 +72,23 @@ def test_every_upstream_flag_is_taken_or_refused_with_a_reason(shared):
 
 def test_megatrons_own_run_is_understood(shared):
     trace = json.loads((shared / "reference/golden/gqa_1p/trace.json").read_text())
-    args = parse_args(trace["flags"], world_size=1, device="cpu", check_files=False)
-    assert (args.lr_decay_steps, args.lr_warmup_steps, args.wd_incr_steps) == (80, 8, 80)
-    assert (args.num_query_groups, args.kv_channels, args.data_parallel_size) == (2, 16, 1)
-    assert args.start_weight_decay == args.end_weight_decay == 0.1
-    assert (args.add_bias_linear, args.add_qkv_bias, args.layernorm_epsilon) == (False, False, 1e-5)
+    run = parse_args(trace["flags"], world_size=1, device="cpu", check_files=False)
+    assert (run.schedule.lr_decay_steps, run.schedule.lr_warmup_steps, run.schedule.wd_incr_steps) == (
+        80,
+        8,
+        80,
+    )
+    assert (run.model.num_query_groups, run.model.kv_channels, run.parallel.data_parallel_size) == (2, 16, 1)
+    assert run.optimizer.start_weight_decay == run.optimizer.end_weight_decay == 0.1
+    assert (run.model.add_bias_linear, run.model.add_qkv_bias, run.model.layernorm_epsilon) == (
+        False,
+        False,
+        1e-5,
+    )
 
 
 @pytest.mark.parametrize("layout", ["--tensor-model-parallel-size=2", "--pipeline-model-parallel-size=2"])
 def test_megatrons_own_run_on_another_layout(shared, layout):
     trace = json.loads((shared / "reference/golden/gqa_1p/trace.json").read_text())
-    args = parse_args([*trace["flags"], layout], world_size=4, device="cpu", check_files=False)
-    assert args.data_parallel_size == 2
+    run = parse_args([*trace["flags"], layout], world_size=4, device="cpu", check_files=False)
+    assert run.parallel.data_parallel_size == 2

@@ -7,6 +7,7 @@ import pytest
 
 from megatron_ext.arguments.parser import read_args
 from megatron_ext.arguments.vocabulary import settle_vocabulary
+from megatron_ext.checkpoint.saved_args import arguments_of
 from tests.unit.config.test_model_function import checkpoint
 
 RUN = """--model-preset tiny --mock-data --tokenizer-type NullTokenizer --vocab-size 256 --micro-batch-size 1
@@ -17,15 +18,15 @@ TOKENIZER = Namespace(vocab_size=257, sha256="a" * 64)
 def settled(flags: str = "", parallel: int = 1, tokenizer: Namespace = TOKENIZER) -> tuple[int, int, str]:
     """(rows, rows in the softmax, the line for the log)"""
     flags = f"{RUN} --tensor-model-parallel-size {parallel} {flags}"
-    args = read_args(flags.split(), world_size=parallel, device="cpu")
-    line = settle_vocabulary(args, tokenizer)
-    assert args.tokenizer_sha256 == tokenizer.sha256
-    return args.padded_vocab_size, args.softmax_vocab_size, line
+    run = read_args(flags.split(), world_size=parallel, device="cpu")
+    line = settle_vocabulary(run, tokenizer)
+    assert run.tokenizer.tokenizer_sha256 == tokenizer.sha256
+    return run.model.padded_vocab_size, run.model.softmax_vocab_size, line
 
 
 def saved(folder: Path, **values) -> str:
     """The flag that loads a checkpoint whose args say ``values`` of the vocabulary."""
-    model = vars(read_args(RUN.split(), world_size=1, device="cpu"))
+    model = vars(arguments_of(read_args(RUN.split(), world_size=1, device="cpu")))
     del model["padded_vocab_size"]
     return f"--load {checkpoint(folder, Namespace(**model | values))}"
 

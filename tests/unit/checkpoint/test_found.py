@@ -51,15 +51,16 @@ def test_what_the_run_itself_writes_there_is_nothing(tmp_path):
     base = folder(tmp_path / "run", (), metrics_jsonl="{}", losses_json="{}")
     for name in ("tensorboard", "cache"):
         (base / name).mkdir()
-    args = arguments(Layout())
-    args.metrics_file, args.tensorboard_dir = str(base / "metrics.jsonl"), str(base / "tensorboard" / "mine")
-    args.data_cache_path, args.record_sample_loss = str(base / "cache"), str(base / "losses.npy")
-    assert tried(base, outputs=outputs_of(args)) == []
+    run = arguments(Layout())
+    run.logging.metrics_file = str(base / "metrics.jsonl")
+    run.logging.tensorboard_dir = str(base / "tensorboard" / "mine")
+    run.data.data_cache_path, run.rounds.record_sample_loss = str(base / "cache"), str(base / "losses.npy")
+    assert tried(base, outputs=outputs_of(run)) == []
     with pytest.raises(CheckpointError, match="cache, losses.json, metrics.jsonl, tensorboard"):
         find(base)
     (base / "other").touch()
     with pytest.raises(CheckpointError, match="holds no checkpoint, but other;"):
-        find(base, outputs=outputs_of(args))
+        find(base, outputs=outputs_of(run))
 
 
 @pytest.mark.parametrize(
@@ -138,7 +139,7 @@ def test_one_that_a_killed_save_had_moved_aside_is_found(tmp_path):
 
 
 def test_training_and_tools_agree(saved):
-    """Read by its args, loaded, or opened to be converted: the same checkpoint, or the same error."""
+    """Read by its arguments, loaded, or opened to be converted: the same checkpoint, or the same error."""
     run = Run(arguments(Layout()))
     (saved / TRACKER).write_text("0")
     for read in (lambda: load_checkpoint(saved, **run.parts), lambda: open_source(saved)):
@@ -152,7 +153,7 @@ def test_training_and_tools_agree(saved):
 
 def test_arguments_of_a_damaged_checkpoint_are_those_of_the_one_before(saved):
     (checkpoint_dir(saved, 2) / "common.pt").write_bytes(b"torn")
-    assert read_checkpoint_args(saved).iteration == 1
+    assert read_checkpoint_args(saved)["iteration"] == 1
     with pytest.raises(CheckpointError, match="iter_0000002"):
         read_checkpoint_args(saved, 2)
     assert read_checkpoint_args(saved / "absent") is None
@@ -196,6 +197,6 @@ def test_a_run_falls_back_to_its_own_checkpoints_not_to_those_it_left_behind(sav
         loaded = load_checkpoint(tmp_path, **run.parts)
     assert loaded.path.name == "iter_0000003" and loaded.checkpoints == [1, 3]
     assert load_checkpoint(tmp_path, **run.parts, iteration=5).checkpoints == [1, 2, 5]
-    run.args.keep_latest_k = 1
+    run.config.checkpoint.keep_latest_k = 1
     save(7, checkpoints=[1, 3, 6])
     assert [int(place.name[5:]) for place in sorted(tmp_path.glob("iter_*"))] == [2, 5, 7]

@@ -21,9 +21,7 @@ FLAGS = """
 
 def test_upstreams_checkpoint(saved_once, shared, tmp_path):
     folder = shutil.copytree(shared / "reference" / "golden" / "gqa_1p" / "checkpoint", tmp_path / "golden")
-    args = arguments(Layout(), *FLAGS.split(), pi="")
-    args.padded_vocab_size = 384
-    run = Run(args)
+    run = Run(arguments(Layout(), *FLAGS.split(), pi="").but(padded_vocab_size=384))
     found = load_checkpoint(folder, **run.parts)
 
     assert found.iteration == 10 and found.optimizer_loaded and found.rng_loaded

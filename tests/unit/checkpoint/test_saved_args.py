@@ -15,7 +15,8 @@ from megatron_ext.checkpoint import CheckpointError, checkpoint_dir, read_checkp
 from megatron_ext.checkpoint import saved_args as readers
 from megatron_ext.checkpoint.integrity import CHECKSUMS, describe_file, marker
 from megatron_ext.checkpoint.safe import load_object
-from megatron_ext.config import model_function, options
+from megatron_ext.config import RunConfig, model_function, options
+from megatron_ext.config.data import TokenizerConfig
 from megatron_ext.inference.load import arguments, load_for_inference
 from megatron_ext.interchange.convert import convert
 from megatron_ext.interchange.open import open_source
@@ -81,10 +82,10 @@ def inherited(load: Path) -> None:
 
 
 def resumed(load: Path) -> None:
-    build_tokenizer(from_command_line(load))
+    build_tokenizer(from_command_line(load).tokenizer)
 
 
-def from_command_line(load: Path) -> Namespace:
+def from_command_line(load: Path) -> RunConfig:
     flags = ["--use-checkpoint-args", "--load", str(load), "--mock-data", "--micro-batch-size", "1"]
     return read_args([*flags, "--train-iters", "1", "--lr", "1e-4"], world_size=1, check_files=False)
 
@@ -104,19 +105,19 @@ def test_the_code_would_run(tmp_path):
     folder = evil_tokenizer(tmp_path / "tokenizer", tmp_path / "trace")
     flags = dict(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(folder))
     with pytest.raises(TokenizerError, match="give --trust-remote-code"):
-        build_tokenizer(Namespace(**flags))
+        build_tokenizer(TokenizerConfig(**flags))
     assert not (tmp_path / "trace").exists()
     with pytest.raises(TokenizerError, match="cannot load it"):  # it is no complete tokenizer
-        build_tokenizer(Namespace(**flags, trust_remote_code=True))
+        build_tokenizer(TokenizerConfig(**flags, trust_remote_code=True))
     assert (tmp_path / "trace").exists()
 
 
 def test_what_a_user_decides_is_not_taken_from_a_checkpoint(saved):
     plain, plainly_resumed = arguments(read_checkpoint_args(saved), saved), from_command_line(saved)
     saved_args = read_checkpoint_args(alter(saved, **FOREIGN))
-    assert not set(vars(saved_args)) & set(FOREIGN)
+    assert not set(saved_args) & set(FOREIGN)
     assert arguments(saved_args, saved) == plain and from_command_line(saved) == plainly_resumed
-    assert not set(vars(open_source(saved).args)) & set(FOREIGN)
+    assert not set(open_source(saved).saved) & set(FOREIGN)
 
 
 def test_no_listed_argument_is_a_path_or_free_text():
@@ -172,10 +173,10 @@ def test_a_checkpoint_that_does_not_say_what_it_is(saved):
 
 
 def test_a_checkpoint_without_a_tokenizer_takes_the_given_one(saved):
-    args = arguments(read_checkpoint_args(saved), saved)
-    assert args.tokenizer_type == "NullTokenizer"
+    run = arguments(read_checkpoint_args(saved), saved)
+    assert run.tokenizer.tokenizer_type == "NullTokenizer"
     with pytest.raises(TokenizerError, match="'the' is not a number from 0 to 64: there is no tokenizer"):
-        build_tokenizer(args).tokenize("the cat")
+        build_tokenizer(run.tokenizer).tokenize("the cat")
     with pytest.raises(TokenizerError, match="'65' is not"):
-        build_tokenizer(args).tokenize("1 65")
-    assert build_tokenizer(args).tokenize("1 64") == [1, 64]
+        build_tokenizer(run.tokenizer).tokenize("1 65")
+    assert build_tokenizer(run.tokenizer).tokenize("1 64") == [1, 64]

@@ -1,6 +1,5 @@
 """A tiny PanGu-pi model, trained on made-up tokens, for the tests of checkpoints."""
 
-from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -9,6 +8,7 @@ from megatron.core import num_microbatches_calculator, parallel_state
 from megatron.core.distributed import finalize_model_grads
 
 from megatron_ext.arguments import parse_args
+from megatron_ext.config import RunConfig
 from megatron_ext.models.builder import build_model, ddp_config, wrap_for_training
 from megatron_ext.models.config import transformer_config
 from megatron_ext.training.optimizer import build_optimizer, optimizer_config
@@ -35,8 +35,8 @@ PI_MODULES = """
 """
 
 
-def arguments(layout: Layout, *more: str, pi: str = PI_MODULES, device: str | None = None) -> Namespace:
-    """The arguments of a tiny run at ``layout``; ``pi`` are the flags of the PanGu-pi modules.
+def arguments(layout: Layout, *more: str, pi: str = PI_MODULES, device: str | None = None) -> RunConfig:
+    """The configuration of a tiny run at ``layout``; ``pi`` are the flags of the PanGu-pi modules.
 
     ``device`` assumes a machine, as for a command line that is checked for another one.
     """
@@ -48,31 +48,33 @@ def arguments(layout: Layout, *more: str, pi: str = PI_MODULES, device: str | No
     ]
     if layout.vpp:
         flags += ["--num-layers-per-virtual-pipeline-stage", str(4 // layout.pp // layout.vpp)]
-    args = parse_args([*flags, *more], world_size=layout.world_size, device=device)
-    args.padded_vocab_size = VOCABULARY + 16
-    args.tokenizer_sha256 = "0" * 64
-    return args
+    run = parse_args([*flags, *more], world_size=layout.world_size, device=device)
+    return run.but(padded_vocab_size=VOCABULARY + 16, tokenizer_sha256="0" * 64)
 
 
 @dataclass
 class Run:
     """Model, optimizer and scheduler of a tiny run, and what it did so far."""
 
-    args: Namespace
+    config: RunConfig
     iteration: int = 0
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        args = self.args
+        run = self.config
         num_microbatches_calculator.unset_num_microbatches_calculator()
         num_microbatches_calculator.init_num_microbatches_calculator(
-            0, None, args.global_batch_size, args.micro_batch_size, args.data_parallel_size
+            0,
+            None,
+            run.training.global_batch_size,
+            run.training.micro_batch_size,
+            run.parallel.data_parallel_size,
         )
-        config = transformer_config(args)
-        self.model = wrap_for_training(build_model(config, args), config, ddp_config(args))
-        self.optimizer = build_optimizer(optimizer_config(args), self.model)
-        self.scheduler = build_scheduler(self.optimizer, args)
+        config = transformer_config(run)
+        self.model = wrap_for_training(build_model(config, run), config, ddp_config(run))
+        self.optimizer = build_optimizer(optimizer_config(run), self.model)
+        self.scheduler = build_scheduler(self.optimizer, run)
         config.grad_scale_func = self.optimizer.scale_loss
         config.finalize_model_grads_func = finalize_model_grads
         for chunk in self.model:
@@ -81,7 +83,7 @@ class Run:
     @property
     def parts(self) -> dict:
         """What is saved and loaded."""
-        return dict(model=self.model, optimizer=self.optimizer, scheduler=self.scheduler, args=self.args)
+        return dict(model=self.model, optimizer=self.optimizer, scheduler=self.scheduler, run=self.config)
 
     @property
     def run_state(self) -> dict:
@@ -92,7 +94,7 @@ class Run:
         for _ in range(steps):
             iterators = [iter(self._microbatches()) for _ in self.model]
             parts = self.model, self.optimizer, self.scheduler
-            result = train_step(iterators, *parts, self.args, before_update=before_update)
+            result = train_step(iterators, *parts, self.config, before_update=before_update)
             self.iteration += 1
             last_stage = parallel_state.get_pipeline_model_parallel_last_rank()
             loss = torch.tensor([result.lm_loss], dtype=torch.float64)

@@ -29,22 +29,22 @@ PI = (
 PLAIN = "--num-layers 3 --hidden-size 64 --num-attention-heads 4 --max-position-embeddings 32"
 
 
-def built_parameters(args, vocabulary: int) -> int:
+def built_parameters(run, vocabulary: int) -> int:
     """Parameters of the model that the builder makes, without memory for their values."""
     from megatron.core.models.gpt import GPTModel
 
     from megatron_ext.models.config import transformer_config
     from megatron_ext.models.layer_specs import block_spec
 
-    config = transformer_config(args)
+    config = transformer_config(run)
     with FakeTensorMode():
         model = GPTModel(
             config=config,
             transformer_layer_spec=block_spec(config),
             vocab_size=vocabulary,
-            max_sequence_length=args.max_position_embeddings,
-            share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
-            position_embedding_type=args.position_embedding_type,
+            max_sequence_length=run.model.max_position_embeddings,
+            share_embeddings_and_output_weights=not run.model.untie_embeddings_and_output_weights,
+            position_embedding_type=run.model.position_embedding_type,
         )
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -62,24 +62,25 @@ def built_parameters(args, vocabulary: int) -> int:
     ],
 )
 def test_parameters_equal_the_built_models(single_process, flags):
-    args = read_args(f"{RUN} --micro-batch-size 1 {flags}".split(), world_size=1, device="cpu")
-    assert describe.total_parameters(describe.shape_of(args, 128)) == built_parameters(args, 128)
+    run = read_args(f"{RUN} --micro-batch-size 1 {flags}".split(), world_size=1, device="cpu")
+    assert run.but(padded_vocab_size=128).model.num_parameters == built_parameters(run, 128)
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("pangu")])
 def test_paper_models_parameters_equal_the_built_models(single_process, name):
-    args = read_args(f"{RUN} --micro-batch-size 1 --model-preset {name}".split(), world_size=1, device="cpu")
-    shape = describe.shape_of_preset(preset(name))
-    assert describe.total_parameters(shape) == built_parameters(args, shape.vocabulary)
+    run = read_args(f"{RUN} --micro-batch-size 1 --model-preset {name}".split(), world_size=1, device="cpu")
+    model = preset(name)
+    assert model.num_parameters == built_parameters(run, model.vocab_rows)
+    assert sum(describe.parts(model).values()) == model.num_parameters
 
 
 @pytest.mark.parametrize(("name", "total"), [("1b-pro", 1.0e9), ("1.5b-pro", 1.5e9)])
 def test_pro_models_are_as_large_as_the_paper_says(name, total):
-    assert describe.total_parameters(describe.shape_of_preset(preset(name))) == pytest.approx(total, rel=0.01)
+    assert preset(name).num_parameters == pytest.approx(total, rel=0.01)
 
 
 def test_embedding_shares():
-    share = {name: describe.embedding_share(describe.shape_of_preset(preset(name))) for name in PRESETS}
+    share = {name: describe.embedding_share(preset(name)) for name in PRESETS}
     assert share["pangu-pi-1b"] == pytest.approx(0.3819, abs=0.002)
     assert share["pangu-pi-1b-pro"] < 0.20
 
@@ -87,24 +88,24 @@ def test_embedding_shares():
 @pytest.mark.parametrize("flags", [*VARIANTS.values(), PI], ids=[*VARIANTS, "pi"])
 def test_flops_are_those_that_torch_counts(single_process, monkeypatch, flags):
     monkeypatch.setattr(fused, "_kernels", None)  # torch counts its own operators only
-    args = read_args([*STOCK.split(), *flags.split()], world_size=1, device="cpu")
-    args.padded_vocab_size = 256
-    shape = describe.shape_of(args, args.padded_vocab_size)
-    [model] = build_model(transformer_config(args), args)
+    run = read_args([*STOCK.split(), *flags.split()], world_size=1, device="cpu")
+    run = run.but(padded_vocab_size=256)
+    shape, length = run.model, run.data.seq_length
+    [model] = build_model(transformer_config(run), run)
     ids = tokens()
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(ids, positions(ids), None, labels=ids.roll(-1, 1)).mean().backward()
-    masked = 6 * shape.layers * shape.query_width * shape.sequence  # which plain attention multiplies too
-    assert counter.get_total_flops() == ids.numel() * (describe.flops_per_token(shape) + masked)
+    masked = 6 * shape.num_layers * shape.query_width * length  # which plain attention multiplies too
+    assert counter.get_total_flops() == ids.numel() * (shape.flops_per_token(length) + masked)
 
 
 class TestMemory:
     """Memory of a layout."""
 
-    SHAPE = describe.shape_of_preset(preset("1b-pro"))
+    SHAPE = preset("1b-pro")
 
     def test_one_device_holds_everything(self):
-        total, memory = describe.total_parameters(self.SHAPE), describe.memory(self.SHAPE, describe.Layout())
+        total, memory = self.SHAPE.num_parameters, describe.memory(self.SHAPE, describe.Layout())
         assert (memory["weights"], memory["gradients"], memory["optimizer"]) == (
             4 * total,
             4 * total,
@@ -112,7 +113,7 @@ class TestMemory:
         )
 
     def test_bf16_keeps_main_weights(self):
-        total = describe.total_parameters(self.SHAPE)
+        total = self.SHAPE.num_parameters
         memory = describe.memory(self.SHAPE, describe.Layout(bytes_each=2))
         assert sum(memory.values()) - memory["activations"] == 18 * total
 
@@ -125,7 +126,7 @@ class TestMemory:
     def test_stages_hold_the_whole_model_once(self):
         layout = describe.Layout(pipeline=3)
         held = sum(describe.parameters_of_rank(self.SHAPE, layout, stage) for stage in range(3))
-        assert held == pytest.approx(describe.total_parameters(self.SHAPE))
+        assert held == pytest.approx(self.SHAPE.num_parameters)
 
     def test_recomputation_and_sequence_parallelism_save_activations(self):
         def activations(**layout):
@@ -136,12 +137,12 @@ class TestMemory:
 
 
 def test_candidates_keep_the_budget():
-    like = describe.shape_of_preset(preset("1b-pro"))
+    like = preset("1b-pro")
     found = list(describe.candidates(1.0e9, like))
     assert len(found) > 20
     for shape in found:
-        assert describe.total_parameters(shape) == pytest.approx(1.0e9, rel=0.01)
-        assert shape.ffn % 128 == 0 and 2 <= shape.ffn / shape.hidden <= 4
+        assert shape.num_parameters == pytest.approx(1.0e9, rel=0.01)
+        assert shape.ffn_hidden_size % 128 == 0 and 2 <= shape.ffn_hidden_size / shape.hidden_size <= 4
 
 
 def run_tool(*flags: str) -> subprocess.CompletedProcess:

@@ -1,6 +1,7 @@
 """What a model computes is taken from its checkpoint and never contradicted; one table says what that is."""
 
 import ast
+import dataclasses
 import inspect
 from argparse import Namespace
 from pathlib import Path
@@ -11,7 +12,9 @@ import torch
 
 from megatron_ext.arguments.parser import CommandLineError, read_args
 from megatron_ext.arguments.refused import known_to_upstream
-from megatron_ext.config import model_function, options, sections
+from megatron_ext.checkpoint.saved_args import arguments_of
+from megatron_ext.config import RunConfig, model_function, options
+from megatron_ext.config.model import ModelConfig
 from megatron_ext.interchange import shape
 from megatron_ext.models import builder
 
@@ -27,8 +30,12 @@ GPT = """--num-layers 2 --hidden-size 64 --num-attention-heads 4 --max-position-
     --position-embedding-type learned_absolute"""
 
 
-def read(line: str) -> Namespace:
+def read(line: str) -> RunConfig:
     return read_args(f"{RUN} --seq-length 32 {line}".split(), world_size=1, device="cpu")
+
+
+def differences(saved: RunConfig, run: RunConfig) -> list[str]:
+    return model_function.differences(saved.flat(), run.model)
 
 
 def problems_of(line: str) -> str:
@@ -37,11 +44,11 @@ def problems_of(line: str) -> str:
     return str(caught.value)
 
 
-def checkpoint(folder: Path, args: Namespace, iteration: int = 1) -> Path:
-    """A folder whose checkpoint says ``args``; there is nothing else in it."""
+def checkpoint(folder: Path, run, iteration: int = 1) -> Path:
+    """A folder whose checkpoint says ``run``; there is nothing else in it."""
     place = folder / f"iter_{iteration:07d}"
     place.mkdir(parents=True)
-    torch.save({"args": args}, place / "common.pt")
+    torch.save({"args": run if isinstance(run, Namespace) else arguments_of(run)}, place / "common.pt")
     with open(place / "__0_0.distcp", "wb") as tensors:
         tensors.truncate(1 << 30)  # as large as any of these models, without taking room
     (folder / "latest_checkpointed_iteration.txt").write_text(str(iteration))
@@ -58,32 +65,34 @@ def another(name: str, value):
     return 3 if value is None else value * 2
 
 
-def test_every_flag_of_the_model_is_compared_or_said_not_to_matter():
-    """A new option is compared as long as nobody writes down why it need not be."""
-    flags = {option.name for title in ("PanGu-pi", "model") for option in sections()[title]}
-    assert flags == {*model_function.names()} | model_function.NOT_THE_FUNCTION
-    assert not {*model_function.names()} & model_function.NOT_THE_FUNCTION
+def test_every_field_of_a_model_is_compared():
+    """A new field is compared as long as nobody writes down that the vocabulary settles it."""
+    fields = {field.name for field in dataclasses.fields(ModelConfig)}
+    assert fields == {*model_function.names()} | {"padded_vocab_size", "softmax_vocab_size"}
+    assert {*read(LLAMA).model.effective()} == {*model_function.names()}
 
 
 @pytest.mark.parametrize("name", model_function.names())
 def test_a_difference_of_any_is_seen(name):
     seen = []
     for line in (LLAMA, GPT):
-        saved = read(line)
-        changed = Namespace(**vars(saved) | {name: another(name, getattr(saved, name))})
+        run = read(line)
+        saved = run.flat()
+        changed = ModelConfig.draft(**vars(run.model) | {name: another(name, saved[name])})
         seen += model_function.differences(saved, changed)
-        assert model_function.differences(saved, saved) == []
+        assert model_function.differences(saved, run.model) == []
     assert any(model_function.spelled(name) in difference for difference in seen)
 
 
 def test_what_a_model_is_built_from_is_compared():
+    """The builder reads the model of the configuration, a seed, and no more of it."""
     tree = ast.parse(inspect.getsource(builder.build_model) + inspect.getsource(builder._build_chunk))
     read_there = {
-        node.attr
+        ast.unparse(node)
         for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args"
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "run"
     }
-    assert read_there - {*model_function.names()} == {"padded_vocab_size", "seed"}
+    assert read_there == {"run.model", "run.init"}
 
 
 def test_what_a_model_is_exchanged_by_is_the_same_list():
@@ -122,8 +131,8 @@ def test_each_of_upstreams_other_architectures_is_noticed():
 
 def test_what_the_command_line_leaves_open_is_taken(tmp_path, capsys):
     saved = read(LLAMA)
-    args = read(f"--load {checkpoint(tmp_path, saved)}")
-    assert model_function.function_of(args) == model_function.function_of(saved)
+    run = read(f"--load {checkpoint(tmp_path, saved)}")
+    assert run.model == saved.model
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith(f"taken from the checkpoint in --load {tmp_path}: --num-layers 2, ")
     assert "--rotary-base 500000" in line and "--norm-epsilon (layernorm_epsilon) 1e-06" in line
@@ -158,13 +167,13 @@ def test_what_is_typed_must_not_contradict(tmp_path, typed, told, way):
 
 def test_a_preset_that_says_the_same_goes_on(tmp_path):
     folder = checkpoint(tmp_path, read("--model-preset tiny"))
-    assert read(f"--model-preset tiny --load {folder}").augmented_shortcuts == 1
+    assert read(f"--model-preset tiny --load {folder}").model.augmented_shortcuts == 1
 
 
 def test_a_preset_gives_way_to_the_checkpoint_where_that_is_asked_for(tmp_path):
     folder = checkpoint(tmp_path, read(f"{LLAMA} --hidden-dropout 0.25"))
-    args = read(f"--model-preset tiny --use-checkpoint-args --load {folder}")
-    assert (args.rotary_base, args.num_layers, args.hidden_dropout) == (500000, 2, 0.25)
+    run = read(f"--model-preset tiny --use-checkpoint-args --load {folder}")
+    assert (run.model.rotary_base, run.model.num_layers, run.layers.hidden_dropout) == (500000, 2, 0.25)
     assert "--rotary-base: checkpoint 500000, this run 7" in problems_of(
         f"--use-checkpoint-args --load {folder} --rotary-base 7"
     )
@@ -172,13 +181,13 @@ def test_a_preset_gives_way_to_the_checkpoint_where_that_is_asked_for(tmp_path):
 
 def test_as_many_groups_as_heads_are_none():
     plain, grouped = read(GPT), read(f"{GPT} --group-query-attention --num-query-groups 4")
-    assert model_function.differences(plain, grouped) == []
-    assert model_function.differences(plain, read(f"{GPT} --group-query-attention --num-query-groups 2"))
+    assert differences(plain, grouped) == []
+    assert differences(plain, read(f"{GPT} --group-query-attention --num-query-groups 2"))
 
 
 def test_positions_matter_where_they_are_learned():
-    assert model_function.differences(read(GPT), read(f"{GPT} --max-position-embeddings 128"))
-    assert not model_function.differences(read(LLAMA), read(f"{LLAMA} --max-position-embeddings 128"))
+    assert differences(read(GPT), read(f"{GPT} --max-position-embeddings 128"))
+    assert not differences(read(LLAMA), read(f"{LLAMA} --max-position-embeddings 128"))
 
 
 #: Of an older version of Megatron-LM, without the options of later ones and of ours.
@@ -192,9 +201,13 @@ UPSTREAM = Namespace(
 
 def test_what_an_older_megatron_lm_does_not_say_is_its_default(tmp_path):
     folder = checkpoint(tmp_path, UPSTREAM)
-    args = read(f"--load {folder}")
-    assert (args.normalization, args.rotary_base, args.add_qkv_bias) == ("RMSNorm", 10000, True)
-    assert args.layernorm_epsilon == 1e-6
+    run = read(f"--load {folder}")
+    assert (run.model.normalization, run.model.rotary_base, run.model.add_qkv_bias) == (
+        "RMSNorm",
+        10000,
+        True,
+    )
+    assert run.model.layernorm_epsilon == 1e-6
     found = problems_of(f"--load {folder} --rotary-base 1000000 --use-rope-scaling --norm-epsilon 1e-5")
     for flag in ("--rotary-base", "--use-rope-scaling", "--norm-epsilon"):
         assert f"{flag}: checkpoint" in found or f"{flag} (layernorm_epsilon): checkpoint" in found
@@ -220,4 +233,4 @@ def test_one_that_cannot_be_read_leaves_it_to_the_one_before(tmp_path):
     checkpoint(tmp_path, read(LLAMA), 1)
     newest = checkpoint(tmp_path, read(LLAMA), 2) / "iter_0000002" / "common.pt"
     newest.write_bytes(newest.read_bytes()[:100])
-    assert read(f"--load {tmp_path}").rotary_base == 500000
+    assert read(f"--load {tmp_path}").model.rotary_base == 500000

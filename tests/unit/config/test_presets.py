@@ -6,7 +6,10 @@ from megatron_ext.config.presets import PRESETS, preset
 
 
 def test_paper_shapes():
-    shapes = {name: (p.layers, p.hidden, p.heads, p.vocabulary) for name, p in PRESETS.items()}
+    shapes = {
+        name: (p.num_layers, p.hidden_size, p.num_attention_heads, p.softmax_vocab_size)
+        for name, p in PRESETS.items()
+    }
     assert shapes["pangu-pi-1b"] == (12, 2048, 16, 100883)
     assert shapes["pangu-pi-7b"] == (29, 4096, 32, 100883)
     assert shapes["pangu-pi-1b-pro"] == (21, 1792, 14, 48000)
@@ -17,8 +20,8 @@ def test_paper_shapes():
 def test_short_names_and_heads_of_128(name):
     shape = preset(name)
     assert shape is PRESETS[f"pangu-pi-{name}"]
-    assert shape.hidden == 128 * shape.heads
-    assert shape.ffn % 128 == 0
+    assert shape.hidden_size == 128 * shape.num_attention_heads
+    assert shape.ffn_hidden_size % 128 == 0
 
 
 def test_unknown_preset_lists_the_known():

@@ -5,12 +5,13 @@ import gzip
 import hashlib
 import json
 import random
-from argparse import Namespace
 from pathlib import Path
 
 import sentencepiece
 import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+from megatron_ext.config.data import TokenizerConfig
 
 WORDS = "the model learns from text 中文 数据 and café naïve 🙂 def return 1234 x_y".split()
 
@@ -46,15 +47,8 @@ def train_tokenizer(folder: Path) -> Path:
     return folder / "tiny.model"
 
 
-def flags(model: Path) -> Namespace:
-    return Namespace(
-        tokenizer_type="SentencePieceTokenizer",
-        tokenizer_model=str(model),
-        tokenizer_hf_use_fast=False,
-        tokenizer_hf_include_special_tokens=False,
-        vocab_size=None,
-        trust_remote_code=False,
-    )
+def flags(model: Path) -> TokenizerConfig:
+    return TokenizerConfig(tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(model))
 
 
 def upstream(prefix: Path, records: list[str | list[str]], model: Path, append_eod: bool = True) -> str:

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import time
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import get_blend_from_list
 
 from megatron_ext.common import files
+from megatron_ext.config import RunConfig
 from megatron_ext.data import DatasetError, build_data_loader, build_datasets, index_cache
 from megatron_ext.data.manifest import check_dataset
 from megatron_ext.data.sampler import CyclicSampler, SequentialSampler
@@ -30,17 +30,12 @@ LENGTHS = [5, 90, 33, 1, 60, 17, 120, 8, 44, 71] * 4
 SIZES = (60, 8, 4)
 
 
-def arguments(**changes) -> Namespace:
+def arguments(**changes) -> RunConfig:
     values = dict(
-        data_path=None, train_data_path=None, valid_data_path=None, test_data_path=None, data_args_path=None,
-        per_split_data_args_path=None, mock_data=False, data_cache_path=None, split="80,15,5", seed=1234,
-        seq_length=32, num_dataset_builder_threads=1, mmap_bin_files=True, reset_position_ids=False,
-        reset_attention_mask=False, eod_mask_loss=False, create_attention_mask_in_dataloader=True,
-        dataloader_type="single", num_workers=0, micro_batch_size=2,
-        data_parallel_rank=0, data_parallel_size=1, tokenizer_type="NullTokenizer", tokenizer_model=None,
-        vocab_size=255,
+        split="80,15,5", seq_length=32, dataloader_type="single", num_workers=0, micro_batch_size=2,
+        tokenizer_type="NullTokenizer", vocab_size=255,
     )  # fmt: skip
-    return Namespace(**values | changes)
+    return RunConfig.of(values | changes)
 
 
 @pytest.fixture
@@ -49,19 +44,19 @@ def two(tmp_path) -> list[str]:
     return [str(corpora.make_dataset(tmp_path / name, LENGTHS, seed=i)) for i, name in enumerate("ab")]
 
 
-def build(args: Namespace, sizes=SIZES) -> tuple:
-    return build_datasets(args, build_tokenizer(args), sizes)
+def build(run, sizes=SIZES) -> tuple:
+    return build_datasets(run, build_tokenizer(run.tokenizer), sizes)
 
 
 def tokens(dataset, count: int = 60) -> list[list[int]]:
     return [dataset[i]["tokens"].tolist() for i in range(min(count, len(dataset)))]
 
 
-def upstreams(args: Namespace, cache: Path, **blend) -> list:
+def upstreams(run, cache: Path, **blend) -> list:
     """The datasets of Megatron-Core's builder, as pretrain_gpt.py calls it."""
     config = GPTDatasetConfig(
-        random_seed=args.seed, sequence_length=args.seq_length, num_dataset_builder_threads=1,
-        path_to_cache=str(cache), tokenizer=build_tokenizer(args), reset_position_ids=False,
+        random_seed=run.init.seed, sequence_length=run.data.seq_length, num_dataset_builder_threads=1,
+        path_to_cache=str(cache), tokenizer=build_tokenizer(run.tokenizer), reset_position_ids=False,
         reset_attention_mask=False, eod_mask_loss=False, **blend,
     )  # fmt: skip
     return BlendedMegatronDatasetBuilder(GPTDataset, list(SIZES), lambda: True, config).build()
@@ -75,23 +70,23 @@ def test_upstreams_samples(single_process, two, tmp_path, kind):
         "no weights": two,
         "three": [two[0], two[1], two[0]],
     }[kind]
-    args = arguments(data_path=words, data_cache_path=str(tmp_path / "ours"))
-    theirs = upstreams(args, tmp_path / "theirs", blend=get_blend_from_list(words), split=args.split)
-    ours = build(args)
+    run = arguments(data_path=words, data_cache_path=str(tmp_path / "ours"))
+    theirs = upstreams(run, tmp_path / "theirs", blend=get_blend_from_list(words), split=run.data.split)
+    ours = build(run)
     for mine, reference in zip(ours, theirs, strict=True):
         assert len(mine) == len(reference)
         assert tokens(mine) == tokens(reference)
-    again = build(args)  # from the cache
+    again = build(run)  # from the cache
     assert tokens(again[0]) == tokens(theirs[0])
     assert not list((tmp_path / "ours").glob(".building-*"))
 
 
 def test_without_process_group(two, tmp_path):
     """A lone process, threads, the default cache beside the data."""
-    args = arguments(data_path=["1", two[0], "3", two[1]], num_dataset_builder_threads=3)
-    first = build(args)
+    run = arguments(data_path=["1", two[0], "3", two[1]], num_dataset_builder_threads=3)
+    first = build(run)
     assert (Path(two[0]) / "cache" / "GPTDataset_indices").is_dir()
-    assert tokens(first[0]) == tokens(build(args)[0])
+    assert tokens(first[0]) == tokens(build(run)[0])
 
 
 def test_per_split_paths_and_files_of_arguments(single_process, two, tmp_path):
@@ -130,10 +125,10 @@ def test_mask_only_where_it_is_not_causal(two):
 def test_the_golden_dataset_of_megatron_lm(shared, tmp_path):
     """Its shape under the flags of the golden run: 20 iterations of 4 samples, one validation of 2."""
     prefix = shared / "reference" / "golden" / "gqa_1p" / "data" / "one_text_document"
-    args = arguments(
+    run = arguments(
         data_path=[str(prefix)], split="90,10,0", seq_length=64, vocab_size=256, data_cache_path=str(tmp_path)
     )
-    train, valid, test = build(args, (80, 8, 8))
+    train, valid, test = build(run, (80, 8, 8))
     assert len(train) >= 80 and len(valid) >= 8 and test is None
     assert all(int(train[i]["tokens"].max()) <= 256 for i in range(80))
 
@@ -181,7 +176,7 @@ def test_an_altered_bound_in_a_long_index_is_seen(tmp_path, monkeypatch):
 def test_dataset_of_another_tokenizer(two, tmp_path):
     with pytest.raises(DatasetError, match=r"a.bin: holds the id 1\d\d, but the tokenizer has 101 ids"):
         build(arguments(data_path=two[:1], vocab_size=100))
-    tokenizer = build_tokenizer(arguments())
+    tokenizer = build_tokenizer(arguments().tokenizer)
     manifest = {"format": "megatron_ext.dataset/1", "tokenizer": {"name": "other.model", "sha256": "0" * 64}}
     Path(f"{two[0]}.json").write_text(json.dumps(manifest))
     with pytest.raises(DatasetError, match=r"a.bin: was made with the tokenizer other.model"):
@@ -205,22 +200,22 @@ def test_wrong_blends(words):
 
 def test_a_half_written_cache_is_built_again(two, tmp_path):
     """Files cut off, as a killed stock Megatron leaves them, are no cache."""
-    args = arguments(data_path=two[:1], data_cache_path=str(tmp_path / "cache"))
-    expected = tokens(build(args)[0])
+    run = arguments(data_path=two[:1], data_cache_path=str(tmp_path / "cache"))
+    expected = tokens(build(run)[0])
     for path in (tmp_path / "cache").glob("*.npy"):
         os.truncate(path, path.stat().st_size - 4)
-    assert tokens(build(args)[0]) == expected
+    assert tokens(build(run)[0]) == expected
     for path in (tmp_path / "cache").glob("*sample_index.npy"):
         np.save(path, np.array([object()]), allow_pickle=True)  # never unpickled
-    assert tokens(build(args)[0]) == expected
+    assert tokens(build(run)[0]) == expected
 
 
 @pytest.mark.parametrize("words", [1, 2], ids=["one", "blend"])
 def test_an_altered_index_is_named_and_built_again(single_process, two, tmp_path, caplog, words):
     """A flipped bit anywhere in a file that is used, found by its checksum."""
     cache = tmp_path / "cache"
-    args = arguments(data_path=two[:words], data_cache_path=str(cache))
-    expected = [tokens(dataset) for dataset in build(args)]
+    run = arguments(data_path=two[:words], data_cache_path=str(cache))
+    expected = [tokens(dataset) for dataset in build(run)]
     sound = {path.name: path.read_bytes() for path in sorted(cache.iterdir())}
     assert not caplog.records
     names = [name for name in sound if name.endswith("train-sample_index.npy")]
@@ -229,22 +224,22 @@ def test_an_altered_index_is_named_and_built_again(single_process, two, tmp_path
         harmed = bytearray(sound[name])
         harmed[-3] ^= 1
         (cache / name).write_bytes(harmed)
-        assert [tokens(dataset) for dataset in build(args)] == expected
+        assert [tokens(dataset) for dataset in build(run)] == expected
         assert caplog.text.count("was altered") == 1 and f"{cache / name}: was altered" in caplog.text
         assert {path.name: path.read_bytes() for path in cache.iterdir()} == sound
         caplog.clear()
     assert len(names) == (1 if words == 1 else 4)
-    build(args)
+    build(run)
     assert not caplog.records
 
 
 def test_a_lost_index_is_built_without_writing_to_the_others(two, tmp_path):
-    args = arguments(data_path=two[:1], data_cache_path=str(tmp_path / "cache"))
-    expected = tokens(build(args)[0])
+    run = arguments(data_path=two[:1], data_cache_path=str(tmp_path / "cache"))
+    expected = tokens(build(run)[0])
     files = {path: path.stat().st_ino for path in (tmp_path / "cache").glob("*train-*.npy")}
     [lost] = [path for path in files if path.name.endswith("shuffle_index.npy")]
     lost.unlink()
-    assert tokens(build(args)[0]) == expected
+    assert tokens(build(run)[0]) == expected
     assert all(path.stat().st_ino != number for path, number in files.items())  # replaced, not written to
 
 
@@ -313,19 +308,19 @@ def test_unwritable_cache(two, tmp_path):
         build(arguments(data_path=two[:1], data_cache_path=str(tmp_path / "file" / "cache")))
 
 
-def check_all_ranks(args: Namespace) -> list[list[int]] | str:
+def check_all_ranks(run) -> list[list[int]] | str:
     try:
-        return tokens(build(args)[0])
+        return tokens(build(run)[0])
     except DatasetError as error:
         return str(error)
 
 
 def test_all_ranks_agree(pool, two, tmp_path):
-    args = arguments(data_path=["1", two[0], "2", two[1]], data_cache_path=str(tmp_path / "cache"))
-    results = pool.run(3, check_all_ranks, args)
+    run = arguments(data_path=["1", two[0], "2", two[1]], data_cache_path=str(tmp_path / "cache"))
+    results = pool.run(3, check_all_ranks, run)
     assert results[0] == results[1] == results[2] and len(results[0]) == 60
     os.truncate(f"{two[1]}.bin", 10)
-    errors = pool.run(3, check_all_ranks, args)
+    errors = pool.run(3, check_all_ranks, run)
     assert len(set(errors)) == 1 and "b.bin" in errors[0]
 
 
@@ -366,8 +361,8 @@ def test_cyclic_order_is_upstreams():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_loader_stacks_the_samples(two, workers):
     train = build(arguments(data_path=two[:1]))[0]
-    args = arguments(num_workers=workers, data_parallel_rank=1, data_parallel_size=2, micro_batch_size=3)
-    batches = list(build_data_loader(train, args, consumed_samples=6))
+    run = arguments(num_workers=workers, data_parallel_size=2, micro_batch_size=3)
+    batches = list(build_data_loader(train, run, consumed_samples=6, rank=1))
     assert len(batches) == (len(train) - 6) // 6
     for k, batch in enumerate(batches):
         assert batch["tokens"].tolist() == [train[6 + k * 6 + 3 + i]["tokens"].tolist() for i in range(3)]

@@ -18,10 +18,10 @@ def prefix(tmp_path) -> str:
     return str(corpora.make_dataset(tmp_path / "padded", LENGTHS, vocabulary=VOCABULARY))
 
 
-def dataset(args):
-    tokenizer = build_tokenizer(args)
+def dataset(run):
+    tokenizer = build_tokenizer(run.tokenizer)
     tokenizer.pad = PAD
-    return build_datasets(args, tokenizer, (40, 0, 0))[0]
+    return build_datasets(run, tokenizer, (40, 0, 0))[0]
 
 
 def expected(train, number: int) -> dict[str, torch.Tensor]:
@@ -57,8 +57,8 @@ def test_every_sample_has_its_own_mask(prefix, source):
     ids=lambda resets: "".join(resets) or "plain",
 )
 def test_a_sample_does_not_depend_on_those_before_it(prefix, resets):
-    args = arguments(data_path=[prefix], split="100,0,0", vocab_size=VOCABULARY, **resets)
-    in_order, backwards = dataset(args), dataset(args)
+    run = arguments(data_path=[prefix], split="100,0,0", vocab_size=VOCABULARY, **resets)
+    in_order, backwards = dataset(run), dataset(run)
     late = [backwards[number] for number in reversed(range(20))][::-1]
     for number in range(20):
         sample = in_order[number]
@@ -66,11 +66,11 @@ def test_a_sample_does_not_depend_on_those_before_it(prefix, resets):
 
 
 def test_batches_do_not_depend_on_workers_or_on_where_a_run_begins(prefix):
-    args = arguments(data_path=[prefix], split="100,0,0", vocab_size=VOCABULARY)
+    run = arguments(data_path=[prefix], split="100,0,0", vocab_size=VOCABULARY)
 
     def batches(workers: int, consumed: int) -> list[dict]:
-        args.num_workers = workers
-        return list(build_data_loader(dataset(args), args, consumed))
+        run.data.num_workers = workers
+        return list(build_data_loader(dataset(run), run, consumed))
 
     whole = batches(0, 0)
     for other in (batches(2, 0)[3:], batches(0, 6)):
@@ -79,9 +79,9 @@ def test_batches_do_not_depend_on_workers_or_on_where_a_run_begins(prefix):
 
 
 def test_pad_tokens_in_the_text_are_told_of(prefix, caplog):
-    args = arguments(data_path=[prefix], split="100,0,0", vocab_size=VOCABULARY)
-    dataset(args)
+    run = arguments(data_path=[prefix], split="100,0,0", vocab_size=VOCABULARY)
+    dataset(run)
     assert "pad token (id 7) as text" in caplog.text
     caplog.clear()
-    build_datasets(args, build_tokenizer(args), (40, 0, 0))  # a tokenizer without a pad token
+    build_datasets(run, build_tokenizer(run.tokenizer), (40, 0, 0))  # a tokenizer without a pad token
     assert not caplog.records

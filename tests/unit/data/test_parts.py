@@ -14,8 +14,8 @@ from tests.unit.data import corpora
 from tests.unit.data.test_datasets import arguments
 
 
-def build(args, sizes=(20, 4, 4)) -> tuple:
-    return build_datasets(args, build_tokenizer(args), sizes)
+def build(run, sizes=(20, 4, 4)) -> tuple:
+    return build_datasets(run, build_tokenizer(run.tokenizer), sizes)
 
 
 @pytest.mark.parametrize("documents", range(1, 41))
@@ -79,10 +79,10 @@ def test_a_file_without_training_data(tmp_path):
     prefix = corpora.make_dataset(tmp_path / "text", [100] * 9)
     path = tmp_path / "parts.json"
     path.write_text(f'{{"train": null, "valid": ["{prefix}"]}}')
-    args = arguments(split=None, per_split_data_args_path=str(path))
+    run = arguments(split=None, per_split_data_args_path=str(path))
     with pytest.raises(DatasetError, match="no training data"):
-        build(args)
-    assert build(args, (0, 4, 4))[0] is None  # --skip-train
+        build(run)
+    assert build(run, (0, 4, 4))[0] is None  # --skip-train
 
 
 def test_epochs_and_weights_that_come_to_nothing(tmp_path):

@@ -98,10 +98,10 @@ def test_slices_a_checkpoint_and_its_vocabulary(folder, tmp_path, capsys):
 
 def loads(save: str, layout: Layout, shape) -> None:
     """The checkpoint loads into the trainer's model at this layout."""
-    args = toy.arguments(shape, tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp)
-    args.padded_vocab_size, args.finetune = shape.padded_vocab_size, True
-    model = build_model(transformer_config(args), args)
-    assert load_checkpoint(save, model=model, args=args) is not None
+    run = toy.arguments(shape, tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp)
+    run = run.but(padded_vocab_size=shape.padded_vocab_size, finetune=True)
+    model = build_model(transformer_config(run), run)
+    assert load_checkpoint(save, model=model, run=run) is not None
 
 
 def test_loads_at_another_layout(folder, tmp_path, pool):

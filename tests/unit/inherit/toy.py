@@ -1,10 +1,9 @@
 """Small models of any shape with random weights, and slices of them."""
 
-from argparse import Namespace
-
 import torch
 
 from megatron_ext.arguments.parser import read_args
+from megatron_ext.config import RunConfig
 from megatron_ext.inherit.axes import bottleneck
 from megatron_ext.inherit.choice import Choice
 from megatron_ext.inherit.slicing import cut, source_key
@@ -34,17 +33,17 @@ def shape(**changes) -> ModelShape:
     return ModelShape(**values | changes)
 
 
-def arguments(of: ModelShape, **changes) -> Namespace:
-    """The trainer's arguments for a model of this shape."""
+def arguments(of: ModelShape, **changes) -> RunConfig:
+    """The trainer's configuration for a model of this shape."""
     flags = [*of.flags(), "--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "100"]
     flags += ["--micro-batch-size", "1", "--train-iters", "1", "--lr", "1e-3"]
-    return Namespace(**vars(read_args(flags, check_files=False)) | {"pangu_init": "random"} | changes)
+    return read_args(flags, check_files=False).but(**{"pangu_init": "random"} | changes)
 
 
 def model(of: ModelShape, seed: int = 1234):
     """A model with weights large enough for every unit to matter; one process."""
-    args = arguments(of, seed=seed, init_method_std=0.2)
-    built = build_model(transformer_config(args), args)[0].eval()
+    run = arguments(of, seed=seed, init_method_std=0.2)
+    built = build_model(transformer_config(run), run)[0].eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in built.named_parameters():

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megatron_ext.checkpoint import load_checkpoint, read_checkpoint_args
+from megatron_ext.checkpoint.saved_args import run_of
 from megatron_ext.inference import Sampling, generate
 from megatron_ext.inference.load import arguments
 from megatron_ext.interchange.export import export_folder
@@ -42,10 +43,10 @@ def in_transformers(folder: Path):
 
 def ours(load: Path, weights: Path | None = None):
     """The model as this project loads it, in a world of one; its weights from another checkpoint if given."""
-    args = arguments(read_checkpoint_args(load), load)
-    args.finetune = weights is not None
-    model = build_model(transformer_config(args), args)
-    assert load_checkpoint(weights or load, model=model, args=args) is not None
+    run = arguments(read_checkpoint_args(load), load)
+    run.checkpoint.finetune = weights is not None
+    model = build_model(transformer_config(run), run)
+    assert load_checkpoint(weights or load, model=model, run=run) is not None
     return model[0].eval()
 
 
@@ -138,7 +139,7 @@ def test_tokenizer_of_a_folder_goes_back_as_it_came(with_tokenizer, tmp_path):
     load = toys.checkpoint(
         tmp_path / "ours", toys.pi_shape(vocab_size=901, padded_vocab_size=1024), tokenizer
     )
-    built = build_tokenizer(read_checkpoint_args(load))
+    built = build_tokenizer(run_of(read_checkpoint_args(load)).tokenizer)
     assert (built.sha256, built.vocab_size) == (tokenizer.sha256, 901)
     out = export(load, tmp_path / "hf")
     assert all((out / name).read_bytes() == (folder / name).read_bytes() for name in names)
@@ -208,6 +209,6 @@ def test_lm_eval_runs_on_it(with_tokenizer, tmp_path):
 
 
 def test_args_build_tokenizer_and_vocabulary(with_tokenizer):
-    args = read_checkpoint_args(with_tokenizer / "ours")
-    tokenizer = build_tokenizer(args)
-    assert (args.vocab_size, args.padded_vocab_size) == (tokenizer.vocab_size, 1024)
+    run = run_of(read_checkpoint_args(with_tokenizer / "ours"))
+    tokenizer = build_tokenizer(run.tokenizer)
+    assert (run.tokenizer.vocab_size, run.model.padded_vocab_size) == (tokenizer.vocab_size, 1024)

@@ -62,7 +62,7 @@ def test_half_precision_is_said_in_the_args(tmp_path):
     words = ("--from", "hf", "--to", "megatron", "--load", path, "--save", tmp_path / "half")
     assert run(*words, "--dtype", "fp16") == 0
     source = open_source(tmp_path / "half")
-    assert source.args.fp16 and source.args.params_dtype == source.shape.dtype == torch.float16
+    assert source.saved["fp16"] and source.saved["params_dtype"] == source.shape.dtype == torch.float16
 
 
 def test_buffers_do_not_widen_a_model(tmp_path):

@@ -51,9 +51,9 @@ def in_transformers(folder: Path, **changes) -> torch.Tensor:
 
 def ours(load: Path) -> torch.Tensor:
     """The logits of a checkpoint's model on IDS."""
-    args = arguments(read_checkpoint_args(load), load)
-    model = build_model(transformer_config(args), args)
-    assert load_checkpoint(load, model=model, args=args) is not None
+    run = arguments(read_checkpoint_args(load), load)
+    model = build_model(transformer_config(run), run)
+    assert load_checkpoint(load, model=model, run=run) is not None
     return model[0].eval()(IDS, torch.arange(POSITIONS)[None], None)[..., : toys.VOCABULARY]
 
 

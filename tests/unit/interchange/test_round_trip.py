@@ -43,11 +43,11 @@ def through(layout: Layout, base: Path, out: Path) -> dict[str, torch.Tensor | N
 
 @torch.no_grad()
 def _through_one(layout: Layout, load: Path, save: Path) -> torch.Tensor | None:
-    args = arguments(read_checkpoint_args(load), load)
-    args.tensor_model_parallel_size, args.pipeline_model_parallel_size = layout.tp, layout.pp
-    model = build_model(transformer_config(args), args)
-    assert load_checkpoint(load, model=model, args=args) is not None
-    save_checkpoint(save, 7, model=model, optimizer=None, scheduler=None, run_state={}, args=args)
+    run = arguments(read_checkpoint_args(load), load)
+    run.parallel.tensor_model_parallel_size, run.parallel.pipeline_model_parallel_size = layout.tp, layout.pp
+    model = build_model(transformer_config(run), run)
+    assert load_checkpoint(load, model=model, run=run) is not None
+    save_checkpoint(save, 7, model=model, optimizer=None, scheduler=None, run_state={}, run=run)
     return _logits(model[0].eval())
 
 

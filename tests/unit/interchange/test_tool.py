@@ -47,7 +47,7 @@ def test_another_number_format(tmp_path):
     words = ("--from", "megatron", "--to", "megatron", "--load", tmp_path / "ours", "--dtype", "bf16")
     assert run(*words, "--save", tmp_path / "half") == 0
     full, half = open_source(tmp_path / "ours"), open_source(tmp_path / "half")
-    assert half.args.bf16
+    assert half.saved["bf16"]
     for key in full.keys():  # noqa: SIM118 (not a dict)
         assert half.get(key).equal(full.get(key).bfloat16())
 

@@ -24,7 +24,7 @@ def read(flags: str, world_size: int = 1, device: str = "cpu"):
 def test_every_preset_makes_a_config(name):
     config = transformer_config(read(f"--model-preset {name}"))
     shape = PRESETS[name]
-    assert (config.num_layers, config.ffn_hidden_size) == (shape.layers, shape.ffn)
+    assert (config.num_layers, config.ffn_hidden_size) == (shape.num_layers, shape.ffn_hidden_size)
     assert (config.gated_linear_unit, config.activation_func) == (True, F.silu)
     assert (config.series_activation_order, config.augmented_shortcuts) == (2, 1)
     assert config.perform_initialization is False
@@ -69,8 +69,8 @@ def test_pipeline_and_virtual_stages():
 
 
 def test_optimizer_and_gradients():
-    args = read("--model-preset tiny --bf16 --use-distributed-optimizer --adam-beta2 0.95 --clip-grad 0.5")
-    optimizer, ddp = optimizer_config(args), ddp_config(args)
+    run = read("--model-preset tiny --bf16 --use-distributed-optimizer --adam-beta2 0.95 --clip-grad 0.5")
+    optimizer, ddp = optimizer_config(run), ddp_config(run)
     assert (optimizer.lr, optimizer.adam_beta2, optimizer.clip_grad) == (1e-3, 0.95, 0.5)
     assert (optimizer.bf16, optimizer.params_dtype) == (True, torch.bfloat16)
     assert optimizer.use_distributed_optimizer and ddp.use_distributed_optimizer
@@ -82,13 +82,13 @@ def test_optimizer_and_gradients():
     [(257, 1, 384), (257, 2, 384), (48000, 1, 48000), (48000, 2, 48000), (48000, 8, 48000), (257, 5, 640)],
 )
 def test_padded_vocabulary_does_not_depend_on_the_layout(true_size, parallel, expected):
-    args = read("--model-preset tiny")
-    args.tensor_model_parallel_size = parallel
-    assert padded_vocab_size(true_size, args) == expected
+    run = read("--model-preset tiny")
+    run.parallel.tensor_model_parallel_size = parallel
+    assert padded_vocab_size(true_size, run) == expected
 
 
 def test_padded_vocabulary_that_was_asked_for():
-    args = read("--model-preset tiny --padded-vocab-size 512")
-    assert padded_vocab_size(257, args) == 512
+    run = read("--model-preset tiny --padded-vocab-size 512")
+    assert padded_vocab_size(257, run) == 512
     with pytest.raises(ValueError, match="must be at least the tokenizer's 600"):
-        padded_vocab_size(600, args)
+        padded_vocab_size(600, run)

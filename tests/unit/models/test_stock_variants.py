@@ -41,19 +41,19 @@ def outcome(model, ids: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Ten
 
 @pytest.mark.parametrize("flags", VARIANTS.values(), ids=VARIANTS)
 def test_layers_are_the_stock_layers(single_process, flags):
-    args = read_args([*SHAPE.split(), *flags.split()], world_size=1)
-    args.padded_vocab_size = 256
-    config = transformer_config(args)
-    [ours] = build_model(config, args)
+    run = read_args([*SHAPE.split(), *flags.split()], world_size=1)
+    run = run.but(padded_vocab_size=256)
+    config = transformer_config(run)
+    [ours] = build_model(config, run)
     theirs = GPTModel(
         config,
-        get_gpt_layer_local_spec(qk_layernorm=args.qk_layernorm, normalization=args.normalization),
-        args.padded_vocab_size,
-        args.max_position_embeddings,
-        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
-        position_embedding_type=args.position_embedding_type,
-        rotary_percent=args.rotary_percent,
-        rotary_base=args.rotary_base,
+        get_gpt_layer_local_spec(qk_layernorm=run.model.qk_layernorm, normalization=run.model.normalization),
+        run.model.padded_vocab_size,
+        run.model.max_position_embeddings,
+        share_embeddings_and_output_weights=not run.model.untie_embeddings_and_output_weights,
+        position_embedding_type=run.model.position_embedding_type,
+        rotary_percent=run.model.rotary_percent,
+        rotary_base=run.model.rotary_base,
     )
     sum_weight_gradients_in_place(theirs)  # there is no buffer to sum them in
     generator = torch.Generator().manual_seed(1)

@@ -16,9 +16,9 @@ def outcome(
     rows: int, tied: bool, softmax: int | None = TOKENS
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Losses [b, s] and every gradient of a model whose vocabulary has so many rows."""
-    args = model_arguments(tied)
-    args.padded_vocab_size, args.softmax_vocab_size = rows, softmax
-    [model] = build_model(small_config(), args)
+    run = model_arguments(tied)
+    run = run.but(padded_vocab_size=rows, softmax_vocab_size=softmax)
+    [model] = build_model(small_config(), run)
     ids = torch.randint(TOKENS, (3, 48), generator=torch.Generator().manual_seed(0))
     losses = model(ids, positions(ids), None, labels=ids.roll(-1, 1))
     losses.mean().backward()
@@ -64,9 +64,9 @@ def test_each_rank_masks_its_own_padding(pool, rows):
 
 
 def test_the_loss_is_torchs_over_the_tokens_alone(single_process):
-    args = model_arguments()
-    args.padded_vocab_size, args.softmax_vocab_size = 256, TOKENS
-    [model] = build_model(small_config(), args)
+    run = model_arguments()
+    run = run.but(padded_vocab_size=256, softmax_vocab_size=TOKENS)
+    [model] = build_model(small_config(), run)
     ids = torch.randint(TOKENS, (2, 48), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         losses = unwrap(model)(ids, positions(ids), None, labels=ids.roll(-1, 1))

@@ -48,9 +48,10 @@ def test_a_cpu_needs_none(monkeypatch):
 def test_the_command_line_asks_for_it(gpu, flag):
     from megatron_ext.arguments import derive
     from megatron_ext.arguments.parser import make_parser, with_defaults
+    from megatron_ext.config import RunConfig
 
-    args = with_defaults(make_parser().parse_args([flag, "2", "--deterministic-mode"]), [])
-    derive.device(args, None)
+    typed = vars(make_parser().parse_args([flag, "2", "--deterministic-mode"]))
+    derive.device(RunConfig.of(with_defaults(typed, [])), None)
     assert set(NAMES) <= set(environment.os.environ)
 
 

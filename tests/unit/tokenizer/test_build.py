@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ext.config.data import TokenizerConfig
 from megatron_ext.tokenizer import TokenizerError, build_tokenizer
 from tests.unit.data import corpora
 
@@ -17,21 +18,23 @@ def model(tmp_path_factory) -> Path:
     return corpora.train_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
-def flags(kind: str, model=None, **changes) -> Namespace:
-    values = dict(
-        tokenizer_type=kind, tokenizer_model=model and str(model), vocab_size=None,
-        tokenizer_hf_use_fast=True, tokenizer_hf_include_special_tokens=False, trust_remote_code=False,
-        # Read by Megatron-Core's builder only.
-        tokenizer_sentencepiece_legacy=False, tokenizer_special_tokens=None, tokenizer_metadata=None,
-        vocab_file=None, merge_file=None,
-    )  # fmt: skip
-    return Namespace(**values | changes)
+def flags(kind: str, model=None, **changes) -> TokenizerConfig:
+    return TokenizerConfig(
+        tokenizer_type=kind, tokenizer_model=model and str(model), tokenizer_hf_use_fast=True, **changes
+    )
+
+
+def upstreams(flags: TokenizerConfig):
+    """The tokenizer that Megatron-Core builds of the same flags, and of those that only it has."""
+    from megatron.core.tokenizers.text.utils.build_tokenizer import build_tokenizer
+
+    others = ("tokenizer_special_tokens", "tokenizer_metadata", "vocab_file", "merge_file")
+    values = dict.fromkeys(others) | {"tokenizer_sentencepiece_legacy": False}
+    return build_tokenizer(Namespace(**vars(flags), **values))
 
 
 @pytest.mark.parametrize("kind", ["SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer"])
 def test_sentencepiece_is_megatron_cores(model, kind):
-    from megatron.core.tokenizers.text.utils.build_tokenizer import build_tokenizer as upstreams
-
     ours, theirs = build_tokenizer(flags(kind, model)), upstreams(flags(kind, model))
     for name in ("vocab_size", "eod", "bos", "eos", "pad"):
         assert getattr(ours, name) == getattr(theirs, name), name
@@ -86,8 +89,6 @@ def folder(tmp_path) -> Path:
 
 
 def test_hugging_face_folder(folder):
-    from megatron.core.tokenizers.text.utils.build_tokenizer import build_tokenizer as upstreams
-
     ours = build_tokenizer(flags("HuggingFaceTokenizer", folder))
     theirs = upstreams(flags("HuggingFaceTokenizer", folder))
     ids = ours.tokenize(TEXT)

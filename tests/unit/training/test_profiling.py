@@ -1,14 +1,13 @@
 """Which files a profile leaves, and when; on a CPU the GPU's two recorders are counted, not run."""
 
-from argparse import Namespace
-
 import pytest
 import torch
 
 from megatron_ext import platform
+from megatron_ext.config import RunConfig
 from megatron_ext.training.profiling import Profiler
 
-ARGS = dict(
+FLAGS = dict(
     profile=True, profile_ranks=[0], profile_step_start=1, profile_step_end=3, use_pytorch_profiler=False,
     record_memory_history=False, memory_snapshot_path="snapshot.pickle", rank=0,
 )  # fmt: skip
@@ -34,7 +33,7 @@ def calls(monkeypatch):
 
 
 def run(iterations: int = 6, **changes) -> None:
-    profiler = Profiler(Namespace(**ARGS | changes))
+    profiler = Profiler(RunConfig.of(FLAGS | changes))
     for iteration in range(iterations):
         profiler.before(iteration)
         torch.ones(2).sum()

@@ -17,9 +17,8 @@ FLAGS = (
 
 @pytest.fixture
 def reporter(single_process, tmp_path):
-    args = read_args([*FLAGS.split(), "--metrics-file", str(tmp_path / "metrics.jsonl")], world_size=1)
-    args.padded_vocab_size = 256
-    found = Reporter(args, 0)
+    run = read_args([*FLAGS.split(), "--metrics-file", str(tmp_path / "metrics.jsonl")], world_size=1)
+    found = Reporter(run.but(padded_vocab_size=256), 0)
     found.path = tmp_path / "metrics.jsonl"
     yield found
     found.close()

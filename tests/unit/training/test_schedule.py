@@ -6,6 +6,7 @@ import pytest
 
 from megatron_ext.arguments.parser import read_args
 from megatron_ext.common.errors import RunError
+from megatron_ext.config import RunConfig
 from megatron_ext.training.schedule import build_scheduler, differences, without_a_rate
 
 BASE = (
@@ -14,18 +15,18 @@ BASE = (
 )
 
 
-def arguments(flags: str = "--train-iters 100") -> Namespace:
+def arguments(flags: str = "--train-iters 100") -> RunConfig:
     return read_args(f"{BASE} {flags}".split(), world_size=1, device="cpu", check_files=False)
 
 
-def scheduler_of(args: Namespace):
-    return build_scheduler(Namespace(param_groups=[{"default_config": True}]), args)
+def scheduler_of(run):
+    return build_scheduler(Namespace(param_groups=[{"default_config": True}]), run)
 
 
 def found(begun: str, now: str) -> list[str]:
     saved = arguments(begun)
     state = scheduler_of(saved).state_dict()
-    return list(differences(state, saved, arguments(now)))
+    return list(differences(state, saved.flat(), arguments(now)))
 
 
 FRACTION = "--lr-warmup-fraction 0.05"
@@ -74,8 +75,8 @@ def test_what_differs(begun, now, told):
 def test_a_checkpoint_of_earlier_megatron_with_a_state_alone():
     saved = scheduler_of(arguments()).state_dict()
     earlier = {"start_lr": saved["max_lr"], "end_iter": 800, "warmup_iter": 0, "num_iters": 80}
-    assert list(differences(earlier, Namespace(), arguments())) == []
-    assert len(list(differences(earlier, Namespace(), arguments("--train-iters 50")))) == 1
+    assert list(differences(earlier, {}, arguments())) == []
+    assert len(list(differences(earlier, {}, arguments("--train-iters 50")))) == 1
 
 
 @pytest.mark.parametrize("batch", [4, 8, 16, 6])
@@ -83,9 +84,9 @@ def test_the_position_is_an_iteration(batch):
     saved = arguments()
     begun = scheduler_of(saved)
     begun.step(50 * 8)
-    args = arguments(f"--train-iters 100 --global-batch-size {batch}")
-    resumed = scheduler_of(args)
-    resumed.restore(begun.state_dict(), saved, args)
+    run = arguments(f"--train-iters 100 --global-batch-size {batch}")
+    resumed = scheduler_of(run)
+    resumed.restore(begun.state_dict(), saved.flat(), run)
     assert resumed.num_steps == 50 * batch
     assert resumed.optimizer.param_groups[0]["lr"] == pytest.approx(begun.optimizer.param_groups[0]["lr"])
     resumed.step(50 * batch)
@@ -94,20 +95,20 @@ def test_the_position_is_an_iteration(batch):
 
 def test_neither_flag_is_an_error_with_both_ways_out():
     saved = arguments()
-    args = arguments("--train-iters 200")
+    run = arguments("--train-iters 200")
     with pytest.raises(RunError, match="100 there, 200 here.*--override.*--use-checkpoint"):
-        scheduler_of(args).restore(scheduler_of(saved).state_dict(), saved, args)
+        scheduler_of(run).restore(scheduler_of(saved).state_dict(), saved.flat(), run)
 
 
 def test_the_checkpoints_schedule_is_taken_whole():
     saved = arguments(f"{WSD} 10 --lr-warmup-iters 5 --lr-warmup-init 1e-4")
-    args = arguments(
+    run = arguments(
         "--train-iters 200 --global-batch-size 4 --lr-decay-style WSD --lr-wsd-decay-iters 30 "
         "--lr-wsd-decay-style linear --use-checkpoint-opt_param-scheduler"
     )
-    begun, resumed = scheduler_of(saved), scheduler_of(args)
+    begun, resumed = scheduler_of(saved), scheduler_of(run)
     begun.step(0)
-    resumed.restore(begun.state_dict(), saved, args)
+    resumed.restore(begun.state_dict(), saved.flat(), run)
     for _ in range(100):
         begun.step(8)
         resumed.step(4)
@@ -126,5 +127,5 @@ def test_the_checkpoints_schedule_is_taken_whole():
     ],
 )
 def test_iterations_without_a_rate(flags, iterations):
-    args = arguments(flags)
-    assert without_a_rate(scheduler_of(args), args) == iterations
+    run = arguments(flags)
+    assert without_a_rate(scheduler_of(run), run) == iterations

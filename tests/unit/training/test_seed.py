@@ -1,9 +1,8 @@
 """Which generators a run draws from."""
 
-from argparse import Namespace
-
 import pytest
 
+from megatron_ext.config import RunConfig
 from megatron_ext.training import distributed
 
 
@@ -23,6 +22,5 @@ def test_graphs_have_generators_that_they_can_carry_on(single_process, monkeypat
         seen.append((te_rng_tracker, use_cudagraphable_rng))
 
     monkeypatch.setattr(distributed, "model_parallel_cuda_manual_seed", seeded)
-    values = dict(seed=1, data_parallel_random_init=False, cuda_graph_impl=graphs, transformer_impl=impl)
-    distributed.seed(Namespace(**values))
+    distributed.seed(RunConfig.of(dict(seed=1, cuda_graph_impl=graphs, transformer_impl=impl)))
     assert seen == [expected]

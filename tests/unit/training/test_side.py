@@ -6,11 +6,10 @@ import os
 import shutil
 import subprocess
 import sys
-from argparse import Namespace
-from pathlib import Path
 
 import pytest
 
+from megatron_ext.config import RunConfig
 from megatron_ext.training import side
 from megatron_ext.training.boards import Boards
 from megatron_ext.training.side import LinesFile, Side
@@ -110,14 +109,12 @@ def test_a_device_that_takes_nothing(capsys):
     assert capsys.readouterr().err.count("WARNING") == 1
 
 
-BOARD = dict(tensorboard_queue_size=10, wandb_project=None)
-
-
 def test_a_board_whose_folder_is_removed_is_made_again(tmp_path, at_once, capsys):
-    boards = Boards(Namespace(**BOARD, tensorboard_dir=str(tmp_path / "board")))
+    folder = tmp_path / "board"
+    boards = Boards(RunConfig.of(dict(tensorboard_queue_size=10, tensorboard_dir=str(folder))))
     boards.scalar("lm loss", 1.0, 1, 10)
     boards.boards[0][1].writer.flush()
-    shutil.rmtree(tmp_path / "board")
+    shutil.rmtree(folder)
     for iteration in range(2, 60):
         boards.scalar("lm loss", 1.0, iteration, 10 * iteration)
         if boards.boards[0][1].writer is not None:
@@ -126,8 +123,11 @@ def test_a_board_whose_folder_is_removed_is_made_again(tmp_path, at_once, capsys
     said = capsys.readouterr().err
     assert said.count("WARNING: --tensorboard-dir") == 1 and "works again" in said
     assert "Traceback" not in said and "Exception in thread" not in said
-    events = list(Path(tmp_path / "board").iterdir())
-    assert events and sum(event.stat().st_size for event in events) > 1000
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    assert len(events.Scalars("lm loss")) > 10 and events.Scalars("lm loss")[-1].step == 59
 
 
 PRINTS = """

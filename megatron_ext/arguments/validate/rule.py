@@ -1,0 +1,12 @@
+"""What a rule is."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from megatron_ext.config import RunConfig
+
+#: Destination -> value of what was on the command line.
+Typed = Mapping[str, Any]
+#: One sentence each.
+Problems = Iterator[str]
+Rule = Callable[[RunConfig, Typed], Problems]
