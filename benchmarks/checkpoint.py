@@ -190,6 +190,8 @@ def background(folder: Path, gigabytes: float, repeats: int, threads: int) -> di
     from megatron_ext.training.step import train_step
 
     trainer, iterators, saver = training(folder, gigabytes, threads)
+    from megatron_ext.training.callbacks import Callback, Callbacks
+
     parts = trainer.model, trainer.optimizer, trainer.scheduler
     took: dict[str, list[float]] = {"none": [], "sync": [], "async": []}
     stood: dict[str, list[float]] = {"none": [], "sync": [], "async": []}
@@ -200,13 +202,17 @@ def background(folder: Path, gigabytes: float, repeats: int, threads: int) -> di
         def standing(action, *args) -> None:
             still.append(measured(lambda: action(*args)))
 
+        class Standing(Callback):
+            def before_update(self) -> None:
+                standing(saver.before_update)
+
         start = time.perf_counter()
         if kind != "none":
             saver.run.checkpoint.async_save = kind == "async"
             trainer.progress.iteration += 1
             standing(saver.save, trainer.progress)
         for _ in range(5):
-            train_step(iterators, *parts, saver.run, before_update=lambda: standing(saver.copied))
+            train_step(iterators, *parts, saver.run, Callbacks([Standing()]))
             standing(saver.poll)
         standing(saver.finish)
         took[kind].append(time.perf_counter() - start)

@@ -3,11 +3,12 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
+from megatron.core.num_microbatches_calculator import get_num_microbatches
 from torch import nn
 
 from megatron_ext.common.errors import RunError
@@ -17,7 +18,11 @@ from megatron_ext.data.provenance import provenance
 from megatron_ext.models.builder import unwrap
 from megatron_ext.platform.collective import max_over_ranks, print_rank_0
 from megatron_ext.training.batch import LossCounter
+from megatron_ext.training.callbacks import Callback
 from megatron_ext.training.side import LinesFile
+
+if TYPE_CHECKING:
+    from megatron_ext.training.loop import Trainer
 
 REPORT = "bad_samples.jsonl"
 _MOST_NAMES = 5
@@ -88,7 +93,7 @@ def check_finite(model: list[nn.Module], counter: LossCounter) -> None:
     raise BadNumbers("; ".join(told) or "the sum of the ranks' finite gradients overflows", findings)
 
 
-class BadNumberPolicy:
+class BadNumberPolicy(Callback):
     """Passes over up to ``--skip-bad-iterations`` iterations of a run; the next one stops it.
 
     The samples of each go to ``bad_samples.jsonl`` in the --save folder, a JSON object an iteration.
@@ -99,6 +104,11 @@ class BadNumberPolicy:
         self.report: LinesFile | None = None
         if run.checkpoint.save and torch.distributed.get_rank() == 0:
             self.report = LinesFile(Path(run.checkpoint.save) / REPORT, "report of bad samples")
+
+    def bad_numbers(self, trainer: "Trainer", error: BadNumbers) -> bool:
+        """Pass over the iteration, up to the limit."""
+        self.pass_over(error, trainer.progress, get_num_microbatches())
+        return True
 
     def pass_over(self, error: BadNumbers, progress, microbatches: int) -> None:
         """Report the iteration after ``progress`` and count it; raises BadNumbers past the limit.

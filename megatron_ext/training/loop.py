@@ -1,8 +1,7 @@
 """The training loop: steps, validation, saves, and an orderly end."""
 
-import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,21 +12,16 @@ from megatron.core.num_microbatches_calculator import (
     get_num_microbatches,
     update_num_microbatches,
 )
-from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.core.timers import Timers
 from torch import nn
 
 from megatron_ext import platform
 from megatron_ext.config import RunConfig
 from megatron_ext.platform.collective import print_rank_0
-from megatron_ext.training.bad_numbers import BadNumberPolicy, BadNumbers, LocalGradients
+from megatron_ext.training.bad_numbers import BadNumbers, LocalGradients
+from megatron_ext.training.callbacks import Callbacks
 from megatron_ext.training.data import chunk_iterators, validation_iterators, whole_set
 from megatron_ext.training.evaluation import evaluate
-from megatron_ext.training.metrics import params_norm
-from megatron_ext.training.profiling import Profiler
-from megatron_ext.training.recording import OnlineRecorder
-from megatron_ext.training.reporting import IterationReport, Reporter
-from megatron_ext.training.saving import Saver
 from megatron_ext.training.signals import StopSignals
 from megatron_ext.training.step import StepResult, train_step
 from megatron_ext.training.stopping import Stopping
@@ -64,7 +58,7 @@ class Trainer:
     """Everything a run works with, and the loop over it.
 
     ``datasets`` are the training, validation and test sets (None where absent); ``token_bytes``
-    the UTF-8 bytes of each token id; ``recorder`` writes down the losses of samples.
+    the UTF-8 bytes of each token id; ``callbacks`` are what else happens around the steps.
     """
 
     run: RunConfig
@@ -73,49 +67,41 @@ class Trainer:
     scheduler: Any
     datasets: tuple[Any, Any, Any]
     token_bytes: torch.Tensor
+    callbacks: Callbacks
     progress: Progress = field(default_factory=Progress)
-    recorder: OnlineRecorder | None = None
 
     def train(self, watchdog: Watchdog | None = None, signals: StopSignals | None = None) -> None:
         """Train to ``--train-iters``, or until a signal, a time limit or an interval says stop.
 
         ``watchdog`` is told how far the run is; ``signals`` answers those that came, and come.
         """
-        run, progress = self.run, self.progress
+        run, signals = self.run, signals or StopSignals()
         connect(self.model, self.optimizer, run)
         for chunk in self.model:
             chunk.train()
-        self.reporter = Reporter(run, progress.iteration)
-        signals = signals or StopSignals()
-        self.stopping, self.profiler = Stopping(run, signals), Profiler(run)
-        self.note: Callable = watchdog.note if watchdog else lambda *phase: None
-        self.watched: Callable = watchdog.watch if watchdog else lambda iterator: iterator
+        self.stopping = Stopping(run, signals)
+        self.note: Callable[..., None] = watchdog.note if watchdog else lambda *phase: None
+        self.watched: Callable[[Any], Any] = watchdog.watch if watchdog else lambda iterator: iterator
         if watchdog:
             watchdog.on_launcher_gone = lambda: signals.request("word that the launcher has gone")
-        self.saver = Saver(run, self.model, self.optimizer, self.scheduler, progress.iteration)
-        self.bad_numbers = BadNumberPolicy(run, self.datasets[0])
         # One and the same model is to have one and the same loss.
-        consumed = 0 if run.validation.skip_train else progress.consumed_valid_samples
+        consumed = 0 if run.validation.skip_train else self.progress.consumed_valid_samples
         read_in_parts = None if run.validation.full_validation else self.datasets[1]
         self.valid_iterators = validation_iterators(read_in_parts, run, consumed)
         try:
-            reason = None
-            if not run.validation.skip_train:
-                reason = self._train_iterations()
-                if self.recorder is not None:
-                    self.recorder.flush()
-            self.saver.finish()
+            self.callbacks("start", self)
+            reason = None if run.validation.skip_train else self._train_iterations()
+            self.callbacks("end", self)
             if reason is None:
                 self._last_evaluations()
         except BadNumbers:
-            self.saver.finish()  # every rank is here, and what is being written is from before
+            self.callbacks("after_error", self)
             raise
         finally:
             # Frees the processes that read data. The watchdog knows this object and this object the
             # watchdog, so both outlive the run, and Python waits at its end for processes that do not.
             self.valid_iterators = []
-            self.profiler.close()
-            self.reporter.close()
+            self.callbacks("close")
 
     def _train_iterations(self) -> str | None:
         """Returns why the loop ended early, or None."""
@@ -127,98 +113,58 @@ class Trainer:
             print_rank_0(
                 f" nothing to train: iteration {progress.iteration} of {run.training.train_iters} is done"
             )
-        if run.training.manual_gc:
-            gc.disable()
         if progress.validation_due and self.datasets[1] is not None:
             self.validate("validation")
         while progress.iteration < run.training.train_iters:
             update_num_microbatches(progress.consumed_train_samples, consistency_check=True, verbose=True)
-            self.profiler.before(progress.iteration)
+            self.callbacks("before_step", self)
             started = time.perf_counter()
             self.note("a training step", progress.iteration)
             result = self._step(iterators)
-            if self.recorder is not None:
-                self.recorder.after_step()
             progress.iteration += 1
             progress.consumed_train_samples += get_current_running_global_batch_size()
-            self._report(result, time.perf_counter() - started)
-            self.profiler.after(progress.iteration)
+            result.seconds = time.perf_counter() - started
+            self.callbacks("after_step", self, result)
             if self._validation_is_due():
                 self.validate("validation")
-            if (
-                run.training.manual_gc
-                and run.training.manual_gc_interval
-                and progress.iteration % run.training.manual_gc_interval == 0
-            ):
-                gc.collect()
             self.note("agreeing whether to stop, and saving", progress.iteration)
             reason = self.stopping.reason(progress.iteration)
-            self.saver.poll()
             last = reason is not None or progress.iteration == run.training.train_iters
-            if self.saver.due(progress.iteration, last):
-                if self.recorder is not None:
-                    self.recorder.flush()  # a run resumed from here does not train on these samples again
-                self.saver.save(progress)
+            self.callbacks("after_iteration", self, last)
             if reason:
-                self.reporter.rest()
                 unsaved = "" if run.checkpoint.save else "; nothing was saved, as there is no --save"
                 print_rank_0(f"exiting program at iteration {progress.iteration}: {reason}{unsaved}")
                 return reason
         return None
 
-    def _step(self, iterators: list) -> StepResult:
+    def _step(self, iterators: list[Iterator | None]) -> StepResult:
         """One iteration: trained on, or passed over because of the flags or of its numbers."""
         if self.progress.iteration + 1 in self.run.training.iterations_to_skip:
             return self._skip_step(iterators)
         try:
-            parts = self.model, self.optimizer, self.scheduler
-            return train_step(iterators, *parts, self.run, self.recorder, self.saver.copied)
+            return train_step(iterators, self.model, self.optimizer, self.scheduler, self.run, self.callbacks)
         except BadNumbers as error:
-            self.bad_numbers.pass_over(error, self.progress, get_num_microbatches())
-            return StepResult(float("nan"), float("nan"), None, skipped=True, bad=True)
+            if not any(self.callbacks("bad_numbers", self, error)):
+                raise
+            return StepResult(float("nan"), float("nan"), skipped=True, bad=True)
 
-    def _skip_step(self, iterators: list) -> StepResult:
+    def _skip_step(self, iterators: list[Iterator | None]) -> StepResult:
         """Pass over one global batch without training on it (``--iterations-to-skip``)."""
         for iterator in iterators:
             for _ in range(get_num_microbatches() if iterator is not None else 0):
                 next(iterator)
         self.progress.skipped_train_samples += get_current_running_global_batch_size()
-        return StepResult(float("nan"), 0.0, None, skipped=True)
-
-    def _report(self, result: StepResult, seconds: float) -> None:
-        run = self.run
-        logs_norm = run.logging.log_params_norm and self.progress.iteration % run.logging.log_interval == 0
-        self.reporter.iteration(
-            IterationReport(
-                iteration=self.progress.iteration,
-                consumed_samples=self.progress.consumed_train_samples,
-                global_batch_size=get_current_running_global_batch_size(),
-                lm_loss=result.lm_loss,
-                grad_norm=result.grad_norm,
-                learning_rate=get_canonical_lr_for_logging(self.optimizer.param_groups) or 0.0,
-                loss_scale=self.optimizer.get_loss_scale().item(),
-                seconds=seconds,
-                skipped=result.skipped,
-                bad=result.bad,
-                num_zeros_in_grad=result.num_zeros_in_grad,
-                params_norm=params_norm(self.model) if logs_norm else None,
-            )
-        )
-        if run.logging.timing_log_level and self.progress.iteration % run.logging.log_interval == 0:
-            self.reporter.times(self.model[0].config.timers, self.progress.iteration)
+        return StepResult(float("nan"), 0.0, skipped=True)
 
     def validate(self, split: str) -> None:
-        """Evaluate on ``--eval-iters`` global batches, or all there are, and report; a collective call."""
+        """Evaluate on ``--eval-iters`` global batches, or all there are; a collective call."""
         run, progress = self.run, self.progress
         self.note(f"evaluating on the {split} set", progress.iteration)
-        if run.training.manual_gc and run.training.manual_gc_eval:
-            gc.collect()
+        self.callbacks("before_validation", self, split)
         dataset = self.datasets[1 if split == "validation" else 2]
         unit = run.samples_at_once
-        iterators, passes = (
-            self.valid_iterators,
-            [run.training.global_batch_size // unit] * run.validation.eval_iters,
-        )
+        iterators = self.valid_iterators
+        passes = [run.training.global_batch_size // unit] * run.validation.eval_iters
         if run.validation.full_validation:
             iterators, passes = whole_set(dataset, run)
         elif split == "test":
@@ -231,7 +177,7 @@ class Trainer:
             return
         if split == "validation":
             progress.consumed_valid_samples += sum(passes) * unit
-        self.reporter.evaluation(result, progress.iteration, progress.consumed_train_samples, split)
+        self.callbacks("after_validation", self, result, split)
 
     def _validation_is_due(self) -> bool:
         """Whether the validation set is there and ``--eval-interval`` divides the iteration."""

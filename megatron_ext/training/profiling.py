@@ -2,15 +2,21 @@
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from megatron_ext import platform
 from megatron_ext.config import RunConfig
+from megatron_ext.training.callbacks import Callback
 from megatron_ext.training.side import Side
 
+if TYPE_CHECKING:
+    from megatron_ext.training.loop import Trainer
+    from megatron_ext.training.step import StepResult
 
-class Profiler:
+
+class Profiler(Callback):
     """Records iterations [``--profile-step-start``, ``--profile-step-end``) on ``--profile-ranks``.
 
     On a GPU the window is marked for nsys (``--capture-range cudaProfilerApi``), unless
@@ -32,6 +38,12 @@ class Profiler:
         self.records_memory = run.profiling.record_memory_history and chosen
         if self.records_memory:
             self.memory_side.attempt(platform.record_memory_history)
+
+    def before_step(self, trainer: "Trainer") -> None:
+        self.before(trainer.progress.iteration)
+
+    def after_step(self, trainer: "Trainer", result: "StepResult") -> None:
+        self.after(trainer.progress.iteration)
 
     def before(self, iteration: int) -> None:
         """Start, if ``iteration`` (finished ones so far) opens the window."""

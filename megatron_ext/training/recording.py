@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from megatron_ext.models.config import transformer_config
 from megatron_ext.platform.collective import on_every_rank, on_first_rank, print_rank_0
 from megatron_ext.tokenizer import build_tokenizer
 from megatron_ext.training.batch import Batch, LossCounter
+from megatron_ext.training.callbacks import Callback
 from megatron_ext.training.data import chunk_iterators, dataset_sizes, pipeline_group
 from megatron_ext.training.side import Side
 from megatron_ext.training.signals import StopSignals
@@ -42,6 +44,10 @@ OPTIONS = (
     "fp8",
     "softmax_vocab_size",
 )
+
+if TYPE_CHECKING:
+    from megatron_ext.training.loop import Trainer
+    from megatron_ext.training.step import StepResult
 
 
 class SampleLosses:
@@ -85,28 +91,36 @@ class SampleLosses:
         return ids.astype(np.int64), sums / np.maximum(tokens, 1), tokens.astype(np.int32)
 
 
-class OnlineRecorder:
-    """Writes the loss of each sample as it is trained on; give it to train_step.
+class OnlineRecorder(Callback):
+    """Writes the loss of each sample as it is trained on.
 
     What was collected is on the disk before a checkpoint is, so that a run resumed from it has
     recorded all it will not train on again. Losses of a model that changes from sample to sample
     are not those of the frozen model at the end: the manifest says "online".
     """
 
+    sees_losses = True
     EVERY = 64  # microbatches between two gatherings
 
     def __init__(self, path: str, manifest: dict):
-        self.losses = SampleLosses()
-        self.record = LossRecord(path, manifest) if self.losses.writes else None
+        self.collected = SampleLosses()
+        self.record = LossRecord(path, manifest) if self.collected.writes else None
         self.side = Side(f"--record-sample-loss {path}")
 
-    def __call__(self, batch: Batch, losses: Tensor) -> None:
-        self.losses(batch, losses)
+    def losses(self, batch: Batch, losses: Tensor) -> None:
+        self.collected(batch, losses)
 
-    def after_step(self) -> None:
+    def after_step(self, trainer: "Trainer", result: "StepResult") -> None:
         """Gather if enough came together; a collective call of the data parallel ranks."""
-        if len(self.losses.rows) >= self.EVERY:
+        if len(self.collected.rows) >= self.EVERY:
             self._write()
+
+    def before_save(self, trainer: "Trainer") -> None:
+        """A run resumed from the checkpoint does not train on these samples again."""
+        self.flush()
+
+    def end(self, trainer: "Trainer") -> None:
+        self.flush()
 
     def flush(self) -> None:
         """Bring everything to the disk, if it takes it; a collective call of the data parallel ranks.
@@ -118,7 +132,7 @@ class OnlineRecorder:
             self.side.attempt(lambda: self.record.mark(force=True), now=True)
 
     def _write(self) -> None:
-        taken = self.losses.take()
+        taken = self.collected.take()
         if taken is not None:
             self.record.write(*taken)
 

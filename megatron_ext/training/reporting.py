@@ -6,8 +6,11 @@ import sys
 import time
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import TYPE_CHECKING
 
 import torch
+from megatron.core.num_microbatches_calculator import get_current_running_global_batch_size
+from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.core.timers import Timers
 from tqdm import tqdm
 
@@ -15,10 +18,15 @@ from megatron_ext import platform
 from megatron_ext.config import RunConfig
 from megatron_ext.platform.collective import is_last_rank
 from megatron_ext.training.boards import Boards
+from megatron_ext.training.callbacks import Callback
 from megatron_ext.training.evaluation import Evaluation
-from megatron_ext.training.metrics import peak_flops
+from megatron_ext.training.metrics import params_norm, peak_flops
 from megatron_ext.training.side import LinesFile
 from megatron_ext.training.spikes import SpikeDetector
+from megatron_ext.training.step import StepResult
+
+if TYPE_CHECKING:
+    from megatron_ext.training.loop import Trainer
 
 #: exp of a larger loss is no float.
 MOST_EXPONENT = 709.0
@@ -38,8 +46,8 @@ class IterationReport:
     seconds: float
     skipped: bool
     bad: bool = False
-    num_zeros_in_grad: int | None = None
-    params_norm: float | None = None
+    #: Further metrics by their name in the metrics file.
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -54,7 +62,7 @@ class _Window:
         return sum(values) / len(values) if values else None
 
 
-class Reporter:
+class Reporter(Callback):
     """Reports from the last rank, which holds the loss; silent on the others.
 
     ``--metrics-file`` gets one JSON object an iteration with full precision and is appended to, so
@@ -79,6 +87,38 @@ class Reporter:
             self.bar = tqdm(
                 total=run.training.train_iters, initial=first_iteration, unit="it", dynamic_ncols=True
             )
+
+    def after_step(self, trainer: "Trainer", result: StepResult) -> None:
+        """Report an iteration; a collective call where the parameters' norm or times are asked for."""
+        run, progress = self.run, trainer.progress
+        due = progress.iteration % run.logging.log_interval == 0
+        if run.logging.log_params_norm and due:
+            result.metrics["params_norm"] = params_norm(trainer.model)
+        self.iteration(
+            IterationReport(
+                iteration=progress.iteration,
+                consumed_samples=progress.consumed_train_samples,
+                global_batch_size=get_current_running_global_batch_size(),
+                lm_loss=result.lm_loss,
+                grad_norm=result.grad_norm,
+                learning_rate=get_canonical_lr_for_logging(trainer.optimizer.param_groups) or 0.0,
+                loss_scale=trainer.optimizer.get_loss_scale().item(),
+                seconds=result.seconds,
+                skipped=result.skipped,
+                bad=result.bad,
+                metrics=result.metrics,
+            )
+        )
+        if run.logging.timing_log_level and due:
+            self.times(trainer.model[0].config.timers, progress.iteration)
+
+    def after_validation(self, trainer: "Trainer", result: Evaluation, split: str) -> None:
+        progress = trainer.progress
+        self.evaluation(result, progress.iteration, progress.consumed_train_samples, split)
+
+    def after_iteration(self, trainer: "Trainer", last: bool) -> None:
+        if last:
+            self.rest()
 
     def iteration(self, report: IterationReport) -> None:
         """Take in one iteration; prints a line every ``--log-interval``."""
@@ -191,10 +231,8 @@ class Reporter:
             line += f" lm loss: {loss:.6E} |"
         line += f" loss scale: {last.loss_scale:.1f} |"
         line += f" grad norm: {last.grad_norm:.3f} |"
-        if last.num_zeros_in_grad is not None:
-            line += f" num zeros: {last.num_zeros_in_grad} |"
-        if last.params_norm is not None:
-            line += f" params norm: {last.params_norm:.3f} |"
+        for name, value in last.metrics.items():
+            line += f" {_words(name)}: {value if isinstance(value, int) else f'{value:.3f}'} |"
         line += f" number of skipped iterations: {self.skipped:3d} |"
         line += f" number of nan iterations: {self.bad:3d} |"
         return line
@@ -213,9 +251,7 @@ class Reporter:
             "mem-max-allocated-bytes": platform.max_memory_bytes()
             if run.logging.log_memory_to_tensorboard
             else None,
-            "num-zeros": report.num_zeros_in_grad,
-            "params-norm": report.params_norm,
-        }
+        } | {_words(name).replace(" ", "-"): value for name, value in report.metrics.items()}
         for tag, value in values.items():
             if _number(value) is not None:
                 self.boards.scalar(tag, value, report.iteration, report.consumed_samples)
@@ -239,8 +275,12 @@ def _iteration_record(report: IterationReport, seq_length: int) -> dict:
         "skipped": report.skipped,
         "time": time.time(),
     }
-    optional = {"num_zeros_in_grad": report.num_zeros_in_grad, "params_norm": report.params_norm}
-    return record | {name: value for name, value in optional.items() if value is not None}
+    return record | report.metrics
+
+
+def _words(name: str) -> str:
+    """A metric's name on the console."""
+    return name.removesuffix("_in_grad").replace("_", " ")
 
 
 def _number(value: object) -> object:

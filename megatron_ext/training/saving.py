@@ -4,19 +4,24 @@ import os
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_ext.checkpoint import PendingSave, save_checkpoint
 from megatron_ext.config import RunConfig
 from megatron_ext.platform.collective import print_rank_0
+from megatron_ext.training.callbacks import Callback
 from megatron_ext.training.side import LinesFile
 from megatron_ext.training.step import parameters_in_place
 
+if TYPE_CHECKING:
+    from megatron_ext.training.loop import Trainer
 
-class Saver:
+
+class Saver(Callback):
     """Writes the checkpoints of a run, one at a time; every method is collective.
 
     With ``--async-save`` training goes on while the tensors are copied, up to the next update, which
-    ``copied`` has to come before, and while the files are written: the checkpoint is put in place
+    ``before_update`` comes before, and while the files are written: the checkpoint is put in place
     at the first iteration at whose end every rank has written its part, before the next
     save, or at the end of the run.
     """
@@ -64,7 +69,20 @@ class Saver:
                 f" checkpoint {progress.iteration}: written to {self.run.checkpoint.save} in {blocked:.2f} s"
             )
 
-    def copied(self) -> None:
+    def after_iteration(self, trainer: "Trainer", last: bool) -> None:
+        """Put in place what has been written meanwhile, and save what is due."""
+        self.poll()
+        if self.due(trainer.progress.iteration, last):
+            trainer.callbacks("before_save", trainer)
+            self.save(trainer.progress)
+
+    def end(self, trainer: "Trainer") -> None:
+        self.finish()
+
+    def after_error(self, trainer: "Trainer") -> None:
+        self.finish()  # every rank is here, and what is being written is from before
+
+    def before_update(self) -> None:
         """Wait until a checkpoint that is being written needs the model and the optimizer no more."""
         if self.pending is not None:
             self.pending.copied()

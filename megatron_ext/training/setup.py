@@ -1,8 +1,10 @@
 """From arguments to a trainer that stands where the run stopped last."""
 
 import os
+from typing import Any
 
 import torch
+from torch import nn
 
 from megatron_ext import platform
 from megatron_ext.arguments.vocabulary import settle_vocabulary
@@ -18,11 +20,16 @@ from megatron_ext.models.builder import build_model, ddp_config, wrap_for_traini
 from megatron_ext.models.config import transformer_config
 from megatron_ext.platform.collective import on_every_rank, print_rank_0
 from megatron_ext.tokenizer import build_tokenizer
+from megatron_ext.training.bad_numbers import BadNumberPolicy
+from megatron_ext.training.callbacks import Callback, Callbacks, GarbageCollection
 from megatron_ext.training.continuing import Start, settle
 from megatron_ext.training.loop import Progress, Trainer
 from megatron_ext.training.optimizer import build_optimizer, optimizer_config
-from megatron_ext.training.recording import online_recorder
+from megatron_ext.training.profiling import Profiler
+from megatron_ext.training.recording import OnlineRecorder, online_recorder
+from megatron_ext.training.reporting import Reporter
 from megatron_ext.training.rounds import build_round_datasets, enter_round, open_round
+from megatron_ext.training.saving import Saver
 from megatron_ext.training.schedule import build_scheduler, without_a_rate
 
 
@@ -60,7 +67,29 @@ def build_trainer(run: RunConfig) -> Trainer:
         )
     recorder, datasets = online_recorder(run, tokenizer, datasets, start.progress)
     token_bytes = torch.as_tensor(tokenizer.token_bytes(), device=platform.current_device())
-    return Trainer(run, model, optimizer, scheduler, datasets, token_bytes, start.progress, recorder)
+    hooks = callbacks(run, model, optimizer, scheduler, datasets[0], start.progress, recorder)
+    return Trainer(run, model, optimizer, scheduler, datasets, token_bytes, hooks, start.progress)
+
+
+def callbacks(
+    run: RunConfig,
+    model: list[nn.Module],
+    optimizer: Any,
+    scheduler: Any,
+    training_set: Any,
+    progress: Progress,
+    recorder: OnlineRecorder | None,
+) -> Callbacks:
+    """What hangs on the loop, in the order in which each hook is called."""
+    found: list[Callback | None] = [
+        recorder,
+        BadNumberPolicy(run, training_set),
+        GarbageCollection(run.training),
+        Profiler(run),
+        Saver(run, model, optimizer, scheduler, progress.iteration),
+        Reporter(run, progress.iteration),
+    ]
+    return Callbacks(callback for callback in found if callback is not None)
 
 
 def warn_about_memory(run: RunConfig) -> None:

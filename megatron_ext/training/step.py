@@ -1,8 +1,8 @@
 """One training step: forward and backward over the microbatches, then the update."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from megatron.core.num_microbatches_calculator import get_num_microbatches
@@ -14,6 +14,7 @@ from megatron_ext.config import RunConfig
 from megatron_ext.platform.collective import max_over_ranks
 from megatron_ext.training import batch as batches
 from megatron_ext.training.bad_numbers import check_finite
+from megatron_ext.training.callbacks import Callbacks
 
 
 @dataclass
@@ -25,9 +26,11 @@ class StepResult:
 
     lm_loss: float
     grad_norm: float
-    num_zeros_in_grad: int | None
     skipped: bool
     bad: bool = False
+    seconds: float = 0.0
+    #: What else the log shows, by name: on the console, in the metrics file, on the boards.
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 def train_step(
@@ -36,18 +39,17 @@ def train_step(
     optimizer,
     scheduler,
     run: RunConfig,
-    record: Callable | None = None,
-    before_update: Callable[[], None] = lambda: None,
+    callbacks: Callbacks | None = None,
 ) -> StepResult:
     """Accumulate the gradients of one global batch over all microbatches and ranks, and update.
 
-    ``record`` is given each microbatch and its losses (recording.py); ``before_update`` is called before
-    any parameter or optimizer state changes.
+    ``callbacks`` see the losses of each microbatch, and what comes before the update.
 
     Raises:
         BadNumbers: on every rank, before any parameter has changed.
     """
-    counter = batches.LossCounter(record=record)
+    callbacks = callbacks or Callbacks()
+    counter = batches.LossCounter(record=callbacks.losses if callbacks.sees_losses else None)
     for chunk in model:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
@@ -55,7 +57,7 @@ def train_step(
     if run.training.check_for_nan_in_loss_and_grad:
         check_finite(model, counter)
 
-    before_update()
+    callbacks("before_update")
     if run.training.empty_unused_memory_level >= 1:
         platform.empty_cache()
     updated, grad_norm, num_zeros = optimizer.step()
@@ -65,7 +67,8 @@ def train_step(
     if updated:
         scheduler.step(increment=get_num_microbatches() * run.samples_at_once)
     loss = float("nan") if sums is None else (sums[0] / sums[1]).item()
-    return StepResult(loss, grad_norm or 0.0, num_zeros, skipped=not updated)
+    metrics = {} if num_zeros is None else {"num_zeros_in_grad": num_zeros}
+    return StepResult(loss, grad_norm or 0.0, skipped=not updated, metrics=metrics)
 
 
 def forward_backward(

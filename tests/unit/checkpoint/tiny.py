@@ -11,6 +11,7 @@ from megatron_ext.arguments import parse_args
 from megatron_ext.config import RunConfig
 from megatron_ext.models.builder import build_model, ddp_config, wrap_for_training
 from megatron_ext.models.config import transformer_config
+from megatron_ext.training.callbacks import Callback, Callbacks
 from megatron_ext.training.optimizer import build_optimizer, optimizer_config
 from megatron_ext.training.schedule import build_scheduler
 from megatron_ext.training.step import train_step
@@ -50,6 +51,13 @@ def arguments(layout: Layout, *more: str, pi: str = PI_MODULES, device: str | No
         flags += ["--num-layers-per-virtual-pipeline-stage", str(4 // layout.pp // layout.vpp)]
     run = parse_args([*flags, *more], world_size=layout.world_size, device=device)
     return run.but(padded_vocab_size=VOCABULARY + 16, tokenizer_sha256="0" * 64)
+
+
+class Before(Callback):
+    """Calls ``action`` before each update."""
+
+    def __init__(self, action: Callable[[], None]):
+        self.before_update = action
 
 
 @dataclass
@@ -94,7 +102,7 @@ class Run:
         for _ in range(steps):
             iterators = [iter(self._microbatches()) for _ in self.model]
             parts = self.model, self.optimizer, self.scheduler
-            result = train_step(iterators, *parts, self.config, before_update=before_update)
+            result = train_step(iterators, *parts, self.config, Callbacks([Before(before_update)]))
             self.iteration += 1
             last_stage = parallel_state.get_pipeline_model_parallel_last_rank()
             loss = torch.tensor([result.lm_loss], dtype=torch.float64)
