@@ -1,9 +1,8 @@
 """NaN and Inf in losses and gradients: where they came from, and how many the run may pass over."""
 
 import json
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -11,38 +10,18 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from torch import nn
 
-from megatron_ext.common.errors import RunError
 from megatron_ext.config import RunConfig
 from megatron_ext.data.loader import sample_numbers
 from megatron_ext.data.provenance import provenance
 from megatron_ext.models.builder import unwrap
 from megatron_ext.platform.collective import max_over_ranks, print_rank_0
 from megatron_ext.training.batch import LossCounter
-from megatron_ext.training.callbacks import Callback
+from megatron_ext.training.callbacks import Callback, State
 from megatron_ext.training.side import LinesFile
-
-if TYPE_CHECKING:
-    from megatron_ext.training.loop import Trainer
+from megatron_ext.training.state import BadNumbers, Finding
 
 REPORT = "bad_samples.jsonl"
 _MOST_NAMES = 5
-
-
-@dataclass
-class Finding:
-    """What one rank saw of a step; ``microbatches`` are those whose loss is not finite."""
-
-    data_rank: int
-    problems: list[str] = field(default_factory=list)
-    microbatches: list[int] = field(default_factory=list)
-
-
-class BadNumbers(RunError):
-    """A loss or a gradient is NaN or Inf; ``findings`` holds what every rank saw."""
-
-    def __init__(self, message: str, findings: list[Finding]):
-        super().__init__(message)
-        self.findings = findings
 
 
 class LocalGradients:
@@ -105,9 +84,9 @@ class BadNumberPolicy(Callback):
         if run.checkpoint.save and torch.distributed.get_rank() == 0:
             self.report = LinesFile(Path(run.checkpoint.save) / REPORT, "report of bad samples")
 
-    def bad_numbers(self, trainer: "Trainer", error: BadNumbers) -> bool:
+    def bad_numbers(self, state: State, error: BadNumbers) -> bool:
         """Pass over the iteration, up to the limit."""
-        self.pass_over(error, trainer.progress, get_num_microbatches())
+        self.pass_over(error, state.progress, get_num_microbatches())
         return True
 
     def pass_over(self, error: BadNumbers, progress, microbatches: int) -> None:

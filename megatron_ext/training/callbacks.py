@@ -4,18 +4,16 @@ A callback is put into the list of ``training/setup.py:callbacks``; the loop is 
 """
 
 import gc
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from megatron_ext.config import RunConfig
 from megatron_ext.config.training import TrainingConfig
-
-if TYPE_CHECKING:
-    from megatron_ext.training.bad_numbers import BadNumbers
-    from megatron_ext.training.batch import Batch
-    from megatron_ext.training.evaluation import Evaluation
-    from megatron_ext.training.loop import Trainer
-    from megatron_ext.training.step import StepResult
+from megatron_ext.training.batch import Batch
+from megatron_ext.training.state import BadNumbers, Evaluation, Progress, StepResult
 
 
 class Callback:
@@ -24,41 +22,41 @@ class Callback:
     #: Whether :meth:`losses` wants each microbatch's losses: what nobody looks at is not kept.
     sees_losses = False
 
-    def start(self, trainer: "Trainer") -> None:
+    def start(self, state: "State") -> None:
         """Before the first step."""
 
-    def before_step(self, trainer: "Trainer") -> None:
+    def before_step(self, state: "State") -> None:
         """Before the forward pass of an iteration."""
 
-    def losses(self, batch: "Batch", losses: Tensor) -> None:
+    def losses(self, batch: Batch, losses: Tensor) -> None:
         """A microbatch and the loss of each of its tokens [b, s], where they are known."""
 
     def before_update(self) -> None:
         """The gradients are there; no parameter and no optimizer state has changed yet."""
 
-    def bad_numbers(self, trainer: "Trainer", error: "BadNumbers") -> bool:
+    def bad_numbers(self, state: "State", error: BadNumbers) -> bool:
         """A NaN or Inf came up and nothing was updated; True to go on without an update."""
         return False
 
-    def after_step(self, trainer: "Trainer", result: "StepResult") -> None:
-        """After an iteration, which ``trainer.progress`` counts already."""
+    def after_step(self, state: "State", result: StepResult) -> None:
+        """After an iteration, which ``state.progress`` counts already."""
 
-    def before_validation(self, trainer: "Trainer", split: str) -> None:
+    def before_validation(self, state: "State", split: str) -> None:
         """Before a validation or test."""
 
-    def after_validation(self, trainer: "Trainer", result: "Evaluation", split: str) -> None:
+    def after_validation(self, state: "State", result: Evaluation, split: str) -> None:
         """After a validation or test that was not cut short."""
 
-    def after_iteration(self, trainer: "Trainer", last: bool) -> None:
+    def after_iteration(self, state: "State", last: bool) -> None:
         """After validation, at the end of an iteration; ``last`` of the run as well."""
 
-    def before_save(self, trainer: "Trainer") -> None:
+    def before_save(self, state: "State") -> None:
         """Before a checkpoint: what it must not get ahead of is brought to the disk."""
 
-    def after_error(self, trainer: "Trainer") -> None:
+    def after_error(self, state: "State") -> None:
         """A NaN or Inf that nobody passed over ends the run; all ranks are here."""
 
-    def end(self, trainer: "Trainer") -> None:
+    def end(self, state: "State") -> None:
         """After the last iteration, before the last evaluations; not after an error."""
 
     def close(self) -> None:
@@ -77,11 +75,29 @@ class Callbacks(list[Callback]):
         """Call that hook of each; their answers."""
         return [getattr(callback, hook)(*args) for callback in self]
 
-    def losses(self, batch: "Batch", losses: Tensor) -> None:
+    def losses(self, batch: Batch, losses: Tensor) -> None:
         """Show a microbatch's losses to those that look at them."""
         for callback in self:
             if callback.sees_losses:
                 callback.losses(batch, losses)
+
+
+@dataclass
+class State:
+    """What a run works with, as callbacks see it.
+
+    ``datasets`` are the training, validation and test sets (None where absent); ``token_bytes`` the UTF-8
+    bytes of each token id.
+    """
+
+    run: RunConfig
+    model: list[nn.Module]
+    optimizer: Any
+    scheduler: Any
+    datasets: tuple[Any, Any, Any]
+    token_bytes: torch.Tensor
+    callbacks: Callbacks
+    progress: Progress = field(default_factory=Progress)
 
 
 class GarbageCollection(Callback):
@@ -90,15 +106,15 @@ class GarbageCollection(Callback):
     def __init__(self, config: TrainingConfig) -> None:
         self.config = config
 
-    def start(self, trainer: "Trainer") -> None:
+    def start(self, state: "State") -> None:
         if self.config.manual_gc:
             gc.disable()
 
-    def before_validation(self, trainer: "Trainer", split: str) -> None:
+    def before_validation(self, state: "State", split: str) -> None:
         if self.config.manual_gc and self.config.manual_gc_eval:
             gc.collect()
 
-    def after_step(self, trainer: "Trainer", result: "StepResult") -> None:
+    def after_step(self, state: "State", result: StepResult) -> None:
         interval = self.config.manual_gc_interval if self.config.manual_gc else 0
-        if interval and trainer.progress.iteration % interval == 0:
+        if interval and state.progress.iteration % interval == 0:
             gc.collect()

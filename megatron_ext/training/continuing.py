@@ -19,7 +19,7 @@ from megatron_ext.data.rounds.dataset import RoundIndex
 from megatron_ext.platform.collective import on_first_rank, print_rank_0
 from megatron_ext.training import schedule
 from megatron_ext.training.data import dataset_sizes, samples_to_read
-from megatron_ext.training.loop import Progress
+from megatron_ext.training.state import Progress
 
 #: Flags that change which tokens count in the loss, or what they are predicted from.
 LOSS_FLAGS = ("eod_mask_loss", "reset_position_ids", "reset_attention_mask")

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -10,21 +9,8 @@ from torch import nn
 from megatron_ext import platform
 from megatron_ext.config import RunConfig
 from megatron_ext.training.batch import LossCounter
+from megatron_ext.training.state import Evaluation
 from megatron_ext.training.step import evaluation_mode, forward_backward, parameters_in_place
-
-
-@dataclass
-class Evaluation:
-    """``lm_loss`` in nats a token, over so many ``tokens``; ``bits_per_byte`` of text.
-
-    Bits per byte compare tokenizers. Special tokens stand for no text: their loss counts in ``lm_loss``
-    only, as nanochat's evaluate_bpb does. Both are NaN on ranks that do not hold the loss, and where no
-    token counts.
-    """
-
-    lm_loss: float
-    bits_per_byte: float
-    tokens: int
 
 
 @torch.no_grad()

@@ -2,10 +2,9 @@
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.num_microbatches_calculator import (
     get_current_running_global_batch_size,
@@ -13,62 +12,24 @@ from megatron.core.num_microbatches_calculator import (
     update_num_microbatches,
 )
 from megatron.core.timers import Timers
-from torch import nn
 
 from megatron_ext import platform
 from megatron_ext.config import RunConfig
 from megatron_ext.platform.collective import print_rank_0
-from megatron_ext.training.bad_numbers import BadNumbers, LocalGradients
-from megatron_ext.training.callbacks import Callbacks
+from megatron_ext.training.bad_numbers import LocalGradients
+from megatron_ext.training.callbacks import State
 from megatron_ext.training.data import chunk_iterators, validation_iterators, whole_set
 from megatron_ext.training.evaluation import evaluate
 from megatron_ext.training.signals import StopSignals
-from megatron_ext.training.step import StepResult, train_step
+from megatron_ext.training.state import BadNumbers, StepResult
+from megatron_ext.training.step import train_step
 from megatron_ext.training.stopping import Stopping
 from megatron_ext.training.watchdog import Watchdog
 
 
 @dataclass
-class Progress:
-    """How far a run is; stored in checkpoints.
-
-    ``round_sha256`` names the index of the round it is in, None in the first; ``round_start`` are the
-    samples consumed before this round, or before the training set that it now reads; ``training_set`` is
-    the description of that set (data/identity.py), with the number of samples that its order was drawn for.
-    """
-
-    iteration: int = 0
-    consumed_train_samples: int = 0
-    consumed_valid_samples: int = 0
-    skipped_train_samples: int = 0
-    #: The validation of this iteration was cut short by a stop, and is made first when the run goes on.
-    validation_due: bool = False
-    #: Iterations without an update because of NaN or Inf.
-    bad_iterations: int = 0
-    round_sha256: str | None = None
-    round_start: int = 0
-    training_set: dict | None = None
-    #: Iterations of the checkpoints in --save that this run made or goes on from, ascending: not of those
-    #: that it went back behind.
-    checkpoints: list[int] = field(default_factory=list)
-
-
-@dataclass
-class Trainer:
-    """Everything a run works with, and the loop over it.
-
-    ``datasets`` are the training, validation and test sets (None where absent); ``token_bytes``
-    the UTF-8 bytes of each token id; ``callbacks`` are what else happens around the steps.
-    """
-
-    run: RunConfig
-    model: list[nn.Module]
-    optimizer: Any
-    scheduler: Any
-    datasets: tuple[Any, Any, Any]
-    token_bytes: torch.Tensor
-    callbacks: Callbacks
-    progress: Progress = field(default_factory=Progress)
+class Trainer(State):
+    """Everything a run works with, and the loop over it."""
 
     def train(self, watchdog: Watchdog | None = None, signals: StopSignals | None = None) -> None:
         """Train to ``--train-iters``, or until a signal, a time limit or an interval says stop.

@@ -2,18 +2,14 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from megatron_ext import platform
 from megatron_ext.config import RunConfig
-from megatron_ext.training.callbacks import Callback
+from megatron_ext.training.callbacks import Callback, State
 from megatron_ext.training.side import Side
-
-if TYPE_CHECKING:
-    from megatron_ext.training.loop import Trainer
-    from megatron_ext.training.step import StepResult
+from megatron_ext.training.state import StepResult
 
 
 class Profiler(Callback):
@@ -39,11 +35,11 @@ class Profiler(Callback):
         if self.records_memory:
             self.memory_side.attempt(platform.record_memory_history)
 
-    def before_step(self, trainer: "Trainer") -> None:
-        self.before(trainer.progress.iteration)
+    def before_step(self, state: State) -> None:
+        self.before(state.progress.iteration)
 
-    def after_step(self, trainer: "Trainer", result: "StepResult") -> None:
-        self.after(trainer.progress.iteration)
+    def after_step(self, state: State, result: StepResult) -> None:
+        self.after(state.progress.iteration)
 
     def before(self, iteration: int) -> None:
         """Start, if ``iteration`` (finished ones so far) opens the window."""

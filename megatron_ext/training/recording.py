@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,10 +24,11 @@ from megatron_ext.models.config import transformer_config
 from megatron_ext.platform.collective import on_every_rank, on_first_rank, print_rank_0
 from megatron_ext.tokenizer import build_tokenizer
 from megatron_ext.training.batch import Batch, LossCounter
-from megatron_ext.training.callbacks import Callback
+from megatron_ext.training.callbacks import Callback, State
 from megatron_ext.training.data import chunk_iterators, dataset_sizes, pipeline_group
 from megatron_ext.training.side import Side
 from megatron_ext.training.signals import StopSignals
+from megatron_ext.training.state import StepResult
 from megatron_ext.training.step import evaluation_mode, forward_backward
 from megatron_ext.training.stopping import Stopping
 from megatron_ext.training.watchdog import Watchdog
@@ -44,10 +44,6 @@ OPTIONS = (
     "fp8",
     "softmax_vocab_size",
 )
-
-if TYPE_CHECKING:
-    from megatron_ext.training.loop import Trainer
-    from megatron_ext.training.step import StepResult
 
 
 class SampleLosses:
@@ -110,16 +106,16 @@ class OnlineRecorder(Callback):
     def losses(self, batch: Batch, losses: Tensor) -> None:
         self.collected(batch, losses)
 
-    def after_step(self, trainer: "Trainer", result: "StepResult") -> None:
+    def after_step(self, state: State, result: StepResult) -> None:
         """Gather if enough came together; a collective call of the data parallel ranks."""
         if len(self.collected.rows) >= self.EVERY:
             self._write()
 
-    def before_save(self, trainer: "Trainer") -> None:
+    def before_save(self, state: State) -> None:
         """A run resumed from the checkpoint does not train on these samples again."""
         self.flush()
 
-    def end(self, trainer: "Trainer") -> None:
+    def end(self, state: State) -> None:
         self.flush()
 
     def flush(self) -> None:

@@ -6,7 +6,6 @@ import sys
 import time
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TYPE_CHECKING
 
 import torch
 from megatron.core.num_microbatches_calculator import get_current_running_global_batch_size
@@ -18,15 +17,11 @@ from megatron_ext import platform
 from megatron_ext.config import RunConfig
 from megatron_ext.platform.collective import is_last_rank
 from megatron_ext.training.boards import Boards
-from megatron_ext.training.callbacks import Callback
-from megatron_ext.training.evaluation import Evaluation
+from megatron_ext.training.callbacks import Callback, State
 from megatron_ext.training.metrics import params_norm, peak_flops
 from megatron_ext.training.side import LinesFile
 from megatron_ext.training.spikes import SpikeDetector
-from megatron_ext.training.step import StepResult
-
-if TYPE_CHECKING:
-    from megatron_ext.training.loop import Trainer
+from megatron_ext.training.state import Evaluation, StepResult
 
 #: exp of a larger loss is no float.
 MOST_EXPONENT = 709.0
@@ -88,12 +83,12 @@ class Reporter(Callback):
                 total=run.training.train_iters, initial=first_iteration, unit="it", dynamic_ncols=True
             )
 
-    def after_step(self, trainer: "Trainer", result: StepResult) -> None:
+    def after_step(self, state: State, result: StepResult) -> None:
         """Report an iteration; a collective call where the parameters' norm or times are asked for."""
-        run, progress = self.run, trainer.progress
+        run, progress = self.run, state.progress
         due = progress.iteration % run.logging.log_interval == 0
         if run.logging.log_params_norm and due:
-            result.metrics["params_norm"] = params_norm(trainer.model)
+            result.metrics["params_norm"] = params_norm(state.model)
         self.iteration(
             IterationReport(
                 iteration=progress.iteration,
@@ -101,8 +96,8 @@ class Reporter(Callback):
                 global_batch_size=get_current_running_global_batch_size(),
                 lm_loss=result.lm_loss,
                 grad_norm=result.grad_norm,
-                learning_rate=get_canonical_lr_for_logging(trainer.optimizer.param_groups) or 0.0,
-                loss_scale=trainer.optimizer.get_loss_scale().item(),
+                learning_rate=get_canonical_lr_for_logging(state.optimizer.param_groups) or 0.0,
+                loss_scale=state.optimizer.get_loss_scale().item(),
                 seconds=result.seconds,
                 skipped=result.skipped,
                 bad=result.bad,
@@ -110,13 +105,13 @@ class Reporter(Callback):
             )
         )
         if run.logging.timing_log_level and due:
-            self.times(trainer.model[0].config.timers, progress.iteration)
+            self.times(state.model[0].config.timers, progress.iteration)
 
-    def after_validation(self, trainer: "Trainer", result: Evaluation, split: str) -> None:
-        progress = trainer.progress
+    def after_validation(self, state: State, result: Evaluation, split: str) -> None:
+        progress = state.progress
         self.evaluation(result, progress.iteration, progress.consumed_train_samples, split)
 
-    def after_iteration(self, trainer: "Trainer", last: bool) -> None:
+    def after_iteration(self, state: State, last: bool) -> None:
         if last:
             self.rest()
 

@@ -4,17 +4,13 @@ import os
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from megatron_ext.checkpoint import PendingSave, save_checkpoint
 from megatron_ext.config import RunConfig
 from megatron_ext.platform.collective import print_rank_0
-from megatron_ext.training.callbacks import Callback
+from megatron_ext.training.callbacks import Callback, State
 from megatron_ext.training.side import LinesFile
 from megatron_ext.training.step import parameters_in_place
-
-if TYPE_CHECKING:
-    from megatron_ext.training.loop import Trainer
 
 
 class Saver(Callback):
@@ -69,17 +65,17 @@ class Saver(Callback):
                 f" checkpoint {progress.iteration}: written to {self.run.checkpoint.save} in {blocked:.2f} s"
             )
 
-    def after_iteration(self, trainer: "Trainer", last: bool) -> None:
+    def after_iteration(self, state: State, last: bool) -> None:
         """Put in place what has been written meanwhile, and save what is due."""
         self.poll()
-        if self.due(trainer.progress.iteration, last):
-            trainer.callbacks("before_save", trainer)
-            self.save(trainer.progress)
+        if self.due(state.progress.iteration, last):
+            state.callbacks("before_save", state)
+            self.save(state.progress)
 
-    def end(self, trainer: "Trainer") -> None:
+    def end(self, state: State) -> None:
         self.finish()
 
-    def after_error(self, trainer: "Trainer") -> None:
+    def after_error(self, state: State) -> None:
         self.finish()  # every rank is here, and what is being written is from before
 
     def before_update(self) -> None:

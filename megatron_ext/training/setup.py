@@ -23,7 +23,7 @@ from megatron_ext.tokenizer import build_tokenizer
 from megatron_ext.training.bad_numbers import BadNumberPolicy
 from megatron_ext.training.callbacks import Callback, Callbacks, GarbageCollection
 from megatron_ext.training.continuing import Start, settle
-from megatron_ext.training.loop import Progress, Trainer
+from megatron_ext.training.loop import Trainer
 from megatron_ext.training.optimizer import build_optimizer, optimizer_config
 from megatron_ext.training.profiling import Profiler
 from megatron_ext.training.recording import OnlineRecorder, online_recorder
@@ -31,6 +31,7 @@ from megatron_ext.training.reporting import Reporter
 from megatron_ext.training.rounds import build_round_datasets, enter_round, open_round
 from megatron_ext.training.saving import Saver
 from megatron_ext.training.schedule import build_scheduler, without_a_rate
+from megatron_ext.training.state import Progress
 
 
 def build_trainer(run: RunConfig) -> Trainer:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 
 from megatron.core.num_microbatches_calculator import get_num_microbatches
@@ -15,22 +14,7 @@ from megatron_ext.platform.collective import max_over_ranks
 from megatron_ext.training import batch as batches
 from megatron_ext.training.bad_numbers import check_finite
 from megatron_ext.training.callbacks import Callbacks
-
-
-@dataclass
-class StepResult:
-    """What one step did. ``lm_loss`` is the mean over the global batch's tokens, in nats.
-
-    ``skipped``: no parameter was updated; ``bad``: because of a NaN or Inf.
-    """
-
-    lm_loss: float
-    grad_norm: float
-    skipped: bool
-    bad: bool = False
-    seconds: float = 0.0
-    #: What else the log shows, by name: on the console, in the metrics file, on the boards.
-    metrics: dict[str, float] = field(default_factory=dict)
+from megatron_ext.training.state import StepResult
 
 
 def train_step(
