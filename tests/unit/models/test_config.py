@@ -1,15 +1,21 @@
 """Megatron-Core's configuration objects."""
 
+import ast
+import dataclasses
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from megatron.core.models.common.embeddings import rope_utils
 
+from megatron_ext import models
 from megatron_ext.arguments.parser import read_args
 from megatron_ext.arguments.vocabulary import padded_vocab_size
+from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.presets import PRESETS
 from megatron_ext.models.builder import ddp_config
-from megatron_ext.models.config import CUDA_FUSIONS, transformer_config
+from megatron_ext.models.config import CUDA_FUSIONS, PanguProConfig, transformer_config
 from megatron_ext.training.optimizer import optimizer_config
 
 DATA = "--mock-data --tokenizer-type NullTokenizer --vocab-size 99"
@@ -92,3 +98,13 @@ def test_padded_vocabulary_that_was_asked_for():
     assert padded_vocab_size(257, run) == 512
     with pytest.raises(ValueError, match="must be at least the tokenizer's 600"):
         padded_vocab_size(600, run)
+
+
+def test_every_field_of_a_model_reaches_it():
+    """A field that Megatron-Core's configuration, ours or the builder does not take would be silent."""
+    taken = {field.name for field in dataclasses.fields(PanguProConfig)}
+    for path in Path(models.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "run.model":
+                taken.add(node.attr)
+    assert {field.name for field in dataclasses.fields(ModelConfig)} - taken == set()
