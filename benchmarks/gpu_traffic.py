@@ -93,7 +93,7 @@ def count(options: argparse.Namespace, variant: str) -> tuple[dict[str, dict], i
         else:
             places[LAYER][key] = number, size
             places[ENDS][key] = one.counts[key] - number, one.bytes[key] - size
-    layers = preset(options.shape).layers
+    layers = preset(options.shape).num_layers
     return places, one.syncs + (layers - 1) * (two.syncs - one.syncs)
 
 

@@ -231,19 +231,19 @@ def _with_kernels(stack: contextlib.ExitStack, variant: str, counting: Counting)
 
 def _trainer(flags: str) -> tuple[Callable, list]:
     """(A function that takes one training step, the model)."""
-    args = read_args(f"{flags} --device cpu --transformer-impl local".split())
-    args.padded_vocab_size = padded_vocab_size(VOCABULARY, args)
+    run = read_args(f"{flags} --device cpu --transformer-impl local".split())
+    run = run.but(padded_vocab_size=padded_vocab_size(VOCABULARY, run))
     if not parallel_state.is_initialized():
-        distributed.initialize(args)
-    config = transformer_config(args)
-    model = wrap_for_training(build_model(config, args, drawn=False), config, ddp_config(args))
-    optimizer = build_optimizer(optimizer_config(args), model)
-    scheduler = build_scheduler(optimizer, args)
-    connect(model, optimizer, args)
-    ids = torch.zeros(args.micro_batch_size, args.seq_length, dtype=torch.long)
+        distributed.initialize(run)
+    config = transformer_config(run)
+    model = wrap_for_training(build_model(config, run, drawn=False), config, ddp_config(run))
+    optimizer = build_optimizer(optimizer_config(run), model)
+    scheduler = build_scheduler(optimizer, run)
+    connect(model, optimizer, run)
+    ids = torch.zeros(run.training.micro_batch_size, run.data.seq_length, dtype=torch.long)
     batch = {"tokens": ids, "labels": ids, "loss_mask": torch.ones(ids.shape), "position_ids": ids}
     model[0].train()
-    return lambda: step.train_step([iter([batch])], model, optimizer, scheduler, args), model
+    return lambda: step.train_step([iter([batch])], model, optimizer, scheduler, run), model
 
 
 def _name_parts(stack: contextlib.ExitStack, model: list, counting: Counting) -> None:

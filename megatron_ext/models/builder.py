@@ -6,8 +6,8 @@ from megatron.core.transformer.module import Float16Module
 from torch import nn
 
 from megatron_ext import platform
-from megatron_ext.kernels.rope import provide_rope
 from megatron_ext.config import RunConfig
+from megatron_ext.kernels.rope import provide_rope
 from megatron_ext.kernels.weight_gradient import provide_weight_gradients
 from megatron_ext.models.config import PanguProConfig, fields_of
 from megatron_ext.models.gpt_model import PanguModel

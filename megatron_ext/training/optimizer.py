@@ -12,8 +12,8 @@ from megatron.core.optimizer.optimizer_config import ParamKey
 from torch import nn
 
 from megatron_ext import platform
-from megatron_ext.kernels.multi_tensor import provide_multi_tensor
 from megatron_ext.config import RunConfig
+from megatron_ext.kernels.multi_tensor import provide_multi_tensor
 from megatron_ext.models.config import fields_of
 from megatron_ext.platform.adam import provide_adam
 from megatron_ext.training.adam import FusedAdam
