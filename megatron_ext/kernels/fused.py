@@ -29,6 +29,8 @@ if _kernels is not None and getattr(_kernels, "ABI", None) != _ABI:
     )
     _kernels = None
 
+#: On a GPU, since torch 2.9; before it F.rms_norm is eight operators, most of them on float32 copies.
+_TORCH_FUSES_RMS_NORM = hasattr(torch.ops.aten, "_fused_rms_norm")
 _STORAGE = (torch.float32, torch.bfloat16)
 
 
@@ -181,6 +183,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension. x: [..., h], weight: [h]."""
     if takes(x) and takes(weight):
         return _RMSNorm.apply(x, weight, eps)
+    if not _TORCH_FUSES_RMS_NORM and launch.takes(x, weight):
+        from megatron_ext.kernels import triton_norm
+
+        if x.size(-1) <= triton_norm.WIDEST:
+            return triton_norm.rms_norm(x, weight, eps)
     return rms_norm_reference(x, weight, eps)
 
 

@@ -81,7 +81,24 @@ def gpu() -> Finding:
     if not seen:
         why = "torch sees none: its build is for CPUs, or for a newer driver"
         return Finding("GPU", "problem", found, why, "TORCH=default bash tools/setup.sh")
-    return Finding("GPU", "ok", found, f"--device cuda on {seen}, bf16, nccl")
+    import torch
+
+    kernel = attention_kernel(
+        version_of("torch"), torch.backends.cudnn.version(), torch.cuda.get_device_capability()
+    )
+    return Finding("GPU", "ok", found, f"--device cuda on {seen}, bf16, nccl; local attention by {kernel}")
+
+
+def attention_kernel(torch_version: str | None, cudnn: int | None, capability: tuple[int, int]) -> str:
+    """What torch's scaled_dot_product_attention takes first in half precision; its own choice is kept.
+
+    cuDNN's attention is the fastest on Hopper and Blackwell. torch puts it first there since 2.10, and only
+    with cuDNN 9.15.1 or newer (torch's wheels since 2.11): older ones were wrong for some sequence lengths.
+    """
+    if capability[0] not in (9, 10):
+        return "FlashAttention 2"
+    first = engine.parse_version(torch_version or "0") >= (2, 10) and (cudnn or 0) > 91500
+    return "cuDNN" if first else "FlashAttention 2; torch 2.11 or newer takes cuDNN's, which is faster"
 
 
 def transformer_engine() -> Finding:

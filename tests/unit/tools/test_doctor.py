@@ -105,3 +105,18 @@ def test_a_run_takes_the_data_sheet_where_there_is_one(monkeypatch):
     assert metrics.peak_flops(torch.bfloat16) == 835e12
     assert metrics.peak_flops(torch.float32) == 60e12
     metrics.peak_flops.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "torch_version, cudnn, capability, kernel",
+    [
+        ("2.13.0+cu130", 92000, (9, 0), "cuDNN"),
+        ("2.11.0", 91501, (10, 3), "cuDNN"),
+        ("2.11.0", 91500, (9, 0), "FlashAttention 2; torch 2.11 or newer takes cuDNN's, which is faster"),
+        ("2.9.1", 92000, (9, 0), "FlashAttention 2; torch 2.11 or newer takes cuDNN's, which is faster"),
+        ("2.13.0", 92000, (8, 0), "FlashAttention 2"),
+        ("2.13.0", None, (12, 0), "FlashAttention 2"),
+    ],
+)
+def test_which_attention_torch_takes_first(torch_version, cudnn, capability, kernel):
+    assert machine.attention_kernel(torch_version, cudnn, capability) == kernel
