@@ -22,7 +22,7 @@ from megatron_ext.checkpoint.lock import locked
 from megatron_ext.interchange import hf_pangu_pi
 from megatron_ext.interchange.errors import InterchangeError
 from megatron_ext.interchange.hf_config import write_config
-from megatron_ext.interchange.hf_tokenizer import SpecialIds, write_tokenizer
+from megatron_ext.interchange.hf_tokenizer import SpecialIds, require_same_tokenizer, write_tokenizer
 from megatron_ext.interchange.mapping import Architecture, architecture_named, architecture_of
 from megatron_ext.interchange.model_card import model_card
 from megatron_ext.interchange.numbers import to_format
@@ -56,8 +56,8 @@ def export_folder(
         shard_bytes: a file of weights ends before it passes this many bytes; so much memory is used.
 
     Raises:
-        InterchangeError: the folder is taken, also by an export that is still being written, or the
-            architecture has no place for a tensor.
+        InterchangeError: the folder is taken, also by an export that is still being written, the
+            architecture has no place for a tensor, or transformers would read another tokenizer.
     """
     save_dir = Path(save_dir)
     if save_dir.exists() and (not save_dir.is_dir() or any(save_dir.iterdir())):
@@ -69,6 +69,7 @@ def export_folder(
         _write_weights(aside, kind, shape, get, shard_bytes)
         _write_texts(aside, shape, config, special, origin)
         _require_same(aside, shape)
+        require_same_tokenizer(tokenizer, aside, kind.model_type)
         _seal(aside)
     return save_dir
 

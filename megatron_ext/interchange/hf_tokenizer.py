@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_ext.interchange.errors import InterchangeError
 from megatron_ext.interchange.json_file import read_object
-from megatron_ext.interchange.tokenizer_files import TokenizerFiles, known_tokens
+from megatron_ext.interchange.tokenizer_files import TokenizerFiles, is_code, known_tokens
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,61 @@ def _describe(model: Path, folder: Path) -> None:
         raise InterchangeError(f"{model} cannot be described for transformers: {error}") from error
     for name, content in files.items():
         (folder / name).write_bytes(content)
+
+
+def require_same_tokenizer(tokenizer: TokenizerFiles | None, folder: Path, model_type: str) -> None:
+    """Raise InterchangeError unless transformers reads the tokenizer of a finished folder as it was meant.
+
+    ``config.json`` takes part in that: beside some values of ``model_type`` transformers takes a class of
+    its own, which replaces what ``tokenizer.json`` says of the cutting of texts.
+    """
+    if tokenizer is None or tokenizer.model is None or is_code(folder):
+        return
+    back = _as_transformers_reads(folder, known=model_type != "pangu_pi")
+    if tokenizer.companions or tokenizer.kind == "HuggingFaceTokenizer":
+        meant = _as_transformers_reads(tokenizer.folder)
+        difference = None if _backend(back) == _backend(meant) else f"it came as {type(meant).__name__}"
+    else:
+        difference = _difference(tokenizer.model, back)
+    if difference:
+        raise InterchangeError(
+            f"beside a model of type {model_type} transformers reads the tokenizer {tokenizer.model} as its "
+            f"own {type(back).__name__}, which encodes otherwise ({difference}); --hf-architecture pangu_pi "
+            "holds every model, and leaves the tokenizer as it is"
+        )
+
+
+def _as_transformers_reads(folder: Path, known: bool = True):
+    """The tokenizer of a folder; ``known``: transformers knows the model that lies there."""
+    from transformers import AutoTokenizer, PretrainedConfig
+
+    config = {} if known else {"config": PretrainedConfig()}
+    try:
+        return AutoTokenizer.from_pretrained(
+            str(folder), trust_remote_code=False, local_files_only=True, **config
+        )
+    except Exception as error:  # transformers raises whatever its parsers raise
+        raise InterchangeError(f"{folder}: transformers cannot load its tokenizer: {error}") from error
+
+
+def _backend(tokenizer) -> str:
+    """What decides a tokenizer's ids: its backend, or where there is none its class."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return type(tokenizer).__name__ if backend is None else backend.to_str()
+
+
+def _difference(model: Path, back) -> str | None:
+    """A text that transformers encodes otherwise than a SentencePiece model does; None if there is none."""
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+    from megatron_ext.tokenizer.build import SentencePieceTokenizer
+    from megatron_ext.tokenizer.hf_check import first_difference
+
+    return first_difference(
+        SentencePieceTokenizer(model).processor,
+        ModelProto.FromString(model.read_bytes()),
+        back.backend_tokenizer,
+    )
 
 
 def special_ids(tokenizer: TokenizerFiles) -> SpecialIds:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -11,11 +12,19 @@ from pathlib import Path
 from megatron_ext.config.model_function import Saved
 from megatron_ext.interchange.errors import InterchangeError
 from megatron_ext.interchange.json_file import read_object
-from megatron_ext.tokenizer.build import HUGGINGFACE_FILES, SENTENCEPIECE_TYPES, folder_sha256
+from megatron_ext.tokenizer.build import (
+    HUGGINGFACE_FILES,
+    SENTENCEPIECE_TYPES,
+    TokenizerError,
+    folder_sha256,
+    require_no_code,
+)
 
 _LARGEST_ID = (1 << 24) - 1
 #: Files of a Hugging Face folder that go with a tokenizer without deciding its ids.
 _BESIDE = ("chat_template.jinja", "generation_config.json")
+#: Entries of a model's ``config.json`` by which transformers chooses the class of its tokenizer.
+_OF_CLASS = ("model_type", "tokenizer_class")
 
 
 @dataclass(frozen=True)
@@ -48,13 +57,18 @@ class TokenizerFiles:
         """What transformers wants beside the files; [] for a SentencePiece model that stands alone."""
         if self.model is None:
             return []
-        folder = self.model.parent if self.model.is_file() else self.model
         if self.model.is_file() and not (
-            self.model.name == "tokenizer.model" and (folder / "tokenizer_config.json").is_file()
+            self.model.name == "tokenizer.model" and (self.folder / "tokenizer_config.json").is_file()
         ):
             return []
         names = (*HUGGINGFACE_FILES, *_BESIDE)
-        return [path for name in names if (path := folder / name).is_file() and path not in self.files]
+        return [path for name in names if (path := self.folder / name).is_file() and path not in self.files]
+
+    @property
+    def folder(self) -> Path:
+        """Where the files are."""
+        assert self.model is not None, "a NullTokenizer has no files"
+        return self.model.parent if self.model.is_file() else self.model
 
     def copy_into(self, folder: Path) -> None:
         """Copy files and companions, under their names; a SentencePiece model becomes ``tokenizer.model``."""
@@ -62,6 +76,15 @@ class TokenizerFiles:
             folder.mkdir(parents=True, exist_ok=True)
         for file in (*self.files, *self.companions):
             shutil.copyfile(file, folder / ("tokenizer.model" if file is self.model else file.name))
+        if self.companions or self.kind == "HuggingFaceTokenizer":
+            self._copy_class(folder)
+
+    def _copy_class(self, folder: Path) -> None:
+        """Copy what ``config.json`` says of the tokenizer's class: transformers reads the rest by it."""
+        config = read_object(self.folder / "config.json", missing={})
+        decides = {name: config[name] for name in _OF_CLASS if isinstance(config.get(name), str)}
+        if decides:
+            (folder / "config.json").write_text(json.dumps(decides, indent=2) + "\n")
 
     def moved_to(self, folder: Path) -> TokenizerFiles:
         """The same tokenizer, where :meth:`copy_into` put it."""
@@ -124,6 +147,15 @@ def of_saved(saved: Saved) -> TokenizerFiles | None:
         return _sentencepiece(Path(model))
     folder = Path(model)
     return _described(folder, known_tokens(folder), None) if kind == "HuggingFaceTokenizer" else None
+
+
+def is_code(folder: Path) -> bool:
+    """Whether the tokenizer of a Hugging Face folder is Python code, which is not run here."""
+    try:
+        require_no_code(folder)
+    except TokenizerError:
+        return True
+    return False
 
 
 def null(size: int) -> TokenizerFiles:

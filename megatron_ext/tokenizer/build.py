@@ -142,7 +142,7 @@ class HuggingFaceTokenizer(Tokenizer):
                 "tokenizer's files (tokenizer.json or tokenizer.model); nothing is downloaded"
             )
         if not trust_remote_code:
-            _require_no_code(Path(folder))
+            require_no_code(Path(folder))
         try:
             from transformers import AutoTokenizer
         except ImportError as error:
@@ -261,7 +261,7 @@ def _read(model_file: str | Path) -> bytes:
     return content
 
 
-def _require_no_code(folder: Path) -> None:
+def require_no_code(folder: Path) -> None:
     """Raise TokenizerError if a Hugging Face folder says that its tokenizer is Python code."""
     for name in ("tokenizer_config.json", "config.json"):
         try:

@@ -10,6 +10,7 @@ from megatron_ext.checkpoint import load_checkpoint, read_checkpoint_args
 from megatron_ext.checkpoint.saved_args import run_of
 from megatron_ext.inference import Sampling, generate
 from megatron_ext.inference.load import arguments
+from megatron_ext.interchange.errors import InterchangeError
 from megatron_ext.interchange.export import export_folder
 from megatron_ext.interchange.hf_tokenizer import write_tokenizer
 from megatron_ext.interchange.open import open_source
@@ -23,6 +24,7 @@ from tests.unit.tokenizer.sample_models import corpus_lines, trained
 
 toys = pytest.importorskip("tests.unit.interchange.toys", reason="needs transformers")
 transformers = toys.transformers
+tokenizers = pytest.importorskip("tokenizers")
 SHAPES = {
     "series and shortcut": toys.pi_shape(),
     "series alone, tied, biases": toys.pi_shape(augmented_shortcuts=0, tied=True, qkv_bias=True),
@@ -144,6 +146,52 @@ def test_tokenizer_of_a_folder_goes_back_as_it_came(with_tokenizer, tmp_path):
     out = export(load, tmp_path / "hf")
     assert all((out / name).read_bytes() == (folder / name).read_bytes() for name in names)
     assert json.loads((out / "config.json").read_text())["eos_token_id"] == 2
+
+
+@pytest.fixture
+def biased(tmp_path) -> Path:
+    """A checkpoint that is exported as a Qwen2, with a SentencePiece tokenizer."""
+    (tmp_path / "small.model").write_bytes(trained())
+    tokenizer = of_path(tmp_path / "small.model")
+    plain = dict(series_activation_order=0, augmented_shortcuts=0, qkv_bias=True)
+    shape = toys.pi_shape(vocab_size=tokenizer.size, padded_vocab_size=1024, **plain)
+    return toys.checkpoint(tmp_path / "ours", shape, tokenizer)
+
+
+def test_a_tokenizer_that_transformers_would_read_otherwise(biased, tmp_path):
+    """Beside a Qwen2 transformers cuts texts in Qwen2's way, whatever tokenizer.json says."""
+    with pytest.raises(InterchangeError, match="Qwen2Tokenizer, which encodes otherwise .*hf-architecture"):
+        export(biased, tmp_path / "qwen2")
+    assert not (tmp_path / "qwen2").exists()
+    folder = export(biased, tmp_path / "pangu_pi", architecture="pangu_pi")
+    theirs = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    line = "import numpy, twice: the tokens of 2024"
+    assert theirs(line).input_ids == NativeEncoder(model_proto=trained()).encode(line).tolist()
+
+
+def test_a_tokenizer_is_read_as_the_folder_it_came_from(tmp_path):
+    """A Qwen2 whose tokenizer names no class of its own: transformers goes by the model's type."""
+    folder = toys.folder(tmp_path / "hf", "qwen2", 2, True)
+    described = tokenizers.Tokenizer(tokenizers.models.BPE())
+    described.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        special_tokens=["</s>"], initial_alphabet=alphabet, vocab_size=300
+    )
+    described.train_from_iterator(corpus_lines(toys.random.Random(3), 50), trainer)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=described, eos_token="</s>").save_pretrained(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+    source = open_source(folder)
+    load = tmp_path / "ours"
+    write_checkpoint(load, source.shape, source.get, tokenizer=source.tokenizer)
+    text = "Un\u0308i 12345 it's\n\n x"
+    expected = transformers.AutoTokenizer.from_pretrained(folder)(text).input_ids
+    assert build_tokenizer(read_checkpoint_args(load)).tokenize(text) == expected
+    back = transformers.AutoTokenizer.from_pretrained(export(load, tmp_path / "back"))
+    assert back(text).input_ids == expected
 
 
 @torch.no_grad()
