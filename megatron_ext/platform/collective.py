@@ -113,14 +113,17 @@ def _raise_together(
     raise error(detail if doing is None else f"could not {doing}: {detail}") from own
 
 
-@cache
-def _control_group(world: Any):
+def _control_group(world: Any) -> Any:
     """A gloo group over all ranks: it notices at once when a process has gone, which nccl does not.
 
     It waits as long as the world does: left to gloo, half an hour.
     """
-    if "gloo" in torch.distributed.get_backend(world):
-        return world
+    return world if "gloo" in torch.distributed.get_backend(world) else _gloo_beside(world)
+
+
+@cache
+def _gloo_beside(world: Any) -> Any:
+    # Not of a gloo world itself: to be kept here would keep its connections open when it is let go.
     return torch.distributed.new_group(backend="gloo", timeout=platform.group_timeout(world))
 
 
