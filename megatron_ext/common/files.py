@@ -14,6 +14,8 @@ import numpy as np
 
 #: What an .npz may unpack to: counts of a hundred sources over a vocabulary of a million take half of it.
 _LARGEST_ARRAYS = 1 << 31
+#: A manifest says its format within so many bytes.
+_MANIFEST_START = 1 << 12
 
 
 class OverwritesInput(ValueError):
@@ -188,6 +190,25 @@ def refuse_overwriting(outputs: Iterable[str | Path], inputs: Iterable[str | Pat
                     f"{found}: would be written or removed, and {is_or_holds} the input {path}; give another "
                     "output"
                 )
+
+
+def refuse_replacing(manifest: str | Path, form: str) -> None:
+    """Raise if a file that is no manifest of the format ``form`` has the place where one will be written.
+
+    A manifest's name follows from that of another file, so nobody has said that what is there may go.
+
+    Raises:
+        OverwritesInput: naming it.
+    """
+    try:
+        with open(manifest, "rb") as file:
+            start = file.read(_MANIFEST_START)
+    except FileNotFoundError:
+        return
+    if f'"{form}"'.encode() not in start:
+        raise OverwritesInput(
+            f"{manifest}: is no manifest of {form}, whose place this is; move it, or give another output"
+        )
 
 
 def is_same_place(one: str | Path, other: str | Path) -> bool:

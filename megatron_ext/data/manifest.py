@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_ext.common.files import pieces_digest, sha256_file, write_aside
+from megatron_ext.common.files import pieces_digest, refuse_replacing, sha256_file, write_aside
 from megatron_ext.data.indexed import DatasetError, Index, bin_path, check_layout, manifest_path, map_tokens
 
 FORMAT = "megatron_ext.dataset/1"
@@ -68,6 +68,11 @@ def _require_form(manifest: dict) -> None:
         raise ValueError("its 'tokenizer' has another form")
     if not all(isinstance(entry, dict) for entry in manifest.get("inputs", [])):
         raise ValueError("its 'inputs' have another form")
+
+
+def refuse_replacing_others(prefix: str | Path) -> None:
+    """Raise OverwritesInput if PREFIX.json is another file than the manifest of a dataset."""
+    refuse_replacing(manifest_path(prefix), FORMAT)
 
 
 def write_manifest(prefix: str | Path, manifest: dict) -> None:

@@ -8,19 +8,21 @@ import numpy as np
 
 from megatron_ext.common.files import refuse_overwriting, unchanged
 from megatron_ext.data.indexed import DatasetError, Index, bin_path, dataset_files, idx_path
-from megatron_ext.data.manifest import check_dataset, read_manifest
+from megatron_ext.data.manifest import check_dataset, read_manifest, refuse_replacing_others
 from megatron_ext.data.writer import file_blocks, publish, write_dataset
 
 
 def find_prefixes(inputs: Sequence[str]) -> list[str]:
     """The datasets that ``inputs`` name: prefixes, .bin or .idx files, or folders (sorted by name).
 
+    A dataset's name is also that of the folder of its cached indices: the dataset is meant.
+
     Raises:
         DatasetError: a folder without datasets, or a .bin without .idx or the other way round.
     """
     found = []
     for word in inputs:
-        if Path(word).is_dir():
+        if Path(word).is_dir() and not idx_path(word).is_file():
             names = {
                 str(path.with_suffix("")) for path in Path(word).iterdir() if path.suffix in (".bin", ".idx")
             }
@@ -47,6 +49,7 @@ def merge(prefixes: Sequence[str], output_prefix: str | Path) -> dict:
     """
     files = [path for prefix in prefixes for path in dataset_files(prefix)]
     refuse_overwriting(dataset_files(output_prefix), files)
+    refuse_replacing_others(output_prefix)
     with unchanged(files):
         indices = [check_dataset(prefix) for prefix in prefixes]
         manifests = [read_manifest(prefix) for prefix in prefixes]

@@ -15,7 +15,7 @@ import numpy as np
 from megatron_ext.common.files import refuse_overwriting, unchanged
 from megatron_ext.common.progress import Progress
 from megatron_ext.data.indexed import DatasetError, Index, dataset_files, map_tokens, optimal_dtype
-from megatron_ext.data.manifest import check_dataset, read_manifest
+from megatron_ext.data.manifest import check_dataset, read_manifest, refuse_replacing_others
 from megatron_ext.data.writer import Written, publish, write_dataset
 from megatron_ext.tokenizer.encoder import NativeEncoder
 
@@ -101,6 +101,7 @@ def retokenize(old_prefix: str, old_model: str, new_model: str, new_prefix: str)
     """
     files = dataset_files(old_prefix)
     refuse_overwriting(dataset_files(new_prefix), [*files, old_model, new_model])
+    refuse_replacing_others(new_prefix)
     old_proto, new_proto = Path(old_model).read_bytes(), Path(new_model).read_bytes()
     old = NativeEncoder(old_model, model_proto=old_proto)
     new = NativeEncoder(new_model, model_proto=new_proto)

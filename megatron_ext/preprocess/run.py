@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from megatron_ext.common.files import InputChanged, refuse_overwriting
 from megatron_ext.common.progress import Progress
 from megatron_ext.data.indexed import optimal_dtype
-from megatron_ext.data.manifest import read_manifest
+from megatron_ext.data.manifest import read_manifest, refuse_replacing_others
 from megatron_ext.data.text.chunks import Chunk, chunks, count_lines, units
 from megatron_ext.data.text.documents import NoDocuments, bad_line_message, require_documents
 from megatron_ext.data.text.inputs import InputCheck
@@ -40,6 +40,8 @@ def preprocess(options: Options, quiet: bool = False) -> dict:
     if options.shard is not None:
         refuse_pipes(sources, "--shard divides the input")
     refuse_overwriting(options.produced(), options.files_read(sources))
+    for key in options.json_keys:
+        refuse_replacing_others(options.dataset(key))
     tokenizer, _ = encoding.load(options.tokenizer)
     plan = plan_id(options, sources, tokenizer.sha256)
     finished = _finished(options, sources, plan)

@@ -12,6 +12,8 @@ from megatron_ext.platform.environment import not_deterministic
 
 SENTENCEPIECE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 SUPPORTED_TOKENIZERS = (*SENTENCEPIECE, "HuggingFaceTokenizer", "NullTokenizer")
+#: What every record of a metrics file begins with (training/reporting.py).
+METRICS_START = b'{"iteration": '
 SPLIT_PATHS = ("train_data_path", "valid_data_path", "test_data_path")
 
 
@@ -183,6 +185,19 @@ def outputs_are_writable(run: RunConfig, typed: Typed) -> Problems:
             yield f"{flag_of(name)} {path}: is a folder, give a file"
         elif path:
             yield from _unwritable(flag_of(name), Path(path).parent)
+    path = run.logging.metrics_file
+    if path and os.path.isfile(path) and not _holds_metrics(path):
+        yield f"--metrics-file {path}: holds something else than metrics; give another file"
+
+
+def _holds_metrics(path: str) -> bool:
+    """Whether a file begins as a metrics file does, of which a killed run may have left half a line."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(len(METRICS_START))
+    except OSError:  # said by the rule of what can be written
+        return True
+    return METRICS_START.startswith(start)
 
 
 def _unwritable(flag: str, folder: Path) -> Iterator[str]:

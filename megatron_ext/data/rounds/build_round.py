@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_ext.common.files import Watch, refuse_overwriting, unchanged, write_aside
+from megatron_ext.common.files import Watch, refuse_overwriting, refuse_replacing, unchanged, write_aside
 from megatron_ext.data.indexed import DatasetError
 from megatron_ext.data.progress import Progress
 from megatron_ext.data.rounds import sampling as drawing
@@ -131,6 +131,7 @@ def build_round(
     """
     files, paths = vars(record_paths(losses_path)).values(), round_paths(output)
     refuse_overwriting(vars(paths).values(), files)
+    refuse_replacing(paths.manifest, FORMAT)
     with unchanged(files) as watch:
         return _build(read_losses(losses_path), options, paths, watch, show_progress)
 

@@ -234,6 +234,17 @@ class TestFiles:
         (problem,) = problems_of(line)
         assert problem.startswith(f"--tokenizer-model {tmp_path}/no.model: there is no such file")
 
+    def test_metrics_are_appended_to_metrics(self, tmp_path):
+        """A metrics file is appended to, and its torn end cut off: no other file may be taken for one."""
+        path = tmp_path / "metrics.jsonl"
+        for content in ("", '{"iter', '{"iteration": 1, "lm_loss": 2.0}\n{"iterat'):
+            path.write_text(content)
+            assert problems_of(f"{BASE} --metrics-file {path}") == []
+        for content in (b'{"text": "a corpus"}\n', b"\x12\x00\x34", b"100", b"\n"):
+            path.write_bytes(content)
+            (problem,) = problems_of(f"{BASE} --metrics-file {path}")
+            assert problem.startswith(f"--metrics-file {path}: holds something else than metrics")
+
     def test_save_folder(self, tmp_path):
         (tmp_path / "file").touch()
         assert problems_of(f"{BASE} --save {tmp_path}/a/b --save-interval 5") == []

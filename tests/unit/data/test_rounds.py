@@ -191,6 +191,18 @@ def test_bad_usage(tmp_path, capsys, words, message):
     assert pytest.importorskip("re").search(message, capsys.readouterr().err)
 
 
+def test_a_rounds_manifest_takes_no_datasets_place(tmp_path, capsys):
+    """``--output data/my.npy`` writes data/my.json, which may be a dataset's."""
+    path, manifest = recording(tmp_path), tmp_path / "my.json"
+    manifest.write_text('{"format": "megatron_ext.dataset/1"}')
+    flags = ["--losses", str(path), "--rate", "0.5", "--output", str(tmp_path / "my.npy")]
+    assert tool.main(flags) == 1
+    assert "my.json: is no manifest of megatron_ext.round/1" in capsys.readouterr().err
+    assert (
+        manifest.read_text() == '{"format": "megatron_ext.dataset/1"}' and not (tmp_path / "my.npy").exists()
+    )
+
+
 def refused(tmp_path, path, capsys, *words) -> str:
     flags = ["--losses", str(path), "--rate", "0.5", "--output", str(tmp_path / "round.npy"), *words]
     assert tool.main(flags) == 1

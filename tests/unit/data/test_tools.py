@@ -38,6 +38,30 @@ def test_merging_is_megatron_cores(tmp_path):
     assert corpora.hashes(tmp_path / "ours") == corpora.hashes(tmp_path / "theirs")
 
 
+def test_a_dataset_beside_the_folder_of_its_indices(tmp_path):
+    """Training keeps its index files in a folder of the dataset's name."""
+    a, b = (corpora.make_dataset(tmp_path / name, [5, 6], seed=i) for i, name in enumerate("ab"))
+    merge = tool("merge_datasets").main
+    assert merge(["--input", str(a), str(b), "--output-prefix", str(tmp_path / "before")]) == 0
+    (tmp_path / "a" / "cache" / "GPTDataset_indices").mkdir(parents=True)
+    assert merge(["--input", str(a), str(b), "--output-prefix", str(tmp_path / "after")]) == 0
+    assert corpora.hashes(tmp_path / "after") == corpora.hashes(tmp_path / "before")
+
+
+@pytest.mark.parametrize("content", ['{"text": "a corpus"}\n', '{\n "format": "megatron_ext.round/1"}', ""])
+def test_a_manifest_takes_no_other_files_place(tmp_path, capsys, content):
+    """``--output-prefix data/my`` beside a corpus data/my.json, or beside the manifest of a round."""
+    a = corpora.make_dataset(tmp_path / "a", [5, 6])
+    other = tmp_path / "my.json"
+    other.write_text(content)
+    merge = ["--input", str(a), "--output-prefix", str(tmp_path / "my")]
+    assert tool("merge_datasets").main(merge) == 1
+    assert "my.json: is no manifest of megatron_ext.dataset/1" in capsys.readouterr().err
+    assert other.read_text() == content and not list(tmp_path.glob("my.[bi]*"))
+    other.unlink()
+    assert tool("merge_datasets").main(merge) == tool("merge_datasets").main(merge) == 0
+
+
 def test_what_cannot_be_merged(tmp_path, capsys):
     merge = tool("merge_datasets").main
     a = corpora.make_dataset(tmp_path / "a", [5, 6])

@@ -300,6 +300,15 @@ def test_inputs_that_are_not_there(model, tmp_path):
     assert left(tmp_path, "out") == []
 
 
+def test_a_manifest_takes_no_other_files_place(model, tmp_path):
+    source = corpora.write_jsonl(tmp_path / "in.jsonl", corpora.documents(20))
+    other = corpora.write_jsonl(tmp_path / "out_text_document.json", corpora.documents(3))
+    before = other.read_bytes()
+    with pytest.raises(ValueError, match="out_text_document.json: is no manifest"):
+        run(model, source, tmp_path / "out")
+    assert other.read_bytes() == before and left(tmp_path, "out") == [other.name]
+
+
 def test_an_old_dataset_survives_a_failed_run(model, tmp_path):
     good = corpora.write_jsonl(tmp_path / "good.jsonl", corpora.documents(20))
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text":\n')
