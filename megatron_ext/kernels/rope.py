@@ -45,14 +45,16 @@ def split_and_rotate_reference(
 def split_and_rotate(qkv: Tensor, members: int, d: int, freqs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rotated queries, rotated keys and values of a joint projection; on a GPU (``launch.takes``).
 
-    One kernel for each of queries and keys; backward writes the gradient of the whole projection, where
-    autograd would join three.
+    **Uses the projection up**: one kernel each turns queries and keys where they lie, so attention saves
+    the projection and no copy of it; only with several query heads a group the queries move. Backward
+    writes the gradient of the whole projection, where autograd would join three.
 
     Args:
         qkv: [s, b, groups, (members + 2) d]: query heads, then key and value, of each group.
         freqs: angles [s, 1, 1, rot], rot <= d and even; no gradient flows to them.
     Returns:
-        [s, b, groups * members, d], [s, b, groups, d] and [s, b, groups, d], the last a view of ``qkv``.
+        [s, b, groups * members, d], [s, b, groups, d] and [s, b, groups, d]; all but the queries of several
+        heads a group are views of ``qkv``.
     """
     from megatron_ext.kernels import triton_rope
 

@@ -112,17 +112,19 @@ def apply_rope(t: Tensor, freqs: Tensor, *, inplace: bool = False) -> Tensor:
 
 
 class _SplitAndRotate(torch.autograd.Function):
-    """Backward writes the three gradients where the projection's lies, instead of joining them afterwards."""
+    """Rotates where the projection lies, and writes the gradients where its gradient lies."""
 
     @staticmethod
     def forward(ctx, qkv: Tensor, members: int, d: int, freqs: Tensor):
         ctx.shape, ctx.members, ctx.d, ctx.freqs = qkv.shape, members, d, _angles(freqs)
         s, b, groups, _ = qkv.shape
-        q_part, k_part, v = _parts(_rows(qkv), members, d)
-        q, k = (qkv.new_empty(s, b, groups, part.size(3), d) for part in (q_part, k_part))
+        q_part, k, v = _parts(qkv, members, d)
+        # The heads of several members a group do not lie at equal distances, as attention wants them.
+        q = q_part if members == 1 else qkv.new_empty(s, b, groups, members, d)
         _rotate(q_part, ctx.freqs, q)
-        _rotate(k_part, ctx.freqs, k)
-        return q.view(s, b, groups * members, d), k.view(s, b, groups, d), v
+        _rotate(k, ctx.freqs, k)
+        torch.autograd.graph.increment_version(qkv)  # written behind autograd's back
+        return q.flatten(2, 3), k.squeeze(3), v
 
     @staticmethod
     @once_differentiable
@@ -143,4 +145,4 @@ def _parts(qkv: Tensor, members: int, d: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def split_and_rotate(qkv: Tensor, members: int, d: int, freqs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`megatron_ext.kernels.rope.split_and_rotate`."""
-    return _SplitAndRotate.apply(qkv, members, d, freqs)
+    return _SplitAndRotate.apply(_rows(qkv), members, d, freqs)

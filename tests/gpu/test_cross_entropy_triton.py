@@ -87,6 +87,15 @@ def test_masked_and_broken_logits(v):
     torch.testing.assert_close(leaf.grad.double(), want_gradient, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
+def test_a_target_in_the_padding_has_no_finite_loss():
+    logits, target, grad = example(4, 20, torch.float32)
+    target[2] = 17
+    leaf = logits.requires_grad_()
+    loss = cross_entropy.vocab_parallel_cross_entropy(leaf, target.clamp(max=17), vocab_size=17)
+    assert loss[2] == torch.inf and not loss.isnan().any()
+    loss.backward(grad)
+
+
 def test_backward_uses_the_logits_up():
     logits, target, _ = example(4, 20, torch.float32)
     leaf = logits.clone().requires_grad_()

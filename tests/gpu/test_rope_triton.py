@@ -57,16 +57,27 @@ def test_the_joint_projection_is_split_and_rotated(groups, members, d, rot, dtyp
     s, b = 4, 2
     freqs = angles(s, rot)
     qkv = numbers(s, b, groups, (members + 2) * d, dtype=dtype).requires_grad_()
+    wide = qkv.detach().double().requires_grad_()
     found = triton_rope.split_and_rotate(qkv, members, d, freqs)
+    held = {part.untyped_storage().data_ptr() for part in found}  # by whatever saves the three
+    assert len(held) == (1 if members == 1 else 2)
     # Attention hands the gradients back as [b, n, s, d].
     dys = [
         torch.cos(torch.arange(y.numel())).to(y).view(b, y.size(2), s, d).permute(2, 0, 1, 3) for y in found
     ]
     grad = torch.autograd.grad(found, qkv, dys)[0]
-    wide = qkv.detach().double().requires_grad_()
     expected = rope.split_and_rotate_reference(wide, members, d, freqs.double())
     want = torch.autograd.grad(expected, wide, [dy.double() for dy in dys])[0]
     close([*found, grad], [*expected, want], dtype)
+
+
+def test_who_still_needs_the_projection_is_told():
+    qkv = numbers(2, 1, 1, 12, dtype=torch.float32).requires_grad_()
+    projection = qkv * 1.0
+    other = projection.square()  # saves the projection for its own backward
+    triton_rope.split_and_rotate(projection, 1, 4, angles(2, 4))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        other.sum().backward()
 
 
 def test_far_positions_keep_their_angle():

@@ -250,3 +250,16 @@ class TestThreads:
         finally:
             child.kill()
             child.join()
+
+
+def test_megatron_core_rotates_by_ours_on_a_gpu_too(monkeypatch):
+    """A seam puts it there on a CPU; elsewhere the builder does."""
+    from megatron.core.models.common.embeddings import rope_utils
+
+    from megatron_ext.kernels import rope
+
+    monkeypatch.setattr(rope_utils, "_apply_rotary_pos_emb_bshd", None)
+    rope.provide_rope()
+    t, freqs = torch.randn(3, 2, 4, 8), torch.randn(3, 1, 1, 8)
+    found = rope_utils._apply_rotary_pos_emb_bshd(t, freqs, rotary_interleaved=False, mscale=1.0)
+    torch.testing.assert_close(found, fused.apply_rope_reference(t, freqs))
