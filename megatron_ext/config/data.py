@@ -53,7 +53,7 @@ class DataConfig:
     num_dataset_builder_threads: int = flag(1, minimum=1)
     """Threads that build the datasets of a blend."""
 
-    dataloader_type: Literal["single", "cyclic", "external"] | None = None
+    dataloader_type: Literal["single", "cyclic", "external"] | None = flag(None, refused=["external"])
     """single goes through the samples once in order, cyclic again and again, each time shuffled."""
 
     mmap_bin_files: bool = flag(True, "--no-mmap-bin-files", needs=[DATA])
@@ -73,16 +73,19 @@ class DataConfig:
 
 
 TOKENIZERS = (
-    "BertWordPieceLowerCase",
-    "BertWordPieceCase",
-    "GPT2BPETokenizer",
     "SentencePieceTokenizer",
     "GPTSentencePieceTokenizer",
     "HuggingFaceTokenizer",
     "Llama2Tokenizer",
+    "NullTokenizer",
+)
+#: Megatron-LM's others.
+OTHER_TOKENIZERS = (
+    "BertWordPieceLowerCase",
+    "BertWordPieceCase",
+    "GPT2BPETokenizer",
     "TikTokenizer",
     "MultimodalTokenizer",
-    "NullTokenizer",
     "NullMultimodalTokenizer",
     "SFTTokenizer",
 )
@@ -92,7 +95,9 @@ TOKENIZERS = (
 class TokenizerConfig:
     """The tokenizer that the data was made with."""
 
-    tokenizer_type: str | None = flag(None, choices=list(TOKENIZERS), metavar="TYPE")
+    tokenizer_type: str | None = flag(
+        None, choices=[*TOKENIZERS, *OTHER_TOKENIZERS], refused=OTHER_TOKENIZERS, metavar="TYPE"
+    )
     """SentencePieceTokenizer, GPTSentencePieceTokenizer, Llama2Tokenizer, HuggingFaceTokenizer or
     NullTokenizer (token numbers as they are)."""
 

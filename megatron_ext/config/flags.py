@@ -72,6 +72,16 @@ class Option:
     doc: str
     range: Range | None = None
     needs: Sequence[Need] = ()
+    refused: Sequence[str] = ()
+
+
+class Offered(tuple[Any, ...]):
+    """The choices of a flag that ``--help`` offers; a rule says why one of the ``refused`` is not."""
+
+    refused: Sequence[str] = ()
+
+    def __contains__(self, value: object) -> bool:
+        return super().__contains__(value) or value in self.refused
 
 
 def flag(
@@ -82,14 +92,23 @@ def flag(
     above: float | None = None,
     below: float | None = None,
     needs: Sequence[Need] = (),
+    refused: Sequence[str] = (),
     **argparse_meta: Any,
 ) -> Any:
-    """A dataclass field whose flag has a range or needs, or differs from what its name and annotation say."""
+    """A dataclass field whose flag has a range or needs, or differs from what its name and annotation say.
+
+    ``refused``: values that Megatron-LM has and a rule refuses here; ``--help`` does not offer them.
+    """
     if names:
         argparse_meta["arg_names"] = list(names)
     limits = (minimum, maximum, above, below)
     allowed = None if limits == (None,) * 4 else Range(*limits)
-    metadata = {"argparse_meta": argparse_meta, "range": allowed, "needs": tuple(needs)}
+    metadata = {
+        "argparse_meta": argparse_meta,
+        "range": allowed,
+        "needs": tuple(needs),
+        "refused": tuple(refused),
+    }
     if isinstance(value, list):
         return dataclasses.field(default_factory=value.copy, metadata=metadata)
     return dataclasses.field(default=value, metadata=metadata)
@@ -115,6 +134,7 @@ def own_options(cls: Any) -> list[Option]:
             docs[f.name],
             f.metadata.get("range"),
             f.metadata.get("needs", ()),
+            f.metadata.get("refused", ()),
         )
         for f in dataclasses.fields(cls)
         if not f.metadata.get("derived")
@@ -146,6 +166,10 @@ def argparse_form(option: Option) -> tuple[list[str], dict[str, Any]]:
         keywords, on = {} if "type" in meta else _value_form(option.annotation), [spelled]
     names = meta.pop("arg_names", on)
     keywords.update(meta)
+    if option.refused:
+        offered = Offered(choice for choice in keywords["choices"] if choice not in option.refused)
+        offered.refused = option.refused
+        keywords["choices"] = offered
     keywords["help"] = _help(option.doc, default, keywords)
     keywords["default"] = argparse.SUPPRESS
     return names, keywords

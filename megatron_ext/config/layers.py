@@ -22,7 +22,9 @@ from megatron_ext.config.needs import (
 class LayersConfig:
     """Whose layers they are, their kernels and dropout."""
 
-    transformer_impl: Literal["local", "transformer_engine", "inference_optimized"] | None = None
+    transformer_impl: Literal["local", "transformer_engine", "inference_optimized"] | None = flag(
+        None, refused=["inference_optimized"]
+    )
     """Layers of Megatron-Core (local) or of Transformer Engine; by default Transformer Engine if a
     GPU and the package are there, else local."""
 
@@ -107,7 +109,9 @@ class RecomputeConfig:
 class GraphConfig:
     """CUDA graphs."""
 
-    cuda_graph_impl: Literal["none", "local", "transformer_engine"] = "none"
+    cuda_graph_impl: Literal["none", "local", "transformer_engine"] = flag(
+        "none", refused=["transformer_engine"]
+    )
     """local captures each layer in a CUDA graph; none does not."""
 
     cuda_graph_warmup_steps: int = flag(3, needs=[GRAPHS])
@@ -176,7 +180,7 @@ class PrecisionConfig:
     gradients of activations."""
 
     fp8_recipe: Literal["tensorwise", "delayed", "mxfp8", "blockwise", "custom"] = flag(
-        "delayed", needs=[FP8]
+        "delayed", needs=[FP8], refused=["custom"]
     )
     """How FP8 tensors are scaled: delayed by earlier maxima, tensorwise by the tensor's own, blockwise by
     block, mxfp8 by groups of 32 (Blackwell)."""
@@ -205,7 +209,7 @@ class PrecisionConfig:
     fp4: Literal["e2m1"] | None = flag(None, "--fp4-format")
     """Matrix products in FP4 through Transformer Engine."""
 
-    fp4_recipe: Literal["nvfp4", "custom"] | None = flag("nvfp4", needs=[FP4])
+    fp4_recipe: Literal["nvfp4", "custom"] | None = flag("nvfp4", needs=[FP4], refused=["custom"])
     """How FP4 tensors are scaled."""
 
     params_dtype: Any = derived(None)

@@ -83,8 +83,8 @@ class ModelConfig:
     max_position_embeddings: int = flag(0, default=None, minimum=1)
     """Longest sequence the model is built for; at least --seq-length."""
 
-    position_embedding_type: Literal["learned_absolute", "rope", "mrope", "relative", "none"] = (
-        "learned_absolute"
+    position_embedding_type: Literal["learned_absolute", "rope", "mrope", "relative", "none"] = flag(
+        "learned_absolute", refused=["mrope", "relative"]
     )
     """How positions enter the model; PanGu-pi and Llama use rope."""
 

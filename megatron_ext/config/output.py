@@ -16,6 +16,11 @@ from megatron_ext.config.needs import (
     WANDB,
 )
 
+_OTHER_STRICTNESS = (
+    *("log_unexpected", "log_all", "raise_unexpected", "raise_all"),
+    *("return_unexpected", "return_all", "ignore_all"),
+)
+
 
 @dataclass(kw_only=True)
 class CheckpointConfig:
@@ -63,7 +68,9 @@ class CheckpointConfig:
     exit_on_missing_checkpoint: bool = flag(False, needs=[LOAD])
     """Stop, rather than start from random weights, where --load holds no checkpoint."""
 
-    ckpt_format: Literal["torch", "torch_dist", "torch_dcp", "fsdp_dtensor"] = "torch_dist"
+    ckpt_format: Literal["torch", "torch_dist", "torch_dcp", "fsdp_dtensor"] = flag(
+        "torch_dist", refused=["torch", "torch_dcp", "fsdp_dtensor"]
+    )
     """Format of checkpoints; torch_dist loads into any layout."""
 
     async_save: bool = flag(False, needs=[SAVE])
@@ -95,7 +102,7 @@ class CheckpointConfig:
         "return_unexpected",
         "return_all",
         "ignore_all",
-    ] = "assume_ok_unexpected"
+    ] = flag("assume_ok_unexpected", refused=_OTHER_STRICTNESS)
     """What to do where a checkpoint and the model do not hold the same parameters."""
 
 

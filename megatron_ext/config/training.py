@@ -91,7 +91,7 @@ class TrainingConfig:
 class OptimizerConfig:
     """Optimizer and regularization."""
 
-    optimizer: Literal["adam", "sgd", "muon", "dist_muon"] = "adam"
+    optimizer: Literal["adam", "sgd", "muon", "dist_muon"] = flag("adam", refused=["muon", "dist_muon"])
     """Optimizer; adam is AdamW."""
 
     weight_decay: float = flag(0.01, minimum=0)

@@ -8,12 +8,18 @@ from typing import Literal
 
 import pytest
 
+from megatron_ext.arguments.parser import CommandLineError, read_args
 from megatron_ext.config import options
 from megatron_ext.config.flags import (
+    Option,
     add_group,
     flag,
     own_options,
+    spelled,
 )
+
+RUN = """--model-preset tiny --bf16 --mock-data --lr 1e-3 --train-iters 10 --micro-batch-size 2
+    --vocab-size 99 --load somewhere --fp8-format hybrid --fp4-format e2m1"""
 
 
 @dataclass
@@ -96,3 +102,22 @@ def test_making_the_parser_imports_neither_torch_nor_megatron_core():
         "sys.exit(any(name in sys.modules for name in ('torch', 'megatron.core', 'numpy')))"
     )
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+def test_what_is_refused_is_understood_and_not_offered():
+    kinds = Option("kind", Literal["a", "b", "c"], "a", {}, "Kind.", refused=["c"])
+    parser = argparse.ArgumentParser()
+    add_group(parser, "kinds", [kinds])
+    assert "{a,b}" in parser.format_help() and parser.parse_args(["--kind", "c"]).kind == "c"
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--kind", "d"])
+
+
+def test_each_refused_value_has_its_rule():
+    """Offered or refused by a sentence that names it: none passes in silence."""
+    for option in options().values():
+        for value in option.refused:
+            line = f"{RUN} {spelled(option)} {value}"
+            with pytest.raises(CommandLineError) as refusal:
+                read_args(line.split(), world_size=1, device="cuda")
+            assert any(value in problem for problem in refusal.value.problems), (option.name, value)
