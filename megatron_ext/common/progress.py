@@ -1,78 +1,114 @@
-"""How far a run is: a bar on a terminal, plain lines elsewhere."""
+"""How far long work is: a bar on a terminal, plain lines elsewhere."""
 
 import sys
 import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 SECONDS_BETWEEN_LINES = 5.0
 
+Item = TypeVar("Item")
+
 
 class Progress:
-    """Counts input bytes, documents and tokens; writes to stderr.
+    """Counts to ``total`` and writes to stderr; after a ``with`` block the terminal is free for others.
 
     Args:
-        total: input bytes as they lie on disk; None if unknown (a pipe).
-        log_interval: in plain lines, documents between two of them at least.
+        what: begins each line, such as "recording".
+        total: None if unknown, as of a pipe.
+        unit: "B" for bytes; otherwise what the bar calls one count, such as " samples".
+        done: counts of an earlier run, which say nothing about the speed of this one.
         quiet: say nothing.
+        log_interval: documents between two plain lines at least.
     """
 
-    def __init__(self, total: int | None, log_interval: int, quiet: bool = False) -> None:
-        self.total, self.log_interval = total or None, log_interval
-        self.position = self.text_bytes = self.documents = self.tokens = 0
-        self.skipped = 0  # bytes of parts that an earlier run finished
+    def __init__(
+        self,
+        what: str,
+        total: int | None,
+        unit: str = "it",
+        done: int = 0,
+        quiet: bool = False,
+        log_interval: int = 0,
+    ) -> None:
+        self.what, self.total, self.unit, self.quiet = what, total or None, unit, quiet
+        self.done = self.before = done
+        self.documents = self.tokens = self.text_bytes = 0
+        self.log_interval, self.documents_said = log_interval, 0
         self.started = self.last_line = time.monotonic()
-        self.documents_said = 0
-        self.bar, self.quiet = None, quiet
+        self.bar = None
         if not quiet and sys.stderr.isatty():
             from tqdm import tqdm
 
             tqdm.monitor_interval = 0  # no thread: processes are forked later
-            self.bar = tqdm(total=self.total, unit="B", unit_scale=True, dynamic_ncols=True)
+            scale = unit != "it"
+            self.bar = tqdm(
+                desc=what, total=self.total, initial=done, unit=unit, unit_scale=scale, dynamic_ncols=True
+            )
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
 
     def say(self, text: str) -> None:
         """A line of its own."""
-        if self.quiet:
-            return
         if self.bar is not None:
             self.bar.write(text, file=sys.stderr)
-        else:
+        elif not self.quiet:
             print(text, file=sys.stderr, flush=True)
 
-    def add(self, position: int, text_bytes: int, documents: int, tokens: int, reused: bool = False) -> None:
-        """A part is done; ``position`` are its bytes on disk."""
-        self.position += position
-        if reused:
-            self.skipped += position
-            if self.bar is not None:
-                self.bar.update(position)
-            return
+    def add(self, count: int = 1, text: str = "") -> None:
+        """``count`` more are done; ``text`` says of the work what its number does not."""
+        self.done += count
+        if self.bar is not None:
+            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.update(count)
+        elif (
+            time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES
+            and self.documents - self.documents_said >= self.log_interval
+        ):
+            self.last_line, self.documents_said = time.monotonic(), self.documents
+            self.say(", ".join(part for part in (self._amount(), self._speed(), text) if part))
+
+    def add_text(self, count: int, text_bytes: int, documents: int, tokens: int) -> None:
+        """``count`` more bytes are done, with this much text in them."""
         self.text_bytes += text_bytes
         self.documents += documents
         self.tokens += tokens
+        seconds = self.seconds()
+        rates = f"{self.text_bytes / seconds / 1e6:.1f} MB/s of text, {self.tokens / seconds:,.0f} tokens/s"
+        self.add(count, f"{self.documents:,} documents, {rates}")
+
+    def skip(self, count: int) -> None:
+        """``count`` more were done by an earlier run."""
+        self.before += count
+        self.done += count
         if self.bar is not None:
-            self.bar.update(position)
-            self.bar.set_postfix_str(self.rates())
-        elif (
-            self.documents - self.documents_said >= self.log_interval
-            and time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES
-        ):
-            self.last_line, self.documents_said = time.monotonic(), self.documents
-            self.say(f"processed {self.documents:,} documents, {self.rates()}{self._left()}")
+            self.bar.update(count)
+
+    def over(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The items, each counted when the next is asked for."""
+        for item in items:
+            yield item
+            self.add()
 
     def seconds(self) -> float:
+        """Since this run began; never 0."""
         return max(time.monotonic() - self.started, 1e-9)
 
-    def rates(self) -> str:
-        """Text bytes and tokens a second, of this run."""
-        seconds = self.seconds()
-        return f"{self.text_bytes / seconds / 1e6:.1f} MB/s, {self.tokens / seconds:,.0f} tokens/s"
+    def _amount(self) -> str:
+        of = f" of {self._count(self.total)} ({self.done / self.total:.0%})" if self.total else ""
+        return f"{self.what}: {self._count(self.done)}{of}"
 
-    def _left(self) -> str:
-        done = self.position - self.skipped
-        if not self.total or not done:
-            return ""
-        left = (self.total - self.position) / done * self.seconds()
-        return f", {self.position / self.total:.0%}, {left:,.0f} s left"
+    def _speed(self) -> str:
+        speed = (self.done - self.before) / self.seconds()
+        left = f", {(self.total - self.done) / speed:,.0f} s left" if self.total and speed else ""
+        return f"{self._count(speed)}/s{left}"
 
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
+    def _count(self, number: float) -> str:
+        if self.unit == "B":
+            return f"{number / 1e6:,.1f} MB"
+        return f"{number:,}" if isinstance(number, int) else f"{number:,.1f}"

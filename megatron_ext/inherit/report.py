@@ -3,46 +3,17 @@
 import json
 import os
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 
 from megatron_ext.common.files import write_aside
+from megatron_ext.common.progress import Progress
 
-SECONDS_BETWEEN_LINES = 10.0
 
-
-class Progress:
-    """A bar on a terminal, plain lines elsewhere; on stderr, by the first rank alone."""
-
-    def __init__(self, what: str, total: int | None):
-        self.what, self.total, self.done = what, total, 0
-        self.quiet = os.environ.get("RANK", "0") != "0"
-        self.last = time.monotonic()
-        self.bar = None
-        if not self.quiet and sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self.bar = tqdm(total=total, desc=what, dynamic_ncols=True)
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *error) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-    def advance(self, text: str = "", steps: int = 1) -> None:
-        """``steps`` more are done; ``text`` says what of."""
-        self.done += steps
-        if self.bar is not None:
-            self.bar.set_postfix_str(text)
-            self.bar.update(steps)
-        elif not self.quiet and time.monotonic() - self.last >= SECONDS_BETWEEN_LINES:
-            self.last = time.monotonic()
-            of = f" of {self.total}" if self.total else ""
-            print(f"{self.what}: {self.done}{of} {text}", file=sys.stderr, flush=True)
+def progress(what: str, total: int | None) -> Progress:
+    """A count to ``total``, shown by the first rank alone."""
+    return Progress(what, total, quiet=os.environ.get("RANK", "0") != "0")
 
 
 def write(folder: Path, summary: dict, selection) -> None:

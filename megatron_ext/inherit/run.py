@@ -123,10 +123,10 @@ def _write(options: Namespace, source: Source, shape: ModelShape, files, rows, c
     """Let the first rank write the checkpoint, tensor by tensor; raises on all ranks if it could not."""
 
     def write() -> None:
-        with report.Progress("writing", len(shape.parameters())) as progress:
+        with report.progress("writing", len(shape.parameters())) as progress:
 
             def tensor(key: str) -> Tensor:
-                progress.advance(key)
+                progress.add(text=key)
                 return target_tensor(key, source, shape, choice, rows, options.seed)
 
             write_checkpoint(options.save, shape, tensor, tokenizer=files)

@@ -65,12 +65,12 @@ def _layers(options: Namespace, layers: int, keep: int, losses: Tensor | None) -
 def _losses_without(probe) -> Tensor:
     from megatron_ext.inherit.importance import losses_without_each_layer
 
-    with report.Progress("skipping layers", probe.shape.num_layers) as progress:
+    with report.progress("skipping layers", probe.shape.num_layers) as progress:
         return losses_without_each_layer(
             probe.model,
             probe.shape,
             lambda: probe.loss().nats,
-            lambda layer: progress.advance(f"layer {layer}"),
+            lambda layer: progress.add(text=f"layer {layer}"),
         )
 
 
@@ -80,8 +80,8 @@ def _scores(options: Namespace, source: Source, probe, layers: Tensor) -> Scores
         return width.random(source.shape, options.seed)
     power = 1 if options.width_criterion == "l1" else 2
     if options.width_criterion != "taylor":
-        with report.Progress("weighing", len(source.keys())) as progress:
-            return width.magnitude(_noted(source.keys(), progress), source.get, source.shape, power)
+        with report.progress("weighing", len(source.keys())) as progress:
+            return width.magnitude(progress.over(source.keys()), source.get, source.shape, power)
     return _taylor(source, probe, layers)
 
 
@@ -89,20 +89,14 @@ def _taylor(source: Source, probe, layers: Tensor) -> Scores:
     """First-order scores with the layers that go switched off; of bottleneck units the l2."""
     from megatron_ext.inherit.importance import taylor
 
-    with report.Progress("taylor", None) as progress:
-        worth = taylor(probe.model, probe.shape, layers, _noted(probe.batches(), progress))
+    with report.progress("taylor", None) as progress:
+        worth = taylor(probe.model, probe.shape, layers, progress.over(probe.batches()))
     return Scores(worth.hidden, worth.ffn, worth.groups, _bottleneck(source))
 
 
 def _bottleneck(source: Source) -> Tensor:
     keys = [key for key in source.keys() if ".augmented_shortcut." in key]
     return width.magnitude(keys, source.get, source.shape, 2).bottleneck
-
-
-def _noted(items, progress):
-    for item in items:
-        yield item
-        progress.advance()
 
 
 def _learned(
@@ -129,11 +123,11 @@ def _learned(
     }
     state = StateFile(options.mask_state, recipe, counts, source)
     state.resume(learned)
-    with report.Progress("masks", recipe.steps) as progress:
-        progress.advance(steps=learned.step)
+    with report.progress("masks", recipe.steps) as progress:
+        progress.skip(learned.step)
 
         def note(now: learn.Learned) -> None:
-            progress.advance(f"loss {now.losses[-1]:.4f}, unchanged for {now.unchanged}")
+            progress.add(text=f"loss {now.losses[-1]:.4f}, unchanged for {now.unchanged}")
             state.save(now)
 
         learn.train(probe.model, counts, learned, probe.steps, recipe, note)

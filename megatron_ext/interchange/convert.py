@@ -10,11 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from megatron_ext.common.progress import Progress
 from megatron_ext.interchange.errors import InterchangeError
 from megatron_ext.interchange.export import export_folder
 from megatron_ext.interchange.open import open_source
-from megatron_ext.interchange.progress import Progress
 from megatron_ext.interchange.source import Source
 from megatron_ext.interchange.target import write_checkpoint
 
@@ -41,11 +42,9 @@ def convert(options: Namespace) -> dict:
     for note in source.notes:
         print(f"WARNING: {note}", file=sys.stderr)
     shape = replace(source.shape, dtype=DTYPES.get(options.dtype, source.shape.dtype))
-    progress = Progress(shape.num_parameters * source.shape.dtype.itemsize, quiet=options.json)
-    try:
+    size = shape.num_parameters * source.shape.dtype.itemsize
+    with Progress("converting", size, "B", quiet=options.json) as progress:
         written = _write(options, source, shape, progress)
-    finally:
-        progress.close()
     return {
         "from": source.description,
         "to": str(written),
@@ -58,7 +57,11 @@ def convert(options: Namespace) -> dict:
 
 
 def _write(options: Namespace, source: Source, shape, progress: Progress) -> Path:
-    get = progress.watch(source.get)
+    def get(key: str) -> Tensor:
+        tensor = source.get(key)
+        progress.add(tensor.nbytes, key)
+        return tensor
+
     if options.target == "megatron":
         return write_checkpoint(options.save, shape, get, tokenizer=source.tokenizer)
     return export_folder(

@@ -129,7 +129,7 @@ def _translate(translator: Retokenizer, old_prefix: str, index: Index, new_prefi
     """The new dataset, complete on disk and not yet in place."""
     dtype = optimal_dtype(translator.new.vocab_size)
     lengths = np.zeros(len(index.lengths), dtype=np.int32)
-    progress = Progress(index.num_tokens * index.dtype.itemsize, log_interval=1)
+    progress = Progress("translating", index.num_tokens * index.dtype.itemsize, "B")
 
     def blocks() -> Iterator[bytes]:
         for begin, end in _batches(index):
@@ -137,12 +137,10 @@ def _translate(translator: Retokenizer, old_prefix: str, index: Index, new_prefi
             lengths[begin:end] = [len(sequence) for sequence in sequences]
             yield b"".join(sequence.tobytes() for sequence in sequences)
             size = int(index.lengths[begin:end].sum(dtype=np.int64)) * index.dtype.itemsize
-            progress.add(size, size, len(sequences), int(lengths[begin:end].sum(dtype=np.int64)))
+            progress.add(size)
 
-    try:
+    with progress:
         return write_dataset(new_prefix, blocks(), dtype, lengths, index.documents)
-    finally:
-        progress.close()
 
 
 def _sha256(proto: bytes) -> str:

@@ -48,14 +48,12 @@ def preprocess(options: Options, quiet: bool = False) -> dict:
     if finished is not None:
         return finished | {"already_done": True}
     known = all(source.bytes is not None for source in sources) and options.shard is None
-    progress = Progress(
-        sum(source.bytes for source in sources) if known else None, options.log_interval, quiet
-    )
-    try:
-        with work_folder(options.work_folder, plan, progress) as lock:
-            return _Run(options, sources, tokenizer, plan, progress, lock).run()
-    finally:
-        progress.close()
+    size = sum(source.bytes for source in sources) if known else None
+    with (
+        Progress("preprocessing", size, "B", quiet=quiet, log_interval=options.log_interval) as progress,
+        work_folder(options.work_folder, plan, progress) as lock,
+    ):
+        return _Run(options, sources, tokenizer, plan, progress, lock).run()
 
 
 def _finished(options: Options, sources: list[Source], plan: str) -> dict | None:
@@ -134,9 +132,11 @@ class _Run:
         self.check.add(chunk, part.digest)
         begin = chunk.begin if self.sources[chunk.source].kind == "plain" else self.positions[chunk.source]
         self.positions[chunk.source] = max(self.positions[chunk.source], chunk.position)
-        self.progress.add(
-            max(0, chunk.position - begin), part.bytes, part.documents, sum(part.tokens.values()), reused
-        )
+        size = max(0, chunk.position - begin)
+        if reused:
+            self.progress.skip(size)
+        else:
+            self.progress.add_text(size, part.bytes, part.documents, sum(part.tokens.values()))
 
     def _stopped(self, failure: Failure) -> PreprocessError:
         chunk = failure.chunk

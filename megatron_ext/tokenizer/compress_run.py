@@ -164,13 +164,10 @@ def gather(args: Namespace, files: Files, encoder: NativeEncoder, digest: str) -
 
 def counted(args: Namespace, files: Files, encoder: NativeEncoder, digest: str) -> tuple[Counts, LeftOut]:
     """The text of --input, counted with progress."""
-    progress = Progress(None, log_interval=1000)
-    try:
+    with Progress("counting", None, "B") as progress:
         return count_text(
             files.inputs, encoder, digest, args.workers, args.json_key, args.on_bad_line, progress
         )
-    finally:
-        progress.close()
 
 
 def measure(args: Namespace, files: Files, new: NativeEncoder, before: int) -> dict:

@@ -216,7 +216,7 @@ def count_text(
             counts.add(group_name(chunk.path, source), total, text_bytes, number)
             documents[chunk.source] += number
             if progress is not None:
-                progress.add(text_bytes, text_bytes, number, int(total.sum()))
+                progress.add_text(text_bytes, text_bytes, number, int(total.sum()))
         for place, reason in found.left_out:
             documents[chunk.source] += 1
             skipped.add(chunk, place, reason)

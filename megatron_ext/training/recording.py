@@ -11,11 +11,11 @@ from torch import Tensor
 
 from megatron_ext.arguments.vocabulary import settle_vocabulary
 from megatron_ext.checkpoint import load_checkpoint
+from megatron_ext.common.progress import Progress
 from megatron_ext.config import RunConfig
 from megatron_ext.data import build_datasets
 from megatron_ext.data.identity import dataset_hash, identify, probe
 from megatron_ext.data.indexed import DatasetError
-from megatron_ext.data.progress import Progress
 from megatron_ext.data.rounds.dataset import NumberedDataset, RoundDataset
 from megatron_ext.data.rounds.loss_record import LossRecord, open_record
 from megatron_ext.data.views import Chained, Span
@@ -239,26 +239,25 @@ def _record_from(
     unit = run.samples_at_once * group
     span = Span(dataset, done, samples, unit)
     iterators = chunk_iterators(span, run.but(dataloader_type="single"), 0)
-    progress = Progress("recorded", samples, done, losses.writes)
-    try:
-        with evaluation_mode(model):
-            while done < samples:
-                note("recording")
-                units = min(MICROBATCHES_PER_STAGE, -(-(samples - done) // unit))
-                microbatches = units * group
-                forward_backward(iterators, model, run, counter, True, num_microbatches=microbatches)
-                done = min(done + units * unit, samples)
-                taken = losses.take()
-                if record is not None:
-                    record.write(*taken)
-                    record.mark(done, force=done == samples)
-                progress.at(done)
-                reason = stopping.reason(0)
-                if reason:
-                    print_rank_0(f"recording stops at sample {done:,}: {reason}; start again to go on")
-                    break
-        if record is not None:
-            record.mark(done, force=True)
-    finally:
-        progress.close()
+    with (
+        Progress("recording", samples, " samples", done, quiet=not losses.writes) as progress,
+        evaluation_mode(model),
+    ):
+        while done < samples:
+            note("recording")
+            units = min(MICROBATCHES_PER_STAGE, -(-(samples - done) // unit))
+            microbatches = units * group
+            forward_backward(iterators, model, run, counter, True, num_microbatches=microbatches)
+            done = min(done + units * unit, samples)
+            taken = losses.take()
+            if record is not None:
+                record.write(*taken)
+                record.mark(done, force=done == samples)
+            progress.add(done - progress.done)
+            reason = stopping.reason(0)
+            if reason:
+                print_rank_0(f"recording stops at sample {done:,}: {reason}; start again to go on")
+                break
+    if record is not None:
+        record.mark(done, force=True)
     return done

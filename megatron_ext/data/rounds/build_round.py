@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_ext.common.files import Watch, refuse_overwriting, refuse_replacing, unchanged, write_aside
+from megatron_ext.common.progress import Progress
 from megatron_ext.data.indexed import DatasetError
-from megatron_ext.data.progress import Progress
 from megatron_ext.data.rounds import sampling as drawing
 from megatron_ext.data.rounds.dataset import FORMAT, RoundPaths, round_paths
 from megatron_ext.data.rounds.loss_record import Losses, read_losses, record_paths
@@ -149,13 +149,13 @@ def _build(
     stratum_of, counts = _strata(source, groups, options)
 
     # The losses are gone through once to count them, twice to find the threshold and once to write.
-    progress = Progress("drawing a round: read", 4 * len(source.losses), active=show_progress)
+    progress = Progress("drawing a round", 4 * len(source.losses), " losses", quiet=not show_progress)
 
     def chunks() -> Iterator[drawing.Chunk]:
         for (begin, end), losses in zip(groups.spans(), groups.losses(), strict=True):
             strata = None if stratum_of is None else stratum_of[sources[begin:end]]
             yield losses / options.temperature, strata
-            progress.at(progress.done + end - begin)
+            progress.add(end - begin)
 
     report = _empty_report(*_range(groups), names)
     levels = _expected_levels(chunks, counts, report.edges / options.temperature)

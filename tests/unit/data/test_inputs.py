@@ -332,7 +332,7 @@ def test_a_text_that_changes_makes_no_tokenizer(model, tmp_path, monkeypatch, ho
     source = corpora.write_jsonl(tmp_path / "in.jsonl", corpora.documents(120))
 
     class Meanwhile:
-        def add(self, *_):
+        def add_text(self, *_):
             if source.exists():
                 change(how, source)
 

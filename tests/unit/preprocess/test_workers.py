@@ -264,7 +264,7 @@ def test_one_run_at_a_time(model, tmp_path, monkeypatch):
     source = corpora.write_jsonl(tmp_path / "in.jsonl", corpora.documents(20))
     monkeypatch.setattr(work_folder, "WAIT_SECONDS", 0.1)
     asked = options(source, model)
-    progress = running.Progress(None, 1, quiet=True)
+    progress = running.Progress("processed", None, quiet=True)
     with work_folder.work_folder(asked.work_folder, "plan", progress):
         with pytest.raises(OSError, match="another run is writing this output"):
             running.preprocess(asked, quiet=True)
