@@ -72,3 +72,11 @@ def test_an_evaluation_without_a_token(reporter, capsys):
     reporter.evaluation(Evaluation(math.nan, math.nan, tokens=0), 4, 8, "test")
     said = capsys.readouterr().out
     assert "no token counts" in said and "NAN" not in said and records(reporter) == []
+
+
+def test_no_step_is_faster_than_the_machine(reporter):
+    """The peak is measured at the start, when the machine may be busy with something else."""
+    reporter.peak_flops = 1.0
+    reporter.iteration(report(1, seconds=0.5))
+    reporter.iteration(report(2, seconds=1.0))
+    assert [record["mfu"] for record in records(reporter)] == [1.0, 0.5]
