@@ -170,7 +170,7 @@ def argparse_form(option: Option) -> tuple[list[str], dict[str, Any]]:
         offered = Offered(choice for choice in keywords["choices"] if choice not in option.refused)
         offered.refused = option.refused
         keywords["choices"] = offered
-    keywords["help"] = _help(option.doc, default, keywords)
+    keywords["help"] = _help(option, default, keywords)
     keywords["default"] = argparse.SUPPRESS
     return names, keywords
 
@@ -223,13 +223,15 @@ def kind(annotation: Any) -> str:
     )
 
 
-def _help(doc: str, default: Any, keywords: dict[str, Any]) -> str:
-    text = doc.replace("%", "%%").rstrip(".")
-    if "action" in keywords:
-        return text
-    shown = "none" if default is None or default == [] else getattr(default, "name", default)
-    shown = " ".join(map(str, shown)) if isinstance(shown, list) else shown
-    return f"{text} (default: {shown})"
+def _help(option: Option, default: Any, keywords: dict[str, Any]) -> str:
+    """The field's docstring, its default, and what else has to be given."""
+    notes = []
+    if "action" not in keywords:
+        shown = "none" if default is None or default == [] else getattr(default, "name", default)
+        notes = [f"default: {' '.join(map(str, shown)) if isinstance(shown, list) else shown}"]
+    notes += [f"needs {need.flags}" for need in option.needs]
+    text = option.doc.rstrip(".") + (f" ({'; '.join(notes)})" if notes else "")
+    return text.replace("%", "%%")
 
 
 def _value_form(annotation: Any) -> dict[str, Any]:

@@ -28,9 +28,9 @@ from megatron_ext.config.training import OptimizerConfig, ScheduleConfig, Traini
 class RunConfig:
     """Each field is a concern, and a section of ``--help``; a name stands in one of them only."""
 
+    init: InitConfig
     model: ModelConfig
     layers: LayersConfig
-    init: InitConfig
     training: TrainingConfig
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
