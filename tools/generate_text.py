@@ -75,6 +75,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def read_prompts(given: list[str] | None) -> list[str]:
     """The prompts of the command line, else standard input; raises ValueError if one is not UTF-8."""
+    if given is None and sys.stdin is None:
+        raise ValueError("standard input is closed; give --prompt")
     try:
         prompts = [sys.stdin.read()] if given is None else given
         for prompt in prompts:

@@ -37,6 +37,7 @@ def tool(main: Callable[..., int]) -> Callable[..., int]:
 
     @functools.wraps(main)
     def framed(argv: list[str] | None = None) -> int:
+        open_missing_streams()
         try:
             code = main(argv)
             sys.stdout.flush()
@@ -49,6 +50,21 @@ def tool(main: Callable[..., int]) -> Callable[..., int]:
             return _end(f"{name}: error: {message(error)}", 1)
 
     return framed
+
+
+def open_missing_streams() -> None:
+    """Lead standard output and error that were closed (``>&-``, as under some daemons) nowhere.
+
+    Else the next file that is opened would take their number, and get what libraries print. Who reads
+    standard input says that it is closed: ``sys.stdin`` stays None.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+        if number and getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for good
 
 
 def message(error: BaseException) -> str:

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from megatron_ext.common.command import open_missing_streams
+
 #: Until something that failed is tried again: at first, and after it has failed again and again.
 RETRY_SECONDS, LONGEST_RETRY_SECONDS = 30.0, 1800.0
 #: Lines of a file that wait for a disk with room.
@@ -171,14 +173,10 @@ class SteadyStream:
 @contextlib.contextmanager
 def steady_streams() -> Iterator[None]:
     """Within it, and when Python ends after it, standard output and error cannot end the program."""
-    for number in range(3):  # else the next file that is opened would be taken for the one that is missing
-        with contextlib.suppress(OSError):
-            os.fstat(number)
-            continue
-        os.open(os.devnull, os.O_RDWR)
+    open_missing_streams()
     streams = sys.stdout, sys.stderr
-    sys.stdout = SteadyStream(sys.stdout or open(os.devnull, "w"), "standard output")  # type: ignore
-    sys.stderr = SteadyStream(sys.stderr or open(os.devnull, "w"), "standard error")  # type: ignore
+    sys.stdout = SteadyStream(sys.stdout, "standard output")  # type: ignore
+    sys.stderr = SteadyStream(sys.stderr, "standard error")  # type: ignore
     try:
         yield
     finally:

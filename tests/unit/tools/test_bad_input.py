@@ -301,6 +301,31 @@ def test_output_that_nothing_can_take():
     assert done.stderr == "doctor.py: error: [Errno 28] No space left on device\n"
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "merge_datasets.py --input {good}/data_text_document --output-prefix {out}/merged",
+        "preprocess_data.py --input {good}/text.jsonl --output-prefix {out}/again --workers 2 "
+        "--tokenizer-type SentencePieceTokenizer --tokenizer-model {good}/tiny.model",
+    ],
+)
+def test_standard_streams_that_are_closed(good, tmp_path, words, closed):
+    """As under some daemons: the work is done, and what would be printed goes nowhere."""
+    line = f"{sys.executable} {REPOSITORY}/tools/{words.format(good=good, out=tmp_path)}"
+    subprocess.run(["bash", "-c", f"{line} {closed}"], check=True, timeout=120, stdout=subprocess.DEVNULL)
+    assert len(list(tmp_path.glob("*.json"))) == 1
+
+
+def test_a_prompt_that_nobody_can_give():
+    line = f"{sys.executable} {REPOSITORY}/tools/generate_text.py --load nowhere <&-"
+    left = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=120)
+    assert (left.returncode, left.stderr) == (
+        1,
+        "generate_text.py: error: standard input is closed; give --prompt\n",
+    )
+
+
 @pytest.mark.parametrize("when", ["while importing", "at work"])
 def test_ctrl_c_ends_without_a_stack(when):
     sleep = "print('ready', flush=True); time.sleep(60)"
