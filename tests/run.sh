@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up, then check style, import contracts and everything that this machine can test.
+# Set up, then check style, import contracts, types and everything that this machine can test.
 #
 #   bash tests/run.sh [pytest arguments]
 set -uo pipefail
@@ -15,5 +15,6 @@ check() {
 check ruff check --quiet .
 check ruff format --quiet --check .
 check lint-imports --no-logo
+check mypy --no-error-summary
 check python -m pytest "$@"
 exit $failed

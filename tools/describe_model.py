@@ -161,11 +161,11 @@ def design(run: RunConfig, tool: Options, typed: dict[str, Any]) -> dict[str, An
     return {"params": tool.params, "vocabulary": like.vocab_rows, "candidates": rows}
 
 
-def _lines(summary: dict) -> list[str]:
+def _lines(summary: dict[str, Any]) -> list[str]:
     return _design_lines(summary) if "candidates" in summary else _description_lines(summary)
 
 
-def _description_lines(summary: dict) -> list[str]:
+def _description_lines(summary: dict[str, Any]) -> list[str]:
     total, memory = summary["total_parameters"], summary["memory_bytes_per_device"]
     lines = [
         f"{summary['model']}: {summary['layers']} layers, hidden {summary['hidden_size']}, "
@@ -189,7 +189,7 @@ def _description_lines(summary: dict) -> list[str]:
     return [*lines, f"  {'total':<20}{sum(memory.values()) / 2**30:>12.3f} GiB"]
 
 
-def _design_lines(summary: dict) -> list[str]:
+def _design_lines(summary: dict[str, Any]) -> list[str]:
     head = f"{'layers':>7}{'hidden':>8}{'FFN':>8}{'FFN/h':>7}{'parameters':>15}{'emb+head':>10}"
     lines = [head + f"{'GFLOP/token':>13}{'tokens/s':>12}"]
     for row in summary["candidates"]:

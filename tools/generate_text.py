@@ -11,10 +11,16 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_ext.common import command
+
+if TYPE_CHECKING:
+    from megatron_ext.inference import Sampling
+    from megatron_ext.models.gpt_model import PanguModel
+    from megatron_ext.tokenizer import Tokenizer
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -86,7 +92,13 @@ def read_prompts(given: list[str] | None) -> list[str]:
     return prompts
 
 
-def continuation(model, tokenizer, prompt: str, options: argparse.Namespace, sampling) -> dict:
+def continuation(
+    model: "PanguModel",
+    tokenizer: "Tokenizer",
+    prompt: str,
+    options: argparse.Namespace,
+    sampling: "Sampling",
+) -> dict[str, Any]:
     from megatron_ext.inference import generate
 
     stop = None if options.ignore_eod else tokenizer.eod
@@ -98,7 +110,7 @@ def continuation(model, tokenizer, prompt: str, options: argparse.Namespace, sam
     return {"prompt": prompt, "text": text, "new_tokens": len(new), "tokens_per_second": len(new) / seconds}
 
 
-def show(results: list[dict], as_json: bool) -> None:
+def show(results: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
         print(json.dumps({"results": results}, ensure_ascii=False))
         return

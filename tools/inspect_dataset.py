@@ -12,6 +12,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -40,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def text(found: Report, shown: list[dict]) -> str:
+def text(found: Report, shown: list[dict[str, Any]]) -> str:
     """The report for people."""
     lines = [
         f"documents  {found.documents:,} ({found.empty_documents:,} empty), sequences {found.sequences:,}",

@@ -31,6 +31,7 @@ sys.path.insert(0, str(REPOSITORY))
 
 from megatron_ext.arguments.parser import CommandLineError, read_args
 from megatron_ext.common import command
+from megatron_ext.platform import Device
 
 BATCH_SCRIPT = REPOSITORY / "examples" / "slurm" / "pretrain.sbatch"
 
@@ -111,7 +112,7 @@ def run_problems(options: argparse.Namespace, run: list[str]) -> list[str]:
 def flag_problems(options: argparse.Namespace, flags: list[str]) -> list[str]:
     """The parser's problems with the flags, and a run that would start over when it is requeued."""
     processes = options.nodes * (options.gpus_per_node or options.cpus_per_node)
-    device = "cuda" if options.gpus_per_node else "cpu"
+    device: Device = "cuda" if options.gpus_per_node else "cpu"
     try:
         run = read_args(flags, world_size=processes, device=device)
     except CommandLineError as error:

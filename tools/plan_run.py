@@ -18,6 +18,7 @@ import itertools
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -85,7 +86,7 @@ def machine_of(options: argparse.Namespace) -> plan.Machine:
     return machine.scaled(*(value and value * unit for value, unit in scale))
 
 
-def planned(run: RunConfig, model: ModelConfig, machine: plan.Machine) -> dict:
+def planned(run: RunConfig, model: ModelConfig, machine: plan.Machine) -> dict[str, Any]:
     """What the run is, and what it needs."""
     layout = describe.layout_of(run)
     seconds = plan.step_seconds(model, layout, machine, run.parallel.overlap_grad_reduce)
@@ -107,7 +108,7 @@ def planned(run: RunConfig, model: ModelConfig, machine: plan.Machine) -> dict:
     }
 
 
-def suggested(run: RunConfig, model: ModelConfig, machine: plan.Machine) -> list[dict]:
+def suggested(run: RunConfig, model: ModelConfig, machine: plan.Machine) -> list[dict[str, Any]]:
     """The ten fastest layouts that fit, as flags, the best micro batch of each division."""
     found, seen = [], set()
     each = 2 if run.precision.bf16 or run.precision.fp16 else 4
@@ -132,7 +133,7 @@ def flags(layout: describe.Layout) -> str:
     return words + full * layout.recompute
 
 
-def lines(summary: dict) -> list[str]:
+def lines(summary: dict[str, Any]) -> list[str]:
     """The summary to read."""
     memory, limit = summary["memory_bytes"], summary["device_memory_bytes"]
     seconds = summary["step_seconds"]

@@ -13,13 +13,14 @@ import math
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_ext.common import command
 from megatron_ext.common.files import refuse_overwriting, write_picture
 
-Records = list[dict]
+Records = list[dict[str, Any]]
 #: What a record of each kind says in numbers.
 TRAINING = ("iteration", "lm_loss", "consumed_samples", "consumed_tokens", "tokens_per_second")
 VALIDATION = ("iteration", "lm_loss", "bits_per_byte")
@@ -67,8 +68,8 @@ def read_run(path: Path) -> tuple[Records, Records]:
     Raises:
         MetricsError: a line is not a record of --metrics-file, or there is no training record.
     """
-    training: dict[int, dict] = {}
-    validation: dict[int, dict] = {}
+    training: dict[int, dict[str, Any]] = {}
+    validation: dict[int, dict[str, Any]] = {}
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:

@@ -50,8 +50,14 @@ REFUSED = {
 class Refuse(argparse.Action):
     """A flag of upstream's that is an error here."""
 
-    def __call__(self, parser, namespace, values, option_string=None):
-        parser.error(f"{option_string} is not supported: {REFUSED[option_string]}")
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
+        parser.error(f"{option_string} is not supported: {REFUSED[str(option_string)]}")
 
 
 def shard(text: str) -> tuple[int, int]:

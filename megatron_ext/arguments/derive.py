@@ -1,14 +1,12 @@
 """What follows from other flags, as Megatron-LM's validate_args and training loop work it out."""
 
 import os
-from typing import Literal
 
 from megatron_ext import platform
 from megatron_ext.config import RunConfig
 from megatron_ext.config.parallel import ProcessConfig
 from megatron_ext.platform import engine, environment
 
-Device = Literal["cpu", "cuda"]
 LEGACY_SPLIT = "969, 30, 1"
 
 
@@ -20,7 +18,7 @@ def from_environment(process: ProcessConfig, world_size: int | None) -> None:
         process.local_rank = int(os.environ.get("LOCAL_RANK", 0))
 
 
-def device(run: RunConfig, assumed: Device | None) -> list[str]:
+def device(run: RunConfig, assumed: platform.Device | None) -> list[str]:
     """Settle the device as cpu or cuda, the backend and the layers; returns problems."""
     process = run.process
     if assumed is not None:
@@ -124,7 +122,7 @@ def after_rules(run: RunConfig) -> None:
     ) = 0
     if run.training.train_samples is not None:
         run.training.train_iters = iterations_left(run)
-        _schedule_in_samples(run)
+        _schedule_in_samples(run, run.training.train_samples)
     elif run.training.train_iters is not None:
         _schedule_in_iterations(run)
 
@@ -132,10 +130,11 @@ def after_rules(run: RunConfig) -> None:
 def iterations_left(run: RunConfig, consumed: int = 0) -> int:
     """Optimizer steps from ``consumed`` samples to --train-samples, through the batches of a ramp-up."""
     ramp, iterations = run.training.rampup_batch_size, 0
-    while ramp and consumed <= ramp[2] and consumed < run.training.train_samples:
+    samples = run.training.train_samples or 0
+    while ramp and consumed <= ramp[2] and consumed < samples:
         consumed += running_batch(run, consumed)
         iterations += 1
-    return iterations + max(0, run.training.train_samples - consumed) // running_batch(run)
+    return iterations + max(0, samples - consumed) // running_batch(run)
 
 
 def running_batch(run: RunConfig, consumed: int | None = None) -> int:
@@ -176,10 +175,9 @@ def _schedule_in_iterations(run: RunConfig) -> None:
     run.schedule.lr_warmup_steps = _warmup(run, run.schedule.lr_warmup_iters * batch)
 
 
-def _schedule_in_samples(run: RunConfig) -> None:
-    run.schedule.lr_decay_samples = run.schedule.lr_decay_samples or run.training.train_samples
-    run.schedule.lr_decay_steps = run.schedule.lr_decay_samples
-    run.schedule.wd_incr_steps = run.training.train_samples
+def _schedule_in_samples(run: RunConfig, samples: int) -> None:
+    run.schedule.lr_decay_steps = run.schedule.lr_decay_samples = run.schedule.lr_decay_samples or samples
+    run.schedule.wd_incr_steps = samples
     run.schedule.wsd_decay_steps = run.schedule.lr_wsd_decay_samples
     run.schedule.lr_warmup_steps = _warmup(run, run.schedule.lr_warmup_samples)
 

@@ -7,12 +7,13 @@ import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron_ext.arguments import derive, from_checkpoint, refused, validate
 from megatron_ext.config import RunConfig, options, sections
 from megatron_ext.config.flags import add_group, default_of
 from megatron_ext.config.presets import PRESETS, preset_values
+from megatron_ext.platform import Device
 
 DESCRIPTION = """Pretrain PanGu-pi Pro, or any Llama-like model, with Megatron-Core.
 
@@ -33,7 +34,7 @@ class CommandLineError(ValueError):
 class _Parser(argparse.ArgumentParser):
     """argparse that raises instead of leaving, so that every caller reports in one place."""
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         raise CommandLineError([message])
 
 
@@ -62,7 +63,7 @@ def parse_args(
     argv: Sequence[str] | None = None,
     *,
     world_size: int | None = None,
-    device: str | None = None,
+    device: Device | None = None,
     check_files: bool = True,
 ) -> RunConfig:
     """Parse, fill in, check; on any problem print all of them and leave with exit code 2.
@@ -77,14 +78,14 @@ def parse_args(
     try:
         return read_args(argv, world_size=world_size, device=device, check_files=check_files)
     except CommandLineError as error:
-        return _leave(error)
+        _leave(error)
 
 
 def read_args(
     argv: Sequence[str] | None = None,
     *,
     world_size: int | None = None,
-    device: str | None = None,
+    device: Device | None = None,
     check_files: bool = True,
 ) -> RunConfig:
     """:func:`parse_args` for callers that want the problems as an exception.
@@ -128,7 +129,7 @@ def with_defaults(typed: Mapping[str, Any], problems: list[str]) -> dict[str, An
     return values
 
 
-def _leave(error: CommandLineError):
+def _leave(error: CommandLineError) -> NoReturn:
     rank = int(os.environ.get("RANK", 0))
     if rank:
         # Rank 0 reports. torchrun ends the whole job as soon as one process fails, so the others wait.

@@ -14,7 +14,8 @@ UPSTREAM = "Megatron-LM 0.16.1"
 @cache
 def known_to_upstream() -> dict[str, str]:
     """Flag -> reason, for Megatron-LM's flags that are not supported here (``unsupported.txt``)."""
-    reasons, reason = {}, ""
+    reasons: dict[str, str] = {}
+    reason = ""
     for line in Path(__file__).with_name("unsupported.txt").read_text(encoding="utf-8").splitlines():
         if line.startswith("# ") or not line.strip():
             continue

@@ -10,9 +10,10 @@ import math
 
 from megatron_ext.arguments.from_checkpoint import start_of
 from megatron_ext.config import RunConfig
+from megatron_ext.tokenizer import Tokenizer
 
 
-def settle_vocabulary(run: RunConfig, tokenizer) -> str:
+def settle_vocabulary(run: RunConfig, tokenizer: Tokenizer) -> str:
     """Settle the vocabulary's rows and the tokenizer's hash in ``run``; returns a line for the log.
 
     The rows that take part in the softmax are those that the checkpoint which the run starts from was
@@ -42,7 +43,7 @@ def settle_vocabulary(run: RunConfig, tokenizer) -> str:
     return _line(tokens, taking_part, rows, where if taking_part == trained_with else "")
 
 
-def _of_checkpoint(run: RunConfig, tokenizer) -> tuple[str, int | None]:
+def _of_checkpoint(run: RunConfig, tokenizer: Tokenizer) -> tuple[str, int | None]:
     """Where the run starts, and the rows in the softmax there; None without a checkpoint of these tokens."""
     where, saved = start_of(run)
     if saved is None or saved.get("tokenizer_sha256") not in (None, tokenizer.sha256):

@@ -110,7 +110,9 @@ def _reader_has_gone() -> bool:
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
-def _quiet_while_importing(kind: type[BaseException], error: BaseException, trace: TracebackType | None):
+def _quiet_while_importing(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
     """Python's last resort, but for Ctrl-C before ``main`` runs: imports take seconds on a busy machine."""
     if issubclass(kind, KeyboardInterrupt):
         os._exit(INTERRUPTED)

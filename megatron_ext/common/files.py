@@ -6,11 +6,14 @@ import os
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 #: What an .npz may unpack to: counts of a hundred sources over a vocabulary of a million take half of it.
 _LARGEST_ARRAYS = 1 << 31
@@ -62,7 +65,7 @@ def write_aside(path: Path, write: Callable[[BinaryIO], object]) -> None:
         raise
 
 
-def write_picture(figure, path: Path) -> None:
+def write_picture(figure: "Figure", path: Path) -> None:
     """Put a matplotlib figure in place in one step, in the format that the name ends in (PNG without one)."""
     picture_format = path.suffix.lstrip(".") or "png"
     write_aside(path, lambda file: figure.savefig(file, format=picture_format, dpi=120))
@@ -89,7 +92,7 @@ def pieces_digest(path: str | Path) -> str:
     """
     size = os.path.getsize(path)
     last = max(0, size - PIECE_BYTES)
-    starts = range(0, last + 1, PIECE_BYTES)
+    starts: Sequence[int] = range(0, last + 1, PIECE_BYTES)
     if len(starts) > PIECES:
         starts = [last * i // (PIECES - 1) for i in range(PIECES)]
     digest = hashlib.sha256(str(size).encode())
@@ -175,7 +178,7 @@ def refuse_overwriting(outputs: Iterable[str | Path], inputs: Iterable[str | Pat
         OverwritesInput: naming both.
     """
     by_path: dict[str, str | Path] = {}
-    by_inode: dict[tuple[int, int], str | Path] = {}
+    by_inode: dict[tuple[int, int] | None, str | Path] = {}
     for path in outputs:
         by_path[os.path.realpath(path)] = path
         if (inode := _inode(path)) is not None:

@@ -10,7 +10,9 @@ import importlib.abc
 import importlib.machinery
 import logging
 import sys
+from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +37,9 @@ PACKAGES = GPU_ONLY | OTHERS
 class Guard(importlib.abc.MetaPathFinder):
     """Lets the modules of ``PACKAGES`` be found by the finders after it, and guards their execution."""
 
-    def find_spec(self, fullname, path=None, target=None) -> importlib.machinery.ModuleSpec | None:
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
         if fullname.partition(".")[0] not in PACKAGES:
             return None
         for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:
@@ -53,7 +57,7 @@ class _GuardedLoader(importlib.abc.Loader):
     def __init__(self, inner: importlib.abc.Loader):
         self._inner = inner
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
@@ -67,6 +71,7 @@ class _GuardedLoader(importlib.abc.Loader):
             self._inner.exec_module(module)
         except Exception as error:
             raise _missing(module.__name__, error) from error
+        assert module.__spec__ is not None  # the import system sets it
         module.__spec__.loader = module.__loader__ = self._inner
 
 

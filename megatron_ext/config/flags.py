@@ -155,6 +155,7 @@ def argparse_form(option: Option) -> tuple[list[str], dict[str, Any]]:
     The default is suppressed, so that the parsed namespace holds what was typed and no more: this
     is how a preset knows which values it may set.
     """
+    keywords: dict[str, Any]
     meta = dict(option.meta)
     default = meta.pop("default", option.default)
     spelled = "--" + option.name.replace("_", "-")
@@ -247,7 +248,7 @@ def _value_form(annotation: Any) -> dict[str, Any]:
     raise TypeError(f"no flag can be made from the annotation {annotation!r}")
 
 
-def _default(field: dataclasses.Field) -> Any:
+def _default(field: "dataclasses.Field[Any]") -> Any:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
@@ -263,7 +264,8 @@ def _class_node(tree: ast.Module, name: str) -> ast.ClassDef:
 def _annotated_fields(node: ast.ClassDef) -> Iterable[tuple[str, ast.AnnAssign, Any, str]]:
     """(name, statement, value, docstring) of each annotated field that has a string under it."""
     for statement, below in zip(node.body, node.body[1:], strict=False):
-        documented = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
-        if isinstance(statement, ast.AnnAssign) and documented:
+        if not isinstance(statement, ast.AnnAssign) or not isinstance(below, ast.Expr):
+            continue
+        if isinstance(below.value, ast.Constant) and isinstance(below.value.value, str):
             doc = " ".join(inspect.cleandoc(below.value.value).split())
             yield ast.unparse(statement.target), statement, statement.value, doc

@@ -162,7 +162,7 @@ class ModelConfig:
     def problems(self) -> Iterator[str]:
         """Why there is no such model; sizes first, because the rest is calculated with them."""
         found = [
-            text for option in own_options(type(self)) for text in wrong(option, getattr(self, option.name))
+            text for option in own_options(ModelConfig) for text in wrong(option, getattr(self, option.name))
         ]
         yield from found
         if found:
@@ -244,7 +244,7 @@ class ModelConfig:
         """Name -> value of what decides the model's function; None where a value does not matter."""
         values = {name: value for name, value in vars(self).items() if name not in _VOCABULARY}
         values["rotary_seq_len_interpolation_factor"] = self.rotary_seq_len_interpolation_factor or 1
-        for option in own_options(type(self)):
+        for option in own_options(ModelConfig):
             if not all(need.holds(SimpleNamespace(model=self)) for need in option.needs):
                 values[option.name] = None
         if self.query_groups == self.num_attention_heads:  # as many groups as heads are none

@@ -9,6 +9,7 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from torch import Tensor
 
 from megatron_ext import platform
+from megatron_ext.models.gpt_model import PanguModel
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Sampling:
     top_p: float = 1.0
     seed: int = 1234
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"--temperature must be a number of at least 0, it is {self.temperature}")
         if self.top_k < 0:
@@ -50,7 +51,7 @@ class Sampling:
 
 @torch.no_grad()
 def generate(
-    model,
+    model: PanguModel,
     prompt: list[int],
     max_new_tokens: int,
     sampling: Sampling,
@@ -85,7 +86,7 @@ def generate(
         ids = [token]
 
 
-def _next_logits(model, ids: list[int], cache: StaticInferenceContext) -> Tensor:
+def _next_logits(model: PanguModel, ids: list[int], cache: StaticInferenceContext) -> Tensor:
     """Logits after ``ids``, [v]; the cache holds what came before and takes ``ids`` in."""
     device = platform.current_device()
     tokens = torch.tensor([ids], device=device)

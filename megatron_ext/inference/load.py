@@ -1,6 +1,7 @@
 """A model from a checkpoint, with its own arguments and tokenizer, ready to be asked."""
 
 from pathlib import Path
+from typing import Any
 
 from megatron_ext.arguments import derive, validate
 from megatron_ext.arguments.parser import with_defaults
@@ -11,7 +12,8 @@ from megatron_ext.config.model_function import Saved
 from megatron_ext.interchange import tokenizer_files
 from megatron_ext.models.builder import build_model
 from megatron_ext.models.config import transformer_config
-from megatron_ext.tokenizer import build_tokenizer
+from megatron_ext.models.gpt_model import PanguModel
+from megatron_ext.tokenizer import Tokenizer, build_tokenizer
 from megatron_ext.training import distributed
 
 
@@ -20,8 +22,8 @@ def load_for_inference(
     iteration: int | None = None,
     tokenizer_model: str | None = None,
     trust_remote_code: bool = False,
-    **overrides,
-) -> tuple:
+    **overrides: Any,
+) -> tuple[PanguModel, Tokenizer, RunConfig]:
     """Build the model that the checkpoint in ``load`` describes and load its weights.
 
     The processes of the job, one or more, all go to tensor parallelism: a checkpoint loads on any
@@ -29,7 +31,7 @@ def load_for_inference(
     names; its kind is found. ``trust_remote_code`` lets a Hugging Face folder run its code.
     ``overrides`` replace arguments that the checkpoint was made with.
 
-    Returns (model, tokenizer, arguments).
+    Returns (model, tokenizer, configuration).
 
     Raises:
         ValueError: the checkpoint does not say what its model is, or the tokenizer cannot be used.

@@ -6,6 +6,8 @@ CPUs reaches a third of a core's matmul rate on short sequences (docs/kernels.md
 blocked product of its own, with the softmax's maxima and sums taken across vectors.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -43,7 +45,9 @@ class _CausalAttention(torch.autograd.Function):
     """Saves the projection, the context and one number for each query and head."""
 
     @staticmethod
-    def forward(ctx, qkv: Tensor, heads_per_group: int, width: int, freqs: Tensor | None, scale: float):
+    def forward(
+        ctx: Any, qkv: Tensor, heads_per_group: int, width: int, freqs: Tensor | None, scale: float
+    ) -> Tensor:
         qkv = qkv.detach().contiguous()
         s, b, groups, _ = qkv.shape
         heads = groups * heads_per_group
@@ -57,7 +61,7 @@ class _CausalAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         qkv, out, lse = ctx.saved_tensors
         grad = grad.contiguous()
         qkv_grad = torch.empty_like(qkv)
@@ -66,14 +70,14 @@ class _CausalAttention(torch.autograd.Function):
         return qkv_grad, None, None, None, None
 
 
-def _head(qkv: Tensor, tables: tuple[Tensor, ...]) -> tuple:
+def _head(qkv: Tensor, tables: tuple[Tensor, ...]) -> tuple[Any, ...]:
     """The kernels' first arguments: storage type, projection, cosines, sines, rotated channels."""
     cosine, sine = tables or (None, None)
     rotated = 0 if cosine is None else cosine.size(-1)
     return fused._is_bf16(qkv), qkv.data_ptr(), fused._address(cosine), fused._address(sine), rotated
 
 
-def _tail(sizes: tuple) -> tuple:
+def _tail(sizes: tuple[Any, ...]) -> tuple[Any, ...]:
     return (*sizes, torch.get_num_threads())
 
 
@@ -93,7 +97,8 @@ def causal_attention(
     """
     rot = 0 if freqs is None else freqs.size(-1)
     fits = qkv.dim() == 4 and qkv.size(3) == (heads_per_group + 2) * head_width
-    if not fits or rot > head_width or rot % 2 or (rot and freqs.shape != (qkv.size(0), 1, 1, rot)):
+    fits = fits and (freqs is None or not rot or freqs.shape == (qkv.size(0), 1, 1, rot))
+    if not fits or rot > head_width or rot % 2:
         shapes = f"{tuple(qkv.shape)}, r = {heads_per_group}, d = {head_width}, {rot} rotated channels"
         raise ValueError(
             f"causal_attention needs qkv [s, b, groups, (r + 2) d] and even rot <= d; got {shapes}"

@@ -7,6 +7,8 @@ The vocabulary is padded with rows that stand for no token. ``width`` is the num
 take part in the softmax: the logits of those behind it are read by nobody, and their gradient is 0.
 """
 
+from typing import Any, TypeAlias
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -15,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from megatron_ext.kernels import fused, launch
 from megatron_ext.kernels.fused import _is_bf16, _kernels
 
-Group = dist.ProcessGroup | None
+Group: TypeAlias = dist.ProcessGroup | None
 
 
 def takes(logits: Tensor) -> bool:
@@ -127,18 +129,18 @@ def cross_entropy_grad_(
         return logits.copy_(wide.masked_fill_(_padding(logits, width), 0.0))
     rows, columns = logits.shape
     width = columns if width is None else width
-    vectors = [t.to(torch.float32).contiguous() for t in (top, total, grad)]
+    top, total, grad = (t.to(torch.float32).contiguous() for t in (top, total, grad))
     target = target.contiguous()
     torch.autograd.graph.increment_version(logits)  # written behind autograd's back
     if not fused.takes(logits):
         from megatron_ext.kernels import triton_cross_entropy
 
-        return triton_cross_entropy.cross_entropy_grad_(logits, target, first, *vectors, width)
+        return triton_cross_entropy.cross_entropy_grad_(logits, target, first, top, total, grad, width)
     addresses = (
         logits.data_ptr(),
         target.data_ptr(),
         first,
-        *(t.data_ptr() for t in vectors),
+        *(t.data_ptr() for t in (top, total, grad)),
         logits.data_ptr(),
     )
     sizes = rows, width, columns
@@ -148,7 +150,7 @@ def cross_entropy_grad_(
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits: Tensor, target: Tensor, first: int, group: Group, width: int) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, target: Tensor, first: int, group: Group, width: int) -> Tensor:
         flat, target = logits.detach().reshape(-1, logits.size(-1)).contiguous(), target.reshape(-1)
         top, total, chosen = combine_stats(*cross_entropy_stats(flat, target, first, width), group)
         ctx.logits, ctx.shape, ctx.first, ctx.width = flat, logits.shape, first, width
@@ -157,7 +159,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.logits is None:
             raise RuntimeError(
                 "vocab_parallel_cross_entropy: backward ran twice, but its first run used the logits up"

@@ -8,6 +8,7 @@ same tensors either way. docs/kernels.md has the numerics.
 """
 
 import logging
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from megatron_ext.kernels import launch
 _ABI = 1
 
 try:
-    from megatron_ext import _kernels
+    from megatron_ext import _kernels  # type: ignore[attr-defined]  # compiled
 except ImportError:  # not built: no compiler at installation
     _kernels = None
 if _kernels is not None and getattr(_kernels, "ABI", None) != _ABI:
@@ -86,7 +87,7 @@ class _SeriesSwiGLU(torch.autograd.Function):
     """Saves x alone; the n terms are computed again in backward."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
         x = _flat(x)
         f = x.size(-1) // 2
         terms = 0 if scale is None else scale.size(0)
@@ -102,7 +103,7 @@ class _SeriesSwiGLU(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, bias = ctx.saved_tensors
         grad = _flat(grad)
         f = grad.size(-1)
@@ -158,7 +159,7 @@ class _RMSNorm(torch.autograd.Function):
     """Saves x and one number for each row."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x = _flat(x)
         y, h = torch.empty_like(x), x.size(-1)
         rstd = torch.empty(x.shape[:-1], dtype=torch.float32)
@@ -170,7 +171,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy: Tensor):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, rstd, weight = ctx.saved_tensors
         w, dy = _float(weight), _flat(dy)
         dx, dw = torch.empty_like(x), torch.empty_like(w)
@@ -214,7 +215,8 @@ def _cosine_and_sine(freqs: Tensor) -> tuple[Tensor, Tensor]:
     return _tables[1:]
 
 
-def _rotate(t: Tensor, cosine: Tensor, sine: Tensor, out: Tensor, transpose: bool) -> Tensor:
+def _rotate(t: Tensor, tables: tuple[Tensor, Tensor], out: Tensor, transpose: bool) -> Tensor:
+    cosine, sine = tables
     strides = (t.stride()[:3], out.stride()[:3])
     addresses = (t.data_ptr(), cosine.data_ptr(), sine.data_ptr(), out.data_ptr())
     _kernels.rope(
@@ -227,19 +229,19 @@ class _RoPE(torch.autograd.Function):
     """Reads strided views (the slices of a joint QKV projection) without copying them first."""
 
     @staticmethod
-    def forward(ctx, t: Tensor, freqs: Tensor, inplace: bool) -> Tensor:
+    def forward(ctx: Any, t: Tensor, freqs: Tensor, inplace: bool) -> Tensor:
         ctx.tables = _cosine_and_sine(freqs)
         if inplace:
             ctx.mark_dirty(t)
-            return _rotate(t, *ctx.tables, t, False)
+            return _rotate(t, ctx.tables, t, False)
         t = t if t.stride(-1) == 1 else t.contiguous()
-        return _rotate(t, *ctx.tables, torch.empty(t.shape, dtype=t.dtype), False)
+        return _rotate(t, ctx.tables, torch.empty(t.shape, dtype=t.dtype), False)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-        return _rotate(grad, *ctx.tables, torch.empty(grad.shape, dtype=grad.dtype), True), None, None
+        return _rotate(grad, ctx.tables, torch.empty(grad.shape, dtype=grad.dtype), True), None, None
 
 
 def apply_rope(t: Tensor, freqs: Tensor, *, inplace: bool = False) -> Tensor:

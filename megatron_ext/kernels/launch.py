@@ -56,7 +56,7 @@ def takes(*tensors: Tensor) -> bool:
 def launch(
     kernel: Any,
     grid: tuple[int, ...],
-    arguments: tuple,
+    arguments: tuple[Any, ...],
     reads: Sequence[Tensor],
     writes: Sequence[Tensor],
     **constants: Any,

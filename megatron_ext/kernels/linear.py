@@ -7,6 +7,7 @@ and it asks for them ahead.
 """
 
 from types import MethodType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -47,7 +48,15 @@ class _Linear(torch.autograd.Function):
     """x w^T + b; the weight's gradient is added to ``weight.main_grad`` if ``in_place``."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, in_place: bool, reduce: bool, group):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        in_place: bool,
+        reduce: bool,
+        group: dist.ProcessGroup | None,
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.has_bias, ctx.reduce, ctx.group = bias is not None, reduce, group
         ctx.parameter = weight if in_place else None  # a saved tensor may come back as another object
@@ -56,7 +65,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         grad = grad.contiguous()
         x_grad = product(grad, weight.t())

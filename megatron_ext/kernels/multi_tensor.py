@@ -56,7 +56,13 @@ def scale_(tensors: Sequence[Tensor], factor: float) -> None:
         torch.autograd.graph.increment_version(t)
 
 
-def multi_tensor_l2_norm(chunk_size, overflow_buffer, tensor_lists, per_parameter, *args):
+def multi_tensor_l2_norm(
+    chunk_size: int,
+    overflow_buffer: Tensor,
+    tensor_lists: list[list[Tensor]],
+    per_parameter: bool,
+    *args: object,
+) -> tuple[Tensor, None]:
     """L2 norm over all tensors of ``tensor_lists[0]``; the signature of Apex's multi_tensor_l2norm.
 
     torch's fp32 norm of a tensor of four million elements on a CPU is up to 4.5e-4 too small, and
@@ -68,7 +74,9 @@ def multi_tensor_l2_norm(chunk_size, overflow_buffer, tensor_lists, per_paramete
     return total, None
 
 
-def multi_tensor_scale(chunk_size, overflow_buffer, tensor_lists, scale):
+def multi_tensor_scale(
+    chunk_size: int, overflow_buffer: Tensor, tensor_lists: list[list[Tensor]], scale: float | Tensor
+) -> None:
     """destination = source * scale for two lists of tensors; the signature of Apex's multi_tensor_scale.
 
     Stands for megatron.core.utils.local_multi_tensor_scale on a CPU, used by clip_grads.py with one
@@ -81,7 +89,13 @@ def multi_tensor_scale(chunk_size, overflow_buffer, tensor_lists, scale):
     scale_(destinations, float(scale))
 
 
-def foreach_l2_norm(chunk_size, overflow_buffer, tensor_lists, per_parameter, *args):
+def foreach_l2_norm(
+    chunk_size: int,
+    overflow_buffer: Tensor,
+    tensor_lists: list[list[Tensor]],
+    per_parameter: bool,
+    *args: object,
+) -> tuple[Tensor, None]:
     """:func:`multi_tensor_l2_norm` on a GPU, which nobody waits for: torch's kernel over lists.
 
     megatron.core.utils.local_multi_tensor_l2_norm reads the norm of every tensor back to the host.
@@ -90,7 +104,9 @@ def foreach_l2_norm(chunk_size, overflow_buffer, tensor_lists, per_parameter, *a
     return torch.linalg.vector_norm(torch.stack(norms)).view(1), None
 
 
-def foreach_scale(chunk_size, overflow_buffer, tensor_lists, scale):
+def foreach_scale(
+    chunk_size: int, overflow_buffer: Tensor, tensor_lists: list[list[Tensor]], scale: float | Tensor
+) -> None:
     """:func:`multi_tensor_scale` on a GPU: in place, where upstream's makes a copy of every gradient."""
     sources, destinations = tensor_lists
     if sources is not destinations:

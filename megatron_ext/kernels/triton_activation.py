@@ -6,6 +6,8 @@ a range of rows and sums its share of the parameters' gradients; the shares are 
 that the result is the same from run to run.
 """
 
+from typing import Any, no_type_check
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -18,6 +20,7 @@ from megatron_ext.kernels.triton_language import blocks, jit, power_of_2, tl
 
 
 @jit
+@no_type_check
 def _parameters(a, b, column, n, f, TERMS: tl.constexpr):
     term = tl.arange(0, TERMS)[:, None]
     real = (term < n) & (column < f)[None, :]
@@ -28,6 +31,7 @@ def _parameters(a, b, column, n, f, TERMS: tl.constexpr):
 
 
 @jit
+@no_type_check
 def _forward_kernel(x, a, b, y, rows, n, f, ROWS: tl.constexpr, TERMS: tl.constexpr, BLOCK: tl.constexpr):
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     at, real, scale, bias = _parameters(a, b, column, n, f, TERMS)
@@ -42,6 +46,7 @@ def _forward_kernel(x, a, b, y, rows, n, f, ROWS: tl.constexpr, TERMS: tl.conste
 
 
 @jit
+@no_type_check
 def _backward_kernel(
     x, a, b, dy, dx, sums, rows, n, f, ROWS: tl.constexpr, TERMS: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -83,7 +88,7 @@ def _launch(rows: int, f: int, n: int, rows_a_program: int) -> tuple[tuple[int, 
 
 class _SeriesSwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
         x, scale, bias = x.contiguous(), scale.contiguous(), bias.contiguous()
         n, f = scale.shape
         rows = x.numel() // (2 * f)
@@ -97,7 +102,7 @@ class _SeriesSwiGLU(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, bias = ctx.saved_tensors
         n, f = scale.shape
         rows, dx = x.numel() // (2 * f), torch.empty_like(x)

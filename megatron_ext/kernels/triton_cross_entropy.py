@@ -4,6 +4,8 @@ Each direction reads the logits once, in their own format; backward writes the g
 compute and how shards are joined is said in ``cross_entropy.py``, whose functions call these.
 """
 
+from typing import no_type_check
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ from megatron_ext.kernels.triton_language import blocks, jit, power_of_2, tl
 
 
 @jit
+@no_type_check
 def _stats_kernel(logits, target, top, total, chosen, first, width, columns, BLOCK: tl.constexpr):
     """One row: a running maximum and sum of exponentials in each of BLOCK lanes, joined at the end."""
     row = tl.program_id(0).to(tl.int64)
@@ -37,6 +40,7 @@ def _stats_kernel(logits, target, top, total, chosen, first, width, columns, BLO
 
 
 @jit
+@no_type_check
 def _grad_kernel(logits, target, top, total, grad, first, width, columns, BLOCK: tl.constexpr):
     """BLOCK columns of one row: grad * (softmax - one_hot), 0 from ``width`` on."""
     row = tl.program_id(0).to(tl.int64)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 try:
     import triton
@@ -15,7 +16,7 @@ def available() -> bool:
     return triton is not None
 
 
-def jit(function: Callable) -> Callable:
+def jit(function: Callable[..., None]) -> Any:
     """``triton.jit``; without Triton the function itself, which can be named but not run."""
     return function if triton is None else triton.jit(function)
 

@@ -4,6 +4,8 @@ Backward programs own a range of rows each and sum their share of the weight's g
 ``triton_activation.py`` do, so x and dy are read once.
 """
 
+from typing import Any, no_type_check
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -16,6 +18,7 @@ WIDEST = 16384
 
 
 @jit
+@no_type_check
 def _norm_forward_kernel(x, weight, y, rstd, h, eps, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -28,6 +31,7 @@ def _norm_forward_kernel(x, weight, y, rstd, h, eps, BLOCK: tl.constexpr):
 
 
 @jit
+@no_type_check
 def _norm_backward_kernel(
     x, weight, rstd, dy, dx, sums, rows, h, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -54,7 +58,7 @@ class _RMSNorm(torch.autograd.Function):
     """Saves x and one number for each row."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x, weight, h = x.contiguous(), weight.contiguous(), x.size(-1)
         y = torch.empty_like(x)
         rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
@@ -67,7 +71,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy: Tensor):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
         dy, dx, rows, h = dy.contiguous(), torch.empty_like(x), rstd.numel(), x.size(-1)
         if not rows:

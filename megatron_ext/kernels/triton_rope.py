@@ -4,6 +4,8 @@ The angles' cosines and sines are taken where they are used, in float32: the wor
 its heads, and nothing is kept between layers. Backward is the same kernel with the rotation turned round.
 """
 
+from typing import Any, no_type_check
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -16,6 +18,7 @@ from megatron_ext.kernels.triton_language import blocks, jit, power_of_2, tl
 
 
 @jit
+@no_type_check
 def _rotate_kernel(
     t, freqs, out, batch, heads, members, d, half,
     t_s, t_b, t_group, t_member, out_s, out_b, out_group, out_member,
@@ -88,7 +91,7 @@ def _angles(freqs: Tensor) -> Tensor:
 
 class _RoPE(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, t: Tensor, freqs: Tensor, inplace: bool) -> Tensor:
+    def forward(ctx: Any, t: Tensor, freqs: Tensor, inplace: bool) -> Tensor:
         ctx.freqs = _angles(freqs)
         if inplace:
             ctx.mark_dirty(t)
@@ -100,7 +103,7 @@ class _RoPE(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         out = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
         _rotate(_rows(grad).unsqueeze(2), ctx.freqs, out.unsqueeze(2), back=True)
         return out, None, None
@@ -115,7 +118,7 @@ class _SplitAndRotate(torch.autograd.Function):
     """Rotates where the projection lies, and writes the gradients where its gradient lies."""
 
     @staticmethod
-    def forward(ctx, qkv: Tensor, members: int, d: int, freqs: Tensor):
+    def forward(ctx: Any, qkv: Tensor, members: int, d: int, freqs: Tensor) -> tuple[Tensor, ...]:
         ctx.shape, ctx.members, ctx.d, ctx.freqs = qkv.shape, members, d, _angles(freqs)
         s, b, groups, _ = qkv.shape
         q_part, k, v = _parts(qkv, members, d)
@@ -128,7 +131,7 @@ class _SplitAndRotate(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dq: Tensor, dk: Tensor, dv: Tensor):
+    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
         qkv = torch.empty(ctx.shape, dtype=dq.dtype, device=dq.device)
         q_part, k_part, v_part = _parts(qkv, ctx.members, ctx.d)
         _rotate(_rows(dq).unflatten(2, (-1, ctx.members)), ctx.freqs, q_part, back=True)

@@ -13,7 +13,9 @@ class WeightGradients:
     """
 
     @staticmethod
-    def wgrad_gemm_accum_fp32(inputs: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor):
+    def wgrad_gemm_accum_fp32(
+        inputs: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor
+    ) -> None:
         """main_grad [out, in] += grad_output [tokens, out]^T inputs [tokens, in]."""
         if inputs.dtype == main_grad.dtype:
             main_grad.addmm_(grad_output.t(), inputs)

@@ -1,9 +1,12 @@
 """Attention of the local spec: torch's fused kernel, and PanGu-pi's augmented shortcut."""
 
 import math
+from typing import Any
 
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -34,8 +37,8 @@ class ScaledDotProductAttention(MegatronModule):
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
-        pg_collection=None,
-    ):
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
         super().__init__(config=config)
         self.attn_mask_type = attn_mask_type
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
@@ -51,7 +54,7 @@ class ScaledDotProductAttention(MegatronModule):
         attention_mask: Tensor | None = None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params=None,
+        packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
         """[s, b, np, hn], [t, b, ng, hn], [t, b, ng, hn] -> [s, b, np * hn].
 
@@ -70,7 +73,7 @@ class ScaledDotProductAttention(MegatronModule):
         )  # [b, np, s, hn]
         return context.permute(2, 0, 1, 3).flatten(2)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, **mask) -> Tensor:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, **mask: Any) -> Tensor:
         options = dict(scale=self.scale, enable_gqa=query.size(1) != key.size(1), **mask)
         if not (self.training and self.dropout):
             return F.scaled_dot_product_attention(query, key, value, **options)
@@ -88,7 +91,7 @@ class AugmentedSelfAttention(SelfAttention):
     layer's dropout falls on the sum. With no shortcut it is Megatron-Core's SelfAttention itself.
     """
 
-    def __init__(self, config: PanguProConfig, *args, **kwargs):
+    def __init__(self, config: PanguProConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         if config.augmented_shortcuts:
             self.augmented_shortcut = AugmentedShortcut(config)
@@ -98,7 +101,7 @@ class AugmentedSelfAttention(SelfAttention):
         hidden_states: Tensor,
         attention_mask: Tensor | None,
         rotary_pos_emb: Tensor | tuple[Tensor, Tensor] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """[s, b, h] -> ([s, b, h], bias to be added or None)."""
         plain = attention_mask is None and all(value is None for value in kwargs.values())

@@ -40,7 +40,9 @@ def build_model(
     return [chunk.to(platform.current_device()) for chunk in chunks]
 
 
-def _build_chunk(config: PanguProConfig, run: RunConfig, vp_stage: int | None, parallel_output: bool):
+def _build_chunk(
+    config: PanguProConfig, run: RunConfig, vp_stage: int | None, parallel_output: bool
+) -> PanguModel:
     return PanguModel(
         config=config,
         transformer_layer_spec=block_spec(config, vp_stage),

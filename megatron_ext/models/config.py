@@ -43,7 +43,7 @@ class PanguProConfig(TransformerConfig):
     """identity: the modules start without effect, so that a plain model's output is kept; random:
     they start like any other weight."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.series_activation_order and not self.gated_linear_unit:
             raise ValueError("--series-activation-order acts on the gate of SwiGLU: add --swiglu")

@@ -1,5 +1,7 @@
 """Megatron-Core's GPTModel with a loss that needs no copy of the logits."""
 
+from typing import Any
+
 from megatron.core.models.gpt import GPTModel
 from megatron.core.utils import get_pg_rank
 from torch import Tensor
@@ -19,7 +21,7 @@ class PanguModel(GPTModel):
             it are padding: loss and gradients are what they are without them. None: all rows.
     """
 
-    def __init__(self, *args, softmax_vocab_size: int | None = None, **kwargs):
+    def __init__(self, *args: Any, softmax_vocab_size: int | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.softmax_vocab_size = softmax_vocab_size
         linear.speed_up(self)

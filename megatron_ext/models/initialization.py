@@ -15,6 +15,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from functools import partial
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -58,7 +59,7 @@ def _normal_divided(tensor: Tensor, std: float, by: int, generator: torch.Genera
     return nn.init.normal_(tensor, 1.0, std, generator=generator).div_(by)
 
 
-def sharding_metadata() -> dict:
+def sharding_metadata() -> dict[str, Any]:
     """What ``sharded_state_dict`` needs to know: layers by number, and who holds the same shard."""
     return {
         "non_homogeneous_layers": True,

@@ -1,6 +1,7 @@
 """The feed-forward block: SwiGLU with PanGu-pi's series activation."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch.nn.functional as F
 from megatron.core import parallel_state
@@ -46,7 +47,9 @@ class PanguMLP(MLP):
         swiglu = config.gated_linear_unit and config.activation_func is F.silu
         return fused.swiglu if swiglu and not config.bias_activation_fusion else None
 
-    def forward(self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **kwargs):
+    def forward(
+        self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
         """[s, b, h] -> ([s, b, h], bias to be added or None)."""
         if not self.activation:
             return super().forward(hidden_states, per_token_scale, **kwargs)

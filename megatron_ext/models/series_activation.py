@@ -1,8 +1,14 @@
 """Series informed activation, the nonlinearity of PanGu-pi's FFN (arXiv 2312.17276, section 4.1)."""
 
+from typing import Any
+
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    make_sharded_tensors_for_checkpoint,
+)
 from torch import Tensor, nn
 
 from megatron_ext.kernels import fused
@@ -42,7 +48,12 @@ class SeriesActivation(MegatronModule):
         """[s, b, 2 * f] -> [s, b, f]."""
         return fused.series_swiglu(x, self.scale, self.bias)
 
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None):
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> ShardedStateDict:
         """Both parameters split along f over the tensor parallel group."""
         return make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True),
@@ -50,5 +61,5 @@ class SeriesActivation(MegatronModule):
             {"scale": 1, "bias": 1},
             sharded_offsets,
             tp_group=self.tp_group,
-            dp_cp_group=metadata["dp_cp_group"],
+            dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
         )

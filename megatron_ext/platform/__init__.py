@@ -13,15 +13,22 @@ import importlib.util
 import os
 import random
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import TYPE_CHECKING, Literal
 
 from megatron_ext.common import network, optional
 from megatron_ext.common.errors import RunError
 from megatron_ext.platform import engine, environment, loader, rendezvous
 from megatron_ext.platform.seams import SUPPORTED_MEGATRON_CORE
 
-_device_type: str | None = None
+if TYPE_CHECKING:
+    import torch
+
+Device = Literal["cpu", "cuda"]
+_device_type: Device | None = None
 
 
 class PlatformError(RunError):
@@ -31,7 +38,9 @@ class PlatformError(RunError):
 class _FirstImport(loader.importlib.abc.MetaPathFinder):
     """Settles the device when Megatron-Core is imported before anyone called ``activate``."""
 
-    def find_spec(self, fullname, path=None, target=None):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if fullname == loader.PACKAGE and _device_type is None:
             activate()
             return importlib.util.find_spec(fullname)
@@ -45,7 +54,7 @@ def install() -> None:
         sys.meta_path.insert(0, _FirstImport())
 
 
-def activate(device: str = "auto", variables: Mapping[str, str] | None = None) -> str:
+def activate(device: str = "auto", variables: Mapping[str, str] | None = None) -> Device:
     """Choose the device of this process, ``"cpu"`` or ``"cuda"``, and return it.
 
     ``variables`` are put into the environment, unless they are there, where a GPU is used
@@ -70,7 +79,7 @@ def activate(device: str = "auto", variables: Mapping[str, str] | None = None) -
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
         raise PlatformError("--device cuda: torch sees no GPU; use --device cpu, or see tools/doctor.py")
-    chosen = "cuda" if available and device != "cpu" else "cpu"
+    chosen: Device = "cuda" if available and device != "cpu" else "cpu"
     if chosen == "cuda":
         environment.apply(
             variables or {}
@@ -111,7 +120,7 @@ def on_gpu() -> bool:
     return activate() == "cuda"
 
 
-def current_device():
+def current_device() -> "torch.device":
     """The ``torch.device`` of this process."""
     import torch
 
@@ -139,8 +148,13 @@ def default_backend() -> str:
 
 
 def init_process_group(
-    backend: str | None, rank: int, world_size: int, local_rank: int, timeout: timedelta, store=None
-):
+    backend: str | None,
+    rank: int,
+    world_size: int,
+    local_rank: int,
+    timeout: timedelta,
+    store: "torch.distributed.Store | None" = None,
+) -> None:
     """Join the job's processes, which met at ``store``; alone, the process is a world of one.
 
     gloo, which Megatron-Core makes groups of beside those of nccl, is bound to the interface that leads to
@@ -164,12 +178,12 @@ def init_process_group(
     )
 
 
-def group_timeout(group) -> timedelta:
+def group_timeout(group: "torch.distributed.ProcessGroup") -> timedelta:
     """How long an operation of a process group may take."""
     return group._get_backend(current_device()).options._timeout
 
 
-def beside_computation() -> Callable[[], contextlib.AbstractContextManager]:
+def beside_computation() -> Callable[[], contextlib.AbstractContextManager[None]]:
     """For copies from the device in another thread: each is made within a context that this returns.
 
     They see what was computed until now, wait for nothing that is computed later, and are complete at
@@ -182,7 +196,7 @@ def beside_computation() -> Callable[[], contextlib.AbstractContextManager]:
     device, computed = torch.cuda.current_device(), torch.cuda.current_stream().record_event()
 
     @contextlib.contextmanager
-    def beside():
+    def beside() -> Iterator[None]:
         stream = torch.cuda.Stream(device)
         stream.wait_event(computed)
         with torch.cuda.device(device), torch.cuda.stream(stream):
@@ -215,14 +229,14 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def rng_state() -> dict:
+def rng_state() -> "dict[str, torch.Tensor]":
     """The device's generator state, under the key that a checkpoint keeps it by."""
     import torch
 
     return {"device": torch.cuda.get_rng_state() if on_gpu() else torch.get_rng_state()}
 
 
-def set_rng_state(state: dict) -> None:
+def set_rng_state(state: "dict[str, torch.Tensor]") -> None:
     """Restore what :func:`rng_state` returned."""
     import torch
 

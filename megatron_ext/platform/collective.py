@@ -74,7 +74,7 @@ def on_every_rank(action: Callable[[], T], doing: str | None = None, error: type
         what ``action`` returned on this rank.
     """
     result, own = _attempt(action, doing)
-    _raise_together(gather(own and _reason(own)), own, doing, error, ranks())
+    _raise_together(gather(_reason(own)), own, doing, error, ranks())
     return cast(T, result)
 
 
@@ -84,7 +84,7 @@ def on_first_rank(action: Callable[[], T], doing: str | None = None, error: type
     As :func:`on_every_rank` otherwise.
     """
     result, own = _attempt(action, doing) if rank() == 0 else (None, None)
-    answers = gather((result, own and _reason(own)))
+    answers = gather((result, _reason(own)))
     _raise_together([reason for _, reason in answers], own, doing, error, 1)
     return cast(T, answers[0][0])
 
@@ -113,7 +113,7 @@ def _raise_together(
     raise error(detail if doing is None else f"could not {doing}: {detail}") from own
 
 
-def _control_group(world: Any) -> Any:
+def _control_group(world: torch.distributed.ProcessGroup) -> torch.distributed.ProcessGroup:
     """A gloo group over all ranks: it notices at once when a process has gone, which nccl does not.
 
     It waits as long as the world does: left to gloo, half an hour.
@@ -122,12 +122,14 @@ def _control_group(world: Any) -> Any:
 
 
 @cache
-def _gloo_beside(world: Any) -> Any:
+def _gloo_beside(world: torch.distributed.ProcessGroup) -> torch.distributed.ProcessGroup:
     # Not of a gloo world itself: to be kept here would keep its connections open when it is let go.
     return torch.distributed.new_group(backend="gloo", timeout=platform.group_timeout(world))
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception | None) -> str | None:
     """What an error says; of one that was not expected, with its name."""
+    if error is None:
+        return None
     named = isinstance(error, (RunError, ValueError, OSError))
     return str(error) if named else f"{type(error).__name__}: {error}"

@@ -7,6 +7,8 @@ A CPU has one queue of work and one random generator, so streams and events are 
 
 import contextlib
 import types
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -14,74 +16,73 @@ import torch
 class Stream:
     """A queue of work; on a CPU there is one, always finished."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: object, **kwargs: object) -> None:
         pass
 
-    def wait_stream(self, stream):
+    def wait_stream(self, stream: object) -> None:
         pass
 
-    def wait_event(self, event):
+    def wait_event(self, event: object) -> None:
         pass
 
-    def record_event(self, event=None):
+    def record_event(self, event: "Event | None" = None) -> "Event":
         return event or Event()
 
-    def synchronize(self):
+    def synchronize(self) -> None:
         pass
 
 
 class Event:
     """A point in a queue of work; on a CPU it has always been reached."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: object, **kwargs: object) -> None:
         pass
 
-    def record(self, stream=None):
+    def record(self, stream: Stream | None = None) -> None:
         pass
 
-    def wait(self, stream=None):
+    def wait(self, stream: Stream | None = None) -> None:
         pass
 
     def query(self) -> bool:
         return True
 
-    def synchronize(self):
+    def synchronize(self) -> None:
         pass
 
 
 class _OneGenerator:
     """``torch.cuda.default_generators``: whatever the index, the CPU's generator."""
 
-    def __getitem__(self, index) -> torch.Generator:
+    def __getitem__(self, index: int) -> torch.Generator:
         return torch.default_generator
 
 
-def _nothing(*args, **kwargs) -> None:
+def _nothing(*args: object, **kwargs: object) -> None:
     pass
 
 
-def _context(*args, **kwargs):
+def _context(*args: object, **kwargs: object) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext()
 
 
-def _get_rng_state(device="cpu") -> torch.Tensor:
+def _get_rng_state(device: object = "cpu") -> torch.Tensor:
     return torch.get_rng_state()
 
 
-def _set_rng_state(state: torch.Tensor, device="cpu") -> None:
+def _set_rng_state(state: torch.Tensor, device: object = "cpu") -> None:
     torch.set_rng_state(state)
 
 
 class CpuAsCuda(types.ModuleType):
     """The view of ``torch.cuda``; attributes not set here are those of the real module."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__("torch.cuda", "torch.cuda answered for a CPU")
         rng = types.ModuleType("torch.cuda.random")
         for place in (self, rng):
-            place.get_rng_state = _get_rng_state
-            place.set_rng_state = _set_rng_state
-            place.manual_seed = place.manual_seed_all = torch.manual_seed
+            vars(place).update(get_rng_state=_get_rng_state, set_rng_state=_set_rng_state)
+            vars(place).update(manual_seed=torch.manual_seed, manual_seed_all=torch.manual_seed)
         self.random = rng
         self.default_generators = _OneGenerator()
         self._lazy_init = _nothing
@@ -99,11 +100,11 @@ class CpuAsCuda(types.ModuleType):
         self.HalfTensor = torch.HalfTensor
         self.BFloat16Tensor = torch.BFloat16Tensor
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         return getattr(torch.cuda, name)
 
 
-def _compiled_as_it_is(model=None, **kwargs):
+def _compiled_as_it_is(model: Callable[..., Any] | None = None, **kwargs: object) -> Callable[..., Any]:
     """``torch.compile`` without a compiler at run time: the function itself."""
     return model if model is not None else _compiled_as_it_is
 
@@ -115,11 +116,11 @@ class TorchView(types.ModuleType):
     look-up costs what it costs in torch itself.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__("torch", torch.__doc__)
         self.__dict__.update(vars(torch))
         self.cuda = CpuAsCuda()
         self.compile = _compiled_as_it_is
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)

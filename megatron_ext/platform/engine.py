@@ -39,7 +39,8 @@ RECIPES = {
 
 def parse_version(text: str) -> tuple[int, int]:
     """'2.11.0+abc' -> (2, 11)."""
-    major, minor = re.match(r"(\d+)(?:\.(\d+))?", text).groups(default="0")
+    match = re.match(r"(\d+)(?:\.(\d+))?", text)
+    major, minor = match.groups(default="0") if match else (0, 0)
     return int(major), int(minor)
 
 

@@ -14,6 +14,7 @@ import importlib.abc
 import importlib.machinery
 import pkgutil
 import sys
+from collections.abc import Mapping, Sequence
 from types import CodeType, ModuleType
 
 from megatron_ext.platform.seams import SEAM_OF, Seam
@@ -28,7 +29,7 @@ def rewrite(code: CodeType, seam: Seam, found: set[str] | None = None) -> CodeTy
     """
     constants, names = seam.constants or {}, seam.names or {}
 
-    def swap(value):
+    def swap(value: object) -> object:
         if isinstance(value, CodeType):
             return rewrite(value, seam, found)
         if isinstance(value, tuple):
@@ -61,14 +62,21 @@ class CpuLoader(importlib.machinery.SourceFileLoader):
         return rewrite(code, seam) if seam and code else code
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__builtins__ = vars(builtins) | {"__import__": self._import}
+        module.__dict__["__builtins__"] = vars(builtins) | {"__import__": self._import}
         super().exec_module(module)
         seam = SEAM_OF.get(module.__name__)
         for name, ours in (seam.functions or {} if seam else {}).items():
             self.replaced[name] = getattr(module, name, None)
             setattr(module, name, pkgutil.resolve_name(ours))
 
-    def _import(self, name, globals=None, locals=None, fromlist=(), level=0):
+    def _import(
+        self,
+        name: str,
+        globals: Mapping[str, object] | None = None,
+        locals: Mapping[str, object] | None = None,
+        fromlist: Sequence[str] | None = (),
+        level: int = 0,
+    ) -> ModuleType:
         imported = builtins.__import__(name, globals, locals, fromlist, level)
         if level or name.partition(".")[0] != "torch":
             return imported
@@ -84,7 +92,9 @@ class CpuFinder(importlib.abc.MetaPathFinder):
     def __init__(self, torch_view: ModuleType):
         self.torch_view = torch_view
 
-    def find_spec(self, fullname, path=None, target=None):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
         if fullname != PACKAGE and not fullname.startswith(PACKAGE + "."):
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)

@@ -4,12 +4,16 @@ import os
 import secrets
 import time
 from datetime import timedelta
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 #: The first process looks for those that have not come yet, this often.
 _LOOK_SECONDS = 0.05
 
 
-def meet(rank: int, world_size: int, timeout: timedelta):
+def meet(rank: int, world_size: int, timeout: timedelta) -> "torch.distributed.Store":
     """The store of the job, at MASTER_ADDR:MASTER_PORT, as only the processes of this start see it.
 
     torchrun's store outlives the processes that it starts again (--max-restarts), and with it all keys:
@@ -29,7 +33,9 @@ def meet(rank: int, world_size: int, timeout: timedelta):
     return of_this_start(store, rank, world_size, timeout)
 
 
-def of_this_start(store, rank: int, world_size: int, timeout: timedelta):
+def of_this_start(
+    store: "torch.distributed.Store", rank: int, world_size: int, timeout: timedelta
+) -> "torch.distributed.Store":
     """A view of ``store`` that no process of an earlier or later start of the job has.
 
     torchrun's count of restarts cannot tell the starts apart: after a change of members that of one host
@@ -53,7 +59,7 @@ def of_this_start(store, rank: int, world_size: int, timeout: timedelta):
     return torch.distributed.PrefixStore(f"start/{start}", store)
 
 
-def _answer(store, start: str, world_size: int, timeout: timedelta) -> None:
+def _answer(store: "torch.distributed.Store", start: str, world_size: int, timeout: timedelta) -> None:
     """Tell the number of the start to every process that says hello, until all are here."""
     deadline = time.monotonic() + timeout.total_seconds()
     answered = dict.fromkeys(range(1, world_size), b"")

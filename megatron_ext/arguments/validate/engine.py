@@ -40,7 +40,7 @@ def context_is_exchanged_in_one_way(run: RunConfig, typed: Typed) -> Problems:
     if len(run.parallel.cp_comm_type) > 1:
         yield "--cp-comm-type takes one value for all layers"
     shards = run.parallel.tensor_model_parallel_size * run.parallel.context_parallel_size
-    groups = run.model.num_query_groups if run.model.group_query_attention else run.model.num_attention_heads
+    groups = run.model.query_groups
     if "a2a" in run.parallel.cp_comm_type and run.parallel.context_parallel_size > 1 and groups % shards:
         yield (
             f"--cp-comm-type a2a divides the heads: {groups} heads or query groups are not divisible by "
@@ -107,7 +107,7 @@ def shapes_suit_fp8(run: RunConfig, typed: Typed) -> Problems:
     yield from _uneven(
         "--ffn-hidden-size", run.model.ffn_hidden_size, columns, tensor, run.precision.fp8_recipe
     )
-    groups = run.model.num_query_groups if run.model.group_query_attention else run.model.num_attention_heads
+    groups = run.model.query_groups
     for count, what in (
         (run.model.num_attention_heads, "query"),
         (run.model.num_attention_heads + 2 * groups, "query, key and value"),

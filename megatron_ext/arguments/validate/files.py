@@ -102,7 +102,7 @@ RULES = (
 
 def datasets_exist(run: RunConfig, typed: Typed) -> Problems:
     for name in ("data_path", *SPLIT_PATHS):
-        yield from blend_problems(flag_of(name), run.get(name) or ())
+        yield from blend_problems(flag_of(name), run.get(name) or [])
 
 
 def blend_problems(flag: str, words: list[str]) -> Iterator[str]:

@@ -21,7 +21,7 @@ def heads_are_divisible(run: RunConfig, typed: Typed) -> Problems:
     parallel, heads = run.parallel.tensor_model_parallel_size, run.model.num_attention_heads
     if heads % parallel:
         yield f"--num-attention-heads {heads} is not divisible by --tensor-model-parallel-size {parallel}"
-    groups = run.model.num_query_groups if run.model.group_query_attention else heads
+    groups = run.model.query_groups
     if groups != heads and groups % parallel and parallel % groups:
         yield (
             f"--num-query-groups {groups} must be a multiple or a divisor of "
@@ -67,8 +67,8 @@ def experts_are_not_supported(run: RunConfig, typed: Typed) -> Problems:
 def layers_are_divisible(run: RunConfig, typed: Typed) -> Problems:
     """Layers over pipeline stages, with --decoder-first/last-pipeline-num-layers taken out first."""
     stages, layers = run.parallel.pipeline_model_parallel_size, pipeline_layers(run)
-    ends = [run.parallel.decoder_first_pipeline_num_layers, run.parallel.decoder_last_pipeline_num_layers]
-    ends = [count for count in ends if count is not None]
+    given = (run.parallel.decoder_first_pipeline_num_layers, run.parallel.decoder_last_pipeline_num_layers)
+    ends = [count for count in given if count is not None]
     if not ends:
         if layers % stages:
             yield (
@@ -113,7 +113,7 @@ def virtual_stages_are_divisible(run: RunConfig, typed: Typed) -> Problems:
     if per_stage is not None and uneven:
         yield "an uneven interleaved pipeline is given by --num-virtual-stages-per-pipeline-rank"
     on_rank = pipeline_layers(run) // run.parallel.pipeline_model_parallel_size
-    if not uneven and on_rank % (per_stage or stages):
+    if not uneven and on_rank % (per_stage or stages or 1):
         given = (
             "--num-layers-per-virtual-pipeline-stage"
             if per_stage

@@ -114,10 +114,11 @@ def weight_decay_is_complete(run: RunConfig, typed: Typed) -> Problems:
             if name in typed:
                 yield f"{flag_of(name)} cannot take effect: needs --weight-decay-incr-style linear or cosine"
         return
-    missing = [name for name in ends if run.get(name) is None]
-    for name in missing:
-        yield f"--weight-decay-incr-style {run.optimizer.weight_decay_incr_style} needs {flag_of(name)}"
-    if not missing and run.optimizer.end_weight_decay < run.optimizer.start_weight_decay:
+    for name in ends:
+        if run.get(name) is None:
+            yield f"--weight-decay-incr-style {run.optimizer.weight_decay_incr_style} needs {flag_of(name)}"
+    start, end = run.optimizer.start_weight_decay, run.optimizer.end_weight_decay
+    if start is not None and end is not None and end < start:
         yield "--end-weight-decay must not be below --start-weight-decay"
 
 

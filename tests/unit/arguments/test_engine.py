@@ -201,6 +201,7 @@ def test_the_engine_is_not_imported_without_a_gpu(engine_module):
 def test_versions():
     assert engine.parse_version("2.11.0+cu12") == (2, 11)
     assert engine.parse_version("1.9rc1") == (1, 9)
+    assert engine.parse_version("unknown") == (0, 0)  # older than all that is asked for
 
 
 def test_context_ranks_share_the_sequence():

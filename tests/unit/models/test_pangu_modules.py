@@ -38,6 +38,12 @@ def test_series_activation_is_the_formula(single_process):
     torch.testing.assert_close(module(x), expected)
 
 
+def test_series_activation_is_divided_without_metadata(single_process):
+    """Megatron-Core leaves the metadata out where the caller has none."""
+    module = SeriesActivation(small_config(series_activation_order=2), tp_group())
+    assert set(module.sharded_state_dict("activation.")) == {"activation.scale", "activation.bias"}
+
+
 def test_shortcuts_are_the_sum_of_their_branches(single_process):
     module = AugmentedShortcut(small_config(augmented_shortcuts=3))
     for parameter in module.double().parameters():  # built empty; the model draws them
