@@ -99,6 +99,8 @@ def _problems(run: RunConfig, tool: Options) -> list[str]:
         return wrong
     if not 0 < tool.sustained_tflops < math.inf:
         return [f"--sustained-tflops {tool.sustained_tflops}: must be above 0"]
+    if tool.world_size < 1:
+        return [f"--world-size {tool.world_size}: must be at least 1"]
     if tool.params is not None and not 0 < tool.params < math.inf:
         return [f"--params {tool.params}: must be above 0"]
     if tool.design:

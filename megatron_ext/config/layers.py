@@ -137,7 +137,7 @@ class InitConfig:
     """Standard deviation of the initial word embedding; by default --init-method-std. With it, the embedding
     has no weight decay (arXiv 2312.16903)."""
 
-    seed: int = flag(1234, minimum=0)
+    seed: int = flag(1234, minimum=0, maximum=2**31 - 1)
     """Seed of initial weights, data order and dropout."""
 
     data_parallel_random_init: bool = False

@@ -177,6 +177,12 @@ class ModelConfig:
                 f"--num-attention-heads {self.num_attention_heads} is not divisible by "
                 f"--num-query-groups {self.num_query_groups}"
             )
+        if (
+            self.position_embedding_type == "rope"
+            and self.rotary_percent == 1
+            and (self.kv_channels or 0) % 2
+        ):
+            yield f"--kv-channels {self.kv_channels}: rotary embeddings turn pairs, give an even number"
         chosen = [name for name in ("swiglu", "squared_relu", "quick_geglu") if getattr(self, name)]
         if len(chosen) > 1:
             yield f"{' and '.join('--' + name.replace('_', '-') for name in chosen)} exclude each other"

@@ -44,7 +44,8 @@ def merge(prefixes: Sequence[str], output_prefix: str | Path) -> dict:
     Memory: 28 bytes a document.
 
     Raises:
-        DatasetError: a dataset is damaged, or two were made with different tokenizers or id types.
+        DatasetError: a dataset is damaged, or two were made with different tokenizers, id types or ends
+            of documents.
         ValueError: a dataset would be overwritten, or changes meanwhile.
     """
     files = [path for prefix in prefixes for path in dataset_files(prefix)]
@@ -56,6 +57,10 @@ def merge(prefixes: Sequence[str], output_prefix: str | Path) -> dict:
         _check_same(prefixes, [index.dtype for index in indices], "ids of type")
         known = [(p, m["tokenizer"]["sha256"]) for p, m in zip(prefixes, manifests, strict=True) if _knows(m)]
         _check_same([p for p, _ in known], [sha256[:12] for _, sha256 in known], "the tokenizer")
+        ended = [
+            (p, m["options"]["append_eod"]) for p, m in zip(prefixes, manifests, strict=True) if _says(m)
+        ]
+        _check_same([p for p, _ in ended], [end for _, end in ended], "--append-eod")
         written = write_dataset(
             output_prefix,
             (block for pair in zip(prefixes, manifests, strict=True) for block in _checked_blocks(*pair)),
@@ -94,6 +99,11 @@ def _knows(manifest: dict | None) -> bool:
     return bool(manifest and manifest.get("tokenizer", {}).get("sha256"))
 
 
+def _says(manifest: dict | None) -> bool:
+    """Whether it is known if documents end with an id of their own."""
+    return "append_eod" in (manifest or {}).get("options", {})
+
+
 def _check_same(prefixes: Sequence[str], values: list, what: str) -> None:
     for prefix, value in zip(prefixes, values, strict=True):
         if value != values[0]:
@@ -106,6 +116,8 @@ def _check_same(prefixes: Sequence[str], values: list, what: str) -> None:
 def _joined_manifest(prefixes: Sequence[str], manifests: list[dict | None], dtype: np.dtype) -> dict:
     """What is known of the whole: a fact that one dataset lacks is left out."""
     joined: dict = {"dtype": np.dtype(dtype).name, "merged_from": [Path(prefix).name for prefix in prefixes]}
+    if all(map(_says, manifests)):
+        joined["options"] = {"append_eod": manifests[0]["options"]["append_eod"]}
     if not all(map(_knows, manifests)):
         return joined
     joined["tokenizer"] = manifests[0]["tokenizer"]

@@ -104,6 +104,12 @@ def _refuse(start: Start, run: RunConfig, changed: list[str]) -> None:
     rates = start.checkpoint.common.get("opt_param_scheduler")
     if rates and not run.checkpoint.no_load_optim and (found := schedule.conflicts(rates, saved, run)):
         problems.append(f"another schedule ({'; '.join(found)}): {schedule.WAYS_OUT}")
+    theirs, ours = saved.get("optimizer"), run.optimizer.optimizer
+    if rates and not run.checkpoint.no_load_optim and theirs not in (None, ours):
+        problems.append(
+            f"another optimizer (--optimizer: {theirs} there, {ours} here), which has no use for its state: "
+            "--no-load-optim starts with a new one"
+        )
     if changed and not run.data.override_training_set:
         problems.append(
             f"another training set ({'; '.join(changed)}): give the flags that the run was begun with; "

@@ -185,6 +185,14 @@ def test_another_batch_in_iterations(pool, begun, batch):
     assert [step["consumed_samples"] for step in steps(changed)] == [12 + batch * k for k in (1, 2, 3)]
 
 
+def test_another_optimizer_is_refused(pool, begun):
+    text = refusal(pool, flags(**begun | dict(optimizer="sgd", seq_length=16)))
+    assert (
+        "--optimizer: adam there, sgd here" in text and "--no-load-optim" in text and "--seq-length" in text
+    )
+    assert len(steps(pretrain(pool, 1, flags(**begun | dict(optimizer="sgd", no_load_optim=True))))) == 3
+
+
 def test_another_batch_twice(pool, begun, tmp_path):
     """Each time from the position of the checkpoint that was written with the batch before."""
     save = dict(save=tmp_path / "run", save_interval=1, global_batch_size=2)

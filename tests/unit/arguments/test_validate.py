@@ -234,6 +234,17 @@ class TestFiles:
         (problem,) = problems_of(line)
         assert problem.startswith(f"--tokenizer-model {tmp_path}/no.model: there is no such file")
 
+    def test_seeds_and_heads_that_libraries_refuse_later(self):
+        (problem,) = problems_of(f"{BASE} --seed {2**31}")
+        assert problem.startswith(f"--seed {2**31}: must be between 0 and ")
+        assert problems_of(f"{BASE} --seed {2**31 - 1}") == []
+        (problem,) = problems_of(f"{BASE} --position-embedding-type rope --kv-channels 15")
+        assert problem.startswith("--kv-channels 15: rotary embeddings turn pairs")
+        assert (
+            problems_of(f"{BASE} --position-embedding-type rope --kv-channels 15 --rotary-percent 0.5") == []
+        )
+        assert problems_of(f"{BASE} --position-embedding-type none --kv-channels 15") == []
+
     def test_metrics_are_appended_to_metrics(self, tmp_path):
         """A metrics file is appended to, and its torn end cut off: no other file may be taken for one."""
         path = tmp_path / "metrics.jsonl"

@@ -38,6 +38,19 @@ def test_merging_is_megatron_cores(tmp_path):
     assert corpora.hashes(tmp_path / "ours") == corpora.hashes(tmp_path / "theirs")
 
 
+def test_documents_with_and_without_an_end_are_not_mixed(tmp_path, capsys):
+    """One dataset with --append-eod and one without: some texts would run into the next."""
+    prefixes = [str(corpora.make_dataset(tmp_path / name, [5, 6])) for name in "abc"]
+    for prefix, ended in zip(prefixes, (True, True, False), strict=True):
+        facts = {"format": "megatron_ext.dataset/1", "options": {"append_eod": ended}}
+        Path(f"{prefix}.json").write_text(json.dumps(facts))
+    merge, output = tool("merge_datasets").main, ["--output-prefix", str(tmp_path / "out")]
+    assert merge(["--input", *prefixes[:2], *output]) == 0
+    for other in (prefixes[0], str(tmp_path / "out")):  # the joined manifest says it on
+        assert merge(["--input", other, prefixes[2], "--output-prefix", str(tmp_path / "mixed")]) == 1
+        assert "c has --append-eod False" in capsys.readouterr().err
+
+
 def test_a_dataset_beside_the_folder_of_its_indices(tmp_path):
     """Training keeps its index files in a folder of the dataset's name."""
     a, b = (corpora.make_dataset(tmp_path / name, [5, 6], seed=i) for i, name in enumerate("ab"))
