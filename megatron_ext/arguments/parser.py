@@ -100,17 +100,50 @@ def read_args(
     values = with_defaults(typed, problems)
     of_checkpoint, taken = from_checkpoint.take_model(values, typed)
     run = RunConfig.of(values)
+    _complete(run, typed, problems + of_checkpoint, world_size, device, check_files)
+    if taken is not None and run.process.rank == 0:
+        print(taken, file=sys.stderr)
+    return run
+
+
+def configured(
+    values: Mapping[str, Any],
+    *,
+    world_size: int | None = None,
+    device: derive.Device | None = None,
+    check_files: bool = True,
+) -> RunConfig:
+    """The configuration of a run of these values, by name; the others have their flags' defaults.
+
+    What follows from them is filled in, and all is checked, as in :func:`read_args`.
+
+    Raises:
+        CommandLineError: with every problem of the values.
+    """
+    run = RunConfig.of(with_defaults(values, []))
+    _complete(run, {}, [], world_size, device, check_files)
+    return run
+
+
+def _complete(
+    run: RunConfig,
+    typed: Mapping[str, Any],
+    problems: list[str],
+    world_size: int | None,
+    device: derive.Device | None,
+    check_files: bool,
+) -> None:
+    """Fill in what follows from values, job and machine, and check all; ``problems`` are known already."""
     derive.from_environment(run.process, world_size)
-    problems += derive.device(run, device) + of_checkpoint
+    problems = problems + derive.device(run, device)
     warnings = derive.before_rules(run)
     problems += validate.problems(run, MappingProxyType(typed), check_files)
     if problems:
         raise CommandLineError(problems)
     derive.after_rules(run)
     if run.process.rank == 0:
-        for note in [f"WARNING: {warning}" for warning in warnings] + [taken] * (taken is not None):
-            print(note, file=sys.stderr)
-    return run
+        for warning in warnings:
+            print(f"WARNING: {warning}", file=sys.stderr)
 
 
 def with_defaults(typed: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:

@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Literal
 
-from megatron_ext.config.flags import derived, flag, own_options, wrong
+from megatron_ext.config.flags import derived, flag, own_options, spelled, wrong
 from megatron_ext.config.needs import GROUPED, ROPE_SCALING, ROTARY, SHORTCUTS
 
 #: Settled by the tokenizer and the layout, not by the model's function.
 _VOCABULARY = ("padded_vocab_size", "softmax_vocab_size")
+#: No model has a size of as much: products of several still are sizes that torch can name.
+_TOO_LARGE = 1 << 31
 
 
 class NoSuchModel(ValueError):
@@ -164,6 +166,13 @@ class ModelConfig:
         found = [
             text for option in own_options(ModelConfig) for text in wrong(option, getattr(self, option.name))
         ]
+        found += [
+            f"{spelled(option)} {size}: no model is as large"
+            for option in own_options(type(self))
+            if option.name not in ("rotary_base", "rotary_seq_len_interpolation_factor")
+            and type(size := getattr(self, option.name)) is int
+            and size >= _TOO_LARGE
+        ]
         yield from found
         if found:
             return
@@ -227,6 +236,11 @@ class ModelConfig:
         return (self.group_query_attention and self.num_query_groups) or self.num_attention_heads
 
     @property
+    def heads_per_group(self) -> int:
+        """n / g: query heads that share a key and a value."""
+        return self.num_attention_heads // self.query_groups
+
+    @property
     def query_width(self) -> int:
         """n d."""
         return self.num_attention_heads * self.kv_channels
@@ -246,6 +260,16 @@ class ModelConfig:
         """Rows of the embedding, padding included."""
         return self.padded_vocab_size or self.softmax_vocab_size or 0
 
+    @property
+    def vocab_size(self) -> int:
+        """Rows that take part in the softmax: those without padding, or all where nobody says which."""
+        return self.softmax_vocab_size or self.padded_vocab_size or 0
+
+    @property
+    def without_padding(self) -> ModelConfig:
+        """The same model with the rows of the softmax alone."""
+        return dataclasses.replace(self, padded_vocab_size=self.vocab_size)
+
     def effective(self) -> dict[str, object]:
         """Name -> value of what decides the model's function; None where a value does not matter."""
         values = {name: value for name, value in vars(self).items() if name not in _VOCABULARY}
@@ -261,13 +285,12 @@ class ModelConfig:
 
     # --------------------------------------------------------------------------------------- tensors
 
-    def parameters(self, padded: bool = True) -> dict[str, tuple[int, ...]]:
+    def parameters(self) -> dict[str, tuple[int, ...]]:
         """Name in a checkpoint -> shape of every tensor, undivided, in the order of the forward pass.
 
-        The names are Megatron-Core's. The embedding has its padding, or only the rows of the softmax.
+        The names are Megatron-Core's. The vocabulary's padding is included.
         """
-        h = self.hidden_size
-        v = self.vocab_rows if padded else self.softmax_vocab_size or self.vocab_rows
+        h, v = self.hidden_size, self.vocab_rows
         tensors: dict[str, tuple[int, ...]] = {"embedding.word_embeddings.weight": (v, h)}
         if self.position_embedding_type == "learned_absolute":
             tensors["embedding.position_embeddings.weight"] = (self.max_position_embeddings, h)

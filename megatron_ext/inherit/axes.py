@@ -11,7 +11,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from megatron_ext.interchange.shape import ModelShape
+from megatron_ext.config.model import ModelConfig
 
 
 class Axis(Enum):
@@ -71,34 +71,24 @@ def axes_of(key: str) -> tuple[Axis, ...]:
     return AXES[name]
 
 
-def heads_per_group(shape: ModelShape) -> int:
-    """Query heads that share a key and a value."""
-    return shape.num_attention_heads // shape.num_query_groups
+def _entries_a_group(axis: Axis, source: ModelConfig) -> int:
+    return (source.heads_per_group + (2 if axis is Axis.QKV else 0)) * source.kv_channels
 
 
-def bottleneck(shape: ModelShape) -> int:
-    """Bottleneck units of a layer's augmented shortcuts, all T of them together."""
-    return shape.augmented_shortcuts * (shape.hidden_size // shape.augmented_shortcut_reduction)
-
-
-def _entries_a_group(axis: Axis, shape: ModelShape) -> int:
-    return (heads_per_group(shape) + (2 if axis is Axis.QKV else 0)) * shape.kv_channels
-
-
-def entries(axis: Axis, units: Tensor, shape: ModelShape) -> Tensor:
-    """The entries of an axis of the source that ``units`` own; both int64, shape is the source's."""
+def entries(axis: Axis, units: Tensor, source: ModelConfig) -> Tensor:
+    """The entries of an axis of ``source`` that ``units`` own; both int64."""
     if axis in (Axis.QKV, Axis.HEADS):
-        size = _entries_a_group(axis, shape)
+        size = _entries_a_group(axis, source)
         return (units[:, None] * size + torch.arange(size)).flatten()
     if axis is Axis.GATE_UP:
-        return torch.cat([units, units + shape.ffn_hidden_size])
+        return torch.cat([units, units + source.ffn_hidden_size])
     return units
 
 
-def unit_sums(axis: Axis, values: Tensor, shape: ModelShape) -> Tensor:
+def unit_sums(axis: Axis, values: Tensor, source: ModelConfig) -> Tensor:
     """Values per entry of an axis -> their sum per unit."""
     if axis in (Axis.QKV, Axis.HEADS):
-        return values.unflatten(0, (-1, _entries_a_group(axis, shape))).sum(1)
+        return values.unflatten(0, (-1, _entries_a_group(axis, source))).sum(1)
     if axis is Axis.GATE_UP:
         return values.unflatten(0, (2, -1)).sum(0)
     return values

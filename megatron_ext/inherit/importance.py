@@ -6,23 +6,23 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ext import platform
+from megatron_ext.config.model import ModelConfig
 from megatron_ext.inherit.calibration import average, forward
 from megatron_ext.inherit.masks import Masks, attached
-from megatron_ext.interchange.shape import ModelShape
 from megatron_ext.training.batch import Batch
 
 
 def losses_without_each_layer(
-    model: nn.Module, shape: ModelShape, loss: Callable[[], float], note: Callable[[int], None]
+    model: nn.Module, config: ModelConfig, loss: Callable[[], float], note: Callable[[int], None]
 ) -> Tensor:
     """The loss with each layer skipped in turn, float64 [L]; ``note`` hears of each layer done.
 
     The paper's measure of a layer: skipping it leaves the residual stream as it is.
     """
-    losses = torch.zeros(shape.num_layers, dtype=torch.float64)
-    masks = Masks.ones(shape, platform.current_device())
+    losses = torch.zeros(config.num_layers, dtype=torch.float64)
+    masks = Masks.ones(config, platform.current_device())
     with attached(model, masks):
-        for layer in range(shape.num_layers):
+        for layer in range(config.num_layers):
             masks.layers = torch.ones_like(masks.layers)
             masks.layers[layer] = 0.0
             losses[layer] = loss()
@@ -30,7 +30,7 @@ def losses_without_each_layer(
     return losses
 
 
-def taylor(model: nn.Module, shape: ModelShape, layers: Tensor, batches: Iterable[Batch]) -> Masks:
+def taylor(model: nn.Module, config: ModelConfig, layers: Tensor, batches: Iterable[Batch]) -> Masks:
     """First-order importance of every unit of the model with ``layers`` alone.
 
     The mean over microbatches of (dL/dmask)^2: with a mask at 1, dL/dmask is the sum of activation times
@@ -38,7 +38,7 @@ def taylor(model: nn.Module, shape: ModelShape, layers: Tensor, batches: Iterabl
     gone (arXiv 1906.10771, equation 8, there with weights in the place of masks). Returned in the places
     of the masks, float64; a collective call.
     """
-    masks = Masks.ones(shape, platform.current_device())
+    masks = Masks.ones(config, platform.current_device())
     masks.layers.zero_()[layers] = 1.0
     for mask in vars(masks).values():
         mask.requires_grad_(True)

@@ -9,6 +9,7 @@ import torch
 
 from megatron_ext.common.files import write_aside
 from megatron_ext.inherit.learn import Learned, Recipe
+from megatron_ext.inherit.report import facts
 from megatron_ext.interchange.source import Source
 
 SECONDS_BETWEEN_SAVES = 60.0
@@ -24,11 +25,11 @@ class StateFile:
 
     def __init__(self, path: str | None, recipe: Recipe, counts: dict[str, int], source: Source):
         self.path = None if path is None else Path(path)
-        shape = {name: str(value) for name, value in vars(source.shape).items()}
+        of = {name: str(value) for name, value in facts(source.model, source.dtype).items()}
         self.identity = {
             "recipe": dataclasses.asdict(recipe),
             "counts": counts,
-            "source": shape | {"iteration": source.iteration},
+            "source": of | {"iteration": source.iteration},
         }
         self.saved = time.monotonic()
 

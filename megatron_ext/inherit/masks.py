@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from megatron_ext.inherit.axes import bottleneck
+from megatron_ext.config.model import ModelConfig
 from megatron_ext.inherit.choice import Choice
-from megatron_ext.interchange.shape import ModelShape
 
 
 @dataclass
@@ -30,16 +29,16 @@ class Masks:
     layers: Tensor  # [L]
 
     @classmethod
-    def ones(cls, shape: ModelShape, device: torch.device | str = "cpu") -> "Masks":
+    def ones(cls, source: ModelConfig, device: torch.device | str = "cpu") -> "Masks":
         """Everything on."""
-        layers = shape.num_layers
-        sizes = ((shape.hidden_size,), (layers, shape.ffn_hidden_size), (layers, shape.num_query_groups))
+        layers = source.num_layers
+        sizes = ((source.hidden_size,), (layers, source.ffn_hidden_size), (layers, source.query_groups))
         return cls(*(torch.ones(size, device=device) for size in (*sizes, (layers,))))
 
     @classmethod
-    def of(cls, choice: Choice, shape: ModelShape) -> "Masks":
-        """What ``choice`` keeps is on; ``shape`` is the source's."""
-        masks = cls.ones(shape)
+    def of(cls, choice: Choice, source: ModelConfig) -> "Masks":
+        """What ``choice`` keeps of ``source`` is on."""
+        masks = cls.ones(source)
         for mask in vars(masks).values():
             mask.zero_()
         masks.hidden[choice.hidden] = 1.0
@@ -123,6 +122,3 @@ def drop_bottleneck(model: nn.Module, choice: Choice) -> None:
         dropped = torch.ones(up.size(1), dtype=torch.bool, device=up.device)
         dropped[choice.bottleneck[row]] = False
         up[:, dropped] = 0
-
-
-__all__ = ["Masks", "attached", "bottleneck", "drop_bottleneck"]

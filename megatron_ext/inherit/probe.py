@@ -4,15 +4,17 @@ import dataclasses
 from argparse import Namespace
 from collections.abc import Iterator
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_ext import platform
-from megatron_ext.arguments.parser import read_args
+from megatron_ext.arguments.parser import configured
 from megatron_ext.checkpoint import load_checkpoint
 from megatron_ext.config import RunConfig
 from megatron_ext.config.data import TokenizerConfig
+from megatron_ext.config.model import ModelConfig
 from megatron_ext.data import build_data_loader, build_datasets
 from megatron_ext.inherit.axes import Axis, axes_of
 from megatron_ext.inherit.calibration import (
@@ -25,7 +27,6 @@ from megatron_ext.inherit.calibration import (
     translated,
 )
 from megatron_ext.inherit.vocabulary import Rows
-from megatron_ext.interchange.shape import ModelShape
 from megatron_ext.interchange.source import Source
 from megatron_ext.interchange.tokenizer_files import TokenizerFiles
 from megatron_ext.tokenizer import build_tokenizer
@@ -60,10 +61,13 @@ class Probe:
     """
 
     def __init__(self, options: Namespace, source: Source, files: TokenizerFiles, rows: Rows | None):
-        self.options, self.shape, self.tokenizer = options, source.shape, tokenizer_of(files)
+        self.options, self.config, self.tokenizer = options, source.model, tokenizer_of(files)
+        self.dtype = _dtype(options.calibration_dtype, source.dtype)
         if rows is not None:
-            self.shape = dataclasses.replace(source.shape, vocab_size=len(rows), padded_vocab_size=len(rows))
-        self.run = self._arguments(self.shape, files)
+            self.config = dataclasses.replace(
+                source.model, softmax_vocab_size=len(rows), padded_vocab_size=len(rows)
+            )
+        self.run = self._configuration(self.config, files)
         distributed.initialize(self.run)
         self.ranks = self.run.parallel.data_parallel_size
         self.dataset = build_datasets(self.run, self.tokenizer, (self._samples(), 0, 0))[0]
@@ -85,7 +89,7 @@ class Probe:
     def _loss_of_source(self, source: Source) -> Loss:
         """The loss of the source on the same text in its own ids; its model is given up afterwards."""
         tokenizer = tokenizer_of(source.tokenizer)
-        model = frozen_model(self._arguments(source.shape, source.tokenizer, with_data=False))
+        model = frozen_model(self._configuration(source.model, source.tokenizer, with_data=False))
         fill(model, source.get)
         windows = Windows.of(translated(self.documents, self.tokenizer, tokenizer), self.options.seq_length)
         return mean_loss(model, windows, self.options.micro_batch_size, tokenizer.token_bytes())
@@ -95,22 +99,32 @@ class Probe:
         learned = options.mask_steps * options.mask_batch_size * (options.width_criterion == "learned")
         return max(options.calibration_samples, learned)
 
-    def _arguments(self, shape: ModelShape, files: TokenizerFiles, with_data: bool = True) -> RunConfig:
+    def _configuration(self, model: ModelConfig, files: TokenizerFiles, with_data: bool = True) -> RunConfig:
         """The trainer's configuration for this model and the calibration data."""
         options = self.options
-        shape = dataclasses.replace(shape, dtype=_dtype(options.calibration_dtype, shape.dtype))
-        flags = [*shape.flags(), "--seq-length", str(options.seq_length)]
-        # Padding rows would take part in the softmax.
-        flags += ["--padded-vocab-size", str(shape.vocab_size), "--make-vocab-size-divisible-by", "1"]
-        flags += ["--tokenizer-type", files.kind, "--vocab-size", str(shape.vocab_size)]
-        flags += ["--tokenizer-model", str(files.model)] if files.model else []
+        data: dict[str, Any] = {"mock_data": True}
         if with_data:
-            flags += ["--data-path", *options.data_path, "--split", "100,0,0"]
-            flags += ["--data-cache-path", options.data_cache_path] if options.data_cache_path else []
-        else:
-            flags += ["--mock-data"]
-        flags += ["--micro-batch-size", str(options.micro_batch_size), "--seed", str(options.seed)]
-        return read_args([*flags, "--train-iters", "1", "--lr", "1e-4"])
+            data = {"data_path": options.data_path, "split": "100,0,0"}
+            data["data_cache_path"] = options.data_cache_path
+        return configured(
+            # Padding rows would take part in the softmax.
+            vars(model.without_padding)
+            | data
+            | {
+                "make_vocab_size_divisible_by": 1,
+                "seq_length": options.seq_length,
+                "attention_dropout": 0.0,
+                "hidden_dropout": 0.0,
+                "bf16": self.dtype == torch.bfloat16,
+                "tokenizer_type": files.kind,
+                "tokenizer_model": None if files.model is None else str(files.model),
+                "vocab_size": model.vocab_size,
+                "micro_batch_size": options.micro_batch_size,
+                "seed": options.seed,
+                "train_iters": 1,
+                "lr": 1e-4,
+            }
+        )
 
     def loss(self) -> Loss:
         """The loss of the model as it is now on the calibration windows."""
@@ -138,10 +152,10 @@ class Probe:
             except StopIteration:
                 return
 
-    def loss_of_checkpoint(self, save: str, shape: ModelShape, files: TokenizerFiles) -> Loss:
+    def loss_of_checkpoint(self, save: str, target: ModelConfig, files: TokenizerFiles) -> Loss:
         """The loss of a checkpoint on the same text; the source's model is given up first."""
         self.model = None
-        run = self._arguments(shape, files)
+        run = self._configuration(target, files)
         model = frozen_model(run)
         if load_checkpoint(save, model=[model], run=run, finetune=True) is None:
             raise FileNotFoundError(f"--save {save}: the checkpoint is not to be seen on this rank")

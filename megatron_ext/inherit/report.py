@@ -6,14 +6,40 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from megatron_ext.common.files import write_aside
 from megatron_ext.common.progress import Progress
+from megatron_ext.config.model import ModelConfig
 
 
 def progress(what: str, total: int | None) -> Progress:
     """A count to ``total``, shown by the first rank alone."""
     return Progress(what, total, quiet=os.environ.get("RANK", "0") != "0")
+
+
+def facts(model: ModelConfig, dtype: torch.dtype) -> dict[str, object]:
+    """What the report says of a model, and a state of masks of its source: names of their own, for good."""
+    return {
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "ffn_hidden_size": model.ffn_hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "num_query_groups": model.query_groups,
+        "kv_channels": model.kv_channels,
+        "vocab_size": model.vocab_size,
+        "padded_vocab_size": model.vocab_rows,
+        "tied": model.tied,
+        "qkv_bias": model.add_qkv_bias,
+        "norm_epsilon": model.layernorm_epsilon,
+        "rotary_base": model.rotary_base,
+        "rope_scaling_factor": model.rope_scaling_factor if model.use_rope_scaling else None,
+        "max_position_embeddings": model.max_position_embeddings,
+        "series_activation_order": model.series_activation_order,
+        "augmented_shortcuts": model.augmented_shortcuts,
+        "augmented_shortcut_reduction": model.augmented_shortcut_reduction,
+        "dtype": str(dtype),
+    }
 
 
 def write(folder: Path, summary: dict, selection) -> None:

@@ -1,6 +1,5 @@
 """The whole of tools/inherit_checkpoint.py: open, choose, cut, write, measure, report."""
 
-import dataclasses
 import resource
 import sys
 import time
@@ -12,15 +11,15 @@ from torch import Tensor, nn
 
 from megatron_ext.checkpoint import folders
 from megatron_ext.checkpoint.errors import on_rank_0
+from megatron_ext.config.model import ModelConfig
 from megatron_ext.inherit import report
 from megatron_ext.inherit.choice import Choice
 from megatron_ext.inherit.selection import Selection, select
 from megatron_ext.inherit.slicing import cut, grown, source_key
-from megatron_ext.inherit.target import InheritanceError, target_shape
+from megatron_ext.inherit.target import InheritanceError, target_model
 from megatron_ext.inherit.vocabulary import Rows, match_tokenizers
 from megatron_ext.interchange import tokenizer_files
 from megatron_ext.interchange.open import open_source
-from megatron_ext.interchange.shape import ModelShape
 from megatron_ext.interchange.source import Source
 from megatron_ext.interchange.target import write_checkpoint
 from megatron_ext.interchange.tokenizer_files import TokenizerFiles
@@ -50,15 +49,15 @@ def inherit(options: Namespace) -> dict:
             [f"--save {options.save} holds checkpoints already ({there}): give a new folder"]
         )
     files, rows = _target_tokenizer(options, source)
-    vocab_size = source.shape.vocab_size if rows is None else len(rows)
-    shape = target_shape(options, source.shape, vocab_size)
+    vocab_size = source.model.vocab_size if rows is None else len(rows)
+    target = target_model(options, source.model, vocab_size)
     probe = _probe(options, source, files, rows)
-    selection = select(options, source, shape, probe)
-    _write(options, source, shape, files, rows, selection.choice)
+    selection = select(options, source, target, probe)
+    _write(options, source, target, files, rows, selection.choice)
     losses = {}
     if probe is not None:
-        losses = probe.losses | {"loss_after": probe.loss_of_checkpoint(options.save, shape, files)}
-    summary = _summary(source, shape, rows, selection)
+        losses = probe.losses | {"loss_after": probe.loss_of_checkpoint(options.save, target, files)}
+    summary = _summary(source, target, rows, selection)
     summary |= {name: vars(loss) for name, loss in losses.items()}
     summary["seconds"] = round(time.perf_counter() - started, 2)
     summary["peak_memory_gib"] = round(_peak_memory() / 2**30, 3)
@@ -98,38 +97,38 @@ def _probe(options: Namespace, source: Source, files: TokenizerFiles | None, row
 
 
 def target_tensor(
-    key: str, source: Source, shape: ModelShape, choice: Choice, rows: Rows | None, seed: int
+    key: str, source: Source, target: ModelConfig, choice: Choice, rows: Rows | None, seed: int
 ) -> Tensor:
     """One tensor of the target, by its name in checkpoints."""
     from_key = source_key(key, choice)
-    there = source.shape.parameters()
+    there = source.model.parameters()
     if key == "output_layer.weight" and key not in there:  # the source ties it to the embedding
         from_key = "embedding.word_embeddings.weight"
-    weights = cut(key, source.get(from_key), choice, source.shape, rows) if from_key in there else None
-    size = shape.parameters()[key]
+    weights = cut(key, source.get(from_key), choice, source.model, rows) if from_key in there else None
+    size = target.without_padding.parameters()[key]
     if any(name in key for name in _PI) and (weights is None or weights.shape != size):
         return grown(key, weights, size, lambda size: _drawn(key, size, seed))
     return weights
 
 
-def _drawn(key: str, size: torch.Size, seed: int) -> Tensor:
+def _drawn(key: str, size: tuple[int, ...], seed: int) -> Tensor:
     from megatron_ext.models.initialization import parameter_seed
 
     generator = torch.Generator().manual_seed(parameter_seed(seed, key))
     return nn.init.normal_(torch.empty(size), std=_INIT_STD, generator=generator)
 
 
-def _write(options: Namespace, source: Source, shape: ModelShape, files, rows, choice: Choice) -> None:
+def _write(options: Namespace, source: Source, target: ModelConfig, files, rows, choice: Choice) -> None:
     """Let the first rank write the checkpoint, tensor by tensor; raises on all ranks if it could not."""
 
     def write() -> None:
-        with report.progress("writing", len(shape.parameters())) as progress:
+        with report.progress("writing", len(target.parameters())) as progress:
 
             def tensor(key: str) -> Tensor:
                 progress.add(text=key)
-                return target_tensor(key, source, shape, choice, rows, options.seed)
+                return target_tensor(key, source, target, choice, rows, options.seed)
 
-            write_checkpoint(options.save, shape, tensor, tokenizer=files)
+            write_checkpoint(options.save, target, source.dtype, tensor, tokenizer=files)
 
     if torch.distributed.is_initialized():
         on_rank_0(f"write --save {options.save}", write)
@@ -141,16 +140,16 @@ def _is_first_rank() -> bool:
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
-def _summary(source: Source, shape: ModelShape, rows: Rows | None, selection: Selection) -> dict:
+def _summary(source: Source, target: ModelConfig, rows: Rows | None, selection: Selection) -> dict:
     """The report's numbers."""
-    kept = dataclasses.asdict(shape) | {"dtype": str(shape.dtype), "parameters": shape.num_parameters}
-    of = dataclasses.asdict(source.shape)
+
+    def told(model: ModelConfig) -> dict:
+        return report.facts(model, source.dtype) | {"parameters": model.without_padding.num_parameters}
+
     return {
-        "source": {"path": str(source.path), "description": source.description}
-        | of
-        | {"dtype": str(source.shape.dtype), "parameters": source.shape.num_parameters},
-        "target": kept,
-        "vocabulary": _vocabulary(source.shape.vocab_size, rows),
+        "source": {"path": str(source.path), "description": source.description} | told(source.model),
+        "target": told(target),
+        "vocabulary": _vocabulary(source.model.vocab_size, rows),
         **selection.summary(),
     }
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from megatron_ext.config.model import ModelConfig
 from megatron_ext.inherit import depth, report, width
 from megatron_ext.inherit.choice import Choice
 from megatron_ext.inherit.width import Scores
-from megatron_ext.interchange.shape import ModelShape
 from megatron_ext.interchange.source import Source
 
 
@@ -41,12 +41,12 @@ class Selection:
         return summary | ({"learned": self.learned} if self.learned else {})
 
 
-def select(options: Namespace, source: Source, target: ModelShape, probe) -> Selection:
+def select(options: Namespace, source: Source, target: ModelConfig, probe) -> Selection:
     """Choose as the flags say; ``probe`` runs the source on text, None where no flag needs it."""
     losses = None
     if options.depth_policy in ("importance", "learned"):
         losses = _losses_without(probe)
-    layers = _layers(options, source.shape.num_layers, target.num_layers, losses)
+    layers = _layers(options, source.model.num_layers, target.num_layers, losses)
     if options.width_criterion == "learned":
         return _learned(options, source, target, probe, layers, losses)
     scores = _scores(options, source, probe, layers)
@@ -65,10 +65,10 @@ def _layers(options: Namespace, layers: int, keep: int, losses: Tensor | None) -
 def _losses_without(probe) -> Tensor:
     from megatron_ext.inherit.importance import losses_without_each_layer
 
-    with report.progress("skipping layers", probe.shape.num_layers) as progress:
+    with report.progress("skipping layers", probe.config.num_layers) as progress:
         return losses_without_each_layer(
             probe.model,
-            probe.shape,
+            probe.config,
             lambda: probe.loss().nats,
             lambda layer: progress.add(text=f"layer {layer}"),
         )
@@ -77,11 +77,11 @@ def _losses_without(probe) -> Tensor:
 def _scores(options: Namespace, source: Source, probe, layers: Tensor) -> Scores:
     """The scores of the criteria that are no training."""
     if options.width_criterion == "random":
-        return width.random(source.shape, options.seed)
+        return width.random(source.model, options.seed)
     power = 1 if options.width_criterion == "l1" else 2
     if options.width_criterion != "taylor":
         with report.progress("weighing", len(source.keys())) as progress:
-            return width.magnitude(progress.over(source.keys()), source.get, source.shape, power)
+            return width.magnitude(progress.over(source.keys()), source.get, source.model, power)
     return _taylor(source, probe, layers)
 
 
@@ -90,17 +90,17 @@ def _taylor(source: Source, probe, layers: Tensor) -> Scores:
     from megatron_ext.inherit.importance import taylor
 
     with report.progress("taylor", None) as progress:
-        worth = taylor(probe.model, probe.shape, layers, progress.over(probe.batches()))
+        worth = taylor(probe.model, probe.config, layers, progress.over(probe.batches()))
     return Scores(worth.hidden, worth.ffn, worth.groups, _bottleneck(source))
 
 
 def _bottleneck(source: Source) -> Tensor:
     keys = [key for key in source.keys() if ".augmented_shortcut." in key]
-    return width.magnitude(keys, source.get, source.shape, 2).bottleneck
+    return width.magnitude(keys, source.get, source.model, 2).bottleneck
 
 
 def _learned(
-    options: Namespace, source: Source, target: ModelShape, probe, layers: Tensor, losses: Tensor | None
+    options: Namespace, source: Source, target: ModelConfig, probe, layers: Tensor, losses: Tensor | None
 ) -> Selection:
     """Masks trained from where the first-order scores stand."""
     from megatron_ext.inherit import learn
@@ -109,16 +109,16 @@ def _learned(
 
     recipe = learn.recipe_from(options)
     free_depth = options.depth_policy == "learned"
-    every = torch.arange(source.shape.num_layers)
+    every = torch.arange(source.model.num_layers)
     first = _taylor(source, probe, every if free_depth else layers)
-    worth = torch.zeros(source.shape.num_layers, dtype=torch.float64)
+    worth = torch.zeros(source.model.num_layers, dtype=torch.float64)
     worth[layers] = 1.0
     start = Masks(first.hidden, first.ffn, first.groups, losses if free_depth else worth)
     learned = learn.begin(start, settled=() if free_depth else ("layers",))
     counts = {
         "hidden": target.hidden_size,
         "ffn": target.ffn_hidden_size,
-        "groups": target.num_query_groups,
+        "groups": target.query_groups,
         "layers": target.num_layers,
     }
     state = StateFile(options.mask_state, recipe, counts, source)

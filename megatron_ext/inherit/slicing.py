@@ -5,10 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from megatron_ext.config.model import ModelConfig
 from megatron_ext.inherit.axes import Axis, axes_of, entries, layer_of
 from megatron_ext.inherit.choice import Choice
 from megatron_ext.inherit.vocabulary import Rows
-from megatron_ext.interchange.shape import ModelShape
 
 _UNITS = {
     Axis.QKV: "groups",
@@ -27,7 +27,7 @@ def source_key(target_key: str, choice: Choice) -> str:
     return target_key.replace(f".layers.{layer}.", f".layers.{int(choice.layers[layer])}.", 1)
 
 
-def cut(target_key: str, weights: Tensor, choice: Choice, source: ModelShape, rows: Rows | None) -> Tensor:
+def cut(target_key: str, weights: Tensor, choice: Choice, source: ModelConfig, rows: Rows | None) -> Tensor:
     """The target's tensor ``target_key`` from the source's, a tensor of its own.
 
     ``rows`` says which rows of the vocabulary to take; None takes all. Values are copied bit for bit, but
@@ -43,7 +43,9 @@ def cut(target_key: str, weights: Tensor, choice: Choice, source: ModelShape, ro
     return weights.clone(memory_format=torch.contiguous_format)
 
 
-def grown(key: str, weights: Tensor | None, size: torch.Size, draw: Callable[[torch.Size], Tensor]) -> Tensor:
+def grown(
+    key: str, weights: Tensor | None, size: tuple[int, ...], draw: Callable[[tuple[int, ...]], Tensor]
+) -> Tensor:
     """A tensor of the pi modules at the target's size; what the source has not starts as the identity.
 
     Further terms of the series activation are 0, but the first, where the source has no series, has scale

@@ -1,12 +1,14 @@
-"""The shape of the target model, and whether it can be cut out of the source."""
+"""The target model, and whether it can be cut out of the source."""
 
 import dataclasses
 from argparse import Namespace
 from collections.abc import Iterator
+from typing import Any
 
-from megatron_ext.config.presets import preset_values
-from megatron_ext.inherit.axes import heads_per_group
-from megatron_ext.interchange.shape import ModelShape, padded
+from megatron_ext.config import flag_of
+from megatron_ext.config.model import ModelConfig, NoSuchModel
+from megatron_ext.config.presets import preset
+from megatron_ext.interchange.llama import padded
 
 
 class InheritanceError(ValueError):
@@ -17,7 +19,7 @@ class InheritanceError(ValueError):
         self.problems = problems
 
 
-def target_shape(options: Namespace, source: ModelShape, vocab_size: int) -> ModelShape:
+def target_model(options: Namespace, source: ModelConfig, vocab_size: int) -> ModelConfig:
     """The target that the flags ask for: a preset, over it what is typed, the rest as in the source.
 
     Raises:
@@ -25,34 +27,39 @@ def target_shape(options: Namespace, source: ModelShape, vocab_size: int) -> Mod
     """
     wanted = _wanted(options)
     heads, groups = wanted.get("num_attention_heads"), wanted.get("num_query_groups")
-    share = heads_per_group(source)
+    share = source.heads_per_group
     if groups is None and heads is not None and heads % share == 0:
         wanted["num_query_groups"] = heads // share
     if heads is None and groups is not None:
         wanted["num_attention_heads"] = groups * share
-    changes = wanted | {"vocab_size": vocab_size, "padded_vocab_size": padded(vocab_size)}
-    problems = list(_problems(source, changes))
-    if not problems:
-        try:
-            return dataclasses.replace(source, **changes)
-        except ValueError as error:
-            problems = [str(error)]
-    raise InheritanceError(problems)
+    if problems := list(_problems(source, wanted)):
+        raise InheritanceError(problems)
+    wanted |= {"softmax_vocab_size": vocab_size, "padded_vocab_size": padded(vocab_size)}
+    try:
+        return dataclasses.replace(source, **wanted)
+    except NoSuchModel as error:
+        raise InheritanceError([_in_flags_of_the_tool(problem) for problem in error.problems]) from error
 
 
-def _wanted(options: Namespace) -> dict[str, int | bool]:
-    """Field of ModelShape -> what the flags say; a field that none says is not there."""
-    wanted: dict[str, int | bool] = {}
+#: What a preset says of the target; how positions enter and the norm's epsilon stay the source's.
+_OF_A_PRESET = (
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels"),
+    *("untie_embeddings_and_output_weights", "series_activation_order"),
+    *("augmented_shortcuts", "augmented_shortcut_reduction"),
+)
+
+
+def _wanted(options: Namespace) -> dict[str, Any]:
+    """Field of ModelConfig -> what the flags say; a field that none says is not there."""
+    wanted: dict[str, Any] = {}
     if options.model_preset:
         try:
-            flags = preset_values(options.model_preset)
+            shape = preset(options.model_preset)
         except LookupError as error:
             raise InheritanceError([str(error.args[0])]) from error
-        names = {field.name for field in dataclasses.fields(ModelShape)} - {"max_position_embeddings"}
-        wanted = {name: value for name, value in flags.items() if name in names}
-        wanted["kv_channels"] = flags["hidden_size"] // flags["num_attention_heads"]
-    if options.model_preset or options.untie_embeddings_and_output_weights:
-        wanted["tied"] = False
+        wanted = {name: getattr(shape, name) for name in _OF_A_PRESET}
+    if options.untie_embeddings_and_output_weights:
+        wanted["untie_embeddings_and_output_weights"] = True
     typed = {
         "num_layers": options.target_num_layers,
         "hidden_size": options.target_hidden_size,
@@ -66,6 +73,7 @@ def _wanted(options: Namespace) -> dict[str, int | bool]:
     return wanted | {name: value for name, value in typed.items() if value is not None}
 
 
+#: Field -> the tool's flag.
 _FLAGS = {
     "num_layers": "--target-num-layers",
     "hidden_size": "--target-hidden-size",
@@ -74,15 +82,23 @@ _FLAGS = {
 }
 
 
-def _problems(source: ModelShape, target: dict[str, int | bool]) -> Iterator[str]:
-    """Why a model with ``target``'s fields, the others as in ``source``, is no part of it."""
-    get = vars(source) | target
+def _in_flags_of_the_tool(problem: str) -> str:
+    """A sentence of ModelConfig's, which names the trainer's flags."""
     for name, flag in _FLAGS.items():
-        if get[name] > vars(source)[name]:
-            yield f"{flag} {get[name]}: the source has only {vars(source)[name]}; a target is never larger"
+        problem = problem.replace(f"{flag_of(name)} ", f"{flag} ")
+    return problem
+
+
+def _problems(source: ModelConfig, target: dict[str, Any]) -> Iterator[str]:
+    """Why a model with ``target``'s fields, the others as in ``source``, is no part of it."""
+    have = vars(source) | {"num_query_groups": source.query_groups}
+    get = have | target
+    for name, flag in _FLAGS.items():
+        if get[name] > have[name]:
+            yield f"{flag} {get[name]}: the source has only {have[name]}; a target is never larger"
         if get[name] < 1:
             yield f"{flag} {get[name]}: must be at least 1"
-    heads, groups, share = get["num_attention_heads"], get["num_query_groups"], heads_per_group(source)
+    heads, groups, share = get["num_attention_heads"], get["num_query_groups"], source.heads_per_group
     if heads != groups * share:
         yield (
             f"{heads} heads in {groups} query groups: the source has {share} query heads a group, which "
@@ -102,5 +118,5 @@ def _problems(source: ModelShape, target: dict[str, int | bool]) -> Iterator[str
         )
     if source.augmented_shortcuts and not get["augmented_shortcuts"]:
         yield "--augmented-shortcuts 0: the source has shortcuts, which its weights rely on"
-    if get["tied"] and not source.tied:
+    if source.untie_embeddings_and_output_weights and not get["untie_embeddings_and_output_weights"]:
         yield "the source's output layer has weights of its own: the target's cannot be tied"

@@ -105,10 +105,9 @@ def match_tokenizers(target: Tokenizer, source: Tokenizer) -> Rows:
         for role in ("bos", "eos", "pad", "eod")
         if getattr(target, role) >= 0 and getattr(source, role) >= 0
     }
-    both = (target, source)
-    if all(isinstance(tokenizer, SentencePieceTokenizer) for tokenizer in both):
+    if isinstance(target, SentencePieceTokenizer) and isinstance(source, SentencePieceTokenizer):
         roles[target.processor.unk_id()] = source.processor.unk_id()
-    mine, theirs = (list(map(Piece, pieces(each), each.token_texts())) for each in both)
+    mine, theirs = (list(map(Piece, pieces(each), each.token_texts())) for each in (target, source))
     by_text = _by_text(theirs)
     return match(mine, theirs, roles, lambda piece: encode_piece(piece, source, by_text))
 

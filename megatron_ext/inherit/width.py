@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_ext.inherit.axes import Axis, axes_of, bottleneck, layer_of, unit_sums
+from megatron_ext.config.model import ModelConfig
+from megatron_ext.inherit.axes import Axis, axes_of, layer_of, unit_sums
 from megatron_ext.inherit.choice import Choice, top
-from megatron_ext.interchange.shape import ModelShape
 
 #: Whose score the entries of an axis add to; the vocabulary is chosen by its tokenizer.
 _SCORED = {
@@ -31,36 +31,36 @@ class Scores:
     bottleneck: Tensor  # [L, b]
 
     @classmethod
-    def zeros(cls, source: ModelShape) -> "Scores":
+    def zeros(cls, source: ModelConfig) -> "Scores":
         """All 0, float64: sums of millions of squares go in."""
         return cls(*(torch.zeros(size, dtype=torch.float64) for size in _sizes(source)))
 
 
-def _sizes(shape: ModelShape) -> list[tuple[int, ...]]:
-    layers = shape.num_layers
-    per_layer = (shape.ffn_hidden_size, shape.num_query_groups, bottleneck(shape))
-    return [(shape.hidden_size,), *((layers, count) for count in per_layer)]
+def _sizes(source: ModelConfig) -> list[tuple[int, ...]]:
+    layers = source.num_layers
+    per_layer = (source.ffn_hidden_size, source.query_groups, source.shortcut_width)
+    return [(source.hidden_size,), *((layers, count) for count in per_layer)]
 
 
-def choose(scores: Scores, layers: Tensor, target: ModelShape) -> Choice:
+def choose(scores: Scores, layers: Tensor, target: ModelConfig) -> Choice:
     """The best units of the layers that are kept."""
     available = scores.bottleneck.size(1)
     return Choice(
         layers=layers,
         hidden=top(scores.hidden, target.hidden_size),
         ffn=top(scores.ffn[layers], target.ffn_hidden_size),
-        groups=top(scores.groups[layers], target.num_query_groups),
-        bottleneck=top(scores.bottleneck[layers], min(bottleneck(target), available)),
+        groups=top(scores.groups[layers], target.query_groups),
+        bottleneck=top(scores.bottleneck[layers], min(target.shortcut_width, available)),
     )
 
 
-def random(source: ModelShape, seed: int) -> Scores:
+def random(source: ModelConfig, seed: int) -> Scores:
     """Scores without meaning: a choice by lot, the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
     return Scores(*(torch.rand(size, generator=generator) for size in _sizes(source)))
 
 
-def magnitude(keys: Iterable[str], get: Callable[[str], Tensor], source: ModelShape, power: int) -> Scores:
+def magnitude(keys: Iterable[str], get: Callable[[str], Tensor], source: ModelConfig, power: int) -> Scores:
     """Sum of |w|^power over all weights of a unit: ``power`` 1 is l1, 2 is l2.
 
     One tensor is in memory at a time. Only matrices count: a norm's gains, biases and the scales of the

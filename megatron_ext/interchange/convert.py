@@ -6,7 +6,6 @@ import resource
 import sys
 import time
 from argparse import Namespace
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -41,32 +40,33 @@ def convert(options: Namespace) -> dict:
         _say_no_tokenizer(source)
     for note in source.notes:
         print(f"WARNING: {note}", file=sys.stderr)
-    shape = replace(source.shape, dtype=DTYPES.get(options.dtype, source.shape.dtype))
-    size = shape.num_parameters * source.shape.dtype.itemsize
-    with Progress("converting", size, "B", quiet=options.json) as progress:
-        written = _write(options, source, shape, progress)
+    dtype = DTYPES.get(options.dtype, source.dtype)
+    parameters = source.model.without_padding.num_parameters
+    with Progress("converting", parameters * source.dtype.itemsize, "B", quiet=options.json) as progress:
+        written = _write(options, source, dtype, progress)
     return {
         "from": source.description,
         "to": str(written),
-        "parameters": shape.num_parameters,
-        "dtype": str(shape.dtype).removeprefix("torch."),
+        "parameters": parameters,
+        "dtype": str(dtype).removeprefix("torch."),
         "tokenizer": source.tokenizer.kind if source.tokenizer else None,
         "seconds": round(time.monotonic() - started, 2),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
 
 
-def _write(options: Namespace, source: Source, shape, progress: Progress) -> Path:
+def _write(options: Namespace, source: Source, dtype: torch.dtype, progress: Progress) -> Path:
     def get(key: str) -> Tensor:
         tensor = source.get(key)
         progress.add(tensor.nbytes, key)
         return tensor
 
     if options.target == "megatron":
-        return write_checkpoint(options.save, shape, get, tokenizer=source.tokenizer)
+        return write_checkpoint(options.save, source.model, dtype, get, tokenizer=source.tokenizer)
     return export_folder(
         options.save,
-        shape,
+        source.model,
+        dtype,
         get,
         tokenizer=source.tokenizer,
         architecture=options.hf_architecture,
@@ -78,6 +78,6 @@ def _write(options: Namespace, source: Source, shape, progress: Progress) -> Pat
 def _say_no_tokenizer(source: Source) -> None:
     print(
         f"WARNING: {source.path} has no tokenizer (or its files moved): the folder is written without one, "
-        f"with all {source.shape.vocab_size} rows of the embedding; --tokenizer-model gives it",
+        f"with all {source.model.vocab_size} rows of the embedding; --tokenizer-model gives it",
         file=sys.stderr,
     )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from megatron_ext.checkpoint import CheckpointError
 from megatron_ext.checkpoint.folders import fsync_dir, write_durably
 from megatron_ext.checkpoint.integrity import CHECKSUMS, describe_file, marker
 from megatron_ext.checkpoint.lock import locked
+from megatron_ext.config.model import ModelConfig
 from megatron_ext.interchange import hf_pangu_pi
 from megatron_ext.interchange.errors import InterchangeError
 from megatron_ext.interchange.hf_config import write_config
@@ -26,7 +27,6 @@ from megatron_ext.interchange.hf_tokenizer import SpecialIds, require_same_token
 from megatron_ext.interchange.mapping import Architecture, architecture_named, architecture_of
 from megatron_ext.interchange.model_card import model_card
 from megatron_ext.interchange.numbers import to_format
-from megatron_ext.interchange.shape import ModelShape
 from megatron_ext.interchange.tokenizer_files import TokenizerFiles
 
 SHARD_BYTES = 2 << 30
@@ -36,7 +36,8 @@ _NOT_CHECKED = ("README.md", "generation_config.json")
 
 def export_folder(
     save_dir: str | Path,
-    shape: ModelShape,
+    model: ModelConfig,
+    dtype: torch.dtype,
     get: Callable[[str], Tensor],
     *,
     tokenizer: TokenizerFiles | None = None,
@@ -48,7 +49,8 @@ def export_folder(
 
     Args:
         save_dir: a folder that is empty or not there.
-        shape: what the model is; tensors are stored as ``shape.dtype``.
+        model: what the model is.
+        dtype: the number format to store its tensors in.
         get: name -> tensor, as of :class:`source.Source`.
         tokenizer: the model's tokenizer, if it has one.
         architecture: ``model_type`` to write; by default the plainest that holds the model.
@@ -62,13 +64,13 @@ def export_folder(
     save_dir = Path(save_dir)
     if save_dir.exists() and (not save_dir.is_dir() or any(save_dir.iterdir())):
         raise InterchangeError(f"--save {save_dir} is taken; give a folder that is empty or not there")
-    kind = architecture_named(architecture) if architecture else architecture_of(shape)
-    config = write_config(shape, kind.model_type)
+    kind = architecture_named(architecture) if architecture else architecture_of(model)
+    config = write_config(model, dtype, kind.model_type)
     with _aside(save_dir) as aside:
         special = write_tokenizer(tokenizer, aside)  # first, for it may be refused
-        _write_weights(aside, kind, shape, get, shard_bytes)
-        _write_texts(aside, shape, config, special, origin)
-        _require_same(aside, shape)
+        _write_weights(aside, kind, model, dtype, get, shard_bytes)
+        _write_texts(aside, model, config, special, origin)
+        _require_same(aside, model)
         require_same_tokenizer(tokenizer, aside, kind.model_type)
         _seal(aside)
     return save_dir
@@ -96,18 +98,23 @@ def _aside(save_dir: Path) -> Iterator[Path]:
 
 
 def _write_weights(
-    folder: Path, kind: Architecture, shape: ModelShape, get: Callable[[str], Tensor], shard_bytes: int
+    folder: Path,
+    kind: Architecture,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    get: Callable[[str], Tensor],
+    shard_bytes: int,
 ) -> None:
     """``model.safetensors``, or several files of it and their index."""
-    shards = list(_shards(kind, shape, shard_bytes))
+    shards = list(_shards(kind, model, dtype, shard_bytes))
     names = {}
     for number, entries in enumerate(shards, 1):
         one = len(shards) == 1
         file = "model.safetensors" if one else f"model-{number:05}-of-{len(shards):05}.safetensors"
         tensors = {}
         for entry in entries:
-            tensor = to_format(entry.ours, get(entry.ours), shape.dtype)
-            parts = entry.layout.split(tensor, shape)
+            tensor = to_format(entry.ours, get(entry.ours), dtype)
+            parts = entry.layout.split(tensor, model)
             tensors |= {
                 name: part.clone(memory_format=torch.contiguous_format)
                 for name, part in zip(entry.theirs, parts, strict=True)
@@ -115,7 +122,7 @@ def _write_weights(
         _write_file(tensors, folder / file)
         names |= dict.fromkeys(tensors, file)
     if len(shards) > 1:
-        size = shape.num_parameters * shape.dtype.itemsize
+        size = model.without_padding.num_parameters * dtype.itemsize
         index = {"metadata": {"total_size": size}, "weight_map": names}
         write_json(folder / "model.safetensors.index.json", index)
 
@@ -136,20 +143,26 @@ def _write_file(tensors: dict[str, Tensor], path: Path) -> None:
         ) from error
 
 
-def _require_same(folder: Path, shape: ModelShape) -> None:
+def _require_same(folder: Path, model: ModelConfig) -> None:
     """Raise unless the folder, read as any other, is the model that was meant."""
     from megatron_ext.interchange.hf_source import HuggingFaceSource
 
-    back = replace(HuggingFaceSource(folder).shape, padded_vocab_size=shape.padded_vocab_size)
-    if back != shape:
+    back = HuggingFaceSource(folder).model
+    if _said(back) != _said(model):
         raise InterchangeError(f"config.json cannot say what this model is: it would be read as {back}")
 
 
-def _shards(kind: Architecture, shape: ModelShape, shard_bytes: int) -> Iterator[list]:
+def _said(model: ModelConfig) -> dict[str, object]:
+    """What ``config.json`` must say: the model's function, and two sizes that are no part of it."""
+    sizes = {name: getattr(model, name) for name in ("vocab_size", "max_position_embeddings")}
+    return model.effective() | sizes
+
+
+def _shards(kind: Architecture, model: ModelConfig, dtype: torch.dtype, shard_bytes: int) -> Iterator[list]:
     """The entries of each file."""
-    sizes, entries, used = shape.parameters(), [], 0
-    for entry in kind.entries_of(shape):
-        size = sizes[entry.ours].numel() * shape.dtype.itemsize
+    sizes, entries, used = model.without_padding.parameters(), [], 0
+    for entry in kind.entries_of(model):
+        size = math.prod(sizes[entry.ours]) * dtype.itemsize
         if entries and used + size > shard_bytes:
             yield entries
             entries, used = [], 0
@@ -158,7 +171,7 @@ def _shards(kind: Architecture, shape: ModelShape, shard_bytes: int) -> Iterator
     yield entries
 
 
-def _write_texts(folder: Path, shape: ModelShape, config: dict, special: SpecialIds, origin: str) -> None:
+def _write_texts(folder: Path, model: ModelConfig, config: dict, special: SpecialIds, origin: str) -> None:
     """Configuration, generation settings, the code of the pi modules, the model card."""
     write_json(folder / "config.json", config | special.of_config())
     if not (folder / "generation_config.json").exists():
@@ -166,7 +179,7 @@ def _write_texts(folder: Path, shape: ModelShape, config: dict, special: Special
     if config["model_type"] == "pangu_pi":
         for name in ("configuration_pangu_pi.py", "modeling_pangu_pi.py"):
             shutil.copyfile(Path(hf_pangu_pi.__file__).parent / name, folder / name)
-    write_durably(folder / "README.md", model_card(shape, config, special, origin).encode())
+    write_durably(folder / "README.md", model_card(model, config, special, origin).encode())
 
 
 def _seal(folder: Path) -> None:

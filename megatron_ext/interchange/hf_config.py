@@ -1,15 +1,17 @@
-"""``config.json`` of a Hugging Face folder <-> the shape of a model."""
+"""``config.json`` of a Hugging Face folder <-> what a model is."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
+from megatron_ext.config.model import ModelConfig
 from megatron_ext.interchange.errors import InterchangeError
+from megatron_ext.interchange.llama import llama_like, padded, require_llama_like
 from megatron_ext.interchange.mapping import architecture_named, architecture_of
-from megatron_ext.interchange.shape import ModelShape, padded
 
 #: Rotary embeddings that are plain up to max_position_embeddings ("dynamic" stretches beyond it only).
 _PLAIN_ROTARY = ("default", "dynamic")
@@ -36,8 +38,8 @@ _SWITCHES = ("tie_word_embeddings", "qkv_bias", "attention_bias", "use_sliding_w
 _MOST = 1 << 24
 
 
-def read_shape(config: dict, dtype: torch.dtype | None = None) -> ModelShape:
-    """The shape that ``config`` describes.
+def read_model(config: dict) -> ModelConfig:
+    """The model that ``config`` describes.
 
     ``max_position_embeddings`` stops at a sliding window, up to which attention is full. What ``config``
     leaves open is what transformers takes for that architecture.
@@ -52,7 +54,10 @@ def read_shape(config: dict, dtype: torch.dtype | None = None) -> ModelShape:
         raise InterchangeError("; ".join(problems))
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     positions, rotary = config.get("max_position_embeddings") or 2048, _rotary(config)
-    return ModelShape(
+    scaling: dict[str, Any] = {}
+    if rotary["rope_type"] == "llama3":
+        scaling = {"use_rope_scaling": True, "rope_scaling_factor": float(rotary["factor"])}
+    return llama_like(
         num_layers=config["num_hidden_layers"],
         hidden_size=hidden,
         ffn_hidden_size=config["intermediate_size"],
@@ -61,16 +66,15 @@ def read_shape(config: dict, dtype: torch.dtype | None = None) -> ModelShape:
         kv_channels=config.get("head_dim") or hidden // heads,
         vocab_size=config["vocab_size"],
         padded_vocab_size=padded(config["vocab_size"]),
-        tied=bool(config.get("tie_word_embeddings")),
-        qkv_bias=architecture.qkv_bias or bool(config.get("qkv_bias")),
-        norm_epsilon=config.get("rms_norm_eps", 1e-6),
+        untie_embeddings_and_output_weights=not config.get("tie_word_embeddings"),
+        add_qkv_bias=architecture.qkv_bias or bool(config.get("qkv_bias")),
+        layernorm_epsilon=config.get("rms_norm_eps", 1e-6),
         rotary_base=int(rotary["rope_theta"]),
-        rope_scaling_factor=float(rotary["factor"]) if rotary["rope_type"] == "llama3" else None,
         max_position_embeddings=min(positions, _window(config) or positions),
         series_activation_order=config.get("series_activation_order", 0),
         augmented_shortcuts=config.get("augmented_shortcuts", 0),
         augmented_shortcut_reduction=config.get("augmented_shortcut_reduction", 32),
-        dtype=dtype or _dtype(config),
+        **scaling,
     )
 
 
@@ -170,67 +174,58 @@ def _window(config: dict) -> int | None:
     return config.get("sliding_window") if config.get("use_sliding_window") is not False else None
 
 
-def _dtype(config: dict) -> torch.dtype:
-    """What ``config`` says of the number format, where no tensors are there to show it."""
-    told = [config[name] for name in ("dtype", "torch_dtype") if config.get(name)]
-    names = {str(name).removeprefix("torch.") for name in told}
-    if len(names) > 1:
-        raise InterchangeError(f"dtype and torch_dtype differ: {' and '.join(sorted(names))}")
-    name = names.pop() if names else "float32"
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise InterchangeError(f"dtype {name!r} of config.json is not one of torch")
-    return dtype
+def write_config(model: ModelConfig, dtype: torch.dtype, model_type: str | None = None) -> dict:
+    """``config.json`` of ``model`` as the architecture of that ``model_type``, the plainest by default.
 
-
-def write_config(shape: ModelShape, model_type: str | None = None) -> dict:
-    """``config.json`` of ``shape`` as the architecture of that ``model_type``, the plainest by default."""
-    architecture = architecture_named(model_type) if model_type else architecture_of(shape)
-    for _ in architecture.entries_of(shape):
+    Raises InterchangeError if the model is not Llama-like, or the architecture has no place for it.
+    """
+    require_llama_like(model)
+    architecture = architecture_named(model_type) if model_type else architecture_of(model)
+    for _ in architecture.entries_of(model):
         pass  # raises where the architecture has no place for a tensor
-    if shape.rope_scaling_factor and architecture.model_type == "internlm2":
+    if model.use_rope_scaling and architecture.model_type == "internlm2":
         raise InterchangeError("InternLM2's code does not know llama3's rotary scaling")
     config = {
         "architectures": [architecture.class_name],
         "model_type": architecture.model_type,
-        "num_hidden_layers": shape.num_layers,
-        "hidden_size": shape.hidden_size,
-        "intermediate_size": shape.ffn_hidden_size,
-        "num_attention_heads": shape.num_attention_heads,
-        "num_key_value_heads": shape.num_query_groups,
-        "head_dim": shape.kv_channels,
-        "vocab_size": shape.vocab_size,
-        "max_position_embeddings": shape.max_position_embeddings,
-        "rms_norm_eps": shape.norm_epsilon,
+        "num_hidden_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.query_groups,
+        "head_dim": model.kv_channels,
+        "vocab_size": model.vocab_size,
+        "max_position_embeddings": model.max_position_embeddings,
+        "rms_norm_eps": model.layernorm_epsilon,
         # The first is read by transformers 5, the other two by everything older.
-        "rope_parameters": {**_rotary_scaling(shape), "rope_theta": float(shape.rotary_base)},
-        "rope_theta": float(shape.rotary_base),
-        "rope_scaling": _rotary_scaling(shape) if shape.rope_scaling_factor else None,
-        "tie_word_embeddings": shape.tied,
+        "rope_parameters": {**_rotary_scaling(model), "rope_theta": float(model.rotary_base)},
+        "rope_theta": float(model.rotary_base),
+        "rope_scaling": _rotary_scaling(model) if model.use_rope_scaling else None,
+        "tie_word_embeddings": model.tied,
         "hidden_act": "silu",
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
         "use_cache": True,
-        "torch_dtype": str(shape.dtype).removeprefix("torch."),
+        "torch_dtype": str(dtype).removeprefix("torch."),
     }
-    return config | _of_its_own(shape, architecture.model_type)
+    return config | _of_its_own(model, architecture.model_type)
 
 
-def _rotary_scaling(shape: ModelShape) -> dict:
+def _rotary_scaling(model: ModelConfig) -> dict:
     """The type of rotary embedding and its numbers."""
-    if shape.rope_scaling_factor is None:
+    if not model.use_rope_scaling:
         return {"rope_type": "default"}
-    return {"rope_type": "llama3", "factor": shape.rope_scaling_factor, **_LLAMA3_ROTARY}
+    return {"rope_type": "llama3", "factor": model.rope_scaling_factor, **_LLAMA3_ROTARY}
 
 
-def _of_its_own(shape: ModelShape, model_type: str) -> dict:
+def _of_its_own(model: ModelConfig, model_type: str) -> dict:
     """The settings that only one architecture has."""
     if model_type == "pangu_pi":
         return {
-            "qkv_bias": shape.qkv_bias,
-            "series_activation_order": shape.series_activation_order,
-            "augmented_shortcuts": shape.augmented_shortcuts,
-            "augmented_shortcut_reduction": shape.augmented_shortcut_reduction,
+            "qkv_bias": model.add_qkv_bias,
+            "series_activation_order": model.series_activation_order,
+            "augmented_shortcuts": model.augmented_shortcuts,
+            "augmented_shortcut_reduction": model.augmented_shortcut_reduction,
             "auto_map": {
                 "AutoConfig": "configuration_pangu_pi.PanguPiConfig",
                 "AutoModel": "modeling_pangu_pi.PanguPiModel",

@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_ext.checkpoint.integrity import CHECKSUMS, damage
 from megatron_ext.interchange import tokenizer_files
 from megatron_ext.interchange.errors import InterchangeError
-from megatron_ext.interchange.hf_config import read_shape
+from megatron_ext.interchange.hf_config import read_model
 from megatron_ext.interchange.hf_tokenizer import special_ids
 from megatron_ext.interchange.json_file import read_object
 from megatron_ext.interchange.mapping import Entry, architecture_named
@@ -34,12 +34,12 @@ class HuggingFaceSource(Source):
         self._files = WeightFiles(path, allow_pickle)
         try:
             architecture = architecture_named(str(config.get("model_type")))
-            self.shape = read_shape(config, self._files.dtype)
+            self.model, self.dtype = read_model(config), self._files.dtype
         except InterchangeError as error:
             raise InterchangeError(f"{path / 'config.json'}: {error}") from None
         self._require_layers()
         self._head = next(entry for entry in architecture.entries if entry.ours == _HEAD).theirs[0]
-        self._entries = {entry.ours: entry for entry in architecture.entries_of(self.shape)}
+        self._entries = {entry.ours: entry for entry in architecture.entries_of(self.model)}
         self._find_tied_embedding()
         self._require_names()
         self.tokenizer = self._find_tokenizer(tokenizer_model)
@@ -48,26 +48,26 @@ class HuggingFaceSource(Source):
 
     def _require_layers(self) -> None:
         """Raise if the configuration asks for more layers than there are tensors, before any is named."""
-        if self.shape.num_layers > len(self._files.sizes):
+        if self.model.num_layers > len(self._files.sizes):
             raise InterchangeError(
-                f"{self.path}: config.json says {self.shape.num_layers} layers, but the files hold "
+                f"{self.path}: config.json says {self.model.num_layers} layers, but the files hold "
                 f"{len(self._files.sizes)} tensors"
             )
 
     def _find_tied_embedding(self) -> None:
         """Read the one matrix of a tied model from the head, where only the head was written."""
         embedding = self._entries[_EMBEDDING].theirs[0]
-        if self.shape.tied and embedding not in self._files.sizes and self._head in self._files.sizes:
+        if self.model.tied and embedding not in self._files.sizes and self._head in self._files.sizes:
             self._entries[_EMBEDDING] = Entry(_EMBEDDING, (self._head,))
 
     def _require_names(self) -> None:
         """Raise unless the files hold the tensors of the configuration, in their sizes, and no others."""
-        sizes = self.shape.parameters()
+        sizes = self.model.without_padding.parameters()
         expected = {
             name: size
             for entry in self._entries.values()
             for name, size in zip(
-                entry.theirs, entry.layout.sizes(sizes[entry.ours], self.shape), strict=True
+                entry.theirs, entry.layout.sizes(sizes[entry.ours], self.model), strict=True
             )
         }
         there = self._files.sizes
@@ -91,7 +91,7 @@ class HuggingFaceSource(Source):
 
     def _is_tied_head(self, name: str) -> bool:
         """Whether a tensor is the head that a tied model shares with its embedding, written twice."""
-        if not self.shape.tied or name != self._head:
+        if not self.model.tied or name != self._head:
             return False
         embedding = self._entries[_EMBEDDING].theirs[0]
         if embedding not in self._files.sizes:
@@ -110,7 +110,7 @@ class HuggingFaceSource(Source):
                 "other pieces"
             )
         if tokenizer:
-            tokenizer_files.require_fit(tokenizer, self.shape.vocab_size, self.path)
+            tokenizer_files.require_fit(tokenizer, self.model.vocab_size, self.path)
         return tokenizer
 
     def _contradictions(self, config: dict) -> Iterator[str]:
@@ -129,4 +129,4 @@ class HuggingFaceSource(Source):
 
     def _read(self, key: str) -> Tensor:
         entry = self._entries[key]
-        return entry.layout.join([self._files.get(name) for name in entry.theirs], self.shape)
+        return entry.layout.join([self._files.get(name) for name in entry.theirs], self.model)

@@ -18,25 +18,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_ext.config.model import ModelConfig
 from megatron_ext.interchange.errors import InterchangeError
-from megatron_ext.interchange.shape import ModelShape
+
+Size = tuple[int, ...]
 
 
 class Same:
     """One tensor, as it is."""
 
     @staticmethod
-    def join(parts: list[Tensor], shape: ModelShape) -> Tensor:
+    def join(parts: list[Tensor], model: ModelConfig) -> Tensor:
         """Theirs -> ours."""
         return parts[0]
 
     @staticmethod
-    def split(tensor: Tensor, shape: ModelShape) -> list[Tensor]:
+    def split(tensor: Tensor, model: ModelConfig) -> list[Tensor]:
         """Ours -> theirs."""
         return [tensor]
 
     @staticmethod
-    def sizes(size: torch.Size, shape: ModelShape) -> list[torch.Size]:
+    def sizes(size: Size, model: ModelConfig) -> list[Size]:
         """The sizes of theirs, from the size of ours."""
         return [size]
 
@@ -48,42 +50,42 @@ class Groups(Same):
     """
 
     @staticmethod
-    def join(parts: list[Tensor], shape: ModelShape) -> Tensor:
+    def join(parts: list[Tensor], model: ModelConfig) -> Tensor:
         """[n * d, h], [g * d, h], [g * d, h] -> [g * (n/g + 2) * d, h]."""
-        by_group = [part.unflatten(0, (shape.num_query_groups, -1)) for part in parts]
+        by_group = [part.unflatten(0, (model.query_groups, -1)) for part in parts]
         return torch.cat(by_group, dim=1).flatten(0, 1)
 
     @staticmethod
-    def split(tensor: Tensor, shape: ModelShape) -> list[Tensor]:
+    def split(tensor: Tensor, model: ModelConfig) -> list[Tensor]:
         """The inverse of ``join``."""
-        d, queries = shape.kv_channels, shape.num_attention_heads // shape.num_query_groups
-        by_group = tensor.unflatten(0, (shape.num_query_groups, -1))
+        d, queries = model.kv_channels, model.heads_per_group
+        by_group = tensor.unflatten(0, (model.query_groups, -1))
         return [part.flatten(0, 1) for part in by_group.split([queries * d, d, d], dim=1)]
 
     @staticmethod
-    def sizes(size: torch.Size, shape: ModelShape) -> list[torch.Size]:
+    def sizes(size: Size, model: ModelConfig) -> list[Size]:
         """[n * d, h], [g * d, h], [g * d, h]."""
-        heads = (shape.num_attention_heads, shape.num_query_groups, shape.num_query_groups)
-        return [torch.Size((count * shape.kv_channels, *size[1:])) for count in heads]
+        heads = (model.num_attention_heads, model.query_groups, model.query_groups)
+        return [(count * model.kv_channels, *size[1:]) for count in heads]
 
 
 class Stack(Same):
     """Two tensors of the same size, one below the other."""
 
     @staticmethod
-    def join(parts: list[Tensor], shape: ModelShape) -> Tensor:
+    def join(parts: list[Tensor], model: ModelConfig) -> Tensor:
         """[f, h], [f, h] -> [2 * f, h]."""
         return torch.cat(parts)
 
     @staticmethod
-    def split(tensor: Tensor, shape: ModelShape) -> list[Tensor]:
+    def split(tensor: Tensor, model: ModelConfig) -> list[Tensor]:
         """The inverse of ``join``."""
         return list(tensor.chunk(2))
 
     @staticmethod
-    def sizes(size: torch.Size, shape: ModelShape) -> list[torch.Size]:
+    def sizes(size: Size, model: ModelConfig) -> list[Size]:
         """[f, h] twice."""
-        return [torch.Size((size[0] // 2, *size[1:]))] * 2
+        return [(size[0] // 2, *size[1:])] * 2
 
 
 @dataclass(frozen=True)
@@ -150,15 +152,15 @@ class Architecture:
     qkv_bias: bool = False
     """Whether its queries, keys and values have a bias whatever its configuration says."""
 
-    def entries_of(self, shape: ModelShape) -> Iterator[Entry]:
-        """The entries of every tensor that a model of ``shape`` has, in the order of the forward pass.
+    def entries_of(self, model: ModelConfig) -> Iterator[Entry]:
+        """The entries of every tensor that ``model`` has, in the order of the forward pass.
 
         Raises InterchangeError if this kind of model has no place for one.
         """
-        if self.qkv_bias and not shape.qkv_bias:
+        if self.qkv_bias and not model.add_qkv_bias:
             raise InterchangeError(f"a {self.class_name} has biases that this model lacks")
         table = {entry.ours: entry for entry in self.entries}
-        for name in shape.parameters():
+        for name in model.parameters():
             prefix, layer, rest = _parts(name)
             entry = table.get(f"{prefix}{{}}{rest}" if layer is not None else name)
             if entry is None:
@@ -187,9 +189,9 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
-def architecture_of(shape: ModelShape) -> Architecture:
-    """The plainest kind of model that holds ``shape``: Llama, with biases Qwen2, with pi modules PanguPi."""
-    return ARCHITECTURES["pangu_pi" if shape.has_pi else "qwen2" if shape.qkv_bias else "llama"]
+def architecture_of(model: ModelConfig) -> Architecture:
+    """The plainest kind of model that holds ``model``: Llama, with biases Qwen2, with pi modules PanguPi."""
+    return ARCHITECTURES["pangu_pi" if model.has_pi else "qwen2" if model.add_qkv_bias else "llama"]
 
 
 def architecture_named(model_type: str) -> Architecture:

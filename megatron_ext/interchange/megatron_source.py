@@ -7,7 +7,6 @@ import logging
 import mmap
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,9 +18,10 @@ from megatron_ext.checkpoint.found import find
 from megatron_ext.checkpoint.integrity import damage
 from megatron_ext.checkpoint.reader import read
 from megatron_ext.checkpoint.safe import load_object
+from megatron_ext.config.model_function import Saved
 from megatron_ext.interchange import tokenizer_files
 from megatron_ext.interchange.errors import InterchangeError
-from megatron_ext.interchange.shape import ModelShape
+from megatron_ext.interchange.llama import of_saved
 from megatron_ext.interchange.source import Source
 from megatron_ext.interchange.weight_files import widest
 
@@ -40,6 +40,7 @@ class MegatronSource(Source):
     """One checkpoint, whatever layout saved it."""
 
     kind = "megatron"
+    saved: Saved
 
     def __init__(self, folder: Path, tokenizer_model: str | Path | None = None):
         self.path = folder
@@ -49,22 +50,25 @@ class MegatronSource(Source):
             common, self._metadata = read(folder)
         except CheckpointError as error:
             raise InterchangeError(str(error)) from error
-        self.saved = common.get("args")
-        if self.saved is None:
+        if common.get("args") is None:
             raise InterchangeError(f"{folder / 'common.pt'} has no args, which say what the model is")
+        self.saved = common["args"]
         self.iteration = int(common.get("iteration", 0))
         saved_sha256 = common.get("pangu_pro", {}).get("tokenizer_sha256")
         self.tokenizer = self._find_tokenizer(tokenizer_model, saved_sha256)
+        vocab_size = self._vocab_size()
         try:
-            shape = ModelShape.from_saved(self.saved, self._vocab_size(), torch.float32)
+            self.model = of_saved(self.saved, vocab_size)
+        except InterchangeError as error:
+            raise InterchangeError(f"the args in {folder / 'common.pt'}: {error}") from error
         except (KeyError, TypeError) as error:
             raise InterchangeError(
                 f"the args in {folder / 'common.pt'} do not say what it is (no {error})"
             ) from error
-        self._require_layers(shape.num_layers)
-        self.shape = replace(shape, dtype=self._dtype(shape))
+        self._require_layers(self.model.num_layers)
+        self.dtype = self._find_dtype()
         if self.tokenizer:
-            tokenizer_files.require_fit(self.tokenizer, self.shape.vocab_size, folder)
+            tokenizer_files.require_fit(self.tokenizer, self.model.vocab_size, folder)
         self.origin = f"a checkpoint of iteration {self.iteration}"
 
     def _find_tokenizer(self, given, saved_sha256: str | None) -> tokenizer_files.TokenizerFiles | None:
@@ -102,9 +106,9 @@ class MegatronSource(Source):
         if there != told:
             raise InterchangeError(f"{self.path} holds {there} layers, but its args say {told}")
 
-    def _dtype(self, shape: ModelShape) -> torch.dtype:
+    def _find_dtype(self) -> torch.dtype:
         """The number format of the model's tensors, the widest where they differ."""
-        formats = {self._stored(key)[1].properties.dtype for key in shape.parameters()}
+        formats = {self._stored(key)[1].properties.dtype for key in self.keys()}
         if other := formats - {torch.float32, torch.float16, torch.bfloat16}:
             raise InterchangeError(
                 f"{self.path} holds {other.pop()}; only fp32, fp16 and bf16 can be exchanged"
@@ -138,7 +142,7 @@ class MegatronSource(Source):
             filled += piece.numel()
         if filled != whole.numel():
             raise InterchangeError(f"{self.path}: {key} is incomplete")
-        return whole[: self.shape.vocab_size] if key in _VOCABULARY else whole
+        return whole[: self.model.vocab_size] if key in _VOCABULARY else whole
 
     def _chunk(self, name: str, offsets: torch.Size) -> Tensor:
         place = self._metadata.storage_data[MetadataIndex(name, offsets)]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from megatron_ext.config.model import ModelConfig
 from megatron_ext.interchange.hf_tokenizer import SpecialIds
-from megatron_ext.interchange.shape import ModelShape
 
 _HEADER = """---
 library_name: transformers
@@ -40,38 +40,39 @@ SHA-256 of the files that decide what the model says.
 """
 
 
-def model_card(shape: ModelShape, config: dict, special: SpecialIds, origin: str) -> str:
+def model_card(model: ModelConfig, config: dict, special: SpecialIds, origin: str) -> str:
     """Markdown: what the model is, how to load it, its shape."""
     pi = config["model_type"] == "pangu_pi"
     head = _HEADER.format(
         model_type=config["model_type"],
         class_name=config["architectures"][0],
-        billions=_readable(shape.num_parameters),
+        billions=_readable(model.without_padding.num_parameters),
         kind=_PI if pi else _PLAIN,
         origin=f"Converted from {origin}." if origin else "",
         also=", AutoTokenizer" if special.has_tokenizer else "",
         trust=", trust_remote_code=True" if pi else "",
         tokenizer=_USE_TOKENIZER if special.has_tokenizer else "",
     )
-    return head + "".join(f"| {name} | {value} |\n" for name, value in _facts(shape).items()) + _FOOTER
+    rows = [f"| {name} | {value} |\n" for name, value in _facts(model, config).items()]
+    return head + "".join(rows) + _FOOTER
 
 
-def _facts(shape: ModelShape) -> dict[str, object]:
+def _facts(model: ModelConfig, config: dict) -> dict[str, object]:
     facts = {
-        "layers": shape.num_layers,
-        "hidden channels": shape.hidden_size,
-        "FFN channels": shape.ffn_hidden_size,
-        "query heads, key and value heads": f"{shape.num_attention_heads}, {shape.num_query_groups}",
-        "channels a head": shape.kv_channels,
-        "vocabulary": f"{shape.vocab_size}{', tied' if shape.tied else ''}",
-        "positions": shape.max_position_embeddings,
-        "numbers": str(shape.dtype).removeprefix("torch."),
+        "layers": model.num_layers,
+        "hidden channels": model.hidden_size,
+        "FFN channels": model.ffn_hidden_size,
+        "query heads, key and value heads": f"{model.num_attention_heads}, {model.query_groups}",
+        "channels a head": model.kv_channels,
+        "vocabulary": f"{model.vocab_size}{', tied' if model.tied else ''}",
+        "positions": model.max_position_embeddings,
+        "numbers": config["torch_dtype"],
     }
-    if shape.series_activation_order:
-        facts["terms of the series activation"] = shape.series_activation_order
-    if shape.augmented_shortcuts:
+    if model.series_activation_order:
+        facts["terms of the series activation"] = model.series_activation_order
+    if model.augmented_shortcuts:
         facts["augmented shortcuts, reduction"] = (
-            f"{shape.augmented_shortcuts}, {shape.augmented_shortcut_reduction}"
+            f"{model.augmented_shortcuts}, {model.augmented_shortcut_reduction}"
         )
     return facts
 

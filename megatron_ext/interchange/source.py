@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.model_function import Saved
 from megatron_ext.interchange.errors import InterchangeError
-from megatron_ext.interchange.shape import ModelShape
 from megatron_ext.interchange.tokenizer_files import TokenizerFiles
 
 
@@ -19,7 +19,8 @@ class Source(ABC):
 
     Attributes:
         path: the folder.
-        shape: what the model is.
+        model: what the model is.
+        dtype: the number format of its tensors, the widest where they differ.
         tokenizer: its tokenizer's files; None where there are none.
         saved: a checkpoint's arguments; None for a Hugging Face folder.
         iteration: the training iteration of a checkpoint, else 0.
@@ -31,7 +32,8 @@ class Source(ABC):
     kind: str
 
     path: Path
-    shape: ModelShape
+    model: ModelConfig
+    dtype: torch.dtype
     tokenizer: TokenizerFiles | None
     saved: Saved | None = None
     iteration: int = 0
@@ -45,7 +47,7 @@ class Source(ABC):
 
     def keys(self) -> list[str]:
         """The names of all tensors, layers numbered, in the order of the forward pass."""
-        return list(self.shape.parameters())
+        return list(self.model.parameters())
 
     def get(self, key: str) -> Tensor:
         """The tensor of that name on the CPU, with memory of its own or a read-only view of the file.
@@ -57,7 +59,7 @@ class Source(ABC):
             KeyError: the model has no such tensor.
             InterchangeError: it is not there, or has another size, or is not finite.
         """
-        expected = self.shape.parameters()[key]
+        expected = self.model.without_padding.parameters()[key]
         try:
             tensor = self._read(key)
         except (LookupError, TypeError, RuntimeError) as error:  # of what damaged or hostile files lead to

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,16 +25,16 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
-from megatron_ext.arguments.parser import CommandLineError, read_args
+from megatron_ext.arguments.parser import CommandLineError, configured
 from megatron_ext.checkpoint import CheckpointError, content, folders, writer
 from megatron_ext.checkpoint.integrity import CHECKSUMS, describe, marker
 from megatron_ext.checkpoint.lock import saving_into
 from megatron_ext.checkpoint.save import FORMAT, serialised
 from megatron_ext.config import RunConfig
+from megatron_ext.config.model import ModelConfig
 from megatron_ext.interchange import tokenizer_files
 from megatron_ext.interchange.errors import InterchangeError
 from megatron_ext.interchange.numbers import to_format
-from megatron_ext.interchange.shape import ModelShape
 from megatron_ext.interchange.tokenizer_files import TokenizerFiles
 
 Tensors = Callable[[str], Tensor] | Iterable[tuple[str, Tensor]]
@@ -52,7 +53,8 @@ _WITH_EXTRA_STATE = (
 
 def write_checkpoint(
     save_dir: str | Path,
-    shape: ModelShape,
+    model: ModelConfig,
+    dtype: torch.dtype,
     tensors: Tensors,
     *,
     tokenizer: TokenizerFiles | None = None,
@@ -65,27 +67,29 @@ def write_checkpoint(
 
     Args:
         save_dir: a folder without checkpoints; made if need be.
-        shape: what the model is; tensors are stored as ``shape.dtype``.
-        tensors: name -> tensor, called in the order of ``shape.parameters()``; or (name, tensor) pairs
-            in any order. Names and sizes are those of ``shape.parameters()``; embedding and output layer
+        model: what the model is.
+        dtype: the number format to store its tensors in.
+        tensors: name -> tensor, called in the order of ``model.parameters()``; or (name, tensor) pairs
+            in any order. Names and sizes are those of ``model.parameters()``; embedding and output layer
             may come with or without the vocabulary's padding, which is filled with zeros.
         tokenizer: the model's tokenizer; without one, ids are numbers (NullTokenizer).
-        overrides: destination -> value of checkpoint args that do not follow from the shape.
+        overrides: destination -> value of checkpoint args that do not follow from the model.
         iteration: the iteration to be written into the checkpoint.
 
     Returns the checkpoint's folder.
 
     Raises:
         InterchangeError: there are checkpoints already, or a run saves there; the tensors are not those of
-            ``shape``, or the tokenizer has more ids than the model. Nothing is left behind then.
+            ``model``, or the tokenizer has more ids than the model. Nothing is left behind then.
     """
     save_dir = Path(save_dir)
-    tokenizer = tokenizer or tokenizer_files.null(shape.vocab_size)
-    tokenizer_files.require_fit(tokenizer, shape.vocab_size, save_dir)
+    tokenizer = tokenizer or tokenizer_files.null(model.vocab_size)
+    tokenizer_files.require_fit(tokenizer, model.vocab_size, save_dir)
     with _working_folder(save_dir, iteration) as working:
         tokenizer.copy_into(save_dir / "tokenizer")
-        run = checkpoint_args(shape, tokenizer.moved_to(save_dir.absolute() / "tokenizer"), overrides)
-        files = _write_tensors(working, shape, _in_order(tensors, shape))
+        moved = tokenizer.moved_to(save_dir.absolute() / "tokenizer")
+        run = checkpoint_args(model, dtype, moved, overrides)
+        files = _write_tensors(working, model.num_layers, _in_order(tensors, model, dtype))
         common = content.common_part(iteration, {}, run, None)
         common["content_metadata"] = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
         for name, data in (("common.pt", serialised(common)), ("metadata.json", FORMAT)):
@@ -120,59 +124,67 @@ def _require_new(save_dir: Path) -> None:
 
 
 def checkpoint_args(
-    shape: ModelShape, tokenizer: TokenizerFiles, overrides: dict[str, object] | None = None
+    model: ModelConfig,
+    dtype: torch.dtype,
+    tokenizer: TokenizerFiles,
+    overrides: dict[str, object] | None = None,
 ) -> RunConfig:
     """The configuration of a run that would have made this checkpoint, defaults filled in."""
-    flags = [*shape.flags(), "--tokenizer-type", tokenizer.kind, "--mock-data", "--micro-batch-size", "1"]
-    flags += ["--vocab-size", str(shape.vocab_size - (tokenizer.kind == "NullTokenizer"))]
-    flags += ["--train-iters", "1", "--lr", "1e-4"]
-    if tokenizer.model is not None:
-        flags += ["--tokenizer-model", str(tokenizer.model)]
+    values = vars(model) | {
+        "padded_vocab_size": model.vocab_rows,
+        "softmax_vocab_size": model.vocab_size,
+        "seq_length": model.max_position_embeddings,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "bf16": dtype == torch.bfloat16,
+        "tokenizer_type": tokenizer.kind,
+        "tokenizer_model": None if tokenizer.model is None else str(tokenizer.model),
+        "vocab_size": model.vocab_size - (tokenizer.kind == "NullTokenizer"),
+        "mock_data": True,
+        "micro_batch_size": 1,
+        "train_iters": 1,
+        "lr": 1e-4,
+    }
     try:
-        run = read_args(flags, world_size=1, device="cpu", check_files=False)
+        run = configured(values, world_size=1, device="cpu", check_files=False)
     except CommandLineError as error:
         raise InterchangeError(f"no run could make this model: {'; '.join(error.problems)}") from error
-    # Not by flags: fp16 trains on GPUs alone, but is written and read anywhere.
-    return run.but(
-        fp16=shape.dtype == torch.float16,
-        params_dtype=shape.dtype,
-        tokenizer_sha256=tokenizer.sha256,
-        softmax_vocab_size=shape.vocab_size,
-        **(overrides or {}),
-    )
+    # Said afterwards: fp16 trains on GPUs alone, but is written and read anywhere.
+    more: dict[str, object] = {"fp16": dtype == torch.float16, "params_dtype": dtype}
+    return run.but(tokenizer_sha256=tokenizer.sha256, **more, **(overrides or {}))
 
 
-def _in_order(tensors: Tensors, shape: ModelShape) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor as it is stored) of all the tensors of ``shape``, each once; raises InterchangeError."""
-    pairs = ((name, tensors(name)) for name in shape.parameters()) if callable(tensors) else tensors
-    missing = shape.parameters()
+def _in_order(tensors: Tensors, model: ModelConfig, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor as it is stored) of all the tensors of ``model``, each once; raises InterchangeError."""
+    missing = model.parameters()
+    pairs = ((name, tensors(name)) for name in list(missing)) if callable(tensors) else tensors
     for name, tensor in pairs:
         size = missing.pop(name, None)
         if size is None:
             raise InterchangeError(f"{name} came twice, or is not part of this model")
         if name in _VOCABULARY:
-            tensor, size = _with_padding(tensor, shape), torch.Size((shape.padded_vocab_size, size[1]))
+            tensor = _with_padding(tensor, model)
         if tensor.size() != size:
             raise InterchangeError(f"{name} is {list(tensor.size())}, it must be {list(size)}")
-        yield name, to_format(name, tensor, shape.dtype)
+        yield name, to_format(name, tensor, dtype)
     if missing:
         raise InterchangeError(f"these tensors did not come: {', '.join(missing)}")
 
 
-def _with_padding(tensor: Tensor, shape: ModelShape) -> Tensor:
-    """[vocab_size, h] -> [padded_vocab_size, h]; one that is padded is left as it is."""
-    if tensor.size(0) != shape.vocab_size or shape.vocab_size == shape.padded_vocab_size:
+def _with_padding(tensor: Tensor, model: ModelConfig) -> Tensor:
+    """[vocab_size, h] -> [vocab_rows, h]; one that is padded is left as it is."""
+    if tensor.size(0) != model.vocab_size or model.vocab_size == model.vocab_rows:
         return tensor
-    rows = torch.zeros(shape.padded_vocab_size, tensor.size(1), dtype=tensor.dtype)
-    rows[: shape.vocab_size] = tensor
+    rows = torch.zeros(model.vocab_rows, tensor.size(1), dtype=tensor.dtype)
+    rows[: model.vocab_size] = tensor
     return rows
 
 
-def _write_tensors(folder: Path, shape: ModelShape, tensors: Iterator[tuple[str, Tensor]]) -> dict[str, dict]:
+def _write_tensors(folder: Path, layers: int, tensors: Iterator[tuple[str, Tensor]]) -> dict[str, dict]:
     """Write the ``*.distcp`` files and ``.metadata``; returns their entries for ``checksums.json``."""
     written = writer.Written({}, {})
-    described: dict[str, object] = {}
-    items = _items(shape, tensors, described)
+    described: dict[str, Any] = {}
+    items = _items(layers, tensors, described)
     for number, first in enumerate(items):
         places, name, entry = writer.write_file(folder, f"__0_{number}.distcp", _one_file(first, items))
         written.places.update(places)
@@ -192,25 +204,25 @@ def _one_file(first: tuple, items: Iterator[tuple]) -> Iterator[tuple]:
 
 
 def _items(
-    shape: ModelShape, tensors: Iterator[tuple[str, Tensor]], described: dict[str, object]
+    layers: int, tensors: Iterator[tuple[str, Tensor]], described: dict[str, Any]
 ) -> Iterator[tuple[WriteItem, Tensor | io.BytesIO]]:
     """What is written, with its entry in ``described``: a layer's tensors are slices of stacked ones."""
     for key, tensor in tensors:
         offset = torch.Size([0] * tensor.dim())
-        layers = 1
+        stacked = 1
         if key.startswith(_LAYERS):
             layer, name = key.removeprefix(_LAYERS).split(".", 1)
-            key, tensor, layers = f"{_LAYERS}{name}", tensor[None], shape.num_layers
+            key, tensor, stacked = f"{_LAYERS}{name}", tensor[None], layers
             offset = torch.Size([int(layer), *offset])
-        size = torch.Size([tensor.size(0) * layers, *tensor.size()[1:]])
+        size = torch.Size([tensor.size(0) * stacked, *tensor.size()[1:]])
         properties = TensorProperties(dtype=tensor.dtype)
         entry = described.setdefault(key, TensorStorageMetadata(properties, size, []))
         entry.chunks.append(ChunkStorageMetadata(offset, tensor.size()))
         index = MetadataIndex(key, offset, len(entry.chunks) - 1)
         yield WriteItem(index, WriteItemType.SHARD), tensor
-    for layer in range(shape.num_layers):
+    for number in range(layers):
         for module in _WITH_EXTRA_STATE:
-            key = f"{_LAYERS}{module}._extra_state/shard_{layer}_{shape.num_layers}"
+            key = f"{_LAYERS}{module}._extra_state/shard_{number}_{layers}"
             described[key] = BytesStorageMetadata()
             yield WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO), _nothing()
 

@@ -62,16 +62,16 @@ def test_two_exports_to_one_folder_beside_a_run(saved):
     source = open_source(saved)
 
     def stuck(stay: Callable[[], None]) -> None:
-        export_folder(saved / "hf", source.shape, lambda name: stay(), tokenizer=None)
+        export_folder(saved / "hf", source.model, source.dtype, lambda name: stay(), tokenizer=None)
 
     with another(stuck) as kill:
         begun = names(saved / ".incomplete_hf")
         clean_up(saved)  # as the run does, whose folder it is
         with pytest.raises(InterchangeError, match=r"another process writes it \(host .*, process \d+\)"):
-            export_folder(saved / "hf", source.shape, source.get)
+            export_folder(saved / "hf", source.model, source.dtype, source.get)
         assert names(saved / ".incomplete_hf") == begun
         kill()
-        export_folder(saved / "hf", source.shape, source.get)
+        export_folder(saved / "hf", source.model, source.dtype, source.get)
     assert not {name for name in names(saved) if "hf" in name} - {"hf"}
     assert open_source(saved / "hf").kind == "hf"
 
@@ -87,10 +87,10 @@ def test_a_conversion_into_the_folder_of_a_run_that_has_not_saved_yet(saved, tmp
 
     with another(first_save) as kill:
         with pytest.raises(InterchangeError, match="another run saves into it"):
-            write_checkpoint(base, source.shape, source.get)
+            write_checkpoint(base, source.model, source.dtype, source.get)
         assert (folders.working_dir(base, 5) / "data").read_text() == "half"
         kill()
-        write_checkpoint(base, source.shape, source.get)
+        write_checkpoint(base, source.model, source.dtype, source.get)
     assert names(base) == {"iter_0000000", folders.TRACKER, lock.LOCK}
 
 

@@ -15,7 +15,8 @@ from megatron_ext.arguments.refused import known_to_upstream
 from megatron_ext.checkpoint.saved_args import arguments_of
 from megatron_ext.config import RunConfig, model_function, options
 from megatron_ext.config.model import ModelConfig
-from megatron_ext.interchange import shape
+from megatron_ext.interchange import llama
+from megatron_ext.interchange.errors import InterchangeError
 from megatron_ext.models import builder
 
 RUN = """--mock-data --tokenizer-type NullTokenizer --vocab-size 99 --lr 1e-3 --train-iters 10
@@ -95,13 +96,19 @@ def test_what_a_model_is_built_from_is_compared():
     assert read_there == {"run.model", "run.init"}
 
 
-def test_what_a_model_is_exchanged_by_is_the_same_list():
-    """What an exchanged model cannot say must have the one value that it then has."""
-    carried = {field for field in shape.ModelShape.__dataclass_fields__} | {
-        *("untie_embeddings_and_output_weights", "add_qkv_bias", "layernorm_epsilon", "use_rope_scaling"),
-        "group_query_attention",
-    }
-    assert {*model_function.names()} - carried == {*shape.LLAMA}
+def test_what_an_exchanged_model_cannot_say_has_one_value():
+    """Each argument that decides the function is read, or another value of it is refused."""
+    plain = {"rotary_percent": 1.0, "rotary_seq_len_interpolation_factor": None, "qk_layernorm": False}
+    saved = read(LLAMA).flat() | plain | {"padded_vocab_size": 128}
+    model, refused = llama.of_saved(saved, 100), set()
+    for name in model_function.names():
+        changed = saved | {name: another(name, saved[name])}
+        try:
+            assert llama.of_saved(changed, 100) != model, name
+        except InterchangeError as error:
+            assert f"only Llama-like models can be exchanged: {name} is" in str(error)
+            refused.add(name)
+    assert refused == {*llama.LLAMA}
 
 
 #: Flags of Megatron-LM that matter only beside one of ALWAYS, or that change rounding or training alone.

@@ -43,18 +43,18 @@ def test_of_equal_scores_the_first_win():
 
 
 def test_entries_of_units():
-    shape = toy.shape(num_attention_heads=4, num_query_groups=2, kv_channels=2, ffn_hidden_size=5)
+    source = toy.config(num_attention_heads=4, num_query_groups=2, kv_channels=2, ffn_hidden_size=5)
     units = torch.tensor([1])
-    assert axes.entries(Axis.QKV, units, shape).tolist() == list(range(8, 16))  # q q k v, 2 channels each
-    assert axes.entries(Axis.HEADS, units, shape).tolist() == [4, 5, 6, 7]
-    assert axes.entries(Axis.GATE_UP, torch.tensor([0, 3]), shape).tolist() == [0, 3, 5, 8]
-    sums = axes.unit_sums(Axis.QKV, torch.arange(16.0), shape)
+    assert axes.entries(Axis.QKV, units, source).tolist() == list(range(8, 16))  # q q k v, 2 channels each
+    assert axes.entries(Axis.HEADS, units, source).tolist() == [4, 5, 6, 7]
+    assert axes.entries(Axis.GATE_UP, torch.tensor([0, 3]), source).tolist() == [0, 3, 5, 8]
+    sums = axes.unit_sums(Axis.QKV, torch.arange(16.0), source)
     assert sums.tolist() == [sum(range(8)), sum(range(8, 16))]
 
 
 def test_every_tensor_of_a_model_is_known():
-    shape = toy.shape(qkv_bias=True)
-    for key, size in shape.parameters().items():
+    model = toy.config(add_qkv_bias=True)
+    for key, size in model.parameters().items():
         assert len(axes.axes_of(key)) == len(size)
     with pytest.raises(LookupError, match="does not know"):
         axes.axes_of("decoder.layers.0.mlp.router.weight")
@@ -62,10 +62,10 @@ def test_every_tensor_of_a_model_is_known():
 
 @pytest.mark.parametrize("power", [1, 2])
 def test_magnitude_is_the_sum_over_all_weights_of_a_unit(power):
-    shape = toy.shape()
+    source = toy.config()
     generator = torch.Generator().manual_seed(0)
-    values = {key: torch.randn(size, generator=generator) for key, size in shape.parameters().items()}
-    scores = width.magnitude(values, values.__getitem__, shape, power)
+    values = {key: torch.randn(size, generator=generator) for key, size in source.parameters().items()}
+    scores = width.magnitude(values, values.__getitem__, source, power)
     weight = {key: value.double().abs() ** power for key, value in values.items()}
     layer = "decoder.layers.1."
     fc1, fc2 = weight[layer + "mlp.linear_fc1.weight"], weight[layer + "mlp.linear_fc2.weight"]
@@ -84,7 +84,7 @@ def test_magnitude_is_the_sum_over_all_weights_of_a_unit(power):
 
 
 def test_random_scores_depend_on_the_seed_alone():
-    one, same, other = (width.random(toy.shape(), seed) for seed in (1, 1, 2))
+    one, same, other = (width.random(toy.config(), seed) for seed in (1, 1, 2))
     assert torch.equal(one.ffn, same.ffn) and not torch.equal(one.hidden, other.hidden)
 
 

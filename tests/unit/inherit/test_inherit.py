@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megatron_ext.checkpoint import load_checkpoint
+from megatron_ext.config.model import ModelConfig
 from megatron_ext.data.indexed import write_index
 from megatron_ext.inherit.choice import Choice
 from megatron_ext.inherit.slicing import cut, source_key
@@ -45,9 +46,9 @@ def folder(tmp_path_factory) -> Path:
     for name, size in (("big", 900), ("small", 500)):
         (path / f"{name}.model").write_bytes(samples.trained(vocab_size=size))
     tokenizer = of_path(path / "big.model")
-    shape = source_shape(tokenizer.size)
-    generator = torch.Generator().manual_seed(0)
-    write_checkpoint(path / "source", shape, lambda key: weights(key, shape, generator), tokenizer=tokenizer)
+    model, generator = source_model(tokenizer.size), torch.Generator().manual_seed(0)
+    drawn = lambda key: weights(key, model, generator)  # noqa: E731
+    write_checkpoint(path / "source", model, torch.float32, drawn, tokenizer=tokenizer)
     encoder = NativeEncoder(str(path / "small.model"))
     flat, sizes = encoder.encode_batch_into(samples.corpus_lines(random.Random(1), 200), append_eod=True)
     (path / "text.bin").write_bytes(flat.tobytes())
@@ -56,15 +57,15 @@ def folder(tmp_path_factory) -> Path:
     return path
 
 
-def source_shape(vocab_size: int):
+def source_model(vocab_size: int) -> ModelConfig:
     rows = -(-vocab_size // 128) * 128
-    return toy.shape(vocab_size=vocab_size, padded_vocab_size=rows, max_position_embeddings=64)
+    return toy.config(vocab_size=vocab_size, padded_vocab_size=rows, max_position_embeddings=64)
 
 
-def weights(key: str, shape, generator: torch.Generator) -> torch.Tensor:
+def weights(key: str, model: ModelConfig, generator: torch.Generator) -> torch.Tensor:
     """Small weights around 0, or around 1 for gains and scales."""
     around = 1.0 if "norm" in key or key.endswith("scale") else 0.0
-    return around + 0.1 * torch.randn(shape.parameters()[key], generator=generator)
+    return around + 0.1 * torch.randn(model.without_padding.parameters()[key], generator=generator)
 
 
 def values(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -84,7 +85,7 @@ def test_slices_a_checkpoint_and_its_vocabulary(folder, tmp_path, capsys):
 
     kept = np.load(save / "inheritance" / "choice.npz")
     choice = Choice(**{name: torch.from_numpy(kept[name]) for name in kept.files})
-    full, small, source = values(folder / "source"), values(save), open_source(folder / "source").shape
+    full, small, source = values(folder / "source"), values(save), open_source(folder / "source").model
     for key, value in small.items():
         if key not in ("embedding.word_embeddings.weight", "output_layer.weight"):
             assert torch.equal(value, cut(key, full[source_key(key, choice)], choice, source, None)), key
@@ -96,10 +97,10 @@ def test_slices_a_checkpoint_and_its_vocabulary(folder, tmp_path, capsys):
     assert tool(argv) == 1 and "holds checkpoints already" in capsys.readouterr().err
 
 
-def loads(save: str, layout: Layout, shape) -> None:
+def loads(save: str, layout: Layout, config: ModelConfig) -> None:
     """The checkpoint loads into the trainer's model at this layout."""
-    run = toy.arguments(shape, tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp)
-    run = run.but(padded_vocab_size=shape.padded_vocab_size, finetune=True)
+    run = toy.arguments(config, tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp)
+    run = run.but(padded_vocab_size=config.padded_vocab_size, finetune=True)
     model = build_model(transformer_config(run), run)
     assert load_checkpoint(save, model=model, run=run) is not None
 
@@ -107,7 +108,7 @@ def loads(save: str, layout: Layout, shape) -> None:
 def test_loads_at_another_layout(folder, tmp_path, pool):
     assert tool(["--load", folder / "source", "--save", tmp_path / "out", "--target-num-layers", "2"]) == 0
     layout = Layout(tp=2, pp=2)
-    pool.run(layout, loads, str(tmp_path / "out"), layout, open_source(tmp_path / "out").shape)
+    pool.run(layout, loads, str(tmp_path / "out"), layout, open_source(tmp_path / "out").model)
 
 
 def test_new_pi_modules_change_nothing(folder, tmp_path):
@@ -136,7 +137,10 @@ def test_new_pi_modules_change_nothing(folder, tmp_path):
         (["--model-preset", "huge"], "there is no such preset"),
         (["--augmented-shortcuts", "0"], "--augmented-shortcuts 0: the source has shortcuts"),
         (["--series-activation-order", "1"], "the source's series has 2 terms"),
-        (["--target-hidden-size", "25"], "25 hidden channels are no multiple of 8"),
+        (
+            ["--target-hidden-size", "25"],
+            "--target-hidden-size 25 is not divisible by --augmented",
+        ),
         (["--depth-policy", "list", "--layers", "0", "5", "1"], "the source has the layers 0 to 2"),
         (["--tokenizer-model", "SMALL"], "not the tokenizer that"),
         (["--target-tokenizer-model", "NONE"], "neither a SentencePiece file"),
@@ -237,4 +241,4 @@ def test_bf16_chooses_what_fp32_chooses(folder, tmp_path, pool):
     kept = [np.load(tmp_path / dtype / "inheritance" / "choice.npz")["ffn"] for dtype in ("fp32", "bf16")]
     same = [np.intersect1d(*rows).size / len(rows[0]) for rows in zip(*kept, strict=True)]
     assert np.mean(same) > 0.9
-    assert open_source(tmp_path / "bf16").shape.dtype == torch.float32
+    assert open_source(tmp_path / "bf16").dtype == torch.float32

@@ -13,7 +13,7 @@ from megatron_ext.inherit.masks import Masks, attached
 from tests.unit.inherit import toy
 
 pytestmark = pytest.mark.usefixtures("single_process")
-SHAPE = toy.shape()
+SOURCE = toy.config()
 COUNTS = {"hidden": 24, "ffn": 30, "groups": 2, "layers": 3}
 
 
@@ -23,7 +23,7 @@ def windows(count: int = 6, length: int = 16) -> Windows:
 
 
 def frozen():
-    return toy.model(SHAPE).requires_grad_(False)
+    return toy.model(SOURCE).requires_grad_(False)
 
 
 def test_windows_predict_every_token_once():
@@ -53,11 +53,11 @@ def test_skipping_a_layer_is_a_model_without_it():
     bytes_of = np.ones(128, dtype=np.int32)
     seen = []
     losses = losses_without_each_layer(
-        model, SHAPE, lambda: mean_loss(model, text, 6, bytes_of).nats, seen.append
+        model, SOURCE, lambda: mean_loss(model, text, 6, bytes_of).nats, seen.append
     )
-    shorter = dataclasses.replace(SHAPE, num_layers=2)
-    choice = dataclasses.replace(toy.random_choice(SHAPE, SHAPE, 0), layers=torch.tensor([0, 2]))
-    small = toy.sliced(model, SHAPE, shorter, choice)
+    shorter = dataclasses.replace(SOURCE, num_layers=2)
+    choice = dataclasses.replace(toy.random_choice(SOURCE, SOURCE, 0), layers=torch.tensor([0, 2]))
+    small = toy.sliced(model, SOURCE, shorter, choice)
     assert losses[1].item() == pytest.approx(mean_loss(small, text, 6, bytes_of).nats, rel=1e-5)
     assert seen == [0, 1, 2]
 
@@ -65,8 +65,8 @@ def test_skipping_a_layer_is_a_model_without_it():
 def test_taylor_is_the_slope_of_the_loss():
     """dL/dmask of a unit by finite differences."""
     model, batch = frozen(), next(windows().batches(6))
-    worth = taylor(model, SHAPE, torch.arange(3), [batch])
-    masks, step = Masks.ones(SHAPE), 1e-2
+    worth = taylor(model, SOURCE, torch.arange(3), [batch])
+    masks, step = Masks.ones(SOURCE), 1e-2
     for name, at in (("hidden", 5), ("ffn", (1, 7)), ("groups", (2, 3)), ("layers", 0)):
         around = []
         for sign in (1, -1):
@@ -98,7 +98,7 @@ def test_cold_masks_are_hard():
 def trained(recipe: learn.Recipe, stop: int | None = None, state: dict | None = None) -> learn.Learned:
     """Masks of the toy after ``stop`` steps, from ``state`` if it is given."""
     model, batches = frozen(), list(windows(12).batches(4))
-    first = taylor(model, SHAPE, torch.arange(3), batches)
+    first = taylor(model, SOURCE, torch.arange(3), batches)
     learned = learn.begin(first)
     if state is not None:
         learned.restore(state)

@@ -15,7 +15,7 @@ import pytest
 from megatron_ext.data.indexed import write_index
 from megatron_ext.tokenizer.encoder import NativeEncoder
 from tests.conftest import REPOSITORY
-from tests.helpers.big_model import shape_7b, write_llama
+from tests.helpers.big_model import llama_7b, write_llama
 from tests.unit.tokenizer.sample_models import corpus_lines, trained
 
 pytestmark = pytest.mark.skipif(not os.environ.get("LONG_TESTS"), reason="minutes of work: LONG_TESTS=1")
@@ -29,7 +29,7 @@ GIB = 1 << 30
 def base(tmp_path_factory):
     """source/: the model with a small tokenizer; text: a dataset in its ids."""
     path = tmp_path_factory.mktemp("big")
-    write_llama(path / "source", shape_7b(LAYERS))
+    write_llama(path / "source", llama_7b(LAYERS))
     (path / "source" / "tokenizer.model").write_bytes(trained())
     encoder = NativeEncoder(model_proto=trained())
     flat, sizes = encoder.encode_batch_into(corpus_lines(random.Random(1), 200), append_eod=True)
@@ -57,4 +57,4 @@ def test_text_is_read_with_one_copy_in_bf16(base, tmp_path):
     """The source once, two bytes a parameter, and what does not grow with its layers."""
     text = ["--data-path", str(base / "text"), "--data-cache-path", str(tmp_path / "cache"), *CALIBRATION]
     most = peak(base, tmp_path / "out", "--width-criterion", "taylor", "--depth-policy", "importance", *text)
-    assert most < 2 * shape_7b(LAYERS).num_parameters / GIB + 3.5
+    assert most < 2 * llama_7b(LAYERS).num_parameters / GIB + 3.5

@@ -26,7 +26,7 @@ def whole(tmp_path_factory) -> Path:
     (base / "small.model").write_bytes(trained(vocab_size=500))
     (base / "other.model").write_bytes(trained(vocab_size=800))
     tokenizer = of_path(base / "small.model")
-    toys.checkpoint(base / "ours", toys.pi_shape(vocab_size=500, padded_vocab_size=512), tokenizer)
+    toys.checkpoint(base / "ours", toys.pi_model(vocab_size=500, padded_vocab_size=512), tokenizer)
     return base
 
 

@@ -16,13 +16,13 @@ from tests.unit.inherit import toy
 pytestmark = pytest.mark.usefixtures("single_process")
 
 
-def random_shapes(seed: int):
+def random_models(seed: int):
     """A source and a smaller target, of random sizes."""
     draw = random.Random(seed)
     per_group, channels, pi = draw.choice((1, 2, 3)), draw.choice((4, 8)), draw.choice((0, 1))
     groups, layers, reduction = draw.randint(2, 5), draw.randint(2, 4), draw.choice((2, 4))
     shortcuts = pi * draw.choice((1, 2))
-    source = toy.shape(
+    source = toy.config(
         num_layers=layers,
         hidden_size=reduction * draw.randint(6, 12),
         ffn_hidden_size=draw.randint(20, 60),
@@ -30,7 +30,7 @@ def random_shapes(seed: int):
         num_query_groups=groups,
         kv_channels=channels,
         tied=draw.choice((True, False)),
-        qkv_bias=draw.choice((True, False)),
+        add_qkv_bias=draw.choice((True, False)),
         series_activation_order=2 * pi,
         augmented_shortcuts=shortcuts,
         augmented_shortcut_reduction=reduction,
@@ -49,7 +49,7 @@ def random_shapes(seed: int):
 
 @pytest.mark.parametrize("seed", range(10))
 def test_sliced_equals_masked(seed):
-    source, target = random_shapes(seed)
+    source, target = random_models(seed)
     choice = toy.random_choice(source, target, seed)
     full = toy.model(source, seed)
     keep = np.random.default_rng(seed).permutation(source.vocab_size)  # also in another order
@@ -66,7 +66,7 @@ def test_sliced_equals_masked(seed):
 
 
 def test_masks_leave_the_model_as_it_was():
-    source = toy.shape()
+    source = toy.config()
     full, ids = toy.model(source), torch.arange(12)[None]
     before = toy.logits(full, ids)
     with attached(full, Masks.of(toy.random_choice(source, source, 0), source), hidden_kept=7):
@@ -77,8 +77,8 @@ def test_masks_leave_the_model_as_it_was():
 @pytest.mark.parametrize("order, shortcuts", [(0, 0), (1, 0), (2, 1), (0, 1)])
 def test_new_pi_modules_start_as_the_identity(order, shortcuts):
     """What the target has more of than the source changes no logit: the padded model equals the source."""
-    source = toy.shape(series_activation_order=order, augmented_shortcuts=shortcuts)
-    target = toy.shape(series_activation_order=3, augmented_shortcuts=2)
+    source = toy.config(series_activation_order=order, augmented_shortcuts=shortcuts)
+    target = toy.config(series_activation_order=3, augmented_shortcuts=2)
     full, bigger = toy.model(source), toy.model(target)
     have = toy.tensors(full)
     pi = ("series_activation.", "augmented_shortcut.")

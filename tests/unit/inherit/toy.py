@@ -2,19 +2,19 @@
 
 import torch
 
-from megatron_ext.arguments.parser import read_args
+from megatron_ext.arguments.parser import configured
 from megatron_ext.config import RunConfig
-from megatron_ext.inherit.axes import bottleneck
+from megatron_ext.config.model import ModelConfig
 from megatron_ext.inherit.choice import Choice
 from megatron_ext.inherit.slicing import cut, source_key
 from megatron_ext.inherit.vocabulary import Rows
-from megatron_ext.interchange.shape import ModelShape
+from megatron_ext.interchange.llama import llama_like
 from megatron_ext.models.builder import build_model
 from megatron_ext.models.config import transformer_config
 from megatron_ext.models.layer_specs import CHECKPOINT_NAMES
 
 
-def shape(**changes) -> ModelShape:
+def config(tied: bool = False, **changes) -> ModelConfig:
     """Three layers, grouped queries, both pi modules."""
     values = dict(
         num_layers=3,
@@ -25,22 +25,32 @@ def shape(**changes) -> ModelShape:
         kv_channels=8,
         vocab_size=128,
         padded_vocab_size=128,
+        untie_embeddings_and_output_weights=not tied,
         max_position_embeddings=32,
         series_activation_order=2,
         augmented_shortcuts=1,
         augmented_shortcut_reduction=8,
     )
-    return ModelShape(**values | changes)
+    return llama_like(**values | changes)
 
 
-def arguments(of: ModelShape, **changes) -> RunConfig:
-    """The trainer's configuration for a model of this shape."""
-    flags = [*of.flags(), "--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "100"]
-    flags += ["--micro-batch-size", "1", "--train-iters", "1", "--lr", "1e-3"]
-    return read_args(flags, check_files=False).but(**{"pangu_init": "random"} | changes)
+def arguments(of: ModelConfig, **changes) -> RunConfig:
+    """The trainer's configuration for this model."""
+    values = vars(of) | {
+        "seq_length": of.max_position_embeddings,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "mock_data": True,
+        "tokenizer_type": "NullTokenizer",
+        "vocab_size": 100,
+        "micro_batch_size": 1,
+        "train_iters": 1,
+        "lr": 1e-3,
+    }
+    return configured(values, check_files=False).but(**{"pangu_init": "random"} | changes)
 
 
-def model(of: ModelShape, seed: int = 1234):
+def model(of: ModelConfig, seed: int = 1234):
     """A model with weights large enough for every unit to matter; one process."""
     run = arguments(of, seed=seed, init_method_std=0.2)
     built = build_model(transformer_config(run), run)[0].eval()
@@ -71,7 +81,7 @@ def load(into, values: dict[str, torch.Tensor]) -> None:
         parameter.copy_(values[name])
 
 
-def random_choice(source: ModelShape, target: ModelShape, seed: int) -> Choice:
+def random_choice(source: ModelConfig, target: ModelConfig, seed: int) -> Choice:
     """Any units of any layers."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -84,12 +94,12 @@ def random_choice(source: ModelShape, target: ModelShape, seed: int) -> Choice:
         layers=draw(source.num_layers, layers),
         hidden=draw(source.hidden_size, target.hidden_size),
         ffn=draw(source.ffn_hidden_size, target.ffn_hidden_size, layers),
-        groups=draw(source.num_query_groups, target.num_query_groups, layers),
-        bottleneck=draw(bottleneck(source), bottleneck(target), layers),
+        groups=draw(source.query_groups, target.query_groups, layers),
+        bottleneck=draw(source.shortcut_width, target.shortcut_width, layers),
     )
 
 
-def sliced(of_model, source: ModelShape, target: ModelShape, choice: Choice, rows: Rows | None = None):
+def sliced(of_model, source: ModelConfig, target: ModelConfig, choice: Choice, rows: Rows | None = None):
     """The target's model, cut out of the source's."""
     full, small = tensors(of_model), model(target)
     values = {key: cut(key, full[source_key(key, choice)], choice, source, rows) for key in tensors(small)}

@@ -1,5 +1,6 @@
 """A PanGu-pi model in transformers: the same logits, the same text, the same tokenizer."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -25,17 +26,17 @@ from tests.unit.tokenizer.sample_models import corpus_lines, trained
 toys = pytest.importorskip("tests.unit.interchange.toys", reason="needs transformers")
 transformers = toys.transformers
 tokenizers = pytest.importorskip("tokenizers")
-SHAPES = {
-    "series and shortcut": toys.pi_shape(),
-    "series alone, tied, biases": toys.pi_shape(augmented_shortcuts=0, tied=True, qkv_bias=True),
-    "shortcut alone, every head its own group": toys.pi_shape(series_activation_order=0, num_query_groups=4),
+MODELS = {
+    "series and shortcut": toys.pi_model(),
+    "series alone, tied, biases": toys.pi_model(augmented_shortcuts=0, tied=True, add_qkv_bias=True),
+    "shortcut alone, every head its own group": toys.pi_model(series_activation_order=0, num_query_groups=4),
 }
 
 
 def export(load: Path, save: Path, **options) -> Path:
     """The folder of a checkpoint."""
     source = open_source(load)
-    return export_folder(save, source.shape, source.get, tokenizer=source.tokenizer, **options)
+    return export_folder(save, source.model, source.dtype, source.get, tokenizer=source.tokenizer, **options)
 
 
 def in_transformers(folder: Path):
@@ -52,29 +53,29 @@ def ours(load: Path, weights: Path | None = None):
     return model[0].eval()
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_logits_text_and_way_back(single_process, tmp_path, name):
-    shape = SHAPES[name]
-    load = toys.checkpoint(tmp_path / "ours", shape)
+    config = MODELS[name]
+    load = toys.checkpoint(tmp_path / "ours", config)
     folder = export(load, tmp_path / name.split()[0], shard_bytes=50_000)
     theirs, ids = in_transformers(folder), torch.randint(0, 300, (3, 40))
     assert type(theirs).__name__ == "PanguPiForCausalLM"
     model = ours(load)
-    expected = model(ids, torch.arange(40).expand_as(ids), None)[..., : shape.vocab_size]
+    expected = model(ids, torch.arange(40).expand_as(ids), None)[..., : config.vocab_size]
     torch.testing.assert_close(theirs(ids).logits, expected, rtol=1e-5, atol=1e-5)
 
     options = dict(max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
     cached, computed = (theirs.generate(ids[:, :9], use_cache=use, **options) for use in (True, False))
     assert torch.equal(cached, computed) and cached.size(1) == 29
-    greedy = generate(model, ids[0, :9].tolist(), 20, Sampling(temperature=0), shape.vocab_size)
+    greedy = generate(model, ids[0, :9].tolist(), 20, Sampling(temperature=0), config.vocab_size)
     assert list(greedy) == cached[0, 9:].tolist()
     assert toys.same(load, folder)
 
 
 @torch.no_grad()
 def test_padded_batch_generates_what_each_prompt_does(tmp_path):
-    folder = export(toys.checkpoint(tmp_path / "ours", toys.pi_shape()), tmp_path / "padded")
+    folder = export(toys.checkpoint(tmp_path / "ours", toys.pi_model()), tmp_path / "padded")
     model, options = in_transformers(folder), dict(max_new_tokens=8, do_sample=False, pad_token_id=0)
     short, long = torch.randint(1, 300, (1, 5)), torch.randint(1, 300, (1, 9))
     batch = torch.cat([torch.nn.functional.pad(short, (4, 0)), long])
@@ -86,7 +87,7 @@ def test_padded_batch_generates_what_each_prompt_does(tmp_path):
 
 
 def test_fresh_model_starts_as_plain_silu(tmp_path):
-    folder = export(toys.checkpoint(tmp_path / "ours", toys.pi_shape()), tmp_path / "fresh")
+    folder = export(toys.checkpoint(tmp_path / "ours", toys.pi_model()), tmp_path / "fresh")
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
     model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True)
     series = model.model.layers[1].mlp.series_activation
@@ -100,8 +101,8 @@ def with_tokenizer(tmp_path_factory) -> Path:
     base = tmp_path_factory.mktemp("tokenizer")
     (base / "small.model").write_bytes(trained())
     tokenizer = of_path(base / "small.model")
-    shape = toys.pi_shape(vocab_size=tokenizer.size, padded_vocab_size=1024)
-    load = toys.checkpoint(base / "ours", shape, tokenizer)
+    model = toys.pi_model(vocab_size=tokenizer.size, padded_vocab_size=1024)
+    load = toys.checkpoint(base / "ours", model, tokenizer)
     (base / "small.model").unlink()  # the checkpoint has its own copy
     export(load, base / "hf")
     return base
@@ -139,7 +140,7 @@ def test_tokenizer_of_a_folder_goes_back_as_it_came(with_tokenizer, tmp_path):
     assert (tokenizer.kind, tokenizer.size) == ("HuggingFaceTokenizer", 901)
 
     load = toys.checkpoint(
-        tmp_path / "ours", toys.pi_shape(vocab_size=901, padded_vocab_size=1024), tokenizer
+        tmp_path / "ours", toys.pi_model(vocab_size=901, padded_vocab_size=1024), tokenizer
     )
     built = build_tokenizer(run_of(read_checkpoint_args(load)).tokenizer)
     assert (built.sha256, built.vocab_size) == (tokenizer.sha256, 901)
@@ -198,15 +199,28 @@ def test_a_tokenizer_is_read_as_the_folder_it_came_from(tmp_path):
 def test_upstreams_checkpoint_becomes_llama(single_process, shared, tmp_path):
     golden = shared / "reference" / "golden" / "gqa_1p" / "checkpoint"
     source = open_source(golden)
-    out = export_folder(tmp_path / "hf", source.shape, source.get)
-    write_checkpoint(tmp_path / "ours", source.shape, source.get)
+    out = export_folder(tmp_path / "hf", source.model, source.dtype, source.get)
+    write_checkpoint(tmp_path / "ours", source.model, source.dtype, source.get)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
     assert type(theirs).__name__ == "LlamaForCausalLM" and source.iteration == 10
     ids = torch.randint(0, 256, (2, 64))
     logits = ours(tmp_path / "ours", golden)(ids, torch.arange(64).expand_as(ids), None)
     torch.testing.assert_close(
-        theirs(ids).logits, logits[..., : source.shape.vocab_size], rtol=1e-5, atol=1e-5
+        theirs(ids).logits, logits[..., : source.model.vocab_size], rtol=1e-5, atol=1e-5
     )
+
+
+def test_any_configuration_of_a_llama_is_exported(tmp_path):
+    """One that says the same in other words, as a preset does; another kind of model is refused."""
+    plain = toys.pi_model(series_activation_order=0, augmented_shortcuts=0, num_query_groups=4)
+    words = {"group_query_attention": False, "num_query_groups": None, "augmented_shortcut_reduction": 8}
+    other = dataclasses.replace(plain, **words)
+    export_folder(tmp_path / "hf", other, torch.float32, toys.random_tensors(other))
+    assert open_source(tmp_path / "hf").model == plain
+    gelu = dataclasses.replace(plain, swiglu=False)
+    with pytest.raises(InterchangeError, match="only Llama-like models can be exchanged: swiglu is False"):
+        export_folder(tmp_path / "gelu", gelu, torch.float32, toys.random_tensors(gelu))
+    assert not (tmp_path / "gelu").exists()
 
 
 def test_folder_is_complete(with_tokenizer):

@@ -62,7 +62,7 @@ def test_half_precision_is_said_in_the_args(tmp_path):
     words = ("--from", "hf", "--to", "megatron", "--load", path, "--save", tmp_path / "half")
     assert run(*words, "--dtype", "fp16") == 0
     source = open_source(tmp_path / "half")
-    assert source.saved["fp16"] and source.saved["params_dtype"] == source.shape.dtype == torch.float16
+    assert source.saved["fp16"] and source.saved["params_dtype"] == source.dtype == torch.float16
 
 
 def test_buffers_do_not_widen_a_model(tmp_path):
@@ -71,25 +71,24 @@ def test_buffers_do_not_widen_a_model(tmp_path):
     tensors = {name: tensor.half() for name, tensor in load_file(path / "model.safetensors").items()}
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
     save_file(tensors, path / "model.safetensors")
-    assert open_source(path).shape.dtype == torch.float16
+    assert open_source(path).dtype == torch.float16
 
 
 def test_checkpoint_that_mixes_formats(tmp_path):
     """The widest counts, wherever it stands."""
-    shape = toys.pi_shape(dtype=torch.bfloat16)
-    toys.checkpoint(tmp_path / "ours", shape)
+    toys.checkpoint(tmp_path / "ours", toys.pi_model(), dtype=torch.bfloat16)
     source = open_source(tmp_path / "ours")
-    assert source.shape.dtype == torch.bfloat16
+    assert source.dtype == torch.bfloat16
     entry = source._metadata.state_dict_metadata["decoder.final_layernorm.weight"]
     entry.properties.dtype = torch.float32
-    assert source._dtype(source.shape) == torch.float32
+    assert source._find_dtype() == torch.float32
     entry.properties.dtype = torch.int8
     with pytest.raises(InterchangeError, match="int8; only fp32, fp16 and bf16"):
-        source._dtype(source.shape)
+        source._find_dtype()
 
 
 def test_checkpoint_with_other_layers_than_its_args_say(tmp_path):
-    toys.checkpoint(tmp_path / "ours", toys.pi_shape())
+    toys.checkpoint(tmp_path / "ours", toys.pi_model())
     source = open_source(tmp_path / "ours")
     for told in (1, 3, 10**9):
         with pytest.raises(InterchangeError, match=f"holds 2 layers, but its args say {told}"):
@@ -99,23 +98,26 @@ def test_checkpoint_with_other_layers_than_its_args_say(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_layers": "2"}, "num_layers is '2', not a size"),
-        ({"hidden_size": 10**12}, "hidden_size is 1000000000000, not a size"),
-        ({"tied": 1}, "tied is 1, not true or false"),
-        ({"norm_epsilon": float("nan")}, "norm_epsilon is nan, not a number"),
+        ({"num_layers": "2"}, "--num-layers '2': must be an integer"),
+        ({"num_layers": None, "kv_channels": None}, "nothing says num_layers, kv_channels"),
+        ({"hidden_size": 10**12}, "--hidden-size 1000000000000: no model is as large"),
+        ({"num_attention_heads": 10**40}, "--num-attention-heads 1.*: must be an integer"),
+        ({"untie_embeddings_and_output_weights": 1}, "--untie-.*-weights 1: must be true or false"),
+        ({"layernorm_epsilon": float("nan")}, "--norm-epsilon nan: must be a number"),
+        ({"padded_vocab_size": 299}, "--padded-vocab-size 299: too few rows for a vocabulary of 300"),
     ],
 )
-def test_shapes_of_no_model(changes, message):
+def test_values_of_no_model(changes, message):
     with pytest.raises(InterchangeError, match=message):
-        toys.pi_shape(**changes)
+        toys.pi_model(**changes)
 
 
 def test_export_is_read_again(tmp_path, monkeypatch):
     """A configuration that says something else, and a file that holds something else."""
-    shape = toys.pi_shape()
+    model, dtype = toys.pi_model(), torch.float32
     monkeypatch.setattr(export, "write_config", lambda *words: write_config(*words) | {"rms_norm_eps": 1e-6})
-    with pytest.raises(InterchangeError, match="config.json cannot say what this model.*norm_epsilon=1e-06"):
-        export.export_folder(tmp_path / "out", shape, toys.random_tensors(shape))
+    with pytest.raises(InterchangeError, match="config.json cannot say what.*layernorm_epsilon=1e-06"):
+        export.export_folder(tmp_path / "out", model, dtype, toys.random_tensors(model))
     monkeypatch.undo()
 
     def damaged(tensors, path, metadata):
@@ -123,5 +125,5 @@ def test_export_is_read_again(tmp_path, monkeypatch):
 
     monkeypatch.setattr(export, "save_file", damaged)
     with pytest.raises(InterchangeError, match="does not hold .* as it was written"):
-        export.export_folder(tmp_path / "out", shape, toys.random_tensors(shape))
+        export.export_folder(tmp_path / "out", model, dtype, toys.random_tensors(model))
     assert not (tmp_path / "out").exists()

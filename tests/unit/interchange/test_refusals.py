@@ -8,9 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_ext.checkpoint.integrity import CHECKSUMS, describe_file, marker
 from megatron_ext.interchange.errors import InterchangeError
 from megatron_ext.interchange.export import export_folder
-from megatron_ext.interchange.hf_config import read_shape
+from megatron_ext.interchange.hf_config import read_model
 from megatron_ext.interchange.open import open_source
 from megatron_ext.interchange.target import write_checkpoint
 from megatron_ext.interchange.tokenizer_files import of_path
@@ -46,7 +47,10 @@ def configure(folder: Path, **changes) -> None:
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "type 'yarn'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"hidden_size": None}, "hidden_size is None"),
-        ({"num_key_value_heads": 3}, "4 heads do not divide into 3 groups"),
+        (
+            {"num_key_value_heads": 3},
+            "config.json: .*4 is not divisible by --num-query-groups 3",
+        ),
         ({"hidden_size": 32}, r"is \[300, 64\], config.json says \[300, 32\]"),
         ({"num_hidden_layers": 3}, "model.layers.2.input_layernorm.weight is missing"),
         ({"num_hidden_layers": 1}, "model.layers.1.*not part of this architecture"),
@@ -127,15 +131,15 @@ def test_settings_left_out_are_those_of_transformers():
     config = json.loads((Path(__file__).parent / "mistral_config.json").read_text())
     for name in ("sliding_window", "num_key_value_heads"):
         config.pop(name, None)
-    shape, theirs = read_shape(config), toys.transformers.MistralConfig(**config)
-    assert shape.max_position_embeddings == theirs.sliding_window
-    assert shape.num_query_groups == theirs.num_key_value_heads
+    model, theirs = read_model(config), toys.transformers.MistralConfig(**config)
+    assert model.max_position_embeddings == theirs.sliding_window
+    assert model.num_query_groups == theirs.num_key_value_heads
 
 
 def test_sliding_window_limits_the_positions():
     config = json.loads((Path(__file__).parent / "mistral_config.json").read_text())
-    assert read_shape(config).max_position_embeddings == 4096
-    assert read_shape(config | {"sliding_window": None}).max_position_embeddings == 32768
+    assert read_model(config).max_position_embeddings == 4096
+    assert read_model(config | {"sliding_window": None}).max_position_embeddings == 32768
 
 
 def test_truncated_safetensors(theirs):
@@ -188,7 +192,7 @@ def test_index_that_names_a_pickle(theirs):
         file.unlink()
     with pytest.raises(InterchangeError, match="as a pickle"):
         open_source(theirs)
-    assert open_source(theirs, allow_pickle=True).shape.num_layers == 2
+    assert open_source(theirs, allow_pickle=True).model.num_layers == 2
 
 
 def test_one_file_and_an_index_of_others(theirs):
@@ -201,7 +205,7 @@ def test_one_file_and_an_index_of_others(theirs):
     index = theirs / "model.safetensors.index.json"
     names = json.loads(index.read_text())["weight_map"]
     index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "model.safetensors")}))
-    assert open_source(theirs).shape.num_layers == 2
+    assert open_source(theirs).model.num_layers == 2
 
 
 @pytest.mark.parametrize("both", [False, True])
@@ -238,7 +242,7 @@ def test_weights_that_are_no_numbers(tmp_path, value):
     save_file(tensors, folder / "model.safetensors")
     source = open_source(folder)
     with pytest.raises(InterchangeError, match="decoder.layers.1.*linear_qkv.weight holds NaN or Inf"):
-        write_checkpoint(tmp_path / "ours", source.shape, source.get)
+        write_checkpoint(tmp_path / "ours", source.model, source.dtype, source.get)
     assert not (tmp_path / "ours").exists()
 
 
@@ -259,7 +263,7 @@ def test_pickle_only_where_allowed(tmp_path):
     with pytest.raises(InterchangeError, match=r"as a pickle.*--allow-pickle"):
         open_source(folder)
     source = open_source(folder, allow_pickle=True)
-    write_checkpoint(tmp_path / "ours", source.shape, source.get)
+    write_checkpoint(tmp_path / "ours", source.model, source.dtype, source.get)
     assert toys.same(tmp_path / "ours", toys.folder(tmp_path / "two", "llama", 2, False))
 
 
@@ -283,10 +287,10 @@ def exported(tmp_path_factory) -> Path:
     base = tmp_path_factory.mktemp("exported")
     (base / "small.model").write_bytes(trained())
     (base / "other.model").write_bytes(trained(vocab_size=800))
-    shape = toys.pi_shape(vocab_size=of_path(base / "small.model").size, padded_vocab_size=1024)
-    toys.checkpoint(base / "ours", shape, of_path(base / "small.model"))
+    model = toys.pi_model(vocab_size=of_path(base / "small.model").size, padded_vocab_size=1024)
+    toys.checkpoint(base / "ours", model, of_path(base / "small.model"))
     source = open_source(base / "ours")
-    export_folder(base / "hf", source.shape, source.get, tokenizer=source.tokenizer)
+    export_folder(base / "hf", source.model, source.dtype, source.get, tokenizer=source.tokenizer)
     return base
 
 
@@ -322,6 +326,28 @@ def test_tokenizer_larger_than_the_model(theirs, exported):
         open_source(theirs, tokenizer_model=exported / "small.model")
 
 
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"qk_layernorm": True}, "only Llama-like models can be exchanged: qk_layernorm is True, not False"),
+        ({"augmented_shortcut_reduction": 2**40}, "--augmented-shortcut-reduction .*no model is as large"),
+        ({"rotary_base": None}, "nothing says rotary_base"),
+    ],
+)
+def test_checkpoints_of_other_models(tmp_path, said, message):
+    """The reason names the file that says so."""
+    toys.checkpoint(tmp_path / "ours", toys.pi_model())
+    folder = next((tmp_path / "ours").glob("iter_*"))
+    common = folder / "common.pt"
+    content = torch.load(common, weights_only=False)
+    vars(content["args"]).update(said)
+    torch.save(content, common)
+    files = {path.name: describe_file(path) for path in folder.iterdir() if path.name != CHECKSUMS}
+    (folder / CHECKSUMS).write_bytes(marker(0, files))
+    with pytest.raises(InterchangeError, match=f"{common}.*{message}"):
+        open_source(tmp_path / "ours")
+
+
 def test_folders_that_are_no_models(tmp_path):
     with pytest.raises(InterchangeError, match="there is no such folder"):
         open_source(tmp_path / "nothing")
@@ -332,20 +358,20 @@ def test_folders_that_are_no_models(tmp_path):
 def test_taken_targets(exported, theirs):
     source = open_source(theirs)
     with pytest.raises(InterchangeError, match="holds checkpoints already"):
-        write_checkpoint(exported / "ours", source.shape, source.get)
+        write_checkpoint(exported / "ours", source.model, source.dtype, source.get)
     with pytest.raises(InterchangeError, match="is taken"):
-        export_folder(exported / "hf", source.shape, source.get)
+        export_folder(exported / "hf", source.model, source.dtype, source.get)
 
 
 def test_tensors_that_are_not_the_models(tmp_path):
-    shape = toys.pi_shape()
-    get = toys.random_tensors(shape)
-    pairs = [(name, get(name)) for name in shape.parameters()]
+    model = toys.pi_model()
+    get = toys.random_tensors(model)
+    pairs = [(name, get(name)) for name in model.parameters()]
     for wrong, message in (
         (pairs[:-1], "did not come: output_layer.weight"),
         ([*pairs, pairs[0]], "came twice"),
         ([(pairs[0][0], pairs[0][1][:, 1:]), *pairs[1:]], "it must be"),
     ):
         with pytest.raises(InterchangeError, match=message):
-            write_checkpoint(tmp_path / "ours", shape, iter(wrong))
+            write_checkpoint(tmp_path / "ours", model, torch.float32, iter(wrong))
         assert not (tmp_path / "ours").exists()

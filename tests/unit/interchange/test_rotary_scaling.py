@@ -10,7 +10,7 @@ from megatron_ext.checkpoint import load_checkpoint, read_checkpoint_args
 from megatron_ext.inference.load import arguments
 from megatron_ext.interchange.errors import InterchangeError
 from megatron_ext.interchange.export import export_folder
-from megatron_ext.interchange.hf_config import read_shape, write_config
+from megatron_ext.interchange.hf_config import read_model, write_config
 from megatron_ext.interchange.open import open_source
 from megatron_ext.interchange.target import write_checkpoint
 from megatron_ext.models.builder import build_model
@@ -19,6 +19,7 @@ from megatron_ext.models.config import transformer_config
 toys = pytest.importorskip("tests.unit.interchange.toys", reason="needs transformers")
 transformers = toys.transformers
 POSITIONS = 8448
+SCALED = {"use_rope_scaling": True, "rope_scaling_factor": 8.0}
 #: With 16 channels a head and base 10000 the wavelengths are 6 to 1987, which stay, 6283, which is between
 #: the boundaries 2048 and 8192, and 19869, which is stretched by the whole factor.
 LLAMA3 = {
@@ -39,7 +40,7 @@ def llama3(tmp_path_factory) -> Path:
     )
     built.save_pretrained(base / "theirs")
     source = open_source(base / "theirs")
-    write_checkpoint(base / "ours", source.shape, source.get)
+    write_checkpoint(base / "ours", source.model, source.dtype, source.get)
     return base
 
 
@@ -63,14 +64,14 @@ IDS = torch.randint(0, toys.VOCABULARY, (1, POSITIONS), generator=torch.Generato
 @torch.no_grad()
 def test_logits_beyond_the_boundaries_and_way_back(single_process, llama3, tmp_path):
     source = open_source(llama3 / "ours")
-    assert source.shape.rope_scaling_factor == 32.0
+    assert source.model.rope_scaling_factor == 32.0
     theirs, found = in_transformers(llama3 / "theirs"), ours(llama3 / "ours")
     torch.testing.assert_close(found, theirs, rtol=1e-5, atol=1e-5)
     plain = in_transformers(llama3 / "theirs", rope_parameters={"rope_type": "default", "rope_theta": 1e4})
     for stretch in (slice(512, 2048), slice(2048, 8192), slice(8192, None)):
         assert (plain - theirs)[:, stretch].abs().max() > 0.01, "the scaling must matter here"
 
-    out = export_folder(tmp_path / "back", source.shape, source.get)
+    out = export_folder(tmp_path / "back", source.model, source.dtype, source.get)
     config = json.loads((out / "config.json").read_text())
     assert config["rope_parameters"] == LLAMA3 | {"rope_theta": 1e4} and config["rope_scaling"] == LLAMA3
     assert toys.same(llama3 / "theirs", out)
@@ -79,9 +80,9 @@ def test_logits_beyond_the_boundaries_and_way_back(single_process, llama3, tmp_p
 
 @torch.no_grad()
 def test_a_pi_model_with_scaling_in_transformers(single_process, tmp_path):
-    shape = toys.pi_shape(max_position_embeddings=POSITIONS, rope_scaling_factor=8.0)
-    load = toys.checkpoint(tmp_path / "ours", shape)
-    out = export_folder(tmp_path / "hf", shape, open_source(load).get)
+    model = toys.pi_model(max_position_embeddings=POSITIONS, **SCALED)
+    load = toys.checkpoint(tmp_path / "ours", model)
+    out = export_folder(tmp_path / "hf", model, torch.float32, open_source(load).get)
     torch.testing.assert_close(in_transformers(out), ours(load), rtol=1e-5, atol=1e-5)
 
 
@@ -90,7 +91,7 @@ def test_a_slice_keeps_it(llama3, tmp_path):
 
     argv = ["--load", llama3 / "theirs", "--save", tmp_path / "small", "--target-hidden-size", 48]
     assert tool(argv) == 0
-    assert open_source(tmp_path / "small").shape.rope_scaling_factor == 32.0
+    assert open_source(tmp_path / "small").model.rope_scaling_factor == 32.0
 
 
 OLD = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96}
@@ -98,8 +99,8 @@ OLD |= {"num_attention_heads": 4, "vocab_size": 300, "rope_theta": 500000.0}
 
 
 def test_older_spelling():
-    assert read_shape(OLD | {"rope_scaling": LLAMA3}).rope_scaling_factor == 32.0
-    assert read_shape(OLD | {"rope_scaling": None}).rope_scaling_factor is None
+    assert read_model(OLD | {"rope_scaling": LLAMA3}).rope_scaling_factor == 32.0
+    assert not read_model(OLD | {"rope_scaling": None}).use_rope_scaling
 
 
 @pytest.mark.parametrize(
@@ -115,15 +116,15 @@ def test_older_spelling():
 )
 def test_other_numbers_and_types(changes, message):
     with pytest.raises(InterchangeError, match=message):
-        read_shape(OLD | {"rope_scaling": LLAMA3 | changes})
+        read_model(OLD | {"rope_scaling": LLAMA3 | changes})
 
 
 def test_two_settings_that_differ():
     with pytest.raises(InterchangeError, match="rope_parameters and rope_scaling differ: default and llama3"):
-        read_shape(OLD | {"rope_scaling": LLAMA3, "rope_parameters": {"rope_type": "default"}})
+        read_model(OLD | {"rope_scaling": LLAMA3, "rope_parameters": {"rope_type": "default"}})
 
 
 def test_internlm2_has_no_place_for_it():
-    shape = toys.pi_shape(series_activation_order=0, augmented_shortcuts=0, rope_scaling_factor=8.0)
+    model = toys.pi_model(series_activation_order=0, augmented_shortcuts=0, **SCALED)
     with pytest.raises(InterchangeError, match="InternLM2"):
-        write_config(shape, "internlm2")
+        write_config(model, torch.float32, "internlm2")

@@ -29,10 +29,10 @@ def imported(tmp_path_factory) -> Path:
     for number, (name, toy) in enumerate(toys.TOYS.items()):
         theirs = toys.folder(base / name / "hf", *toy, shards=number % 2 == 0 and toy[0] != "internlm2")
         source = open_source(theirs)
-        write_checkpoint(base / name / "ours", source.shape, source.get)
-    toys.checkpoint(base / "pi" / "ours", toys.pi_shape(max_position_embeddings=32))
+        write_checkpoint(base / name / "ours", source.model, source.dtype, source.get)
+    toys.checkpoint(base / "pi" / "ours", toys.pi_model(max_position_embeddings=32))
     pi = open_source(base / "pi" / "ours")
-    export_folder(base / "pi" / "hf", pi.shape, pi.get)
+    export_folder(base / "pi" / "hf", pi.model, pi.dtype, pi.get)
     return base
 
 

@@ -43,7 +43,7 @@ def test_there_and_back(tmp_path, capsys):
 
 
 def test_another_number_format(tmp_path):
-    toys.checkpoint(tmp_path / "ours", toys.pi_shape())
+    toys.checkpoint(tmp_path / "ours", toys.pi_model())
     words = ("--from", "megatron", "--to", "megatron", "--load", tmp_path / "ours", "--dtype", "bf16")
     assert run(*words, "--save", tmp_path / "half") == 0
     full, half = open_source(tmp_path / "ours"), open_source(tmp_path / "half")
@@ -55,7 +55,7 @@ def test_another_number_format(tmp_path):
 def test_bad_input(tmp_path, capsys):
     assert run("--from", "hf", "--to", "megatron", "--load", tmp_path, "--save", tmp_path / "x") == 1
     assert "neither a Hugging Face folder" in capsys.readouterr().err
-    toys.checkpoint(tmp_path / "ours", toys.pi_shape())
+    toys.checkpoint(tmp_path / "ours", toys.pi_model())
     assert run("--from", "hf", "--to", "hf", "--load", tmp_path / "ours", "--save", tmp_path / "x") == 1
     assert "is a megatron folder" in capsys.readouterr().err
     words = ("--from", "megatron", "--to", "hf", "--load", tmp_path / "ours", "--hf-architecture")
@@ -95,7 +95,7 @@ def test_ends_of_text_that_differ(tmp_path, capsys):
 
 
 def test_tensors_that_are_not_where_the_metadata_says(tmp_path):
-    toys.checkpoint(tmp_path / "ours", toys.pi_shape())
+    toys.checkpoint(tmp_path / "ours", toys.pi_model())
     source = open_source(tmp_path / "ours")
     source._metadata.storage_data.clear()
     with pytest.raises(InterchangeError, match="decoder.final_layernorm.weight cannot be read"):

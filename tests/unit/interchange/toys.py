@@ -2,16 +2,16 @@
 
 import json
 import random
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from megatron_ext.config.model import ModelConfig
+from megatron_ext.interchange.llama import llama_like
 from megatron_ext.interchange.mapping import ARCHITECTURES, Entry
 from megatron_ext.interchange.open import open_source
-from megatron_ext.interchange.shape import ModelShape
 from megatron_ext.interchange.target import write_checkpoint
 from megatron_ext.interchange.tokenizer_files import TokenizerFiles
 
@@ -101,9 +101,9 @@ def tensors_of(path: Path) -> dict[str, torch.Tensor]:
     return {name: t for file in path.glob("*.safetensors") for name, t in load_file(file).items()}
 
 
-def pi_shape(**changes) -> ModelShape:
+def pi_model(tied: bool = False, **changes) -> ModelConfig:
     """A small model with both pi modules, several terms and shortcuts."""
-    shape = ModelShape(
+    values = dict(
         num_layers=2,
         hidden_size=64,
         ffn_hidden_size=96,
@@ -112,17 +112,18 @@ def pi_shape(**changes) -> ModelShape:
         kv_channels=16,
         vocab_size=VOCABULARY,
         padded_vocab_size=384,
+        untie_embeddings_and_output_weights=not tied,
         max_position_embeddings=64,
         series_activation_order=3,
         augmented_shortcuts=2,
         augmented_shortcut_reduction=8,
     )
-    return replace(shape, **changes)
+    return llama_like(**values | changes)
 
 
-def random_tensors(shape: ModelShape, seed: int = 3):
-    """name -> random tensor of the size that ``shape`` says."""
-    sizes, generator = shape.parameters(), torch.Generator().manual_seed(seed)
+def random_tensors(model: ModelConfig, seed: int = 3):
+    """name -> random tensor of the size that ``model`` says."""
+    sizes, generator = model.without_padding.parameters(), torch.Generator().manual_seed(seed)
     made = {
         name: (1.0 if "norm" in name else 0.0) + 0.1 * torch.randn(size, generator=generator)
         for name, size in sizes.items()
@@ -130,27 +131,33 @@ def random_tensors(shape: ModelShape, seed: int = 3):
     return made.__getitem__
 
 
-def checkpoint(path: Path, shape: ModelShape, tokenizer: TokenizerFiles | None = None) -> Path:
+def checkpoint(
+    path: Path,
+    model: ModelConfig,
+    tokenizer: TokenizerFiles | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
     """A checkpoint of ours with random weights."""
-    write_checkpoint(path, shape, random_tensors(shape), tokenizer=tokenizer)
+    write_checkpoint(path, model, dtype, random_tensors(model), tokenizer=tokenizer)
     return path
 
 
 def same(one: Path, other: Path) -> bool:
     """Whether two sources hold the same model, bit for bit."""
     a, b = open_source(one), open_source(other)
-    return a.shape == b.shape and all(torch.equal(a.get(key), b.get(key)) for key in a.keys())
+    alike = (a.model, a.dtype) == (b.model, b.dtype)
+    return alike and all(torch.equal(a.get(key), b.get(key)) for key in a.keys())
 
 
-def random_entry_shape(rng: random.Random) -> tuple[ModelShape, Entry]:
-    """A shape with random heads and groups, and one line of a random architecture's table."""
+def random_entry(rng: random.Random) -> tuple[ModelConfig, Entry]:
+    """A model with random heads and groups, and one line of a random architecture's table."""
     groups, per_group, width = rng.randint(1, 5), rng.randint(1, 4), 2 * rng.randint(1, 4)
-    shape = pi_shape(
+    model = pi_model(
         num_attention_heads=groups * per_group,
         num_query_groups=groups,
         kv_channels=width,
         hidden_size=8 * rng.randint(1, 6),
         ffn_hidden_size=rng.randint(1, 40),
-        qkv_bias=True,
+        add_qkv_bias=True,
     )
-    return shape, rng.choice(list(ARCHITECTURES["pangu_pi"].entries_of(shape)))
+    return model, rng.choice(list(ARCHITECTURES["pangu_pi"].entries_of(model)))

@@ -1,0 +1,100 @@
+"""What is exchanged: Llama-like models, with or without the PanGu-pi modules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_ext.config import model_function
+from megatron_ext.config.model import ModelConfig, NoSuchModel
+from megatron_ext.config.model_function import Saved
+from megatron_ext.interchange.errors import InterchangeError
+
+#: Embedding rows of a checkpoint of ours are a multiple of this (--make-vocab-size-divisible-by).
+VOCABULARY_UNIT = 128
+#: Arguments of the model's function that have one value in every Llama-like model.
+LLAMA: dict[str, Any] = {
+    "normalization": "RMSNorm",
+    "swiglu": True,
+    "squared_relu": False,
+    "quick_geglu": False,
+    "add_bias_linear": False,
+    "position_embedding_type": "rope",
+    "qk_layernorm": False,
+    "rotary_percent": 1.0,
+    "rotary_seq_len_interpolation_factor": 1,
+}
+
+
+def llama_like(*, vocab_size: int, **values: Any) -> ModelConfig:
+    """The Llama-like model of these values; what has one value in all of them is filled in.
+
+    Args:
+        vocab_size: rows of the vocabulary without padding.
+        values: fields of :class:`ModelConfig`; ``num_query_groups`` may be the number of heads.
+
+    Raises:
+        InterchangeError: there is no such model, or a value is None; with every reason.
+    """
+    if unsaid := [name for name, value in values.items() if value is None]:
+        raise InterchangeError(f"no such model: nothing says {', '.join(unsaid)}")
+    if not values.get("augmented_shortcuts"):
+        values.pop("augmented_shortcut_reduction", None)  # of no shortcut, whatever the files say
+    always = LLAMA | {"rotary_seq_len_interpolation_factor": None}  # the same as 1, as its flag's default
+    try:
+        return ModelConfig(**always, **values, group_query_attention=True, softmax_vocab_size=vocab_size)
+    except NoSuchModel as error:
+        raise InterchangeError(str(error)) from error
+
+
+def of_saved(saved: Saved, vocab_size: int) -> ModelConfig:
+    """The model that a checkpoint's arguments describe, ours or Megatron-LM's.
+
+    Raises:
+        InterchangeError: it is not Llama-like, or there is no such model; with every reason.
+        KeyError, TypeError: the arguments do not say what it is.
+    """
+    _require_llama(model_function.function_of(saved), model_function.unknown_here(saved))
+    heads = saved["num_attention_heads"]
+    grouped = saved.get("group_query_attention")
+    scaling = ("use_rope_scaling", "rope_scaling_factor") if saved.get("use_rope_scaling") else ()
+    return llama_like(
+        num_layers=saved["num_layers"],
+        hidden_size=saved["hidden_size"],
+        ffn_hidden_size=saved["ffn_hidden_size"],
+        num_attention_heads=heads,
+        num_query_groups=saved["num_query_groups"] if grouped else heads,
+        kv_channels=saved["kv_channels"],
+        vocab_size=vocab_size,
+        padded_vocab_size=max(saved["padded_vocab_size"], vocab_size),
+        untie_embeddings_and_output_weights=saved["untie_embeddings_and_output_weights"],
+        add_qkv_bias=bool(saved.get("add_qkv_bias")),
+        # The flag is --norm-epsilon; the args of some versions have that name.
+        layernorm_epsilon=saved.get("layernorm_epsilon") or saved["norm_epsilon"],
+        rotary_base=saved["rotary_base"],
+        max_position_embeddings=saved["max_position_embeddings"],
+        series_activation_order=saved.get("series_activation_order", 0),
+        augmented_shortcuts=saved.get("augmented_shortcuts", 0),
+        augmented_shortcut_reduction=saved.get("augmented_shortcut_reduction", 32),
+        **{name: saved[name] for name in scaling},
+    )
+
+
+def require_llama_like(model: ModelConfig) -> None:
+    """Raise InterchangeError, with every reason, for a model of another kind."""
+    _require_llama(model.effective(), [])
+
+
+def _require_llama(function: Mapping[str, Any], more: list[str]) -> None:
+    problems = [
+        f"{name} is {function[name]}, not {value}"
+        for name, value in LLAMA.items()
+        if function[name] not in (value, None)
+    ]
+    if problems + more:
+        raise InterchangeError(f"only Llama-like models can be exchanged: {'; '.join(problems + more)}")
+
+
+def padded(vocab_size: int) -> int:
+    """Embedding rows of a checkpoint for a vocabulary of ``vocab_size``."""
+    return -(-vocab_size // VOCABULARY_UNIT) * VOCABULARY_UNIT
