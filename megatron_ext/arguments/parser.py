@@ -110,7 +110,7 @@ def configured(
     values: Mapping[str, Any],
     *,
     world_size: int | None = None,
-    device: derive.Device | None = None,
+    device: Device | None = None,
     check_files: bool = True,
 ) -> RunConfig:
     """The configuration of a run of these values, by name; the others have their flags' defaults.
@@ -130,7 +130,7 @@ def _complete(
     typed: Mapping[str, Any],
     problems: list[str],
     world_size: int | None,
-    device: derive.Device | None,
+    device: Device | None,
     check_files: bool,
 ) -> None:
     """Fill in what follows from values, job and machine, and check all; ``problems`` are known already."""

@@ -213,8 +213,6 @@ class ModelConfig:
                 f"{self.softmax_vocab_size}"
             )
 
-    # ----------------------------------------------------------------------------------- what follows
-
     @property
     def tied(self) -> bool:
         """Whether embedding and output layer are one matrix."""
@@ -282,8 +280,6 @@ class ModelConfig:
         if self.position_embedding_type != "learned_absolute":
             values["max_position_embeddings"] = None  # rotary positions have no end
         return values
-
-    # --------------------------------------------------------------------------------------- tensors
 
     def parameters(self) -> dict[str, tuple[int, ...]]:
         """Name in a checkpoint -> shape of every tensor, undivided, in the order of the forward pass.

@@ -154,9 +154,9 @@ def biased(tmp_path) -> Path:
     """A checkpoint that is exported as a Qwen2, with a SentencePiece tokenizer."""
     (tmp_path / "small.model").write_bytes(trained())
     tokenizer = of_path(tmp_path / "small.model")
-    plain = dict(series_activation_order=0, augmented_shortcuts=0, qkv_bias=True)
-    shape = toys.pi_shape(vocab_size=tokenizer.size, padded_vocab_size=1024, **plain)
-    return toys.checkpoint(tmp_path / "ours", shape, tokenizer)
+    plain = dict(series_activation_order=0, augmented_shortcuts=0, add_qkv_bias=True)
+    model = toys.pi_model(vocab_size=tokenizer.size, padded_vocab_size=1024, **plain)
+    return toys.checkpoint(tmp_path / "ours", model, tokenizer)
 
 
 def test_a_tokenizer_that_transformers_would_read_otherwise(biased, tmp_path):
@@ -187,7 +187,7 @@ def test_a_tokenizer_is_read_as_the_folder_it_came_from(tmp_path):
 
     source = open_source(folder)
     load = tmp_path / "ours"
-    write_checkpoint(load, source.shape, source.get, tokenizer=source.tokenizer)
+    write_checkpoint(load, source.model, source.dtype, source.get, tokenizer=source.tokenizer)
     text = "U\u0308ni\u0301 12345 it's\n\n x"
     expected = transformers.AutoTokenizer.from_pretrained(folder)(text).input_ids
     assert build_tokenizer(run_of(read_checkpoint_args(load)).tokenizer).tokenize(text) == expected

@@ -22,10 +22,13 @@ def test_splitting_and_joining_are_inverses(seed):
 
 
 def test_queries_keys_and_values_lie_by_group():
-    model = pi_model(num_attention_heads=4, num_query_groups=2, kv_channels=1, hidden_size=8)
+    model = pi_model(num_attention_heads=4, num_query_groups=2, kv_channels=2, hidden_size=8)
     entry = next(e for e in ARCHITECTURES["llama"].entries_of(_plain(model)) if "qkv.weight" in e.ours)
-    q, k, v = (torch.tensor(rows)[:, None].expand(-1, 8) for rows in ([0, 1, 2, 3], [10, 11], [20, 21]))
-    assert entry.layout.join([q, k, v], model)[:, 0].tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
+    q, k, v = (
+        torch.tensor(rows).repeat_interleave(2)[:, None].expand(-1, 8)
+        for rows in ([0, 1, 2, 3], [10, 11], [20, 21])
+    )
+    assert entry.layout.join([q, k, v], model)[::2, 0].tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
 
 
 def test_every_tensor_has_one_place():
