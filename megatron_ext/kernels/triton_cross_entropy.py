@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_ext.kernels.launch import launch
-from megatron_ext.kernels.triton_language import blocks, jit, power_of_2, tl
+from megatron_ext.kernels.triton_language import blocks, jit, power_of_2, tl, warps
 
 
 @jit
@@ -63,6 +63,7 @@ def cross_entropy_stats(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`megatron_ext.kernels.cross_entropy.cross_entropy_stats`; logits and target contiguous."""
     rows, columns = logits.shape
+    block = min(_BLOCK, power_of_2(max(width, 1)))
     stats = tuple(torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(3))
     if rows:
         launch(
@@ -71,7 +72,8 @@ def cross_entropy_stats(
             (logits, target, *stats, first, width, columns),
             reads=(logits[:, :width], target),
             writes=stats,
-            BLOCK=min(_BLOCK, power_of_2(max(width, 1))),
+            BLOCK=block,
+            num_warps=warps(block),
         )
     return stats
 
@@ -90,5 +92,6 @@ def cross_entropy_grad_(
             reads=(logits[:, :width], target, top, total, grad),
             writes=(logits,),
             BLOCK=block,
+            num_warps=warps(block),
         )
     return logits

@@ -26,6 +26,11 @@ def blocks(elements: int, block: int) -> int:
     return -(-elements // block)
 
 
+def warps(block: int) -> int:
+    """Warps of a program that holds so many elements of a row at once: 4 to 16, 16 elements a thread."""
+    return min(16, max(4, block // 512))
+
+
 def power_of_2(n: int) -> int:
     """The smallest power of two that is not below ``n`` >= 1: Triton's tiles ask for it."""
     return 1 << (n - 1).bit_length()

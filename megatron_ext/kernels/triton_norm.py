@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_ext.kernels.launch import launch
-from megatron_ext.kernels.triton_language import blocks, jit, power_of_2, tl
+from megatron_ext.kernels.triton_language import blocks, jit, power_of_2, tl, warps
 
 #: The widest row that a program holds at once.
 WIDEST = 16384
@@ -54,6 +54,11 @@ def _norm_backward_kernel(
 _BACKWARD_ROWS = 32
 
 
+def _constants(h: int) -> dict[str, int]:
+    block = power_of_2(h)
+    return {"BLOCK": block, "num_warps": warps(block)}
+
+
 class _RMSNorm(torch.autograd.Function):
     """Saves x and one number for each row."""
 
@@ -64,8 +69,8 @@ class _RMSNorm(torch.autograd.Function):
         rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
         if rstd.numel():
             arguments = (x, weight, y, rstd, h, eps)
-            grid, block = (rstd.numel(),), power_of_2(h)
-            launch(_norm_forward_kernel, grid, arguments, (x, weight), (y, rstd), BLOCK=block)
+            constants = _constants(h)
+            launch(_norm_forward_kernel, (rstd.numel(),), arguments, (x, weight), (y, rstd), **constants)
         ctx.save_for_backward(x, weight, rstd)
         return y
 
@@ -79,7 +84,7 @@ class _RMSNorm(torch.autograd.Function):
         grid = (blocks(rows, _BACKWARD_ROWS),)
         sums = torch.empty(grid[0], h, dtype=torch.float32, device=x.device)
         arguments = (x, weight, rstd, dy, dx, sums, rows, h)
-        constants = dict(ROWS=_BACKWARD_ROWS, BLOCK=power_of_2(h))
+        constants = dict(ROWS=_BACKWARD_ROWS, **_constants(h))
         launch(_norm_backward_kernel, grid, arguments, (x, weight, rstd, dy), (dx, sums), **constants)
         return dx, sums.sum(0).to(weight.dtype), None
 
