@@ -1,7 +1,8 @@
 """Rotary embedding as one Triton kernel, for GPUs: of a tensor, or of a joint QKV projection as it is split.
 
-The angles' cosines and sines are taken where they are used, in float32: the work of a token is shared by all
-its heads, and nothing is kept between layers. Backward is the same kernel with the rotation turned round.
+Cosines and sines are made once for queries and keys, both ways, in float32: in the kernel they would cost
+more than its traffic. They are not kept from layer to layer, for what a CUDA graph records must not read what
+another computed. Backward is the same kernel with the rotation turned round.
 """
 
 from typing import Any, no_type_check
@@ -20,15 +21,18 @@ from megatron_ext.kernels.triton_language import blocks, jit, power_of_2, tl
 @jit
 @no_type_check
 def _rotate_kernel(
-    t, freqs, out, batch, heads, members, d, half,
+    t, cosine, sine, out, batch, heads, members, d, half,
     t_s, t_b, t_group, t_member, out_s, out_b, out_group, out_member,
     BACK: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     row, sample = token // batch, token % batch
     channel = tl.arange(0, HALF)
-    low = tl.load(freqs + row * 2 * half + channel, mask=channel < half, other=0.0)
-    high = tl.load(freqs + row * 2 * half + half + channel, mask=channel < half, other=0.0)
+    angle = row * 2 * half + channel
+    first_cosine = tl.load(cosine + angle, mask=channel < half, other=0.0)[None, :]
+    second_cosine = tl.load(cosine + half + angle, mask=channel < half, other=0.0)[None, :]
+    first_sine = tl.load(sine + angle, mask=channel < half, other=0.0)[None, :]
+    second_sine = tl.load(sine + half + angle, mask=channel < half, other=0.0)[None, :]
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     group, member = head // members, head % members
     t += row * t_s + sample * t_b
@@ -38,12 +42,11 @@ def _rotate_kernel(
     inside = (head < heads)[:, None] & (channel < half)[None, :]
     first = tl.load(t + source, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(t + source + half, mask=inside, other=0.0).to(tl.float32)
-    first_sine, second_sine = tl.sin(low)[None, :], tl.sin(high)[None, :]
     if BACK:  # the transpose: the sine of the row that a channel was added to
         first_sine, second_sine = -second_sine, -first_sine
-    turned = first * tl.cos(low)[None, :] - second * first_sine
+    turned = first * first_cosine - second * first_sine
     tl.store(out + target, turned.to(out.dtype.element_ty), mask=inside)
-    turned = second * tl.cos(high)[None, :] + first * second_sine
+    turned = second * second_cosine + first * second_sine
     tl.store(out + target + half, turned.to(out.dtype.element_ty), mask=inside)
     if REST:
         channel = 2 * half + tl.arange(0, REST)
@@ -56,12 +59,20 @@ def _rotate_kernel(
 _TILE = 2048  # channels of a program
 
 
-def _rotate(t: Tensor, freqs: Tensor, out: Tensor, back: bool = False) -> Tensor:
-    """Turn t [s, b, groups, members, d] by freqs [s, 1, 1, rot] into ``out``; ``t`` itself may be that."""
+Tables = tuple[Tensor, Tensor]  # cosines and sines, [s, 1, 1, rot], float32
+
+
+def _tables(freqs: Tensor) -> Tables:
+    angles = freqs.detach().float().contiguous()
+    return angles.cos(), angles.sin()
+
+
+def _rotate(t: Tensor, tables: Tables, out: Tensor, back: bool = False) -> Tensor:
+    """Turn t [s, b, groups, members, d] by the tables' angles into ``out``; ``t`` itself may be that."""
     s, batch, groups, members, d = t.shape
     if not t.numel():
         return out
-    half = freqs.size(-1) // 2
+    half = tables[0].size(-1) // 2
     width = power_of_2(max(half, 1))
     heads = min(power_of_2(groups * members), max(1, _TILE // (2 * width)))
     rest = d - 2 * half if t.data_ptr() != out.data_ptr() else 0
@@ -69,9 +80,10 @@ def _rotate(t: Tensor, freqs: Tensor, out: Tensor, back: bool = False) -> Tensor
     launch(
         _rotate_kernel,
         (s * batch, blocks(groups * members, heads)),
-        (t, freqs, out, batch, groups * members, members, d, half, *t.stride()[:4], *out.stride()[:4]),
-        reads=(t[..., :touched], freqs),
+        (t, *tables, out, batch, groups * members, members, d, half, *t.stride()[:4], *out.stride()[:4]),
+        reads=(t[..., :touched], *tables),
         writes=(out[..., :touched],),
+        num_warps=min(4, blocks(heads * width, 256)),
         BACK=back,
         HEADS=heads,
         HALF=width,
@@ -85,27 +97,23 @@ def _rows(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def _angles(freqs: Tensor) -> Tensor:
-    return freqs.detach().float().contiguous()
-
-
 class _RoPE(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, t: Tensor, freqs: Tensor, inplace: bool) -> Tensor:
-        ctx.freqs = _angles(freqs)
+        ctx.tables = _tables(freqs)
         if inplace:
             ctx.mark_dirty(t)
-            _rotate(t.unsqueeze(2), ctx.freqs, t.unsqueeze(2))
+            _rotate(t.unsqueeze(2), ctx.tables, t.unsqueeze(2))
             return t
         out = torch.empty(t.shape, dtype=t.dtype, device=t.device)
-        _rotate(_rows(t).unsqueeze(2), ctx.freqs, out.unsqueeze(2))
+        _rotate(_rows(t).unsqueeze(2), ctx.tables, out.unsqueeze(2))
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         out = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
-        _rotate(_rows(grad).unsqueeze(2), ctx.freqs, out.unsqueeze(2), back=True)
+        _rotate(_rows(grad).unsqueeze(2), ctx.tables, out.unsqueeze(2), back=True)
         return out, None, None
 
 
@@ -119,13 +127,13 @@ class _SplitAndRotate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, members: int, d: int, freqs: Tensor) -> tuple[Tensor, ...]:
-        ctx.shape, ctx.members, ctx.d, ctx.freqs = qkv.shape, members, d, _angles(freqs)
+        ctx.shape, ctx.members, ctx.d, ctx.tables = qkv.shape, members, d, _tables(freqs)
         s, b, groups, _ = qkv.shape
         q_part, k, v = _parts(qkv, members, d)
         # The heads of several members a group do not lie at equal distances, as attention wants them.
         q = q_part if members == 1 else qkv.new_empty(s, b, groups, members, d)
-        _rotate(q_part, ctx.freqs, q)
-        _rotate(k, ctx.freqs, k)
+        _rotate(q_part, ctx.tables, q)
+        _rotate(k, ctx.tables, k)
         torch.autograd.graph.increment_version(qkv)  # written behind autograd's back
         return q.flatten(2, 3), k.squeeze(3), v
 
@@ -134,8 +142,8 @@ class _SplitAndRotate(torch.autograd.Function):
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
         qkv = torch.empty(ctx.shape, dtype=dq.dtype, device=dq.device)
         q_part, k_part, v_part = _parts(qkv, ctx.members, ctx.d)
-        _rotate(_rows(dq).unflatten(2, (-1, ctx.members)), ctx.freqs, q_part, back=True)
-        _rotate(_rows(dk).unsqueeze(3), ctx.freqs, k_part, back=True)
+        _rotate(_rows(dq).unflatten(2, (-1, ctx.members)), ctx.tables, q_part, back=True)
+        _rotate(_rows(dk).unsqueeze(3), ctx.tables, k_part, back=True)
         v_part.copy_(dv)
         return qkv, None, None, None
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The Triton kernels on a CPU, in Triton's interpreter: formulas, masks and shapes; not warps, alignment or speed.
+# The Triton kernels on a CPU: formulas, masks and shapes in Triton's interpreter, then compiled for GPUs that need
+# not be there. What neither shows is their speed.
 #
 # Triton (290 MB) goes to build/triton, which nothing else sees. Where it cannot be had this says so and passes.
 set -uo pipefail
@@ -14,4 +15,6 @@ if [ ! -d "$place" ]; then
   echo "tests/gpu/interpret.sh: skipped, Triton $version cannot be had from the package index" >&2
   exit 0
 fi
-PYTHONPATH=$PWD/$place TRITON_INTERPRET=1 exec .venv/bin/python -m pytest -q tests/gpu/test_*triton.py
+export PYTHONPATH=$PWD/$place TRITON_CACHE_DIR=$PWD/build/triton-cache
+TRITON_INTERPRET=1 .venv/bin/python -m pytest -q tests/gpu/test_*triton.py || exit
+exec .venv/bin/python -m pytest -q tests/gpu/test_compile_triton.py
