@@ -18,8 +18,15 @@ pytestmark = [
     pytest.mark.skipif(not triton_language.available(), reason="Triton is not installed"),
     pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing"),
 ]
-#: Loads and stores of single numbers, a row's statistics or target; the others take 8 or 16 bytes a thread.
-NARROW = {"_stats_kernel": 5, "_grad_kernel": 4, "_norm_forward_kernel": 1, "_norm_backward_kernel": 1}
+#: Loads and stores of single numbers: a row's statistics or target, few channels of the angles' tables. The
+#: others take 8 or 16 bytes a thread.
+NARROW = {
+    "_stats_kernel": 5,
+    "_grad_kernel": 4,
+    "_norm_forward_kernel": 1,
+    "_norm_backward_kernel": 1,
+    "_rotate_kernel": 4,
+}
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64"}
 
 
