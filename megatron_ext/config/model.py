@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Literal
 
-from megatron_ext.config.flags import derived, flag, own_options, spelled, wrong
+from megatron_ext.config.flags import Option, derived, fits, flag, own_options, spelled, wrong
 from megatron_ext.config.needs import GROUPED, ROPE_SCALING, ROTARY, SHORTCUTS
 
 #: Settled by the tokenizer and the layout, not by the model's function.
@@ -163,16 +163,7 @@ class ModelConfig:
 
     def problems(self) -> Iterator[str]:
         """Why there is no such model; sizes first, because the rest is calculated with them."""
-        found = [
-            text for option in own_options(ModelConfig) for text in wrong(option, getattr(self, option.name))
-        ]
-        found += [
-            f"{spelled(option)} {size}: no model is as large"
-            for option in own_options(type(self))
-            if option.name not in ("rotary_base", "rotary_seq_len_interpolation_factor")
-            and type(size := getattr(self, option.name)) is int
-            and size >= _TOO_LARGE
-        ]
+        found = [text for option in own_options(ModelConfig) for text in self._wrong(option)]
         yield from found
         if found:
             return
@@ -212,6 +203,16 @@ class ModelConfig:
                 f"--padded-vocab-size {self.padded_vocab_size}: too few rows for a vocabulary of "
                 f"{self.softmax_vocab_size}"
             )
+
+    def _wrong(self, option: Option) -> Iterator[str]:
+        """What is wrong with a value by itself."""
+        value = getattr(self, option.name)
+        yield from wrong(option, value)
+        if value is None and option.name != "kv_channels" and not fits(None, option.annotation):
+            yield f"nothing says {option.name}"
+        no_size = option.name in ("rotary_base", "rotary_seq_len_interpolation_factor")
+        if type(value) is int and value >= _TOO_LARGE and not no_size:
+            yield f"{spelled(option)} {value}: no model is as large"
 
     @property
     def tied(self) -> bool:

@@ -55,14 +55,17 @@ def names() -> tuple[str, ...]:
     return tuple(option.name for option in own_options(ModelConfig) if option.name != "padded_vocab_size")
 
 
-def function_of(saved: Saved) -> dict[str, Any]:
-    """Name -> value of what decides the model's function; None where it does not matter, or is not known.
+def model_of(saved: Saved) -> ModelConfig:
+    """The model of a checkpoint, ours or Megatron-LM's, without its vocabulary; a draft, not checked yet.
 
-    ``saved`` may be the arguments of a checkpoint of Megatron-LM. What they do not say has the default: the
-    versions without an option computed as its default does.
+    What the arguments do not say has the default: versions without an option computed as its default does.
     """
-    stated = {name: _stated(saved, name, default_of(options()[name])) for name in names()}
-    return ModelConfig.draft(**stated).effective()
+    return ModelConfig.draft(**{name: _stated(saved, name, default_of(options()[name])) for name in names()})
+
+
+def function_of(saved: Saved) -> dict[str, Any]:
+    """Name -> value of what decides the model's function; None where it does not matter, or is not known."""
+    return model_of(saved).effective()
 
 
 def differences(saved: Saved, model: ModelConfig) -> list[str]:

@@ -54,30 +54,17 @@ def of_saved(saved: Saved, vocab_size: int) -> ModelConfig:
         InterchangeError: it is not Llama-like, or there is no such model; with every reason.
         KeyError, TypeError: the arguments do not say what it is.
     """
-    _require_llama(model_function.function_of(saved), model_function.unknown_here(saved))
-    heads = saved["num_attention_heads"]
-    grouped = saved.get("group_query_attention")
-    scaling = ("use_rope_scaling", "rope_scaling_factor") if saved.get("use_rope_scaling") else ()
-    return llama_like(
-        num_layers=saved["num_layers"],
-        hidden_size=saved["hidden_size"],
-        ffn_hidden_size=saved["ffn_hidden_size"],
-        num_attention_heads=heads,
-        num_query_groups=saved["num_query_groups"] if grouped else heads,
-        kv_channels=saved["kv_channels"],
-        vocab_size=vocab_size,
-        padded_vocab_size=max(saved["padded_vocab_size"], vocab_size),
-        untie_embeddings_and_output_weights=saved["untie_embeddings_and_output_weights"],
-        add_qkv_bias=bool(saved.get("add_qkv_bias")),
-        # The flag is --norm-epsilon; the args of some versions have that name.
-        layernorm_epsilon=saved.get("layernorm_epsilon") or saved["norm_epsilon"],
-        rotary_base=saved["rotary_base"],
-        max_position_embeddings=saved["max_position_embeddings"],
-        series_activation_order=saved.get("series_activation_order", 0),
-        augmented_shortcuts=saved.get("augmented_shortcuts", 0),
-        augmented_shortcut_reduction=saved.get("augmented_shortcut_reduction", 32),
-        **{name: saved[name] for name in scaling},
-    )
+    model = model_function.model_of(saved)
+    _require_llama(model.effective(), model_function.unknown_here(saved))
+    vocabulary = {
+        "softmax_vocab_size": vocab_size,
+        "padded_vocab_size": max(saved["padded_vocab_size"], vocab_size),
+    }
+    groups = {"group_query_attention": True, "num_query_groups": model.query_groups}
+    try:
+        return ModelConfig(**vars(model) | vocabulary | groups)
+    except NoSuchModel as error:
+        raise InterchangeError(str(error)) from error
 
 
 def require_llama_like(model: ModelConfig) -> None:
