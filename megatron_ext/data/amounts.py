@@ -2,11 +2,12 @@
 
 import numpy as np
 from megatron.core.datasets.blended_dataset import BlendedDataset
+from megatron.core.datasets.gpt_dataset import GPTDataset
 
 from megatron_ext.data.views import Chained
 
 
-def epochs(dataset, samples: int) -> float:
+def epochs(dataset: Chained | BlendedDataset | GPTDataset, samples: int) -> float:
     """How often ``samples`` of a dataset of Megatron-Core go through its documents; of a blend, the most."""
     if isinstance(dataset, Chained):
         often = 0.0
@@ -22,7 +23,7 @@ def epochs(dataset, samples: int) -> float:
     return samples * drawn / len(dataset)
 
 
-def without_a_sample(dataset) -> list[str]:
+def without_a_sample(dataset: Chained | BlendedDataset | GPTDataset) -> list[str]:
     """The prefixes of a blend of which no sample is drawn, because their weight is too small for the run."""
     if isinstance(dataset, Chained):
         return without_a_sample(dataset.parts[0])

@@ -10,9 +10,10 @@ import copy
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.datasets.blended_dataset import BlendedDataset
@@ -24,8 +25,9 @@ from megatron_ext.config import RunConfig
 from megatron_ext.data import index_cache
 from megatron_ext.data.gpt import GPTDataset, MockGPTDataset
 from megatron_ext.data.indexed import DatasetError, Index
-from megatron_ext.data.manifest import check_dataset, sampled_ids
+from megatron_ext.data.manifest import TokenizerLike, check_dataset, sampled_ids
 from megatron_ext.data.parts import check_parts
+from megatron_ext.data.views import Samples
 from megatron_ext.platform.collective import on_every_rank, on_first_rank
 
 Blend = tuple[list[str], list[float] | None]
@@ -34,7 +36,9 @@ DEFAULT_SPLIT = "969, 30, 1"
 logger = logging.getLogger(__name__)
 
 
-def build_datasets(run: RunConfig, tokenizer, sizes: Sequence[int | None]) -> tuple:
+def build_datasets(
+    run: RunConfig, tokenizer: TokenizerLike, sizes: Sequence[int | None]
+) -> tuple[Samples | None, ...]:
     """Build (train, valid, test); None where the flags give no such set. A collective call.
 
     Args:
@@ -81,7 +85,7 @@ def _leave_out(config: GPTDatasetConfig, split: Split) -> None:
         config.split_matrix[split.value] = None
 
 
-def dataset_config(run: RunConfig, tokenizer) -> GPTDatasetConfig:
+def dataset_config(run: RunConfig, tokenizer: TokenizerLike) -> GPTDatasetConfig:
     """The configuration that Megatron-LM's core_gpt_dataset_config_from_args makes of the flags."""
     blend, blend_per_split = blends(run)
     if not run.data.mock_data and not blend and not any(blend_per_split or ()):
@@ -172,14 +176,16 @@ def _prefixes(config: GPTDatasetConfig) -> set[str]:
     return {prefix for blend in found if blend for prefix in blend[0]}
 
 
-def _check_data(config: GPTDatasetConfig, sizes: Sequence[int | None], tokenizer, split: str | None) -> None:
+def _check_data(
+    config: GPTDatasetConfig, sizes: Sequence[int | None], tokenizer: TokenizerLike, split: str | None
+) -> None:
     """Check every dataset, and that each part of it holds text."""
     indices = {prefix: check_dataset(prefix, tokenizer) for prefix in sorted(_prefixes(config))}
     check_parts(config, indices, sizes, split)
     _warn_of_pad_tokens(indices, tokenizer)
 
 
-def _warn_of_pad_tokens(indices: dict[str, Index], tokenizer) -> None:
+def _warn_of_pad_tokens(indices: dict[str, Index], tokenizer: TokenizerLike) -> None:
     """Say so where the text holds the pad token, which upstream's samples then neither predict nor read."""
     pad = tokenizer.pad
     if pad < 0 or pad in (tokenizer.eod, tokenizer.eos):
@@ -198,11 +204,13 @@ class LocalBuilder(BlendedMegatronDatasetBuilder):
     The order of the ranks is settled around it, where an error cannot leave the others waiting.
     """
 
-    def __init__(self, kind: type, sizes: Sequence[int | None], config: GPTDatasetConfig) -> None:
+    def __init__(self, kind: type[Any], sizes: Sequence[int | None], config: GPTDatasetConfig) -> None:
         super().__init__(kind, list(sizes), lambda: True, config)
 
     @staticmethod
-    def build_generic_dataset(cls, is_built_on_rank, synchronize_ranks, *arguments):
+    def build_generic_dataset(
+        cls: type[Any], is_built_on_rank: Callable[[], bool], synchronize_ranks: bool, *arguments: Any
+    ) -> Any:
         """Construct ``cls(*arguments)``."""
         if cls is BlendedDataset and not torch.distributed.is_initialized():
             # With a cache BlendedDataset asks for the rank, which a lone process has not.
@@ -210,7 +218,9 @@ class LocalBuilder(BlendedMegatronDatasetBuilder):
             arguments[-1].path_to_cache = None
         return cls(*arguments)
 
-    def _build_megatron_datasets_parallel(self, prefixes, split, sizes_per_dataset):
+    def _build_megatron_datasets_parallel(
+        self, prefixes: list[str], split: list[float], sizes_per_dataset: list[list[int]]
+    ) -> list[list[GPTDataset | None]]:
         """[split][prefix] datasets, with ``--num-dataset-builder-threads`` threads."""
         with ThreadPoolExecutor(self.config.num_dataset_builder_threads) as threads:
             by_prefix = threads.map(
@@ -221,8 +231,8 @@ class LocalBuilder(BlendedMegatronDatasetBuilder):
             return [list(datasets) for datasets in zip(*by_prefix, strict=True)]
 
 
-def _build(kind: type, sizes: Sequence[int | None], config: GPTDatasetConfig) -> list:
-    built: list = [None] * len(Split)
+def _build(kind: type[Any], sizes: Sequence[int | None], config: GPTDatasetConfig) -> list[Samples | None]:
+    built: list[Samples | None] = [None] * len(Split)
     try:
         for part, wanted in _by_weights(config, sizes):
             for split, dataset in enumerate(LocalBuilder(kind, wanted, part).build()):
@@ -261,10 +271,10 @@ def _explain(error: Exception, config: GPTDatasetConfig) -> str:
     )
 
 
-def _fill_cache(kind: type, sizes: Sequence[int | None], config: GPTDatasetConfig) -> str:
+def _fill_cache(kind: type[Any], sizes: Sequence[int | None], config: GPTDatasetConfig) -> str:
     """Build what is missing in the cache of index files; returns the folder."""
 
-    def build(aside: Path) -> list:
+    def build(aside: Path) -> list[Samples | None]:
         staged = copy.copy(config)
         staged.path_to_cache = str(aside)
         return _build(kind, sizes, staged)

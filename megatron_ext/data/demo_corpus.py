@@ -8,6 +8,7 @@ import re
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from megatron_ext.common.files import write_aside
 
@@ -19,13 +20,13 @@ VALID_SHARE = 0.02
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
 
-def collect(max_bytes: int) -> list[dict]:
+def collect(max_bytes: int) -> list[dict[str, Any]]:
     """Documents {"text", "source"} of ``max_bytes`` UTF-8 bytes at most, in an order by hash of text.
 
     Files are taken by the hash of their names, and reading ends when there is enough.
     """
     seen: set[str] = set()
-    chosen: list[tuple[str, dict]] = []
+    chosen: list[tuple[str, dict[str, Any]]] = []
     total = 0
     kinds = {"documentation": _documentation, "standard library": _standard_library, "packages": _packages}
     for kind, share in SHARES:
@@ -46,10 +47,11 @@ def digest(text: str) -> str:
     return hashlib.sha256("".join(text.split()).encode("utf-8")).hexdigest()
 
 
-def split(documents: list[dict]) -> tuple[list[dict], list[dict]]:
+def split(documents: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(training, validation): about 2 % of the bytes, at least one document if there are two."""
     wanted = VALID_SHARE * sum(len(document["text"].encode()) for document in documents)
-    taken, valid = 0, []
+    valid: list[dict[str, Any]] = []
+    taken = 0
     for document in documents[:-1]:
         if valid and taken >= wanted:
             break
@@ -58,7 +60,7 @@ def split(documents: list[dict]) -> tuple[list[dict], list[dict]]:
     return documents[len(valid) :], valid
 
 
-def write(path: str, documents: list[dict]) -> dict:
+def write(path: str, documents: list[dict[str, Any]]) -> dict[str, Any]:
     """Write JSON lines, gzip-compressed if the name ends in .gz; counts."""
     lines = b"".join(json.dumps(d, ensure_ascii=False).encode("utf-8") + b"\n" for d in documents)
     data = gzip.compress(lines, 6, mtime=0) if path.endswith(".gz") else lines
@@ -77,7 +79,9 @@ def clean(text: str) -> str:
 def _documentation() -> Iterator[tuple[str, str]]:
     """pydoc's topics, and the README, reST and text files of packages."""
     try:
-        from pydoc_data.topics import topics
+        from pydoc_data import topics as pydoc
+
+        topics = pydoc.topics
     except ImportError:  # some distributions leave it out
         topics = {}
     for name, text in sorted(topics.items()):

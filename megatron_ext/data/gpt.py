@@ -5,6 +5,8 @@ them for all later ones, but only after it has masked that sample's pad tokens: 
 every other sample, so that losses depend on ``--num-workers`` and on where a run was resumed.
 """
 
+from typing import Any
+
 import torch
 from megatron.core.datasets import gpt_dataset
 
@@ -12,7 +14,10 @@ from megatron.core.datasets import gpt_dataset
 class _OwnLossMasks:
     """Fills upstream's cache at the start, from a sequence without special tokens."""
 
-    def __init__(self, *arguments):
+    config: gpt_dataset.GPTDatasetConfig
+    masks_and_position_ids_are_cacheable: bool
+
+    def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         if not self.masks_and_position_ids_are_cacheable:
             return

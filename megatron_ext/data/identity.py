@@ -11,13 +11,16 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from megatron_ext.config import RunConfig
 from megatron_ext.data.indexed import DatasetError
-from megatron_ext.data.manifest import read_manifest
+from megatron_ext.data.manifest import TokenizerLike, read_manifest
+
+if TYPE_CHECKING:
+    from megatron_ext.data.views import Samples
 
 #: What is read of each file of a source: this many pieces of this many bytes, spread evenly.
 PIECES, PIECE_BYTES = 64, 1 << 14
@@ -25,7 +28,7 @@ PIECES, PIECE_BYTES = 64, 1 << 14
 PROBES = 16
 
 
-def identify(run: RunConfig, tokenizer, samples: int) -> dict:
+def identify(run: RunConfig, tokenizer: TokenizerLike, samples: int) -> dict[str, Any]:
     """What decides the first ``samples`` samples of the training set that the flags describe.
 
     Reads about a megabyte of each file, whatever its size. ``tokenizer`` is of build_tokenizer.
@@ -72,10 +75,10 @@ def stated(saved: Mapping[str, Any]) -> dict[str, Any]:
     if split is not None and not given["mock"]:
         part = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))[0]
         given["documents"] = list(part) if part else None
-    batches = saved.get("train_iters"), saved.get("global_batch_size")
+    iterations, batch = saved.get("train_iters"), saved.get("global_batch_size")
     given["samples"] = saved.get("train_samples")
-    if given["samples"] is None and None not in batches:
-        given["samples"] = batches[0] * batches[1]
+    if given["samples"] is None and iterations is not None and batch is not None:
+        given["samples"] = iterations * batch
     return {name: value for name, value in given.items() if value is not None}
 
 
@@ -94,7 +97,7 @@ def fingerprint(prefix: str) -> str:
     return digest.hexdigest()
 
 
-def probe(dataset, samples: int) -> str:
+def probe(dataset: "Samples", samples: int) -> str:
     """sha256 over the tokens of some samples: the order is Megatron-Core's and NumPy's to change."""
     digest = hashlib.sha256()
     for number in np.unique(np.linspace(0, samples - 1, PROBES).astype(np.int64)).tolist():
@@ -102,7 +105,7 @@ def probe(dataset, samples: int) -> str:
     return digest.hexdigest()
 
 
-def dataset_hash(identity: dict) -> str:
+def dataset_hash(identity: dict[str, Any]) -> str:
     """One sha256 for all that decides the samples; names of files are left out."""
     told = {name: value for name, value in identity.items() if name not in ("sources", "hash")}
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
@@ -117,7 +120,7 @@ def _short(text: str | None) -> str:
 
 
 #: Field -> the flag that decides it, and how its value is told.
-_FIELDS: dict[str, tuple[str, Callable]] = {
+_FIELDS: dict[str, tuple[str, Callable[[Any], object]]] = {
     "fingerprints": ("--data-path", lambda values: " ".join(map(_short, values))),
     "weights": ("the weights of the blend", lambda values: values and [round(value, 6) for value in values]),
     "documents": ("--split", _share),
@@ -131,7 +134,7 @@ _FIELDS: dict[str, tuple[str, Callable]] = {
 }
 
 
-def differences(theirs: dict, ours: dict) -> list[str]:
+def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
     """Where two descriptions differ, a phrase each, of the fields that ``ours`` has."""
     return [
         f"{flag}: {told(theirs.get(name))} there, {told(ours[name])} here"
@@ -140,7 +143,7 @@ def differences(theirs: dict, ours: dict) -> list[str]:
     ]
 
 
-def require_same(theirs: dict, ours: dict, of: str, advice: str) -> None:
+def require_same(theirs: dict[str, Any], ours: dict[str, Any], of: str, advice: str) -> None:
     """Raise unless two descriptions agree in every field that ``ours`` has.
 
     Args:

@@ -40,7 +40,7 @@ _READERS = 4
 logger = logging.getLogger(__name__)
 
 
-def fill(cache: Path, build: Callable[[Path], list]) -> None:
+def fill(cache: Path, build: Callable[[Path], object]) -> None:
     """Let ``build(folder)`` make the datasets of a run, with the index files that ``cache`` lacks put there.
 
     Every index file that the datasets use is compared with its checksum; one that was altered is

@@ -11,7 +11,7 @@ import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Protocol
 
 import numpy as np
 
@@ -96,7 +96,13 @@ def read_index(prefix: str | Path) -> Index:
     )
 
 
-def write_index(file: BinaryIO, dtype: np.dtype, lengths: np.ndarray, documents: np.ndarray) -> None:
+class Writable(Protocol):
+    """What an index is written to: a file, or what hashes on the way to one."""
+
+    def write(self, data: bytes | memoryview, /) -> object: ...
+
+
+def write_index(file: Writable, dtype: np.dtype, lengths: np.ndarray, documents: np.ndarray) -> None:
     """Write an index byte for byte as Megatron-Core's IndexedDatasetBuilder does.
 
     ``lengths`` int32 [sequences], ``documents`` int64 [documents + 1].

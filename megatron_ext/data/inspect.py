@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from megatron_ext.common.files import sha256_file
 from megatron_ext.data.indexed import DatasetError, Index, bin_path, map_tokens
-from megatron_ext.data.manifest import check_dataset, manifest_path, read_manifest
+from megatron_ext.data.manifest import TokenizerLike, check_dataset, manifest_path, read_manifest
 
 BLOCK_IDS = 1 << 24
 
@@ -29,7 +30,7 @@ class Report:
     verified: list[str] | None = None
 
 
-def report(prefix: str | Path, tokenizer=None) -> tuple[Report, Index]:
+def report(prefix: str | Path, tokenizer: TokenizerLike | None = None) -> tuple[Report, Index]:
     """Statistics from the index alone; the files are checked as training checks them.
 
     Raises:
@@ -118,7 +119,9 @@ def _quantiles(lengths: np.ndarray) -> dict[str, float]:
     return {"mean": float(lengths.mean())} | {n: int(v) for n, v in zip(names, values.tolist(), strict=True)}
 
 
-def samples(prefix: str | Path, index: Index, count: int, tokenizer, ids_shown: int = 64) -> list[dict]:
+def samples(
+    prefix: str | Path, index: Index, count: int, tokenizer: TokenizerLike | None, ids_shown: int = 64
+) -> list[dict[str, Any]]:
     """The beginnings of ``count`` documents, spread evenly: number, tokens, ids, and text if decoded."""
     ids = map_tokens(prefix, index)
     ends = np.concatenate([[0], np.cumsum(index.lengths, dtype=np.int64)])[index.documents]

@@ -10,7 +10,10 @@ from torch.utils.data import DataLoader, Dataset
 from megatron_ext.config import RunConfig
 from megatron_ext.data.sampler import CyclicSampler, SequentialSampler
 
-SAMPLERS = {"single": SequentialSampler, "cyclic": CyclicSampler}
+SAMPLERS: dict[str, type[SequentialSampler] | type[CyclicSampler]] = {
+    "single": SequentialSampler,
+    "cyclic": CyclicSampler,
+}
 #: A signal for the job reaches every process of its group; these are the trainer's to answer.
 TRAINERS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -45,7 +48,9 @@ def sample_numbers(
     return list(islice(_sampler(dataset, run, consumed_samples, rank, size), count))
 
 
-def _sampler(dataset: Dataset, run: RunConfig, consumed_samples: int, rank: int, size: int):
+def _sampler(
+    dataset: Dataset, run: RunConfig, consumed_samples: int, rank: int, size: int
+) -> SequentialSampler | CyclicSampler:
     kind = SAMPLERS[run.data.dataloader_type or "single"]
     return kind(len(dataset), consumed_samples, run.training.micro_batch_size, rank, size)
 

@@ -9,8 +9,9 @@ Datasets of other tools have none; what can be checked without one is checked.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -22,7 +23,19 @@ FORMAT = "megatron_ext.dataset/1"
 SAMPLED_PIECES, SAMPLED_IDS = 64, 16384
 
 
-def read_manifest(prefix: str | Path) -> dict | None:
+class TokenizerLike(Protocol):
+    """What data asks of a tokenizer; those of ``megatron_ext/tokenizer/build.py`` have it."""
+
+    vocab_size: int
+    eod: int
+    eos: int
+    pad: int
+    sha256: str
+
+    def detokenize(self, ids: Sequence[int]) -> str: ...
+
+
+def read_manifest(prefix: str | Path) -> dict[str, Any] | None:
     """The manifest of a dataset, or None if there is none.
 
     Raises:
@@ -52,7 +65,7 @@ _KINDS = {
 }
 
 
-def _require_form(manifest: dict) -> None:
+def _require_form(manifest: dict[str, Any]) -> None:
     """Raise ValueError for an entry of another kind, and for a file that is not .bin or .idx."""
     for name, kind in _KINDS.items():
         if type(manifest.get(name, kind())) is not kind:
@@ -75,13 +88,13 @@ def refuse_replacing_others(prefix: str | Path) -> None:
     refuse_replacing(manifest_path(prefix), FORMAT)
 
 
-def write_manifest(prefix: str | Path, manifest: dict) -> None:
+def write_manifest(prefix: str | Path, manifest: dict[str, Any]) -> None:
     """Write PREFIX.json in one step; the last file of a dataset to appear."""
     text = json.dumps({"format": FORMAT} | manifest, indent=1, ensure_ascii=False)
     write_aside(manifest_path(prefix), lambda file: file.write(text.encode() + b"\n"))
 
 
-def check_dataset(prefix: str | Path, tokenizer=None) -> Index:
+def check_dataset(prefix: str | Path, tokenizer: TokenizerLike | None = None) -> Index:
     """Check that a dataset is whole and was made with ``tokenizer``; takes a fraction of a second.
 
     The index, and a .bin of up to 16 MiB, are compared with the manifest byte for byte, a longer .bin
@@ -103,7 +116,7 @@ def check_dataset(prefix: str | Path, tokenizer=None) -> Index:
     return index
 
 
-def _check_files(prefix: str | Path, manifest: dict) -> None:
+def _check_files(prefix: str | Path, manifest: dict[str, Any]) -> None:
     for suffix, facts in manifest.get("files", {}).items():
         path = Path(f"{prefix}.{suffix}")
         size = path.stat().st_size
@@ -119,7 +132,7 @@ def _check_files(prefix: str | Path, manifest: dict) -> None:
             )
 
 
-def _is_same(suffix: str, path: Path, facts: dict) -> bool:
+def _is_same(suffix: str, path: Path, facts: dict[str, Any]) -> bool:
     """Whether a file has the content that the manifest says; of a long .bin only pieces are compared."""
     if suffix == "idx" and "sha256" in facts:  # it is read whole anyway, and one number moves all samples
         return sha256_file(path) == facts["sha256"]
@@ -127,7 +140,7 @@ def _is_same(suffix: str, path: Path, facts: dict) -> bool:
     return "pieces_sha256" not in facts or pieces_digest(path) == facts["pieces_sha256"]
 
 
-def _check_tokenizer(prefix: str | Path, made_with: dict, tokenizer) -> None:
+def _check_tokenizer(prefix: str | Path, made_with: dict[str, Any], tokenizer: TokenizerLike) -> None:
     if made_with["sha256"] == tokenizer.sha256:
         return
     raise DatasetError(

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -38,7 +39,7 @@ def find_prefixes(inputs: Sequence[str]) -> list[str]:
     return found
 
 
-def merge(prefixes: Sequence[str], output_prefix: str | Path) -> dict:
+def merge(prefixes: Sequence[str], output_prefix: str | Path) -> dict[str, Any]:
     """Write the documents of all ``prefixes``, in this order, as one dataset; returns its manifest.
 
     Memory: 28 bytes a document.
@@ -53,7 +54,7 @@ def merge(prefixes: Sequence[str], output_prefix: str | Path) -> dict:
     refuse_replacing_others(output_prefix)
     with unchanged(files):
         indices = [check_dataset(prefix) for prefix in prefixes]
-        manifests = [read_manifest(prefix) for prefix in prefixes]
+        manifests = [read_manifest(prefix) or {} for prefix in prefixes]
         _check_same(prefixes, [index.dtype for index in indices], "ids of type")
         known = [(p, m["tokenizer"]["sha256"]) for p, m in zip(prefixes, manifests, strict=True) if _knows(m)]
         _check_same([p for p, _ in known], [sha256[:12] for _, sha256 in known], "the tokenizer")
@@ -73,13 +74,13 @@ def merge(prefixes: Sequence[str], output_prefix: str | Path) -> dict:
     return written.counts() | manifest
 
 
-def _checked_blocks(prefix: str, manifest: dict | None) -> Iterator[bytes]:
+def _checked_blocks(prefix: str, manifest: dict[str, Any]) -> Iterator[bytes]:
     """The content of PREFIX.bin, which is compared with the manifest on the way."""
     digest = hashlib.sha256()
     for block in file_blocks(bin_path(prefix)):
         digest.update(block)
         yield block
-    told = (manifest or {}).get("files", {}).get("bin", {}).get("sha256")
+    told = manifest.get("files", {}).get("bin", {}).get("sha256")
     if told not in (None, digest.hexdigest()):
         raise DatasetError(
             f"{bin_path(prefix)}: its sha256 is not the manifest's: it was changed or damaged; copy it "
@@ -95,16 +96,16 @@ def _joined_documents(indices: list[Index]) -> np.ndarray:
     return np.concatenate(bounds)
 
 
-def _knows(manifest: dict | None) -> bool:
-    return bool(manifest and manifest.get("tokenizer", {}).get("sha256"))
+def _knows(manifest: dict[str, Any]) -> bool:
+    return bool(manifest.get("tokenizer", {}).get("sha256"))
 
 
-def _says(manifest: dict | None) -> bool:
+def _says(manifest: dict[str, Any]) -> bool:
     """Whether it is known if documents end with an id of their own."""
-    return "append_eod" in (manifest or {}).get("options", {})
+    return "append_eod" in manifest.get("options", {})
 
 
-def _check_same(prefixes: Sequence[str], values: list, what: str) -> None:
+def _check_same(prefixes: Sequence[str], values: Sequence[object], what: str) -> None:
     for prefix, value in zip(prefixes, values, strict=True):
         if value != values[0]:
             raise DatasetError(
@@ -113,9 +114,14 @@ def _check_same(prefixes: Sequence[str], values: list, what: str) -> None:
             )
 
 
-def _joined_manifest(prefixes: Sequence[str], manifests: list[dict | None], dtype: np.dtype) -> dict:
+def _joined_manifest(
+    prefixes: Sequence[str], manifests: list[dict[str, Any]], dtype: np.dtype
+) -> dict[str, Any]:
     """What is known of the whole: a fact that one dataset lacks is left out."""
-    joined: dict = {"dtype": np.dtype(dtype).name, "merged_from": [Path(prefix).name for prefix in prefixes]}
+    joined: dict[str, Any] = {
+        "dtype": np.dtype(dtype).name,
+        "merged_from": [Path(prefix).name for prefix in prefixes],
+    }
     if all(map(_says, manifests)):
         joined["options"] = {"append_eod": manifests[0]["options"]["append_eod"]}
     if not all(map(_knows, manifests)):

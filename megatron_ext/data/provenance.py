@@ -1,13 +1,15 @@
 """From a sample back to the documents it was cut from."""
 
+from typing import Any
+
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.gpt_dataset import GPTDataset, MockGPTDataset
 
 from megatron_ext.data.rounds.dataset import NumberedDataset
-from megatron_ext.data.views import Chained
+from megatron_ext.data.views import Chained, Samples
 
 
-def provenance(dataset, number: int) -> dict:
+def provenance(dataset: Samples, number: int) -> dict[str, Any]:
     """Where sample ``number`` of a dataset comes from.
 
     ``{"number"}`` (in a round, that in the first round's training set), and of a GPTDataset, alone or
@@ -16,7 +18,7 @@ def provenance(dataset, number: int) -> dict:
     """
     if isinstance(dataset, NumberedDataset):
         return provenance(dataset.dataset, dataset.sample_id(number))
-    found = {"number": int(number)}
+    found: dict[str, Any] = {"number": int(number)}
     if isinstance(dataset, Chained):
         part, place = dataset.locate(number)
         return provenance(part, place) | found

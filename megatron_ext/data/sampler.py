@@ -63,12 +63,12 @@ class CyclicSampler:
                 "data, or give a smaller --micro-batch-size or --seq-length"
             )
         number = self.consumed_samples // size + self.data_parallel_rank
-        epoch, order = -1, []
+        epoch, order = -1, torch.empty(0, dtype=torch.int64)
         while True:
             if number // per_epoch != epoch:
                 epoch = number // per_epoch
                 generator = torch.Generator().manual_seed(epoch)
-                order = torch.randperm(per_epoch * size, generator=generator).numpy()
+                order = torch.randperm(per_epoch * size, generator=generator)
             start = number % per_epoch * size
             yield order[start : start + size].tolist()
             number += self.data_parallel_size

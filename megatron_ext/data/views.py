@@ -4,28 +4,36 @@ import sys
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+
+
+class Samples(Protocol):
+    """A dataset: Megatron-Core's, or one of those that see another one otherwise."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, place: int, /) -> dict[str, Any]: ...
 
 
 class Endless:
     """A dataset that begins again at its end."""
 
-    def __init__(self, dataset):
+    def __init__(self, dataset: Samples) -> None:
         self.dataset = dataset
 
     def __len__(self) -> int:
         return sys.maxsize
 
-    def __getitem__(self, place: int) -> dict:
+    def __getitem__(self, place: int) -> dict[str, Any]:
         return self.dataset[place % len(self.dataset)]
 
 
 class Chained:
     """Datasets one after the other."""
 
-    def __init__(self, parts: Sequence):
+    def __init__(self, parts: Sequence[Samples]) -> None:
         self.parts = list(parts)
         self._ends = list(accumulate(map(len, self.parts)))
 
@@ -37,7 +45,7 @@ class Chained:
         part = bisect_right(self._ends, place)
         return self.parts[part], place - (self._ends[part - 1] if part else 0)
 
-    def __getitem__(self, place: int) -> dict:
+    def __getitem__(self, place: int) -> dict[str, Any]:
         dataset, place = self.locate(place)
         return dataset[place]
 
@@ -49,14 +57,14 @@ class Span:
     sample says its number in the dataset, as ``sample_id``.
     """
 
-    def __init__(self, dataset, begin: int, end: int, unit: int):
+    def __init__(self, dataset: Samples, begin: int, end: int, unit: int) -> None:
         self.dataset, self.begin, self.end = dataset, begin, end
         self.length = -(-(end - begin) // unit) * unit
 
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, place: int) -> dict:
+    def __getitem__(self, place: int) -> dict[str, Any]:
         number = self.begin + place
         if number < self.end:
             return {**self.dataset[number], "sample_id": number}

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -28,9 +28,9 @@ class Written:
     documents: int = 0
     sequences: int = 0
     tokens: int = 0
-    files: dict[str, dict] = field(default_factory=dict)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def counts(self) -> dict:
+    def counts(self) -> dict[str, Any]:
         """The manifest's entries that are known here."""
         return {
             "documents": self.documents,
@@ -92,7 +92,7 @@ def _lock(path: Path) -> BinaryIO:
         file.close()
 
 
-def publish(written: Written, manifest: dict) -> None:
+def publish(written: Written, manifest: dict[str, Any]) -> None:
     """Give the files their names. A dataset with a manifest is complete; one without may not be."""
     prefix = written.prefix
     manifest_path(prefix).unlink(missing_ok=True)
@@ -114,7 +114,7 @@ def _aside(prefix: str | Path, suffix: str) -> Path:
     return Path(f"{prefix}.{suffix}.aside")
 
 
-def _copy(blocks: Iterable[bytes], file) -> None:
+def _copy(blocks: Iterable[bytes], file: "_Hashing") -> None:
     for block in blocks:
         file.write(block)
 
@@ -122,15 +122,15 @@ def _copy(blocks: Iterable[bytes], file) -> None:
 class _Hashing:
     """A file that knows the sha256 of what was written to it."""
 
-    def __init__(self, file) -> None:
+    def __init__(self, file: BinaryIO) -> None:
         self.file, self.digest = file, hashlib.sha256()
 
-    def write(self, data) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         self.digest.update(data)
         self.file.write(data)
 
 
-def _write(raw: BinaryIO, write: Callable) -> dict:
+def _write(raw: BinaryIO, write: Callable[["_Hashing"], object]) -> dict[str, Any]:
     """Write an open file and wait until it is on disk; what the manifest says of it."""
     file = _Hashing(raw)
     write(file)

@@ -4,6 +4,7 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from megatron_ext.config.data import TokenizerConfig
 from megatron_ext.data.indexed import dataset_files
@@ -71,7 +72,7 @@ class Options:
         names = [source.path for source in sources if source.path != STDIN]
         return [*names, *filter(None, [self.tokenizer.tokenizer_model])]
 
-    def describe(self) -> dict:
+    def describe(self) -> dict[str, Any]:
         """The options that decide the output, for the manifest."""
         return {
             "json_keys": self.json_keys,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -92,7 +93,7 @@ def _bytes_of(processor, i: int) -> bytes | None:
     return bytes([int(piece[3:5], 16)]) if processor.is_byte(i) else piece.replace("▁", " ").encode()
 
 
-def retokenize(old_prefix: str, old_model: str, new_model: str, new_prefix: str) -> dict:
+def retokenize(old_prefix: str, old_model: str, new_model: str, new_prefix: str) -> dict[str, Any]:
     """Writes the dataset ``new_prefix``; the summary.
 
     Raises:

@@ -3,6 +3,7 @@
 import functools
 import os
 from collections.abc import Iterator
+from typing import Any
 
 from megatron_ext.common.files import InputChanged, refuse_overwriting
 from megatron_ext.common.progress import Progress
@@ -22,7 +23,7 @@ from megatron_ext.tokenizer import encoding
 from megatron_ext.tokenizer.build import Tokenizer
 
 
-def preprocess(options: Options, quiet: bool = False) -> dict:
+def preprocess(options: Options, quiet: bool = False) -> dict[str, Any]:
     """Write ``PREFIX_KEY_document.bin/.idx/.json`` for each key; the summary of the run.
 
     Killed at any moment, the same call goes on where it was and gives the same bytes. Memory is
@@ -56,7 +57,7 @@ def preprocess(options: Options, quiet: bool = False) -> dict:
         return _Run(options, sources, tokenizer, plan, progress, lock).run()
 
 
-def _finished(options: Options, sources: list[Source], plan: str) -> dict | None:
+def _finished(options: Options, sources: list[Source], plan: str) -> dict[str, Any] | None:
     """The summary of an earlier run that did the very same, if its files are all there."""
     if any(source.bytes is None for source in sources):
         return None
@@ -98,7 +99,7 @@ class _Run:
         used = (which for which, _, _ in units(sources, self.chunk_bytes, options.shard))
         self.check = InputCheck(sources, used, self.chunk_bytes)
 
-    def run(self) -> dict:
+    def run(self) -> dict[str, Any]:
         recipe = Recipe(
             self.folder,
             tuple(self.options.json_keys),
@@ -143,7 +144,7 @@ class _Run:
         self.check.require_unchanged(chunk.source)  # a line may be cut off because its file was
         return PreprocessError(bad_line_message(chunk, failure.line, failure.reason, "skip or quarantine"))
 
-    def _inputs(self) -> list[dict]:
+    def _inputs(self) -> list[dict[str, Any]]:
         """What the manifest says of the inputs; parts of other content must not be found again."""
         try:
             return self.check.finish()
@@ -172,7 +173,7 @@ class _Run:
             raise PreprocessError(f"{self.sources[0].path}: no line can be used. Nothing was written")
         return empty
 
-    def _assemble(self, parts: list[Part], inputs: list[dict], empty: list[str]) -> dict:
+    def _assemble(self, parts: list[Part], inputs: list[dict[str, Any]], empty: list[str]) -> dict[str, Any]:
         options, dtype = self.options, optimal_dtype(self.tokenizer.vocab_size)
         keep = assemble.first_of_equals(parts, self.folder) if options.dedup else None
         datasets = [
@@ -224,7 +225,7 @@ class _Run:
         )
 
 
-def describe(summary: dict) -> str:
+def describe(summary: dict[str, Any]) -> str:
     """The summary for people, one line a dataset."""
     lines = []
     for prefix, manifest in summary["datasets"].items():

@@ -9,6 +9,7 @@ import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -120,7 +121,7 @@ class _Writer:
     def bad(self, document: BadDocument) -> None:
         if self.recipe.on_bad_line == "stop":
             raise StoppedAtBadLine(document.place, document.reason)
-        note: dict = {"line": document.place, "reason": document.reason}
+        note: dict[str, Any] = {"line": document.place, "reason": document.reason}
         if self.recipe.on_bad_line == "quarantine" and document.raw:
             note |= _quote(document.raw)
         self.part.bad_lines += 1
@@ -193,7 +194,7 @@ def _documents(
     return ids, lengths, sequences
 
 
-def _quote(line: bytes) -> dict:
+def _quote(line: bytes) -> dict[str, Any]:
     """The line itself, as text if it is text."""
     line = line.rstrip(b"\r\n")
     try:

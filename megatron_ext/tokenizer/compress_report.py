@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,7 @@ SIZES = (8000, 12000, 16000, 20000, 24000, 30000, 32000, 40000, 48000, 56000, 64
 MIN_COVERAGE, MAX_SHARE = 0.90, 0.20
 
 
-def curve(vocabulary: Vocabulary, counts: Counts, sizes: list[int]) -> list[dict]:
+def curve(vocabulary: Vocabulary, counts: Counts, sizes: list[int]) -> list[dict[str, Any]]:
     """Coverage and fertility of each group at several vocabulary sizes, largest first.
 
     Coverage: share of the full tokenizer's tokens whose piece stays. Fertility: tokens a byte, with a dropped
@@ -30,7 +31,7 @@ def curve(vocabulary: Vocabulary, counts: Counts, sizes: list[int]) -> list[dict
     lost, added = np.zeros(len(before)), np.zeros(len(before))
     left = len(vocabulary.texts)
     wanted = sorted({size for size in sizes if size <= left} | {left}, reverse=True)
-    points: list[dict] = []
+    points: list[dict[str, Any]] = []
 
     def note() -> None:
         while wanted and left == wanted[0]:
@@ -57,7 +58,7 @@ def curve(vocabulary: Vocabulary, counts: Counts, sizes: list[int]) -> list[dict
     return points
 
 
-def add_shares(points: list[dict], preset_name: str) -> None:
+def add_shares(points: list[dict[str, Any]], preset_name: str) -> None:
     """Adds to each point the share of embedding and output head in the parameters of a preset."""
     from megatron_ext.config.describe import embedding_share
     from megatron_ext.config.presets import preset
@@ -68,7 +69,7 @@ def add_shares(points: list[dict], preset_name: str) -> None:
         point["embedding_share"] = embedding_share(model)
 
 
-def recommend(points: list[dict]) -> dict:
+def recommend(points: list[dict[str, Any]]) -> dict[str, Any]:
     """The sizes that keep both guidelines, the largest of them recommended (None if there is none)."""
     fits = [
         point["vocab_size"]
@@ -82,7 +83,9 @@ def recommend(points: list[dict]) -> dict:
     }
 
 
-def examples(vocabulary: Vocabulary, counts: np.ndarray, kept: np.ndarray, number: int = 20) -> dict:
+def examples(
+    vocabulary: Vocabulary, counts: np.ndarray, kept: np.ndarray, number: int = 20
+) -> dict[str, Any]:
     """Some pieces with their counts: the most frequent dropped, the rarest kept, the dead ones dropped."""
     is_kept = np.zeros(len(counts), dtype=bool)
     is_kept[kept] = True
@@ -99,7 +102,9 @@ def examples(vocabulary: Vocabulary, counts: np.ndarray, kept: np.ndarray, numbe
     }
 
 
-def compare(old: NativeEncoder, new: NativeEncoder, documents: dict[str, list[str]]) -> dict[str, dict]:
+def compare(
+    old: NativeEncoder, new: NativeEncoder, documents: dict[str, list[str]]
+) -> dict[str, dict[str, Any]]:
     """Per group: tokens and bytes a token before and after, and documents that do not come back exactly."""
     result = {}
     for group, texts in documents.items():
@@ -121,7 +126,7 @@ def compare(old: NativeEncoder, new: NativeEncoder, documents: dict[str, list[st
     return result
 
 
-def write(report: dict, folder: Path) -> None:
+def write(report: dict[str, Any], folder: Path) -> None:
     """Writes report.json, report.md and, where matplotlib is installed, report.png."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
@@ -130,7 +135,7 @@ def write(report: dict, folder: Path) -> None:
     write_aside(folder / "report.md", lambda file: file.write(_markdown(report, drawn).encode()))
 
 
-def _markdown(report: dict, drawn: bool) -> str:
+def _markdown(report: dict[str, Any], drawn: bool) -> str:
     lines = [
         f"# {report['old_size']:,} -> {report['new_size']:,} pieces",
         "",
@@ -176,7 +181,7 @@ def _markdown(report: dict, drawn: bool) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _by_group(points: list[dict], what: str, form: str) -> list[str]:
+def _by_group(points: list[dict[str, Any]], what: str, form: str) -> list[str]:
     """A table of one number: groups of the counted text down, vocabulary sizes across."""
     sizes = " | ".join(f"{point['vocab_size']:,}" for point in points)
     lines = ["", f"## {what.replace('_', ' ').replace('per', 'a').capitalize()} of each group", ""]
@@ -187,7 +192,7 @@ def _by_group(points: list[dict], what: str, form: str) -> list[str]:
     return lines
 
 
-def _draw(report: dict, path: Path) -> bool:
+def _draw(report: dict[str, Any], path: Path) -> bool:
     try:
         import matplotlib
     except ImportError:

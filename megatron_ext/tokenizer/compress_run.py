@@ -8,6 +8,7 @@ import time
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -48,7 +49,7 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def compress(args: Namespace) -> dict:
+def compress(args: Namespace) -> dict[str, Any]:
     """Counts, chooses, writes; the summary of what was done. ``args``: see the tool.
 
     Raises:
@@ -170,7 +171,7 @@ def counted(args: Namespace, files: Files, encoder: NativeEncoder, digest: str) 
         )
 
 
-def measure(args: Namespace, files: Files, new: NativeEncoder, before: int) -> dict:
+def measure(args: Namespace, files: Files, new: NativeEncoder, before: int) -> dict[str, Any]:
     """Tokens of --input with the new model."""
     say("counting again with the new model")
     after = int(counted(args, files, new, "")[0].total.sum())
@@ -214,13 +215,13 @@ def write_hf_folder(folder: Path, model: bytes, new: NativeEncoder) -> str | Non
 
 def report(
     args: Namespace,
-    summary: dict,
+    summary: dict[str, Any],
     vocabulary: Vocabulary,
     counts: Counts,
     kept: np.ndarray,
     encoders: tuple[NativeEncoder, NativeEncoder],
     texts: dict[str, list[str]],
-) -> dict:
+) -> dict[str, Any]:
     """Writes everything of --report; the sizes recommended."""
     points = compress_report.curve(vocabulary, counts, [*compress_report.SIZES, args.vocab_size])
     compress_report.add_shares(points, args.model_preset)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 
@@ -136,7 +136,9 @@ def merges_of(encoder: NativeEncoder, proto: ModelProto) -> list[tuple[str, str]
     return [tuple(processor.id_to_piece(part) for part in derivations[i]) for i in ordered]
 
 
-def _leftmost_first(group: list[int], derivations: list[list[int]], made: dict, processor) -> Iterator[int]:
+def _leftmost_first(
+    group: list[int], derivations: list[list[int]], made: dict[str, Any], processor
+) -> Iterator[int]:
     """Merges of equal score in an order that, one by one, takes what sentencepiece takes: the leftmost.
 
     One that can stand to the left of another and share a piece with it, or with what comes of it, is first.

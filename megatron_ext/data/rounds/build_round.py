@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -98,7 +99,7 @@ class Report:
     source_after: np.ndarray  # int [sources]
     source_expected: np.ndarray  # float [sources]
 
-    def as_json(self) -> dict:
+    def as_json(self) -> dict[str, Any]:
         histogram = {name: getattr(self, name).tolist() for name in ("edges", "groups", "kept", "expected")}
         before, after = self.source_before, self.source_after
         return {
@@ -122,7 +123,7 @@ def build_round(
     options: RoundOptions,
     output: str | Path,
     show_progress: bool = False,
-) -> tuple[dict, Report]:
+) -> tuple[dict[str, Any], Report]:
     """Draw a round and write its index and manifest; returns the manifest and the report.
 
     Raises:
@@ -138,7 +139,7 @@ def build_round(
 
 def _build(
     source: Losses, options: RoundOptions, paths: RoundPaths, watch: Watch, show_progress: bool
-) -> tuple[dict, Report]:
+) -> tuple[dict[str, Any], Report]:
     groups = Groups(source, options.group_size)
     names = source.source_names or ["all"]
     sources = source.sources
@@ -153,21 +154,21 @@ def _build(
 
     def chunks() -> Iterator[drawing.Chunk]:
         for (begin, end), losses in zip(groups.spans(), groups.losses(), strict=True):
-            strata = None if stratum_of is None else stratum_of[sources[begin:end]]
+            strata = None if stratum_of is None or sources is None else stratum_of[sources[begin:end]]
             yield losses / options.temperature, strata
             progress.add(end - begin)
 
     report = _empty_report(*_range(groups), names)
-    levels = _expected_levels(chunks, counts, report.edges / options.temperature)
-    limits = drawing.thresholds(chunks, counts, options.key)
-    paths.index.parent.mkdir(parents=True, exist_ok=True)
-    paths.manifest.unlink(missing_ok=True)  # until the new index is whole there is none
-    drawn = drawing.draw(chunks, limits, options.key)
-    selected, sha256 = _write_index(paths.index, _ids(drawn, levels, groups, options, report), watch)
+    with progress:
+        levels = _expected_levels(chunks, counts, report.edges / options.temperature)
+        limits = drawing.thresholds(chunks, counts, options.key)
+        paths.index.parent.mkdir(parents=True, exist_ok=True)
+        paths.manifest.unlink(missing_ok=True)  # until the new index is whole there is none
+        drawn = drawing.draw(chunks, limits, options.key)
+        selected, sha256 = _write_index(paths.index, _ids(drawn, levels, groups, options, report), watch)
     manifest = _manifest(source, options, selected, sha256, len(groups), sum(counts), report)
     text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
     write_aside(paths.manifest, lambda file: file.write(text.encode()))
-    progress.close()
     return manifest, report
 
 
@@ -177,7 +178,8 @@ def check_finite(source: Losses) -> None:
     Raises:
         DatasetError: with their number, and the first samples that have them.
     """
-    bad, named = 0, []
+    named: list[int] = []
+    bad = 0
     for begin in range(0, len(source.losses), drawing.CHUNK):
         values = source.losses[begin : begin + drawing.CHUNK]
         if not (np.isfinite(values.min()) and np.isfinite(values.max())):
@@ -199,7 +201,7 @@ def _strata(source: Losses, groups: Groups, options: RoundOptions) -> tuple[np.n
     def count(population: int) -> int:
         return max(1, round(options.rate * population))
 
-    if not options.per_source:
+    if not options.per_source or source.sources is None:
         return None, [count(len(groups))]
     held = np.bincount(source.sources, minlength=len(source.source_names))
     present = np.flatnonzero(held)
@@ -243,7 +245,7 @@ def _empty_report(low: float, high: float, names: list[str]) -> Report:
 
 
 def _ids(
-    drawn: Iterator, levels: np.ndarray, groups: Groups, options: RoundOptions, report: Report
+    drawn: Iterator[drawing.Drawn], levels: np.ndarray, groups: Groups, options: RoundOptions, report: Report
 ) -> Iterator[np.ndarray]:
     """Sample numbers of each chunk's drawn groups, ascending; fills in the report on the way."""
     low, width = report.edges[0], report.edges[1] - report.edges[0]
@@ -276,12 +278,12 @@ def _write_index(path: Path, ids: Iterator[np.ndarray], watch: Watch) -> tuple[i
     """
     count, digest = 0, hashlib.sha256()
 
-    def header(file) -> None:
+    def header(file: BinaryIO) -> None:
         # NumPy leaves room for any length, so the header can be written again at the end.
         told = {"descr": "<i8", "fortran_order": False, "shape": (count,)}
         np.lib.format.write_array_header_1_0(file, told)
 
-    def write(file) -> None:
+    def write(file: BinaryIO) -> None:
         nonlocal count
         header(file)
         begin = file.tell()
@@ -307,8 +309,8 @@ def _manifest(
     num_groups: int,
     drawn: int,
     report: Report,
-) -> dict:
-    losses = {"file": source.path.name, "kind": "plain"}
+) -> dict[str, Any]:
+    losses: dict[str, Any] = {"file": source.path.name, "kind": "plain"}
     if source.manifest is not None:
         names = ("kind", "model", "tokens", "mean_loss")
         losses |= {name: source.manifest.get(name) for name in names}

@@ -9,11 +9,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from megatron_ext.data.indexed import DatasetError
 from megatron_ext.data.rounds.loss_record import map_array, read_json
+
+if TYPE_CHECKING:
+    from megatron_ext.data.views import Samples
 
 FORMAT = "megatron_ext.round/1"
 #: How training may take the samples.
@@ -45,7 +49,7 @@ class RoundIndex:
 
     path: Path
     ids: np.ndarray
-    manifest: dict
+    manifest: dict[str, Any]
 
 
 def read_round(path: str | Path) -> RoundIndex:
@@ -74,7 +78,7 @@ def read_round(path: str | Path) -> RoundIndex:
     return RoundIndex(paths.index, ids, manifest)
 
 
-def _check_ids(paths: RoundPaths, ids: np.ndarray, manifest: dict) -> None:
+def _check_ids(paths: RoundPaths, ids: np.ndarray, manifest: dict[str, Any]) -> None:
     """Every id is read: one that is another sample's would train on it without a word."""
     digest, before = hashlib.sha256(), -1
     for begin in range(0, len(ids), _BLOCK):
@@ -96,7 +100,7 @@ def _check_ids(paths: RoundPaths, ids: np.ndarray, manifest: dict) -> None:
 class NumberedDataset:
     """A dataset whose samples say their number in it, as ``sample_id``."""
 
-    def __init__(self, dataset):
+    def __init__(self, dataset: "Samples") -> None:
         self.dataset = dataset
 
     def __len__(self) -> int:
@@ -106,7 +110,7 @@ class NumberedDataset:
         """The number, in the underlying dataset, of the sample at a place: the place itself."""
         return place
 
-    def __getitem__(self, place: int) -> dict:
+    def __getitem__(self, place: int) -> dict[str, Any]:
         number = self.sample_id(place)
         return {**self.dataset[number], "sample_id": number}
 
@@ -126,7 +130,7 @@ class RoundDataset(NumberedDataset):
         seed: of the order.
     """
 
-    def __init__(self, dataset, index: RoundIndex, samples: int, seed: int):
+    def __init__(self, dataset: "Samples", index: RoundIndex, samples: int, seed: int) -> None:
         super().__init__(dataset)
         self.ids, self.seed = index.ids, seed
         self.base_samples: int = index.manifest["samples"]

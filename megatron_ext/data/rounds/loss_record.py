@@ -13,8 +13,10 @@ so that a recording that was killed goes on where its manifest says.
 import json
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -55,7 +57,7 @@ class LossRecord:
     model is recorded in the order of the samples, so that these are the first ones.
     """
 
-    def __init__(self, path: str | Path, manifest: dict):
+    def __init__(self, path: str | Path, manifest: dict[str, Any]) -> None:
         self.paths = record_paths(path)
         self.manifest = manifest
         self.samples: int = manifest["samples"]
@@ -96,7 +98,7 @@ def count_recorded(tokens: np.ndarray) -> int:
     return sum(int((tokens[i : i + _BLOCK] >= 0).sum()) for i in range(0, len(tokens), _BLOCK))
 
 
-def summarize(losses: np.ndarray, tokens: np.ndarray) -> dict:
+def summarize(losses: np.ndarray, tokens: np.ndarray) -> dict[str, Any]:
     """Tokens, mean loss a token (nats) over the finite losses, and the number of those that are not."""
     total, counted, bad = 0.0, 0, 0
     for start in range(0, len(losses), _BLOCK):
@@ -109,7 +111,7 @@ def summarize(losses: np.ndarray, tokens: np.ndarray) -> dict:
     return {"tokens": counted, "mean_loss": total / counted if counted else None, "not_finite": bad}
 
 
-def open_record(path: str | Path, manifest: dict, sources: np.ndarray | None) -> dict:
+def open_record(path: str | Path, manifest: dict[str, Any], sources: np.ndarray | None) -> dict[str, Any]:
     """Begin a recording, or find the one that is there and is the same; returns its manifest.
 
     Args:
@@ -142,10 +144,12 @@ def open_record(path: str | Path, manifest: dict, sources: np.ndarray | None) ->
     return manifest
 
 
-def _create(path: Path, dtype: type, samples: int, values) -> None:
+def _create(
+    path: Path, dtype: type[np.generic], samples: int, values: Callable[[int, int], np.ndarray]
+) -> None:
     """Write an .npy file of ``samples`` numbers, ``values(begin, end)`` at a time."""
 
-    def write(file) -> None:
+    def write(file: BinaryIO) -> None:
         header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (samples,)}
         np.lib.format.write_array_header_1_0(file, header)
         for begin in range(0, samples, _BLOCK):
@@ -155,7 +159,7 @@ def _create(path: Path, dtype: type, samples: int, values) -> None:
     write_aside(path, write)
 
 
-def _require_same_recording(found: dict, wanted: dict, paths: RecordPaths) -> None:
+def _require_same_recording(found: dict[str, Any], wanted: dict[str, Any], paths: RecordPaths) -> None:
     from megatron_ext.data.identity import require_same
 
     if found["kind"] != wanted["kind"]:
@@ -176,13 +180,13 @@ def _require_same_recording(found: dict, wanted: dict, paths: RecordPaths) -> No
         )
 
 
-def write_record_manifest(path: Path, manifest: dict) -> None:
+def write_record_manifest(path: Path, manifest: dict[str, Any]) -> None:
     """Replace the manifest in one step."""
     text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
     write_aside(path, lambda file: file.write(text.encode()))
 
 
-def read_record_manifest(path: Path) -> dict:
+def read_record_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a recording.
 
     Raises:
@@ -191,7 +195,7 @@ def read_record_manifest(path: Path) -> dict:
     return read_json(path, FORMAT, ("kind", "samples", "recorded", "complete", "dataset", "model"))
 
 
-def read_json(path: Path, expected_format: str, names: tuple[str, ...]) -> dict:
+def read_json(path: Path, expected_format: str, names: tuple[str, ...]) -> dict[str, Any]:
     """A manifest of the format, with at least these fields, ``samples`` among them.
 
     Raises:
@@ -221,7 +225,7 @@ class Losses:
     losses: np.ndarray  # float32 [samples]
     tokens: np.ndarray | None  # int32 [samples]
     sources: np.ndarray | None  # int16 [samples]
-    manifest: dict | None
+    manifest: dict[str, Any] | None
 
     @property
     def source_names(self) -> list[str]:
@@ -256,7 +260,7 @@ def read_losses(path: str | Path, allow_incomplete: bool = False) -> Losses:
     return Losses(paths.losses, losses, tokens, sources, manifest)
 
 
-def _check_checksums(paths: RecordPaths, manifest: dict) -> None:
+def _check_checksums(paths: RecordPaths, manifest: dict[str, Any]) -> None:
     told = manifest.get("sha256")  # a recording of an earlier version, or an incomplete one, has none
     if told is None:
         return
@@ -268,7 +272,7 @@ def _check_checksums(paths: RecordPaths, manifest: dict) -> None:
             )
 
 
-def map_array(path: Path, kind: type) -> np.ndarray:
+def map_array(path: Path, kind: type[np.generic]) -> np.ndarray:
     """An .npy file of one axis, mapped into memory.
 
     Raises:
@@ -277,7 +281,7 @@ def map_array(path: Path, kind: type) -> np.ndarray:
     try:
         array = np.load(path, mmap_mode="r")
     except (OSError, ValueError, EOFError) as error:
-        reason = os.strerror(error.errno) if getattr(error, "errno", None) else error
+        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
         raise DatasetError(f"{path}: cannot be read as an .npy file ({reason})") from error
     if not isinstance(array, np.ndarray) or array.ndim != 1 or not np.issubdtype(array.dtype, kind):
         raise DatasetError(f"{path}: must be an .npy file of one axis of {kind.__name__}")

@@ -1,6 +1,7 @@
 """What a round keeps, for people: a few lines and a picture."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from megatron_ext.data.rounds.build_round import Report
 LINES = 12
 
 
-def text(manifest: dict, report: Report) -> str:
+def text(manifest: dict[str, Any], report: Report) -> str:
     """Counts, the histogram of losses and the shares of the sources, as lines."""
     losses = manifest["losses"]
     known = f"{losses['kind']} losses" if manifest["dataset"] else "plain losses, no manifest: not checked"
@@ -34,7 +35,7 @@ def text(manifest: dict, report: Report) -> str:
     return "\n".join(lines)
 
 
-def _merge(report: Report) -> list[tuple]:
+def _merge(report: Report) -> list[tuple[float, float, int, float, int]]:
     """The histogram in at most ``LINES`` rows, from the first loss to the last."""
     bins = len(report.groups)
     bounds = np.unique(np.linspace(0, bins, LINES + 1).astype(int))
@@ -47,7 +48,7 @@ def _merge(report: Report) -> list[tuple]:
     ]  # fmt: skip
 
 
-def plot(manifest: dict, report: Report, path: Path) -> None:
+def plot(manifest: dict[str, Any], report: Report, path: Path) -> None:
     """Draw the losses of kept and dropped groups, and the share kept against the loss.
 
     Raises ImportError without matplotlib.

@@ -22,6 +22,8 @@ BINS = 1 << 16
 
 #: One chunk: scores (float64 [n]) and strata (int [n]; None where there is one stratum).
 Chunk = tuple[np.ndarray, np.ndarray | None]
+#: The same, and which of the groups are drawn (bool [n]).
+Drawn = tuple[np.ndarray, np.ndarray | None, np.ndarray]
 
 
 def gumbel_keys(scores: np.ndarray, seed: tuple[int, ...], chunk: int) -> np.ndarray:
@@ -62,7 +64,7 @@ def thresholds(
 
 def draw(
     chunks: Callable[[], Iterable[Chunk]], limits: list[Threshold], seed: tuple[int, ...]
-) -> Iterator[tuple[np.ndarray, np.ndarray | None, np.ndarray]]:
+) -> Iterator[Drawn]:
     """Chunk after chunk: scores [n], strata ([n] or None), and which groups are drawn (bool [n])."""
     keys_of = np.array([limit.key for limit in limits])
     ties = [limit.ties for limit in limits]
@@ -102,7 +104,9 @@ def expected_level(scores: np.ndarray, numbers: np.ndarray, count: int) -> float
     return low
 
 
-def _binned(chunks: Callable[[], Iterable[Chunk]], seed: tuple[int, ...]) -> Iterator[tuple]:
+def _binned(
+    chunks: Callable[[], Iterable[Chunk]], seed: tuple[int, ...]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(stratum * BINS + bin, key) of each group, chunk after chunk; a larger key has no smaller bin."""
     for number, (scores, strata) in enumerate(chunks()):
         keys = gumbel_keys(scores, seed, number)

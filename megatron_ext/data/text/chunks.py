@@ -205,15 +205,15 @@ def _cut_stream(source: Source, which: int, chunk_bytes: int) -> Iterator[Chunk]
     )  # fmt: skip
 
 
-def _open(source: Source) -> BinaryIO:
+def _open(source: Source) -> io.BufferedIOBase:
     if source.path != STDIN:
         return open(source.path, "rb")
     if sys.stdin is None:
         raise SourceError("--input -: standard input is closed")
-    return sys.stdin.buffer
+    return sys.stdin.buffer  # type: ignore[return-value]  # it is one
 
 
-def _text_of(source: Source, hashing: HashingReader) -> BinaryIO:
+def _text_of(source: Source, hashing: HashingReader) -> io.BufferedIOBase:
     packed, kind = io.BufferedReader(hashing, BUFFER), source.kind
     if kind == "pipe":
         kind = kind_of(packed.peek(MAGIC_BYTES)[:MAGIC_BYTES])
@@ -222,7 +222,7 @@ def _text_of(source: Source, hashing: HashingReader) -> BinaryIO:
     return unpacked(packed, kind)
 
 
-def _regular_state(raw: BinaryIO) -> FileState | None:
+def _regular_state(raw: io.BufferedIOBase) -> FileState | None:
     """The state of an open file; None for a pipe."""
     try:
         is_file = stat.S_ISREG(os.fstat(raw.fileno()).st_mode)
@@ -231,13 +231,13 @@ def _regular_state(raw: BinaryIO) -> FileState | None:
     return FileState.of(raw.fileno()) if is_file else None
 
 
-def _is_as(before: FileState, source: Source, raw: BinaryIO) -> bool:
+def _is_as(before: FileState, source: Source, raw: io.BufferedIOBase) -> bool:
     """Whether a stream's file is, after it was read, what it was before, and when the run began."""
     same = before.is_as(FileState.of(raw.fileno()))
     return same and (source.state is None or before.is_as(source.state))
 
 
-def _tell(raw: BinaryIO) -> int:
+def _tell(raw: io.BufferedIOBase) -> int:
     try:
         return raw.tell()
     except OSError:  # a pipe

@@ -9,7 +9,7 @@ import codecs
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from megatron_ext.data.text.chunks import Chunk, line_number, lines_of
 from megatron_ext.data.text.records import BadLine, Texts, load_record, texts_of
@@ -98,13 +98,13 @@ class Documents:
         return Document(self.lines, line, texts, _source(record))
 
 
-def _source(record: dict) -> str:
+def _source(record: dict[str, Any]) -> str:
     if "source" not in record:
         return ""
     return str(record["source"]).partition("/")[0].encode("utf-8", "replace").decode()
 
 
-def new_digest():
+def new_digest() -> "hashlib._Hash":
     """The hash by which what two processes read of a file is compared."""
     return hashlib.sha256()
 

@@ -3,6 +3,7 @@
 import hashlib
 import threading
 from collections.abc import Iterable
+from typing import Any
 
 from megatron_ext.common.files import FileState, input_changed, sha256_file
 from megatron_ext.data.text.chunks import Chunk
@@ -49,7 +50,7 @@ class InputCheck(threading.Thread):
         elif chunk.sha256 is not None:
             self.sha256[chunk.source] = chunk.sha256
 
-    def finish(self) -> list[dict]:
+    def finish(self) -> list[dict[str, Any]]:
         """Name, size and sha256 of every input that was read.
 
         Raises:

@@ -84,13 +84,15 @@ def run_chunks(
     return min(failures, key=lambda failure: failure.chunk.number, default=None)
 
 
-def _collect(team: list["_Worker"], done: Callable, failures: list[Failure]) -> "_Worker":
+def _collect(
+    team: list["_Worker"], done: Callable[[Chunk, Any], object], failures: list[Failure]
+) -> "_Worker":
     """Wait for a busy worker to finish its chunk."""
-    busy = {worker.connection: worker for worker in team if worker.chunk}
-    while not (ready := wait(list(busy), SLOW_SECONDS / 10)):
-        for worker in busy.values():
+    busy = [worker for worker in team if worker.chunk]
+    while not (ready := wait([worker.connection for worker in busy], SLOW_SECONDS / 10)):
+        for worker in busy:
             worker.say_if_slow()
-    worker = busy[ready[0]]
+    worker = next(worker for worker in busy if worker.connection in ready)
     chunk, answer = worker.take()
     if isinstance(answer, StoppedAtBadLine):
         failures.append(Failure(chunk, answer.line, answer.reason))
@@ -139,6 +141,7 @@ class _Worker:
         if isinstance(answer, _Failed):
             raise answer.error
         chunk, self.chunk = self.chunk, None
+        assert chunk is not None
         return chunk, answer
 
     def _died(self) -> WorkerFailed:

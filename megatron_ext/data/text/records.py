@@ -3,11 +3,12 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from typing import Any
 
 try:
     import orjson
 except ImportError:  # optional: parses several times faster
-    orjson = None
+    orjson = None  # type: ignore[assignment]
 
 #: The texts of one key: upstream takes a string, or a list of strings as the sentences of a document.
 Texts = list[bytes]
@@ -27,7 +28,7 @@ def parse_line(line: bytes, keys: Sequence[str]) -> list[Texts]:
     return [texts_of(record, key) for key in keys]
 
 
-def load_record(line: bytes) -> dict:
+def load_record(line: bytes) -> dict[str, Any]:
     """The JSON object of a line.
 
     Raises:
@@ -57,7 +58,7 @@ def _load(line: bytes) -> object:
         raise BadLine(f"not usable JSON: {error}") from None
 
 
-def texts_of(record: dict, key: str) -> Texts:
+def texts_of(record: dict[str, Any], key: str) -> Texts:
     """What a record holds at ``key``: one text, or those of a list.
 
     Raises:

@@ -6,7 +6,7 @@ import hashlib
 import io
 import lzma
 import zlib
-from typing import BinaryIO
+from typing import Any
 
 PACKED_BLOCK = 1 << 12  # small: a few packed bytes may be much text
 BUFFER = 1 << 20
@@ -34,13 +34,13 @@ def is_damage(error: Exception) -> bool:
 class HashingReader(io.RawIOBase):
     """A file or pipe that knows the sha256 of all that was read of it."""
 
-    def __init__(self, raw: BinaryIO) -> None:
+    def __init__(self, raw: io.BufferedIOBase) -> None:
         self.raw, self.digest = raw, hashlib.sha256()
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer) -> int:
+    def readinto(self, buffer: Any) -> int:
         # read1 waits for no more than there is: a pipe may be slow.
         data = self.raw.read1(len(buffer))
         self.digest.update(data)
@@ -54,7 +54,7 @@ class HashingReader(io.RawIOBase):
         return self.digest.hexdigest()
 
 
-def unpacked(raw: BinaryIO, kind: str) -> BinaryIO:
+def unpacked(raw: io.BufferedIOBase, kind: str) -> io.BufferedIOBase:
     """The text of ``raw``; reading it raises what :func:`is_damage` knows.
 
     Its ``read1`` hands over what there is: of an archive that is cut off, all that can be read.
@@ -73,15 +73,15 @@ class _Streams(io.RawIOBase):
     zstandard's takes one that is cut off for one that ended.
     """
 
-    def __init__(self, raw: BinaryIO, kind: str) -> None:
+    def __init__(self, raw: io.BufferedIOBase, kind: str) -> None:
         self.raw, self.kind = raw, kind
-        self.stream = None
+        self.stream: Any = None  # of the three libraries
         self.packed, self.text = b"", memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer) -> int:
+    def readinto(self, buffer: Any) -> int:
         while not self.text:
             if self.stream is None and self.kind == "xz":
                 self.packed = self.packed.lstrip(b"\0")  # streams are padded to whole words
@@ -108,7 +108,7 @@ class _Streams(io.RawIOBase):
             self.packed, self.stream = self.stream.unused_data, None
 
 
-def _decompressor(kind: str):
+def _decompressor(kind: str) -> Any:
     """What unpacks one stream."""
     if kind == "xz":
         return lzma.LZMADecompressor(lzma.FORMAT_XZ)
