@@ -25,7 +25,7 @@ class HeldOut:
     """
 
     def __init__(self, trained: Path, prefix: Path, length: int):
-        self.model, tokenizer, self.args = load_for_inference(
+        self.model, tokenizer, self.run = load_for_inference(
             str(trained), bf16=False, params_dtype=torch.float32
         )
         self.token_bytes = tokenizer.token_bytes()
@@ -33,15 +33,18 @@ class HeldOut:
 
     def of_checkpoint(self, folder: Path, iteration: int) -> float:
         """The loss of a checkpoint's weights."""
-        load_checkpoint(str(folder), model=[self.model], args=self.args, iteration=iteration)
+        load_checkpoint(str(folder), model=[self.model], run=self.run, iteration=iteration)
         return self._loss(self.model)
 
     def of_random_weights(self, trained: Path) -> float:
         """The loss of the weights that the run of that checkpoint started from."""
         from megatron_ext.checkpoint import read_checkpoint_args
 
-        self.args.seed = read_checkpoint_args(trained).seed
-        return self._loss(build_model(transformer_config(self.args), self.args)[0].eval())
+        saved = read_checkpoint_args(trained)
+        if saved is None:
+            raise FileNotFoundError(f"{trained}: no checkpoint found")
+        run = self.run.but(seed=saved["seed"])
+        return self._loss(build_model(transformer_config(run), run)[0].eval())
 
     def _loss(self, model) -> float:
         return mean_loss(model, self.windows, 8, self.token_bytes).bits_per_byte

@@ -19,7 +19,7 @@ from megatron_ext.config.needs import GROUPED, ROPE_SCALING, ROTARY, SHORTCUTS
 
 #: Settled by the tokenizer and the layout, not by the model's function.
 _VOCABULARY = ("padded_vocab_size", "softmax_vocab_size")
-#: No model has a size of as much: products of several still are sizes that torch can name.
+#: No size of a model reaches it: whatever says so is damaged, or mistyped.
 _TOO_LARGE = 1 << 31
 
 

@@ -1,5 +1,6 @@
 """The whole tool: from a checkpoint and a tokenizer to a smaller checkpoint, and what it refuses."""
 
+import dataclasses
 import json
 import random
 import runpy
@@ -13,7 +14,9 @@ from megatron_ext.checkpoint import load_checkpoint
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.data.indexed import write_index
 from megatron_ext.inherit.choice import Choice
+from megatron_ext.inherit.options import parser
 from megatron_ext.inherit.slicing import cut, source_key
+from megatron_ext.inherit.target import target_model
 from megatron_ext.interchange.open import open_source
 from megatron_ext.interchange.target import write_checkpoint
 from megatron_ext.interchange.tokenizer_files import of_path
@@ -152,6 +155,20 @@ def test_what_is_refused(folder, tmp_path, capsys, flags, says):
     assert tool(["--load", folder / "source", "--save", tmp_path / "out", *flags]) in (1, 2)
     assert says in capsys.readouterr().err
     assert not list(tmp_path.glob("out/iter*"))
+
+
+def test_a_preset_says_sizes_and_modules_alone():
+    """Rotary base and scaling stay the source's, whose weights are of no use with others."""
+    values = {"rotary_base": 500000, "use_rope_scaling": True, "rope_scaling_factor": 32.0}
+    values |= {"layernorm_epsilon": 1e-6, "max_position_embeddings": 4096, "padded_vocab_size": 512}
+    values |= {"num_layers": 12, "hidden_size": 256, "ffn_hidden_size": 512, "kv_channels": 32}
+    source = toy.config(vocab_size=500, tied=True, **values)
+    words = ["--load", "a", "--save", "b", "--model-preset", "tiny", "--target-num-layers", "6"]
+    target = target_model(parser().parse_args(words), source, 300)
+    taken = {"hidden_size": 128, "ffn_hidden_size": 384, "num_attention_heads": 4, "num_query_groups": 2}
+    taken |= {"num_layers": 6, "softmax_vocab_size": 300, "padded_vocab_size": 384}
+    taken |= {"untie_embeddings_and_output_weights": True, "augmented_shortcut_reduction": 32}
+    assert target == dataclasses.replace(source, **taken)
 
 
 def test_a_command_line_has_all_its_problems_reported(folder, capsys):
