@@ -23,7 +23,7 @@ from megatron_ext.arguments import derive
 from megatron_ext.arguments.parser import with_defaults
 from megatron_ext.arguments.validate import numbers
 from megatron_ext.common import command
-from megatron_ext.config import RunConfig, describe, options
+from megatron_ext.config import RunConfig, describe, footprint, options
 from megatron_ext.config.flags import add_group
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.presets import PRESETS
@@ -129,7 +129,7 @@ def description(run: RunConfig, tool: Options) -> dict[str, Any]:
         "heads": model.num_attention_heads,
         "vocabulary": model.vocab_rows,
         "parameters": describe.parts(model),
-        "memory_bytes_per_device": describe.memory(model, layout),
+        "memory_bytes_per_device": footprint.memory(model, layout),
         **_figures(model, layout.seq_length, tool),
     }
 

@@ -3,11 +3,14 @@
 
     python tools/plan_run.py --world-size 8 --machine h100 -- --model-preset pangu-pi-1.5b-pro --bf16 ...
     python tools/plan_run.py --world-size 64 --machine h200 --suggest -- --model-preset pangu-pi-7b --bf16 ...
+    python tools/plan_run.py --world-size 1024 --trace -- --model-preset pangu-pi-1.5b-pro --bf16 ...
 
 After -- come the flags of pretrain_pangu_pro.py as they would be started with. They are read by its
 own parser, for the machine that is asked about and not for this one. --suggest lists the fastest
 layouts of so many devices that fit. Memory and time are estimates (docs/scaling.md says from what);
-tools/doctor.py --speed measures a machine for --matmul-tflops and --link-gbytes.
+tools/doctor.py --speed measures a machine for --matmul-tflops and --link-gbytes. --trace runs a step of
+one rank of the job, however large, by the trainer's own code over tensors without memory: what it computes
+and keeps, beside what the arithmetic says, in seconds and without a GPU (with --transformer-impl local).
 
 Exit code 0: the run can start; 1: it does not fit into the device; 2: the flags are wrong.
 """
@@ -17,6 +20,7 @@ import dataclasses
 import itertools
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +28,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_ext.arguments.parser import CommandLineError, read_args
 from megatron_ext.common import command
-from megatron_ext.config import RunConfig, describe
+from megatron_ext.config import RunConfig, describe, footprint
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.planning import communication, plan
+from megatron_ext.training import trace
 
 GIB = 2**30
+#: For --trace without a rank, and the layers that can be traced.
+FULLEST, TRACED = -1, ["--transformer-impl", "local"]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,6 +51,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--network-gbytes", type=float, metavar="X", help="GB/s one way between hosts, a device")
     p.add_argument("--suggest", action="store_true", help="list the fastest layouts that fit")
     p.add_argument(
+        "--trace",
+        type=int,
+        nargs="?",
+        const=FULLEST,
+        metavar="RANK",
+        help="run a step of this rank without memory (default: the first rank of the fullest pipeline stage)",
+    )
+    p.add_argument("--without-triton", action="store_true", help="the GPUs' machines have no Triton")
+    p.add_argument(
         "--check-files", action="store_true", help="data, tokenizer and folders must be on this machine"
     )
     p.add_argument("--json", action="store_true", help="print the summary as one JSON object")
@@ -57,12 +73,14 @@ def main(argv: list[str] | None = None) -> int:
     options = parser().parse_args(argv)
     try:
         run = read_args(
-            options.flags,
+            options.flags + TRACED * (options.trace is not None),
             world_size=options.world_size,
             device="cpu" if options.machine == "cpu" else "cuda",
             check_files=options.check_files,
         )
         model = describe.with_vocabulary(run)
+        layout = dataclasses.replace(describe.layout_of(run), kernels=not options.without_triton)
+        found = {} if options.trace is None else {"trace": traced(options, run, model, layout)}
     except CommandLineError as error:
         print(f"plan_run.py: the command line has problems:\n{error}", file=sys.stderr)
         return 2
@@ -70,9 +88,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"plan_run.py: error: {error}", file=sys.stderr)
         return 2
     machine = machine_of(options)
-    summary = planned(run, model, machine)
+    summary = planned(run, model, layout, machine) | found
     if options.suggest:
-        summary["suggestions"] = suggested(run, model, machine)
+        summary["suggestions"] = suggested(run, model, layout, machine)
     print(json.dumps(summary) if options.json else "\n".join(lines(summary)))
     return 0 if summary["fits"] or options.suggest and summary["suggestions"] else 1
 
@@ -86,9 +104,42 @@ def machine_of(options: argparse.Namespace) -> plan.Machine:
     return machine.scaled(*(value and value * unit for value, unit in scale))
 
 
-def planned(run: RunConfig, model: ModelConfig, machine: plan.Machine) -> dict[str, Any]:
+def traced(
+    options: argparse.Namespace, run: RunConfig, model: ModelConfig, layout: describe.Layout
+) -> dict[str, Any]:
+    """A step of one rank as it was traced, and what the arithmetic says of it.
+
+    Raises:
+        ValueError: there is no such rank, or no GPU is planned for.
+    """
+    if options.machine == "cpu":
+        raise ValueError("--trace shows what GPUs do: give another --machine")
+    ranks, rank = options.world_size, options.trace
+    if rank == FULLEST:
+        rank = footprint.fullest_stage(model, layout) * ranks // layout.pipeline
+    if not 0 <= rank < ranks:
+        raise ValueError(f"--trace {rank}: the ranks are 0 to {ranks - 1}")
+    begin = time.monotonic()
+    seen = trace.trace(run, rank, triton=layout.kernels)
+    tokens = layout.micro_batch * layout.micro_batches * layout.seq_length
+    return {
+        "seconds": time.monotonic() - begin,
+        "rank": rank,
+        "stage": seen.stage,
+        "groups": seen.groups,
+        "arithmetic": {
+            "parameters": round(describe.parameters_of_rank(model, layout, seen.stage)),
+            "flops": round(tokens * describe.flops_of_rank(model, layout, seen.stage)),
+            "memory_bytes": footprint.memory_of_stage(model, layout, seen.stage),
+        },
+        "trace": {"parameters": seen.parameters, "flops": seen.flops, "memory_bytes": seen.memory},
+    }
+
+
+def planned(
+    run: RunConfig, model: ModelConfig, layout: describe.Layout, machine: plan.Machine
+) -> dict[str, Any]:
     """What the run is, and what it needs."""
-    layout = describe.layout_of(run)
     seconds = plan.step_seconds(model, layout, machine, run.parallel.overlap_grad_reduce)
     tokens = run.training.global_batch_size * run.data.seq_length
     return {
@@ -99,7 +150,7 @@ def planned(run: RunConfig, model: ModelConfig, machine: plan.Machine) -> dict[s
         "parameters": model.num_parameters,
         "iterations": run.training.train_iters,
         "tokens": run.training.train_iters * tokens,
-        "memory_bytes": describe.memory(model, layout),
+        "memory_bytes": footprint.memory(model, layout),
         "device_memory_bytes": machine.memory,
         "fits": plan.fits(model, layout, machine),
         "bytes_sent": communication.bytes_sent(model, layout),
@@ -108,17 +159,19 @@ def planned(run: RunConfig, model: ModelConfig, machine: plan.Machine) -> dict[s
     }
 
 
-def suggested(run: RunConfig, model: ModelConfig, machine: plan.Machine) -> list[dict[str, Any]]:
+def suggested(
+    run: RunConfig, model: ModelConfig, like: describe.Layout, machine: plan.Machine
+) -> list[dict[str, Any]]:
     """The ten fastest layouts that fit, as flags, the best micro batch of each division."""
     found, seen = [], set()
-    each = 2 if run.precision.bf16 or run.precision.fp16 else 4
+    kind = (like.seq_length, like.bytes_each, like.kernels)
     devices, batch = run.process.world_size, run.training.global_batch_size
-    layouts = plan.suggestions(model, devices, batch, machine, run.data.seq_length, each)
+    layouts = plan.suggestions(model, devices, batch, machine, *kind)
     for seconds, layout in layouts:
         division = (layout.tensor, layout.pipeline)
         if division not in seen:
             seen.add(division)
-            used = sum(describe.memory(model, layout).values())
+            used = sum(footprint.memory(model, layout).values())
             found.append({"seconds": seconds, "memory_bytes": used, "flags": flags(layout), **vars(layout)})
     return list(itertools.islice(found, 10))
 
@@ -151,6 +204,7 @@ def lines(summary: dict[str, Any]) -> list[str]:
         f"{summary['tokens_per_second_per_device']:,.0f} tokens/s a device, "
         f"{sum(seconds.values()) * summary['iterations'] / 3600:,.1f} hours in all",
     ]
+    found += trace_lines(summary["trace"]) if "trace" in summary else []
     if not summary["fits"]:
         found.append(
             "this does not fit: lower --micro-batch-size, use --recompute-granularity full, "
@@ -165,6 +219,28 @@ def lines(summary: dict[str, Any]) -> list[str]:
     if summary.get("suggestions") == []:
         found.append("no layout of so many devices fits")
     return found
+
+
+def trace_lines(found: dict[str, Any]) -> list[str]:
+    """Arithmetic and trace side by side."""
+    sides = [found["arithmetic"], found["trace"]]
+    memory = [side["memory_bytes"] | {"total": sum(side["memory_bytes"].values())} for side in sides]
+    rows = [
+        ("parameters", *(f"{side['parameters']:,}" for side in sides)),
+        ("TFLOP", *(f"{side['flops'] / 1e12:,.3f}" for side in sides)),
+        *((f"{part}, GiB", *(f"{side[part] / GIB:.2f}" for side in memory)) for part in memory[0]),
+    ]
+    return [
+        f"a step of rank {found['rank']} (stage {found['stage']}), traced in {found['seconds']:.0f} s",
+        *(f"  {name:<18}{said:>16}{seen:>16}" for name, said, seen in [("", "arithmetic", "trace"), *rows]),
+        *(f"  {name + ' group':<18}{in_words(ranks):>32}" for name, ranks in found["groups"].items()),
+    ]
+
+
+def in_words(ranks: list[int]) -> str:
+    """All of a few, or the first and the last."""
+    shown = ranks if len(ranks) <= 4 else [*ranks[:2], "...", ranks[-1]]
+    return f"{len(ranks)} ranks: {', '.join(map(str, shown))}"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A model's size, work and memory from its shape alone: arithmetic, nothing is built.
 
 Used by tools/describe_model.py. Parameters are exact (a test compares them with the built model's);
-operations count matmuls; memory is an estimate, with what it counts said where it counts it.
+operations count matmuls. What a rank needs of memory: footprint.py.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ from functools import partial
 
 from megatron_ext.config import RunConfig
 from megatron_ext.config.model import ModelConfig
+from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.presets import PRESETS
 
 #: What is in a parameter's name -> the part that it belongs to; the first that is found.
@@ -44,11 +45,17 @@ def embedding_share(model: ModelConfig) -> float:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a model is divided and trained; ``bytes_each`` is 4 for fp32 and 2 for bf16 weights."""
+    """How a model is divided and trained; ``bytes_each`` is 4 for fp32 and 2 for bf16 weights.
+
+    ``stage_layers`` are the layers of each chunk of each pipeline stage; none given: all stages have one
+    chunk, and as many layers. ``kernels``: the project's are there, Triton's on a GPU or the compiled ones on
+    a CPU; without them activations take more.
+    """
 
     tensor: int = 1
     pipeline: int = 1
     data: int = 1
+    stage_layers: tuple[tuple[int, ...], ...] = ()
     sequence_parallel: bool = False
     distributed_optimizer: bool = False
     recompute: bool = False
@@ -56,6 +63,20 @@ class Layout:
     micro_batches: int = 1
     seq_length: int = 2048
     bytes_each: int = 4
+    kernels: bool = True
+
+    def chunks(self, model: ModelConfig, stage: int) -> tuple[float, ...]:
+        """Layers of each chunk on a rank of the pipeline stage: one chunk, or more where they interleave."""
+        return self.stage_layers[stage] if self.stage_layers else (model.num_layers / self.pipeline,)
+
+    def layers(self, model: ModelConfig, stage: int) -> float:
+        """Layers on a pipeline stage."""
+        return sum(self.chunks(model, stage))
+
+    @property
+    def stream_split(self) -> int:
+        """Ranks that share what lies between the linear layers: by sequence parallelism alone."""
+        return self.tensor if self.sequence_parallel else 1
 
 
 def layout_of(run: RunConfig) -> Layout:
@@ -64,6 +85,7 @@ def layout_of(run: RunConfig) -> Layout:
         tensor=run.parallel.tensor_model_parallel_size,
         pipeline=run.parallel.pipeline_model_parallel_size,
         data=run.parallel.data_parallel_size,
+        stage_layers=_stage_layers(run.model.num_layers, run.parallel),
         sequence_parallel=run.parallel.sequence_parallel,
         distributed_optimizer=run.parallel.use_distributed_optimizer,
         recompute=run.recompute.recompute_granularity == "full",
@@ -72,6 +94,25 @@ def layout_of(run: RunConfig) -> Layout:
         seq_length=run.data.seq_length,
         bytes_each=2 if run.precision.bf16 or run.precision.fp16 else 4,
     )
+
+
+def _stage_layers(layers: int, parallel: ParallelConfig) -> tuple[tuple[int, ...], ...]:
+    """Layers of each chunk of each stage, as Megatron-Core divides them (get_num_layers_to_build)."""
+    stages, chunks = (
+        parallel.pipeline_model_parallel_size,
+        parallel.virtual_pipeline_model_parallel_size or 1,
+    )
+    ends = (parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers)
+    extra = (parallel.account_for_embedding_in_pipeline_split, parallel.account_for_loss_in_pipeline_split)
+    divided = layers + sum(extra) - sum(end or 0 for end in ends)
+    alike = divided // max(1, stages - sum(end is not None for end in ends))
+    totals = [alike] * stages
+    for place, end in zip((0, -1), ends, strict=True):
+        totals[place] = totals[place] if end is None else end
+    found = [[total // chunks] * chunks for total in totals]
+    found[0][0] -= extra[0]
+    found[-1][-1] -= extra[1]
+    return tuple(map(tuple, found))
 
 
 def vocabulary_of(run: RunConfig) -> int:
@@ -95,31 +136,13 @@ def with_vocabulary(run: RunConfig) -> ModelConfig:
     return replace(run.model, padded_vocab_size=vocabulary_of(run))
 
 
-def memory(model: ModelConfig, layout: Layout) -> dict[str, float]:
-    """What -> bytes on the pipeline stage that needs most; activations are an estimate."""
-    stages = [_stage_memory(model, layout, stage) for stage in range(layout.pipeline)]
-    return max(stages, key=lambda stage: sum(stage.values()))
-
-
-def _stage_memory(model: ModelConfig, layout: Layout, stage: int) -> dict[str, float]:
-    held = parameters_of_rank(model, layout, stage)
-    # Adam's two moments, and an fp32 copy of weights that are not fp32 themselves.
-    state = 8 + (4 if layout.bytes_each < 4 else 0)
-    return {
-        "weights": held * layout.bytes_each,
-        "gradients": held * 4,
-        "optimizer": held * state / (layout.data if layout.distributed_optimizer else 1),
-        "activations": _activations(model, layout, stage),
-    }
-
-
 def parameters_of_rank(model: ModelConfig, layout: Layout, stage: int) -> float:
     """Parameters on one rank of a pipeline stage; shortcuts and norms are whole on every rank."""
     of, split = parts(model), layout.tensor
     final_norm = model.hidden_size * (1 if model.normalization == "RMSNorm" else 2)
     divided = of["attention"] + of["FFN"] + of["series activation"]
     whole = of["augmented shortcuts"] + of["norms"] - final_norm
-    held = (divided / split + whole) / layout.pipeline
+    held = (divided / split + whole) * layout.layers(model, stage) / model.num_layers
     first, last = stage == 0, stage == layout.pipeline - 1
     if first:
         held += of["embedding"] / split
@@ -130,29 +153,14 @@ def parameters_of_rank(model: ModelConfig, layout: Layout, stage: int) -> float:
     return held
 
 
-def _activations(model: ModelConfig, layout: Layout, stage: int) -> float:
-    """Tensors that a stage keeps for its backward pass, with as many micro batches as 1F1B has there."""
-    tokens = layout.micro_batch * layout.seq_length
-    in_flight = min(layout.pipeline - stage, layout.micro_batches)
-    layers = model.num_layers / layout.pipeline
-    one_layer = layer_activations(model, layout)
-    residual = model.hidden_size / (layout.tensor if layout.sequence_parallel else 1)
-    # Recomputation keeps each layer's input, and all of the one layer that is computed again.
-    kept = layers * residual * in_flight + one_layer if layout.recompute else layers * one_layer * in_flight
-    logits = model.vocab_rows / layout.tensor * 4 if stage == layout.pipeline - 1 else 0
-    return tokens * (kept * layout.bytes_each + logits)
-
-
-def layer_activations(model: ModelConfig, layout: Layout) -> float:
-    """Elements for each token that one layer keeps, without dropout and with flash attention.
-
-    Residual stream and normed input, twice (4 h); queries and keys before and after the rotation,
-    values, and the attention's output; gate and up, and their product; the shortcut's bottleneck.
-    """
-    stream = 4 * model.hidden_size / (layout.tensor if layout.sequence_parallel else 1)
-    attention = 3 * (model.query_width + model.query_groups * model.kv_channels) / layout.tensor
-    feed_forward = (2 + model.gated) * model.ffn_hidden_size / layout.tensor
-    return stream + attention + feed_forward + 2 * model.shortcut_width
+def flops_of_rank(model: ModelConfig, layout: Layout, stage: int) -> float:
+    """Operations of a rank of a pipeline stage for one token of its micro batches, with recomputation."""
+    head = 6.0 * model.hidden_size * model.vocab_rows
+    shortcuts = 12.0 * model.num_layers * model.hidden_size * model.shortcut_width
+    divided = model.flops_per_token(layout.seq_length) - head - shortcuts
+    layer = (divided / layout.tensor + shortcuts / layout.stream_split) / model.num_layers
+    layers = layout.layers(model, stage) * layer * (8 if layout.recompute else 6) / 6
+    return layers + (head / layout.tensor if stage == layout.pipeline - 1 else 0)
 
 
 def candidates(

@@ -63,7 +63,7 @@ def _tensor(model: ModelConfig, layout: Layout, stage: int) -> Iterator[Collecti
     if p == 1:
         return
     size, batches = _activation(model, layout), layout.micro_batches
-    layers = model.num_layers // layout.pipeline * batches
+    layers = layout.layers(model, stage) * batches
     first, last = (stage == 0) * batches, (stage == layout.pipeline - 1) * batches
     forwards = 2 if layout.recompute else 1
     if not layout.sequence_parallel:
@@ -73,16 +73,17 @@ def _tensor(model: ModelConfig, layout: Layout, stage: int) -> Iterator[Collecti
     yield Collective("tensor", "reduce_scatter", size, 2 * (forwards + 1) * layers + first + last, p)
     of = parts(model)
     final_norm = model.hidden_size * (1 if model.normalization == "RMSNorm" else 2)
-    whole = (of["augmented shortcuts"] + of["norms"] - final_norm) / layout.pipeline
+    whole = (of["augmented shortcuts"] + of["norms"] - final_norm) / model.num_layers
+    whole *= layout.layers(model, stage)
     whole += final_norm if stage == layout.pipeline - 1 else 0
     yield Collective("tensor", "all_reduce", 4 * whole, 1, p)
 
 
 def _pipeline(model: ModelConfig, layout: Layout, stage: int) -> Iterator[Collective]:
-    """The residual stream to the next stage and its gradient to the previous one (1F1B)."""
+    """The residual stream from each chunk to the next, and its gradient to the one before."""
     size = _activation(model, layout) / (layout.tensor if layout.sequence_parallel else 1)
-    neighbours = (stage > 0) + (stage < layout.pipeline - 1)
-    yield Collective("pipeline", "send", size, neighbours * layout.micro_batches, layout.pipeline)
+    ways = 2 * len(layout.chunks(model, stage)) - (stage == 0) - (stage == layout.pipeline - 1)
+    yield Collective("pipeline", "send", size, ways * layout.micro_batches, layout.pipeline)
 
 
 def _data(model: ModelConfig, layout: Layout, stage: int) -> Iterator[Collective]:

@@ -7,7 +7,8 @@ not measurements. ``Machine.scaled`` takes measured speeds instead (tools/doctor
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from megatron_ext.config.describe import Layout, memory, parameters_of_rank
+from megatron_ext.config.describe import Layout, parameters_of_rank
+from megatron_ext.config.footprint import memory
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.planning.communication import bytes_sent
 
@@ -61,7 +62,7 @@ def step_seconds(
 
     Tensor parallel sums wait for nothing to overlap with. With ``overlap`` the exchange among data
     parallel ranks hides behind the backward pass of the last micro batch. The pipeline idles for
-    its stages but one, in units of a micro batch (1F1B).
+    its stages but one, in units of a chunk's micro batch (1F1B, or interleaved with several chunks).
     """
     devices = layout.tensor * layout.pipeline * layout.data
     tokens = layout.micro_batch * layout.micro_batches * layout.data * layout.seq_length
@@ -75,10 +76,10 @@ def step_seconds(
     if overlap:
         data = max(0.0, data - compute * 2 / 3 / layout.micro_batches)
     held = max(parameters_of_rank(model, layout, stage) for stage in range(layout.pipeline))
-    share = layout.data if layout.distributed_optimizer else 1
+    share, chunks = layout.data if layout.distributed_optimizer else 1, len(layout.chunks(model, 0))
     return {
         "computation": compute,
-        "pipeline idle": (compute + tensor) * (layout.pipeline - 1) / layout.micro_batches,
+        "pipeline idle": (compute + tensor) * (layout.pipeline - 1) / layout.micro_batches / chunks,
         "tensor parallel": tensor,
         "pipeline sends": pipeline,
         "data parallel": data,
@@ -94,10 +95,12 @@ def suggestions(
     machine: Machine,
     seq_length: int,
     bytes_each: int = 2,
+    kernels: bool = True,
 ) -> Iterator[tuple[float, Layout]]:
     """(Seconds of a step, layout) of the layouts of so many devices that fit, fastest first."""
     found = []
-    for layout in _layouts(model, devices, global_batch, machine, seq_length, bytes_each):
+    for layout in _layouts(model, devices, global_batch, machine, seq_length):
+        layout = replace(layout, bytes_each=bytes_each, kernels=kernels)
         if fits(model, layout, machine):
             found.append((sum(step_seconds(model, layout, machine).values()), layout))
     # Of equally fast ones the least divided first.
@@ -105,7 +108,7 @@ def suggestions(
 
 
 def _layouts(
-    model: ModelConfig, devices: int, global_batch: int, machine: Machine, seq_length: int, bytes_each: int
+    model: ModelConfig, devices: int, global_batch: int, machine: Machine, seq_length: int
 ) -> Iterator[Layout]:
     """Every division of model and batch without a remainder, tensor parallel within a host."""
     for tensor in _divisors(devices):
@@ -130,7 +133,6 @@ def _layouts(
                         micro_batch=micro_batch,
                         micro_batches=global_batch // data // micro_batch,
                         seq_length=seq_length,
-                        bytes_each=bytes_each,
                     )
 
 

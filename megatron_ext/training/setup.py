@@ -1,6 +1,7 @@
 """From arguments to a trainer that stands where the run stopped last."""
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from megatron_ext.checkpoint import (
     open_checkpoint,
 )
 from megatron_ext.checkpoint.errors import on_rank_0
-from megatron_ext.config import RunConfig, describe
+from megatron_ext.config import RunConfig, describe, footprint
+from megatron_ext.kernels import cross_entropy
 from megatron_ext.models.builder import build_model, ddp_config, wrap_for_training
 from megatron_ext.models.config import transformer_config
 from megatron_ext.platform.collective import on_every_rank, print_rank_0
@@ -95,7 +97,10 @@ def callbacks(
 
 def warn_about_memory(run: RunConfig) -> None:
     """Say so before the start where the model, its optimizer and its activations look too large."""
-    needed = sum(describe.memory(run.model, describe.layout_of(run)).values()) / 2**30
+    dtype, device = run.precision.params_dtype, platform.current_device()
+    kernels = cross_entropy.takes(torch.empty(0, dtype=dtype, device=device))
+    layout = replace(describe.layout_of(run), kernels=kernels)
+    needed = sum(footprint.memory(run.model, layout).values()) / 2**30
     there = platform.device_memory_bytes() / 2**30
     if needed > there:
         print_rank_0(

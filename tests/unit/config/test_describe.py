@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_ext.arguments.parser import read_args
-from megatron_ext.config import describe
+from megatron_ext.config import describe, footprint
 from megatron_ext.config.presets import PRESETS, preset
 from megatron_ext.kernels import fused
 from megatron_ext.models.builder import build_model
@@ -105,7 +105,7 @@ class TestMemory:
     SHAPE = preset("1b-pro")
 
     def test_one_device_holds_everything(self):
-        total, memory = self.SHAPE.num_parameters, describe.memory(self.SHAPE, describe.Layout())
+        total, memory = self.SHAPE.num_parameters, footprint.memory(self.SHAPE, describe.Layout())
         assert (memory["weights"], memory["gradients"], memory["optimizer"]) == (
             4 * total,
             4 * total,
@@ -114,12 +114,12 @@ class TestMemory:
 
     def test_bf16_keeps_main_weights(self):
         total = self.SHAPE.num_parameters
-        memory = describe.memory(self.SHAPE, describe.Layout(bytes_each=2))
+        memory = footprint.memory(self.SHAPE, describe.Layout(bytes_each=2))
         assert sum(memory.values()) - memory["activations"] == 18 * total
 
     def test_distributed_optimizer_divides_its_state(self):
-        whole = describe.memory(self.SHAPE, describe.Layout(data=8))
-        shared = describe.memory(self.SHAPE, describe.Layout(data=8, distributed_optimizer=True))
+        whole = footprint.memory(self.SHAPE, describe.Layout(data=8))
+        shared = footprint.memory(self.SHAPE, describe.Layout(data=8, distributed_optimizer=True))
         assert shared["optimizer"] == whole["optimizer"] / 8
         assert shared["weights"] == whole["weights"]
 
@@ -130,7 +130,7 @@ class TestMemory:
 
     def test_recomputation_and_sequence_parallelism_save_activations(self):
         def activations(**layout):
-            return describe.memory(self.SHAPE, describe.Layout(**layout))["activations"]
+            return footprint.memory(self.SHAPE, describe.Layout(**layout))["activations"]
 
         assert activations(recompute=True) < activations() / 3
         assert activations(tensor=2, sequence_parallel=True) < activations(tensor=2)

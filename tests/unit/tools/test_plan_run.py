@@ -44,3 +44,27 @@ def test_text_names_every_part(capsys):
     text = capsys.readouterr().out
     for words in ("every flag is understood", "optimizer", "tokens/s a device", "layouts that fit", "  1."):
         assert words in text
+
+
+def test_trace_stands_beside_the_arithmetic(capsys):
+    flags = [*RUN, "1", "--num-layers", "2", "--pipeline-model-parallel-size", "2"]
+    _, summary = plan(capsys, "--world-size", "4", "--trace", flags=flags)
+    found = summary["trace"]
+    assert found["rank"] == 2 * found["stage"]  # the stage whose memory is told
+    assert found["arithmetic"]["memory_bytes"] == summary["memory_bytes"]
+    assert found["trace"]["parameters"] == found["arithmetic"]["parameters"]
+    assert found["trace"]["flops"] == found["arithmetic"]["flops"]
+    assert found["groups"]["pipeline"] == [0, 2]
+
+
+def test_trace_of_no_rank_or_of_a_cpu_is_refused(capsys):
+    assert plan_run.main(["--world-size", "4", "--trace", "4", "--", *RUN, "1"]) == 2
+    assert "the ranks are 0 to 3" in capsys.readouterr().err
+    assert plan_run.main(["--machine", "cpu", "--trace", "--", *[f for f in RUN if f != "--bf16"], "1"]) == 2
+    assert "give another --machine" in capsys.readouterr().err
+
+
+def test_without_triton_more_is_kept(capsys):
+    _, fused = plan(capsys, flags=[*RUN, "1"])
+    _, plain = plan(capsys, "--without-triton", flags=[*RUN, "1"])
+    assert plain["memory_bytes"]["activations"] > 1.2 * fused["memory_bytes"]["activations"]

@@ -1,0 +1,180 @@
+"""One rank of a large job, without the other ranks, without memory and without a GPU.
+
+The process group is torch's fake one: a collective returns at once and changes nothing. Tensors are fake
+too: they have a shape, a dtype and a storage of so many bytes, and no values. Autograd, Megatron-Core's
+schedules and the optimizer run as they are, so what is multiplied and what is kept can be counted.
+
+A torch without CUDA has no fake CUDA tensors: these say that they are on a CPU, and where that would change
+what is computed, the operators of a GPU are put in place (``act_as_gpu``). All of it is for a process that
+does nothing else: ``join`` and ``act_as_gpu`` change torch for the rest of it.
+"""
+
+import contextlib
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._C._distributed_c10d import FakeWork
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_ext.kernels import fused, launch, weight_gradient
+
+aten = torch.ops.aten
+
+
+def join(rank: int, world_size: int) -> None:
+    """Join a job of ``world_size`` processes of which there is only this one."""
+    distributed = torch.distributed
+    new_group = distributed.new_group
+    # Megatron-Core makes gloo groups beside the others; here all groups are fake.
+    distributed.new_group = lambda *args, **kwargs: new_group(*args, **kwargs | {"backend": "fake"})
+    distributed.all_gather_object = _all_alike
+    distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+
+
+def _all_alike(objects: list[Any], own: object, group: Any = None) -> None:
+    """all_gather_object where every rank has what this one has."""
+    objects[:] = [own] * len(objects)
+
+
+def act_as_gpu() -> None:
+    """Let tensors of this process's CPU be computed with by the operators that torch has for CUDA."""
+    fused._kernels = None
+    vars(weight_gradient)["adds_in_fp32"] = lambda dtype, device: True
+    F.rms_norm = lambda x, shape, weight, eps: _RMSNorm.apply(x, weight)
+    F.scaled_dot_product_attention = _flash_attention
+
+
+class _RMSNorm(torch.autograd.Function):
+    """torch's fused RMSNorm (2.9 and later), which saves its inputs and a number a row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, torch.empty(x.shape[:-1]))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)
+
+
+def _flash_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    attn_mask: None,
+    is_causal: bool,
+    scale: float,
+    enable_gqa: bool,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """[b, np, s, hn], twice [b, ng, t, hn] -> [b, np, s, hn]; what torch takes for half precision on CUDA."""
+    assert attn_mask is None
+    attend = aten._scaled_dot_product_flash_attention
+    return attend(query, key, value, dropout_p, is_causal, scale=scale)[0]
+
+
+@contextlib.contextmanager
+def tensors(triton: bool) -> Iterator["Memory"]:
+    """Within it every tensor that is made is fake, and ``triton`` kernels are chosen, but not started.
+
+    Yields the count of the tensors' bytes.
+    """
+    # nn.Module.to swaps fake parameters, and then finds that they cannot be swapped.
+    torch.utils.swap_tensors = lambda old, new: setattr(old, "data", new.data)
+    chosen = launch.observed(lambda _: False) if triton else contextlib.nullcontext()
+    # Generators' states are real: they are made before, and compared.
+    with chosen, FakeTensorMode(allow_non_fake_inputs=True), Memory() as memory, _Answers():
+        yield memory
+
+
+class Memory(TorchDispatchMode):
+    """Bytes of the storages that are alive: ``now``, and the most there were (``peak``) since ``reset_peak``.
+
+    As a GPU's allocator counts them (``torch.cuda.memory_allocated``): in whole blocks of 512 bytes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._sizes: dict[int, int] = {}
+
+    def reset_peak(self) -> None:
+        """Forget what was there before."""
+        self.peak = self.now
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = function(*args, **kwargs or {})
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata not in self._sizes:
+            self._sizes[storage._cdata] = -(-storage.nbytes() // 512) * 512
+            self.now += self._sizes[storage._cdata]
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._free, storage._cdata)
+
+    def _free(self, address: int) -> None:
+        self.now -= self._sizes.pop(address)
+
+
+class _Answers(TorchDispatchMode):
+    """What fake tensors do not answer: values are 0 and tests pass; coalesced collectives return at once."""
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function is aten._local_scalar_dense.default:
+            dtype = args[0].dtype
+            return 0.0 if dtype.is_floating_point else dtype == torch.bool or 0
+        if function.namespace == "c10d" and "coalesced" in function._schema.name:
+            return FakeWork().boxed()
+        return function(*args, **kwargs or {})
+
+
+def counted_flops() -> FlopCounterMode:
+    """torch's counter of floating point operations, with attention counted as the model needs it.
+
+    Half of the square, for it is causal, and twice that backward. torch counts the whole square, and the
+    scores that a flash kernel computes again.
+    """
+
+    def attention(query: torch.Size, key: torch.Size, *rest: Any, **options: Any) -> int:
+        batch, heads, length, width = query
+        return 2 * batch * heads * length * key[2] * width
+
+    def backward(grad: torch.Size, query: torch.Size, key: torch.Size, *rest: Any, **options: Any) -> int:
+        return 2 * attention(query, key)
+
+    def product(total: torch.Size, a: torch.Size, b: torch.Size, *rest: Any, **options: Any) -> int:
+        return 2 * a[0] * a[1] * b[1]  # torch's own knows neither addmm_ nor out_dtype
+
+    mapping = {
+        aten._scaled_dot_product_flash_attention: attention,
+        aten._scaled_dot_product_flash_attention_backward: backward,
+        aten.addmm: product,
+        aten.addmm_: product,
+    }
+    counter = FlopCounterMode(display=False, custom_mapping=mapping)
+    counter.mod_tracker = _NoModules()
+    return counter
+
+
+class _NoModules(contextlib.nullcontext[None]):
+    """In the place of torch's ModuleTracker, whose hooks keep the inputs of modules alive."""
+
+    parents = {"Global"}
