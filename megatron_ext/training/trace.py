@@ -10,8 +10,9 @@ import io
 import math
 import warnings
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing import get_context
+from typing import Any
 
 from megatron_ext.config import RunConfig, describe
 
@@ -70,10 +71,11 @@ def trace(run: RunConfig, rank: int = 0, triton: bool = True) -> Trace:
     )
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         seen = process.submit(_trace, short, triton).result()
-    return replace(seen, flops=seen.flops * micro_batches // taken)
+    seen["flops"] = seen["flops"] * micro_batches // taken
+    return Trace(rank=rank, micro_batches=taken, **seen)
 
 
-def _trace(run: RunConfig, triton: bool) -> Trace:
+def _trace(run: RunConfig, triton: bool) -> dict[str, Any]:
     """What the trainer and its packages print there is not about the job, and is not shown."""
     warnings.simplefilter("ignore")
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):

@@ -18,11 +18,10 @@ from megatron_ext.training.callbacks import Callback, Callbacks
 from megatron_ext.training.optimizer import build_optimizer, optimizer_config
 from megatron_ext.training.schedule import build_scheduler
 from megatron_ext.training.step import train_step
-from megatron_ext.training.trace import Trace
 
 
-def run_rank(run: RunConfig, triton: bool) -> Trace:
-    """Be the rank that ``run`` names, for a step of it."""
+def run_rank(run: RunConfig, triton: bool) -> dict[str, Any]:
+    """Be the rank that ``run`` names, for a step of it: what of a Trace is seen."""
     fake.join(run.process.rank, run.process.world_size)
     fake.act_as_gpu()
     distributed.initialize(run)
@@ -42,7 +41,7 @@ class _BeforeUpdate(Callback):
         self.memory.reset_peak()
 
 
-def _step(run: RunConfig, memory: fake.Memory) -> Trace:
+def _step(run: RunConfig, memory: fake.Memory) -> dict[str, Any]:
     """Build the model and train it for one step, looking at the memory in between."""
     config = transformer_config(run)
     model = wrap_for_training(build_model(config, run, drawn=False), config, ddp_config(run))
@@ -58,21 +57,19 @@ def _step(run: RunConfig, memory: fake.Memory) -> Trace:
         for name, parameter in chunk.module.named_parameters()
     }
     weights = _bytes(parameters.values())
-    return Trace(
-        rank=run.process.rank,
-        stage=parallel_state.get_pipeline_model_parallel_rank(),
-        groups=_groups(),
-        shapes={name: tuple(parameter.shape) for name, parameter in parameters.items()},
-        flops=counter.get_total_flops(),
-        memory={
+    return {
+        "stage": parallel_state.get_pipeline_model_parallel_rank(),
+        "groups": _groups(),
+        "shapes": {name: tuple(parameter.shape) for name, parameter in parameters.items()},
+        "flops": counter.get_total_flops(),
+        "memory": {
             "weights": weights,
             "gradients": built - weights,
             "optimizer": start - built + memory.now - passes.left,
             "activations": passes.peak - start,
         },
-        update=memory.peak - memory.now,
-        micro_batches=run.training.global_batch_size // run.samples_at_once,
-    )
+        "update": memory.peak - memory.now,
+    }
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
