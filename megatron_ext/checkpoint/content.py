@@ -38,7 +38,7 @@ def unwrap(module: nn.Module) -> nn.Module:
     return module
 
 
-def content_metadata(optimizer, run: RunConfig) -> dict:
+def content_metadata(optimizer, run: RunConfig) -> dict[str, Any]:
     """How tensors are laid out in the checkpoint; upstream's keys."""
     metadata: dict[str, Any] = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
     if optimizer is not None and any(
@@ -62,7 +62,7 @@ def make_state(optimizer) -> None:
             inner.init_state_fn(inner.optimizer, inner.config)
 
 
-def model_part(model: list[nn.Module], metadata: dict) -> dict:
+def model_part(model: list[nn.Module], metadata: dict[str, Any]) -> dict[str, Any]:
     """The model's sharded tensors: ``model``, or ``model0``, ``model1``, ... with several chunks."""
     chunks = [unwrap(chunk) for chunk in model]
     names = ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
@@ -71,7 +71,7 @@ def model_part(model: list[nn.Module], metadata: dict) -> dict:
     }
 
 
-def rng_object(states: list[dict] | None) -> ShardedObject:
+def rng_object(states: list[dict[str, Any]] | None) -> ShardedObject:
     """The generators of one tensor x pipeline rank: a list over its data parallel ranks."""
     pp, tp = (
         parallel_state.get_pipeline_model_parallel_world_size(),
@@ -85,7 +85,7 @@ def rng_object(states: list[dict] | None) -> ShardedObject:
     return ShardedObject("rng_state", states, (pp, tp), offset, replica_id=replica)
 
 
-def gather_rng() -> list[dict]:
+def gather_rng() -> list[dict[str, Any]]:
     """Every generator's state, of each data parallel rank; collective."""
     own = {
         "random_rng_state": random.getstate(),
@@ -106,7 +106,7 @@ def _tracked_states() -> dict[str, torch.Tensor]:
     return {name: kept.get_state() if isinstance(kept, torch.Generator) else kept for name, kept in states}
 
 
-def restore_rng(states: list[dict]) -> None:
+def restore_rng(states: list[dict[str, Any]]) -> None:
     """Set this rank's generators from what :func:`gather_rng` collected.
 
     A checkpoint of upstream's has one entry for all data parallel ranks. The state of a CPU's generator
@@ -134,7 +134,7 @@ def restore_rng(states: list[dict]) -> None:
     tracker.set_states(tracked)
 
 
-def common_part(iteration: int, run_state: dict, run: RunConfig, scheduler) -> dict:
+def common_part(iteration: int, run_state: dict[str, Any], run: RunConfig, scheduler) -> dict[str, Any]:
     """The part that is the same on all ranks, without the optimizer's."""
     counters = {name: run_state[name] for name in _COUNTERS if name in run_state}
     common = {
@@ -153,7 +153,7 @@ def common_part(iteration: int, run_state: dict, run: RunConfig, scheduler) -> d
     return common
 
 
-def run_state_of(common: dict) -> dict:
+def run_state_of(common: dict[str, Any]) -> dict[str, Any]:
     """The run state of a checkpoint of ours, or what upstream's says of it."""
     if "pangu_pro" in common:
         return dict(common["pangu_pro"]["run_state"])
@@ -175,7 +175,7 @@ def require_same_function(saved: Saved | None, run: RunConfig, path: Path) -> No
         raise CheckpointError(f"{path} holds another model: " + "; ".join(found))
 
 
-def require_same_tokenizer(common: dict, run: RunConfig, path: Path) -> None:
+def require_same_tokenizer(common: dict[str, Any], run: RunConfig, path: Path) -> None:
     """Raise CheckpointError if the checkpoint was trained on the ids of another tokenizer."""
     theirs = common.get("pangu_pro", {}).get("tokenizer_sha256")
     ours = run.tokenizer.tokenizer_sha256

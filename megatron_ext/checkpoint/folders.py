@@ -33,17 +33,17 @@ _LEFT_BY_A_SAVE = re.compile(r"(\.incomplete_|\.replaced_|\.removed_)(iter_[0-9]
 logger = logging.getLogger(__name__)
 
 
-def checkpoint_dir(base: str | os.PathLike, iteration: int) -> Path:
+def checkpoint_dir(base: str | os.PathLike[str], iteration: int) -> Path:
     """The folder of one checkpoint below the folder of a run, as Megatron-LM names it."""
     return Path(base) / f"iter_{iteration:07d}"
 
 
-def working_dir(base: str | os.PathLike, iteration: int) -> Path:
+def working_dir(base: str | os.PathLike[str], iteration: int) -> Path:
     """The folder in which a checkpoint is written before it is put in place."""
     return Path(base) / f"{_WORKING}iter_{iteration:07d}"
 
 
-def stored(base: str | os.PathLike) -> dict[int, Path]:
+def stored(base: str | os.PathLike[str]) -> dict[int, Path]:
     """Iteration -> folder of every checkpoint in ``base``, ascending.
 
     One that a killed save had moved aside, to put another of its iteration in its place, counts.
@@ -58,12 +58,12 @@ def stored(base: str | os.PathLike) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def list_iterations(base: str | os.PathLike) -> list[int]:
+def list_iterations(base: str | os.PathLike[str]) -> list[int]:
     """The iterations of which ``base`` holds a checkpoint, ascending."""
     return list(stored(base))
 
 
-def tracked(base: str | os.PathLike) -> int | str | None:
+def tracked(base: str | os.PathLike[str]) -> int | str | None:
     """What the tracker names: an iteration; ``RELEASE``; other text if it names none; None if there is none.
 
     A save that was killed between putting its folder in place and moving the tracker left
@@ -76,7 +76,7 @@ def tracked(base: str | os.PathLike) -> int | str | None:
     return _read(base / TRACKER)
 
 
-def latest_iteration(base: str | os.PathLike) -> int | None:
+def latest_iteration(base: str | os.PathLike[str]) -> int | None:
     """The iteration that the tracker names; None if it names none, or there is no tracker."""
     named = tracked(base)
     return named if isinstance(named, int) else None
@@ -92,7 +92,7 @@ def _read(path: Path) -> int | str | None:
     return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else text
 
 
-def prepare(base: str | os.PathLike, iteration: int) -> Path:
+def prepare(base: str | os.PathLike[str], iteration: int) -> Path:
     """Make the empty working folder of a save, cleaning up after interrupted ones."""
     base = Path(base)
     base.mkdir(parents=True, exist_ok=True)
@@ -102,7 +102,7 @@ def prepare(base: str | os.PathLike, iteration: int) -> Path:
     return folder
 
 
-def clean_up(base: str | os.PathLike) -> None:
+def clean_up(base: str | os.PathLike[str]) -> None:
     """Finish or undo what a killed save left half done; for the process that holds the folder's lock.
 
     Touches what saves make and nothing else: neither a checkpoint in place nor another's files.
@@ -138,7 +138,7 @@ def _discard(entry: Path) -> None:
         logger.warning("%s is of no use and could not be removed: %s", entry, error)
 
 
-def publish(base: str | os.PathLike, iteration: int) -> Path:
+def publish(base: str | os.PathLike[str], iteration: int) -> Path:
     """Put a completely written working folder in place, then move the tracker to it."""
     base = Path(base)
     target, working = checkpoint_dir(base, iteration), working_dir(base, iteration)
@@ -187,7 +187,7 @@ class Retain:
         return [i for i in candidates if not (self.interval and i % self.interval == 0)]
 
 
-def remove(base: str | os.PathLike, iteration: int) -> None:
+def remove(base: str | os.PathLike[str], iteration: int) -> None:
     """Remove a checkpoint; interrupted, it leaves nothing that looks like one.
 
     A link to a checkpoint that lies elsewhere was made by somebody else: it stays, as does what it

@@ -38,7 +38,7 @@ class Found:
     notes: list[str] = field(default_factory=list)
 
 
-def find(base: str | os.PathLike, wanted: int | None = None, outputs: Iterable[Path] = ()) -> Found:
+def find(base: str | os.PathLike[str], wanted: int | None = None, outputs: Iterable[Path] = ()) -> Found:
     """Look for the checkpoint of iteration ``wanted``, by default the tracker's, in ``base``.
 
     Where the tracker is missing or names no iteration, and where it names one that has gone and all

@@ -11,6 +11,7 @@ import json
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from megatron_ext.checkpoint.errors import DamagedCheckpoint
 from megatron_ext.checkpoint.safe import load_metadata, load_object
@@ -63,7 +64,7 @@ class HashingStream:
     def flush(self) -> None:
         """Nothing: the end of a tensor is no reason to write a block early."""
 
-    def close(self) -> dict:
+    def close(self) -> dict[str, Any]:
         """Wait until the file is on the disk; its entry in ``checksums.json``."""
         with self._file:
             self._file.flush()
@@ -83,28 +84,28 @@ class HashingStream:
             self._syncer.shutdown()
 
 
-def describe(data: bytes) -> dict:
+def describe(data: bytes) -> dict[str, Any]:
     """The entry in ``checksums.json`` of a small file."""
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def describe_file(path: Path) -> dict:
+def describe_file(path: Path) -> dict[str, Any]:
     """The entry in ``checksums.json`` of a file that is on the disk."""
     return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
 
 
-def marker(iteration: int, files: dict[str, dict]) -> bytes:
+def marker(iteration: int, files: dict[str, dict[str, Any]]) -> bytes:
     """The content of ``checksums.json``; its own checksum is of iteration and files."""
     content = {"format": 1, "iteration": iteration, "files": files}
     return json.dumps(content | {"sha256": _own_checksum(content)}, indent=1, sort_keys=True).encode()
 
 
-def _own_checksum(content: dict) -> str:
+def _own_checksum(content: dict[str, Any]) -> str:
     told = [content["format"], content["iteration"], content["files"]]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
-def read_marker(folder: Path) -> dict[str, dict] | None:
+def read_marker(folder: Path) -> dict[str, dict[str, Any]] | None:
     """The entries of ``checksums.json`` by file name; None if the checkpoint has no such file.
 
     Raises DamagedCheckpoint if the file is not one of ours, or names files elsewhere.

@@ -40,7 +40,7 @@ class LoadedState:
     """
 
     iteration: int
-    run_state: dict
+    run_state: dict[str, Any]
     path: Path
     checkpoints: list[int] = field(default_factory=list)
     saved: Saved = field(default_factory=dict)
@@ -55,7 +55,7 @@ class OpenedCheckpoint:
     folder: Path
     number: int
     before: list[int]
-    common: dict
+    common: dict[str, Any]
     metadata: Metadata
 
     @property
@@ -69,7 +69,7 @@ class OpenedCheckpoint:
         return int(self.common.get("iteration", self.number))
 
     @property
-    def run_state(self) -> dict:
+    def run_state(self) -> dict[str, Any]:
         """Where the run stood."""
         state = content.run_state_of(self.common)
         return {name: value for name, value in state.items() if name != "checkpoints"}
@@ -204,7 +204,7 @@ def _find(load_dir: Path, run: RunConfig, wanted: int | None) -> tuple[Path, int
     )
 
 
-def _read_tensors(folder: Path, template: dict, common: dict, metadata) -> dict:
+def _read_tensors(folder: Path, template: dict[str, Any], common: dict[str, Any], metadata) -> dict[str, Any]:
     with torch.no_grad():
         return dist_checkpointing.load(
             template,
@@ -224,7 +224,7 @@ class _Parts:
     optimizer: Any
     scheduler: Any
     run: RunConfig
-    common: dict
+    common: dict[str, Any]
     available: set[str]
     finetune: bool
     rng: bool
@@ -236,7 +236,7 @@ class _Parts:
         skip_rng = self.finetune or not self.rng or self.run.checkpoint.no_load_rng
         self.with_rng = not skip_rng and rng.unique_key in self.available
 
-    def template(self) -> dict:
+    def template(self) -> dict[str, Any]:
         """The sharded tensors to fill, under the names this checkpoint has for them."""
         metadata = self.common.get("content_metadata") or {}
         state = content.model_part(self.model, metadata)
@@ -251,7 +251,7 @@ class _Parts:
                 value.key = self._saved_name(value.key)
         return _without_absent_extra_state(state, self.available)
 
-    def _optimizer_template(self, model_state: dict, metadata: dict) -> dict:
+    def _optimizer_template(self, model_state: dict[str, Any], metadata: dict[str, Any]) -> dict[str, Any]:
         if "optimizer" not in self.common:
             raise CheckpointError(
                 "it holds no optimizer state (--no-save-optim); add --no-load-optim or --finetune"
@@ -273,7 +273,7 @@ class _Parts:
                         return renamed
         return key
 
-    def apply(self, state: dict) -> None:
+    def apply(self, state: dict[str, Any]) -> None:
         """Hand the loaded values to whom they belong."""
         chunks = [content.unwrap(chunk) for chunk in self.model]
         for index, chunk in enumerate(chunks):
@@ -290,7 +290,7 @@ class _Parts:
             content.restore_rng(state["rng_state"])
 
 
-def _without_absent_extra_state(state: dict, available: set[str]) -> dict:
+def _without_absent_extra_state(state: dict[str, Any], available: set[str]) -> dict[str, Any]:
     """Leave out extra state (scales of Transformer Engine) that the checkpoint does not hold."""
 
     def keep(value) -> bool:
@@ -302,7 +302,7 @@ def _without_absent_extra_state(state: dict, available: set[str]) -> dict:
     }
 
 
-def _require_keys(folder: Path, parts: _Parts, template: dict, strict: bool) -> None:
+def _require_keys(folder: Path, parts: _Parts, template: dict[str, Any], strict: bool) -> None:
     """Compare the weights that all ranks ask for with those that are there; collective."""
     own = {v.key for v in nested_values(template) if isinstance(v, ShardedTensor | ShardedTensorFactory)}
     asked = set().union(*gather(own))

@@ -28,7 +28,7 @@ _held: set[str] = set()
 
 
 @contextlib.contextmanager
-def only_run_in(folder: str | os.PathLike | None, wait: float = WAIT_SECONDS) -> Iterator[None]:
+def only_run_in(folder: str | os.PathLike[str] | None, wait: float = WAIT_SECONDS) -> Iterator[None]:
     """Within it no other run saves into ``folder`` (none if there is no folder); collective.
 
     What a save that was killed left there is finished or undone first.
@@ -48,7 +48,7 @@ def only_run_in(folder: str | os.PathLike | None, wait: float = WAIT_SECONDS) ->
 
 
 @contextlib.contextmanager
-def only_recording_in(losses: str | os.PathLike | None) -> Iterator[None]:
+def only_recording_in(losses: str | os.PathLike[str] | None) -> Iterator[None]:
     """Within it no other run records into the file ``losses`` (none if there is none); collective.
 
     Raises:

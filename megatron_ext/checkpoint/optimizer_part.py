@@ -29,7 +29,7 @@ def kind_of(optimizer) -> str:
     return "half" if isinstance(inner, Float16OptimizerWithFloat16Params) else "fp32"
 
 
-def kind_in(common: dict) -> str:
+def kind_in(common: dict[str, Any]) -> str:
     """Which kind of optimizer wrote the common part of a checkpoint."""
     part = common["optimizer"]
     if "param_state_sharding_type" in part or "distrib_optim_sharding_type" in common.get(
@@ -39,7 +39,7 @@ def kind_in(common: dict) -> str:
     return "half" if "fp32_from_fp16_params" in part or "optimizer" in part else "fp32"
 
 
-def adapt_common(common: dict, optimizer, keep_rates: bool) -> None:
+def adapt_common(common: dict[str, Any], optimizer, keep_rates: bool) -> None:
     """Turn ``common["optimizer"]`` into what ``optimizer`` expects to find there, in place.
 
     Parameter groups come in the order of ``optimizer``'s, with ``step`` as an int in each. What this
@@ -85,7 +85,9 @@ def adapt_common(common: dict, optimizer, keep_rates: bool) -> None:
     common["optimizer"] = adapted
 
 
-def _in_order_of(current: list[dict], saved: list[dict], keep_rates: bool) -> list[dict]:
+def _in_order_of(
+    current: list[dict[str, Any]], saved: list[dict[str, Any]], keep_rates: bool
+) -> list[dict[str, Any]]:
     by_identity = {_identity(group): group for group in saved}
     ordered = []
     for group in current:
@@ -103,11 +105,11 @@ def _in_order_of(current: list[dict], saved: list[dict], keep_rates: bool) -> li
     return ordered
 
 
-def _identity(group: dict) -> tuple:
+def _identity(group: dict[str, Any]) -> tuple:
     return tuple(group.get(key, group.get(f"pre_{key}")) for key in param_group_identifier_keys)
 
 
-def master_key(key: str, available: dict) -> str:
+def master_key(key: str, available: dict[str, Any]) -> str:
     """Where the checkpoint keeps the master weight that the optimizer calls ``key``."""
     for prefix in _MASTER_PREFIXES:
         if key.startswith(prefix):

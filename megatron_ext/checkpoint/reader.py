@@ -63,7 +63,7 @@ class SafeLoadStrategy(TorchDistLoadShardedStrategy):
         super().__init__()
         self._metadata = metadata
 
-    def load(self, sharded_state_dict: dict, checkpoint_dir: str | Path) -> dict:
+    def load(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> dict[str, Any]:
         """Fill the tensors of ``sharded_state_dict`` from the files; returns them in the same nesting."""
         flat, nesting = flatten_state_dict(sharded_state_dict)
         loaded: dict[str, Any] = {}
@@ -98,7 +98,7 @@ class SafeLoadStrategy(TorchDistLoadShardedStrategy):
         }
 
 
-def _read(state: dict, planner: SafePlanner, reader: SafeReader, metadata: Metadata) -> None:
+def _read(state: dict[str, Any], planner: SafePlanner, reader: SafeReader, metadata: Metadata) -> None:
     """One rank's part of torch.distributed.checkpoint.load; every rank reads what it needs by itself."""
     first = torch.distributed.get_rank() == 0
     planner.set_up_planner(state, metadata, is_coordinator=first)
@@ -128,14 +128,14 @@ def _first_of_each_shard(flat: dict[str, ShardedBase]) -> dict[str, ShardedBase]
 class ReadCommon(LoadCommonStrategy):
     """Gives ``dist_checkpointing.load`` the common part that was already read and adapted."""
 
-    def __init__(self, common: dict):
+    def __init__(self, common: dict[str, Any]):
         self._common = common
 
-    def load_common(self, checkpoint_dir: str | Path) -> dict:
+    def load_common(self, checkpoint_dir: str | Path) -> dict[str, Any]:
         """The common part."""
         return self._common
 
-    def load_sharded_objects(self, sharded_objects_state_dict: dict, checkpoint_dir: str | Path):
+    def load_sharded_objects(self, sharded_objects_state_dict: dict[str, Any], checkpoint_dir: str | Path):
         """Never called: the sharded strategy handles objects."""
         raise NotImplementedError
 
@@ -146,7 +146,7 @@ class ReadCommon(LoadCommonStrategy):
         """Nothing to check: it is already read."""
 
 
-def read_common(folder: Path) -> dict:
+def read_common(folder: Path) -> dict[str, Any]:
     """The common part of a checkpoint, its args reduced to what :mod:`saved_args` lets through.
 
     Raises DamagedCheckpoint if it cannot be read, or is not what a checkpoint says of itself.
@@ -164,7 +164,7 @@ def read_common(folder: Path) -> dict:
     return common
 
 
-def _require_kinds(path: Path, part: dict, **kinds: Any) -> None:
+def _require_kinds(path: Path, part: dict[str, Any], **kinds: Any) -> None:
     for name, kind in kinds.items():
         if name in part and not isinstance(part[name], kind):
             told = type(part[name]).__name__
@@ -173,7 +173,7 @@ def _require_kinds(path: Path, part: dict, **kinds: Any) -> None:
             )
 
 
-def read(folder: Path) -> tuple[dict, Metadata]:
+def read(folder: Path) -> tuple[dict[str, Any], Metadata]:
     """The common part and the metadata of a checkpoint; raises DamagedCheckpoint."""
     common = read_common(folder)
     if common.get("args") is not None:

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -50,7 +51,7 @@ def save_checkpoint(
     model: list[nn.Module],
     optimizer,
     scheduler,
-    run_state: dict,
+    run_state: dict[str, Any],
     run: RunConfig,
     rng_states: bool = True,
     retain: Retain | None = None,
@@ -101,7 +102,7 @@ def save_checkpoint(
     return pending
 
 
-def _sharded_part(model: list, optimizer, run: RunConfig, rng_states: bool) -> dict:
+def _sharded_part(model: list, optimizer, run: RunConfig, rng_states: bool) -> dict[str, Any]:
     keep_optimizer = optimizer is not None and not run.checkpoint.no_save_optim
     metadata = content.content_metadata(optimizer if keep_optimizer else None, run)
     state = content.model_part(model, metadata)
@@ -115,7 +116,7 @@ def _sharded_part(model: list, optimizer, run: RunConfig, rng_states: bool) -> d
     return state | {"content_metadata": metadata}
 
 
-def _divide_among_replicas(sharded: dict, run: RunConfig) -> None:
+def _divide_among_replicas(sharded: dict[str, Any], run: RunConfig) -> None:
     """Let each data parallel rank write a share of what they all hold; collective."""
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     if group.size() == 1 or not run.checkpoint.ckpt_fully_parallel_save:
@@ -124,7 +125,7 @@ def _divide_among_replicas(sharded: dict, run: RunConfig) -> None:
     distribute_main_replicas_with_precomputed_distribution(sharded, group, shares)
 
 
-def serialised(common: dict) -> bytes:
+def serialised(common: dict[str, Any]) -> bytes:
     """The content of ``common.pt``."""
     buffer = io.BytesIO()
     torch.save(common, buffer)

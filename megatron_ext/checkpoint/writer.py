@@ -53,10 +53,10 @@ class Written:
     """Where this rank's shards lie, and its files' entries in ``checksums.json``."""
 
     places: dict[MetadataIndex, _StorageInfo]
-    files: dict[str, dict]
+    files: dict[str, dict[str, Any]]
 
 
-def plan(sharded_state_dict: dict) -> ShardPlan:
+def plan(sharded_state_dict: dict[str, Any]) -> ShardPlan:
     """Agree on who writes what; collective.
 
     ``sharded_state_dict`` holds ShardedTensors and ShardedObjects only; each rank writes those
@@ -151,7 +151,7 @@ def write(shard_plan: ShardPlan, folder: Path) -> Written:
 
 def write_file(
     folder: Path, name: str, items: Iterable[tuple[WriteItem, Any]]
-) -> tuple[dict[MetadataIndex, _StorageInfo], str, dict]:
+) -> tuple[dict[MetadataIndex, _StorageInfo], str, dict[str, Any]]:
     """Write one file from items that may be made one at a time.
 
     Returns where each item lies, the file's name, and its entry in ``checksums.json``.

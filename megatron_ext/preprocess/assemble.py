@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -22,7 +23,7 @@ def build(
     sequences = _column(parts, folder, f"{which}.sequences", np.int32)
     ids = [part_file(folder, part.number, f"{which}.bin") for part in parts]
     if keep is None:
-        blocks = (block for path in ids if path.exists() for block in file_blocks(path))
+        blocks: Iterable[bytes] = (block for path in ids if path.exists() for block in file_blocks(path))
     else:
         tokens = _sum_by(sequences, lengths)
         blocks = _kept_blocks(ids, [part.documents for part in parts], tokens, keep, dtype)
@@ -52,7 +53,7 @@ def write_bad_lines(
 ) -> None:
     """One JSON object for each line that was left out: file, line (from 1), reason, content."""
 
-    def write(file) -> None:
+    def write(file: BinaryIO) -> None:
         for part in parts:
             if not part.bad_lines:
                 continue

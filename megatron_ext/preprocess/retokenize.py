@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from megatron_ext.data.indexed import DatasetError, Index, dataset_files, map_to
 from megatron_ext.data.manifest import check_dataset, read_manifest, refuse_replacing_others
 from megatron_ext.data.writer import Written, publish, write_dataset
 from megatron_ext.tokenizer.encoder import NativeEncoder
+
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
 
 TOKENS_AT_ONCE = 1 << 21
 
@@ -85,7 +88,7 @@ class Retokenizer:
         return plan
 
 
-def _bytes_of(processor, i: int) -> bytes | None:
+def _bytes_of(processor: SentencePieceProcessor, i: int) -> bytes | None:
     """The UTF-8 bytes an id stands for; None for control and unknown pieces."""
     piece = processor.id_to_piece(i)
     if processor.is_control(i) or processor.is_unknown(i):

@@ -48,8 +48,8 @@ def preprocess(options: Options, quiet: bool = False) -> dict[str, Any]:
     finished = _finished(options, sources, plan)
     if finished is not None:
         return finished | {"already_done": True}
-    known = all(source.bytes is not None for source in sources) and options.shard is None
-    size = sum(source.bytes for source in sources) if known else None
+    sizes = [source.bytes for source in sources if source.bytes is not None]
+    size = sum(sizes) if len(sizes) == len(sources) and options.shard is None else None
     with (
         Progress("preprocessing", size, "B", quiet=quiet, log_interval=options.log_interval) as progress,
         work_folder(options.work_folder, plan, progress) as lock,
@@ -61,7 +61,7 @@ def _finished(options: Options, sources: list[Source], plan: str) -> dict[str, A
     """The summary of an earlier run that did the very same, if its files are all there."""
     if any(source.bytes is None for source in sources):
         return None
-    summary = {"datasets": {}}
+    summary: dict[str, Any] = {"datasets": {}}
     for key in options.json_keys:
         prefix = options.dataset(key)
         try:
@@ -206,7 +206,8 @@ class _Run:
             "bad_lines_file": options.bad_lines_file.name if bad else None,
             "plan": self.plan,
         }
-        summary = {"datasets": {}, "seconds": round(self.progress.seconds(), 3), "parts_reused": self.reused}
+        seconds = round(self.progress.seconds(), 3)
+        summary: dict[str, Any] = {"datasets": {}, "seconds": seconds, "parts_reused": self.reused}
         for built in datasets:
             publish(built, common)
             summary["datasets"][built.prefix] = built.counts() | common

@@ -9,7 +9,7 @@ import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -92,7 +92,7 @@ class _Writer:
         self.recipe, self.encode, self.note = recipe, encode, note
         self.part = Part(chunk.number, chunk.source, chunk.fingerprint())
         self.part.tokens = dict.fromkeys(recipe.keys, 0)
-        self.files = {}
+        self.files: dict[str, BinaryIO] = {}
         self.batch: list[Document] = []
         self.batch_bytes = 0
 
@@ -103,11 +103,11 @@ class _Writer:
             part_file(self.recipe.folder, self.part.number, suffix).unlink(missing_ok=True)
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         for file in self.files.values():
             file.close()
 
-    def _file(self, suffix: str):
+    def _file(self, suffix: str) -> BinaryIO:
         if suffix not in self.files:
             self.files[suffix] = open(part_file(self.recipe.folder, self.part.number, suffix), "xb")
         return self.files[suffix]

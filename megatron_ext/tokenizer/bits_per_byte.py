@@ -7,14 +7,19 @@ tokenizers that spell them differently are the same: "\u2581cat" and "\u0120cat"
 
 import re
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
+    from transformers import PreTrainedTokenizerBase
 
 SPACE = "\u2581"  # sentencepiece writes a blank as this
 _BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
 
 
-def sentencepiece_texts(processor) -> list[bytes]:
+def sentencepiece_texts(processor: "SentencePieceProcessor") -> list[bytes]:
     """UTF-8 of each piece of a ``SentencePieceProcessor``; empty for control and unknown pieces.
 
     A byte piece is that byte, U+2581 a blank. Pieces that are never produced (fillers) keep their text. What
@@ -29,7 +34,7 @@ def sentencepiece_texts(processor) -> list[bytes]:
     return texts
 
 
-def huggingface_texts(tokenizer) -> list[bytes]:
+def huggingface_texts(tokenizer: "PreTrainedTokenizerBase") -> list[bytes]:
     """Bytes of each id of a Hugging Face tokenizer; empty for special tokens and ids without a token.
 
     Knows the two families in use: byte-level BPE, where one character of a piece is one byte, and
@@ -78,7 +83,7 @@ def _byte_level_text(piece: str) -> bytes:
     return piece.encode()
 
 
-def _is_byte_level(tokenizer, pieces: Iterable[str | None]) -> bool:
+def _is_byte_level(tokenizer: "PreTrainedTokenizerBase", pieces: Iterable[str | None]) -> bool:
     """GPT-2's alphabet writes a blank as U+0120; sentencepiece's pieces begin with U+2581."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None and backend.decoder is not None:

@@ -73,7 +73,7 @@ class Tokenizer:
         return lengths(self.token_texts())
 
     @property
-    def unique_identifiers(self) -> OrderedDict:
+    def unique_identifiers(self) -> OrderedDict[str, str]:
         """What Megatron-Core puts into the name of a dataset's index files."""
         return OrderedDict({"class": type(self).__name__, "sha256": self.sha256})
 

@@ -14,11 +14,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from sentencepiece import sentencepiece_model_pb2
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from megatron_ext.tokenizer.encoder import NativeEncoder
 
-ModelProto = sentencepiece_model_pb2.ModelProto
 Piece = ModelProto.SentencePiece
 BPE, UNIGRAM = 2, 1
 FILLER = re.compile(r"[<\[].*(unused|reserved|filler|placeholder|blank).*\d+.*[>\]]", re.IGNORECASE)

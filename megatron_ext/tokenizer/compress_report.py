@@ -92,7 +92,7 @@ def examples(
     normal = np.flatnonzero((vocabulary.types == 1) & ~vocabulary.dead)
     by_count = normal[np.argsort(-counts[normal], kind="stable")]
 
-    def show(ids: np.ndarray) -> list[list]:
+    def show(ids: np.ndarray) -> list[list[Any]]:
         return [[vocabulary.texts[i], int(counts[i])] for i in ids.tolist()]
 
     return {

@@ -7,6 +7,7 @@ import sys
 import time
 from argparse import Namespace
 from dataclasses import dataclass
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def compress(args: Namespace) -> dict[str, Any]:
     Path(args.output).absolute().parent.mkdir(parents=True, exist_ok=True)
     if not files.only_own_counts:
         counts.save(files.own_counts)
-    summary = {
+    summary: dict[str, Any] = {
         "old_size": encoder.vocab_size,
         "counted_tokens": int(counts.total.sum()),
         "counted_bytes": int(counts.text_bytes.sum()),
@@ -92,8 +93,8 @@ def compress(args: Namespace) -> dict[str, Any]:
         "coverage": float(counts.total[kept].sum() / max(counts.total.sum(), 1)),
     }
     ids = IdMap.of_kept(kept, encoder.vocab_size, sha256(data), sha256(new_data))
-    if left_out := write_files(args.output, new_data, new, ids):
-        summary["no_hf_folder"] = left_out
+    if reason := write_files(args.output, new_data, new, ids):
+        summary["no_hf_folder"] = reason
     if args.input:
         summary["measured"] = measure(args, files, new, int(counts.total.sum()))
     if args.report:
@@ -209,7 +210,7 @@ def write_hf_folder(folder: Path, model: bytes, new: NativeEncoder) -> str | Non
         return str(error)
     folder.mkdir(exist_ok=True)
     for name, content in files.items():
-        write_aside(folder / name, lambda file, content=content: file.write(content))
+        write_aside(folder / name, methodcaller("write", content))
     return None
 
 

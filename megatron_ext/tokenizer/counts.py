@@ -10,6 +10,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -93,7 +94,7 @@ class Counts:
         """Writes a .npz file, whole or not at all."""
         path = Path(path)
 
-        def write(file) -> None:
+        def write(file: BinaryIO) -> None:
             np.savez_compressed(
                 file,
                 format=np.array(FORMAT),

@@ -17,7 +17,7 @@ import numpy as np
 import sentencepiece
 
 try:
-    from megatron_ext import _encoder
+    from megatron_ext import _encoder  # type: ignore[attr-defined]  # compiled
 except ImportError:  # no compiler where the package was installed
     _encoder = None
 
@@ -58,18 +58,19 @@ class NativeEncoder:
 
     def __init__(self, model_file: str | Path | None = None, *, model_proto: bytes | None = None) -> None:
         """Loads ``model_file``, or the serialized ModelProto ``model_proto``, which may be what it held."""
-        if model_file is None and model_proto is None:
-            raise TypeError("give model_file or model_proto")
-        proto = Path(model_file).read_bytes() if model_proto is None else model_proto
+        if model_proto is None:
+            if model_file is None:
+                raise TypeError("give model_file or model_proto")
+            model_proto = Path(model_file).read_bytes()
         try:
-            self.processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
+            self.processor = sentencepiece.SentencePieceProcessor(model_proto=model_proto)
             self.vocab_size: int = self.processor.get_piece_size()
             self.eod: int = self.processor.eos_id()
         except Exception as error:
             name = model_file if model_file is not None else "model_proto"
             raise ValueError(f"{name} is not a usable SentencePiece model: {error}") from error
         self.fallback_reason: str | None = None
-        self._native = self._build(proto)
+        self._native = self._build(model_proto)
         self.native = self._native is not None
 
     def _build(self, proto: bytes) -> _encoder.Encoder | None:
@@ -177,6 +178,6 @@ class NativeEncoder:
 
     def _normalized(self, texts: Sequence[Text]) -> Sequence[Text]:
         """Through sentencepiece's normalizer where the model has one that is not just blanks."""
-        if not self._native.needs_normalizer:
+        if self._native is None or not self._native.needs_normalizer:
             return texts
         return [self.processor.normalize(text) for text in texts]

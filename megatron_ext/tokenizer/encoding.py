@@ -2,11 +2,15 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from megatron_ext.config.data import TokenizerConfig
 from megatron_ext.tokenizer.build import SentencePieceTokenizer, Tokenizer, build_tokenizer
+
+if TYPE_CHECKING:
+    from megatron_ext.tokenizer.encoder import NativeEncoder
 
 #: (texts as UTF-8) -> (ids of all texts one behind the other [total], ids of each text int32 [texts])
 Encode = Callable[[Sequence[bytes]], tuple[np.ndarray, np.ndarray]]
@@ -72,7 +76,7 @@ def _encoder_of(tokenizer: Tokenizer) -> Encode:
     return encode
 
 
-def _native(tokenizer: SentencePieceTokenizer):
+def _native(tokenizer: SentencePieceTokenizer) -> "NativeEncoder | None":
     try:
         from megatron_ext.tokenizer.encoder import NativeEncoder
     except ImportError:

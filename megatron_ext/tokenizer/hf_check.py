@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 
 if TYPE_CHECKING:
@@ -63,7 +64,9 @@ _TEXTS = (
 _LINES, _PIECES_A_LINE = 4000, 12
 
 
-def first_difference(processor, proto: ModelProto, tokenizer: tokenizers.Tokenizer) -> str | None:
+def first_difference(
+    processor: SentencePieceProcessor, proto: ModelProto, tokenizer: tokenizers.Tokenizer
+) -> str | None:
     """A text on which the two differ, in words; None if they do on none of ``texts``.
 
     Control pieces that are spelled out in a text are text here, as for sentencepiece; transformers looks for
@@ -86,7 +89,7 @@ def first_difference(processor, proto: ModelProto, tokenizer: tokenizers.Tokeniz
     return None
 
 
-def _spelled(processor, ids: list[int]) -> list[str]:
+def _spelled(processor: SentencePieceProcessor, ids: list[int]) -> list[str]:
     return [processor.id_to_piece(i) for i in ids[:20]]
 
 

@@ -14,6 +14,7 @@ from graphlib import CycleError, TopologicalSorter
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 
 from megatron_ext.tokenizer.encoder import NativeEncoder
@@ -44,7 +45,9 @@ def folder_files(encoder: NativeEncoder, model_proto: bytes) -> dict[str, bytes]
     text = fast_tokenizer(encoder).to_str(pretty=True)
     processor = encoder.processor
     names = {"unk": processor.unk_id(), "bos": processor.bos_id(), "eos": processor.eos_id()}
-    config = {f"{name}_token": processor.id_to_piece(i) for name, i in names.items() if i >= 0}
+    config: dict[str, Any] = {
+        f"{name}_token": processor.id_to_piece(i) for name, i in names.items() if i >= 0
+    }
     config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     described = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     return {
@@ -108,7 +111,7 @@ def _model(encoder: NativeEncoder, proto: ModelProto) -> tokenizers.models.Model
     return Unigram([(piece.piece, _score(piece, proto)) for piece in proto.pieces], unknown, byte_fallback)
 
 
-def _score(piece: Piece, proto: ModelProto) -> float:
+def _score(piece: ModelProto.SentencePiece, proto: ModelProto) -> float:
     """The score that sentencepiece reckons with (``EncodeOptimized`` of its unigram_model.cc)."""
     if piece.type == Piece.USER_DEFINED:
         best = max((other.score for other in proto.pieces if other.type == Piece.NORMAL), default=0.0)
@@ -137,7 +140,10 @@ def merges_of(encoder: NativeEncoder, proto: ModelProto) -> list[tuple[str, str]
 
 
 def _leftmost_first(
-    group: list[int], derivations: list[list[int]], made: dict[str, Any], processor
+    group: list[int],
+    derivations: list[list[int]],
+    made: dict[tuple[int, ...], int],
+    processor: SentencePieceProcessor,
 ) -> Iterator[int]:
     """Merges of equal score in an order that, one by one, takes what sentencepiece takes: the leftmost.
 
@@ -171,7 +177,9 @@ def _normalizer(proto: ModelProto) -> tokenizers.normalizers.Normalizer:
     from tokenizers.normalizers import Prepend, Replace, Sequence
 
     spec = proto.normalizer_spec
-    steps = [Replace(Regex(r"\A +"), ""), Replace(Regex(" +"), " ")] if spec.remove_extra_whitespaces else []
+    steps: list[Any] = (
+        [Replace(Regex(r"\A +"), ""), Replace(Regex(" +"), " ")] if spec.remove_extra_whitespaces else []
+    )
     steps += [Prepend(_SPACE)] if spec.add_dummy_prefix else []
     steps += [Replace(" ", _SPACE)]
     steps += [Replace(Regex(rf"{_SPACE}+\z"), "")] if spec.remove_extra_whitespaces else []
@@ -220,7 +228,7 @@ def _cut_silent_pieces(tokenizer: tokenizers.Tokenizer, proto: ModelProto) -> No
 
     given = _texts(proto, Piece.NORMAL, Piece.USER_DEFINED)
     joined = {text[i : i + 2] for text in given for i in range(len(text) - 1)}
-    cuts = set()
+    cuts: set[str] = set()
     for text in _texts(proto, Piece.BYTE, Piece.UNUSED):
         free = [text[i : i + 2] for i in range(len(text) - 1) if text[i : i + 2] not in joined]
         if not free:
@@ -228,7 +236,7 @@ def _cut_silent_pieces(tokenizer: tokenizers.Tokenizer, proto: ModelProto) -> No
         cuts.add(free[0])
     if not cuts:
         return
-    pattern = "|".join(f"{re.escape(left)}(?={re.escape(right)})" for left, right in sorted(cuts))
+    pattern = "|".join(f"{re.escape(left)}(?={re.escape(right)})" for left, right in map(tuple, sorted(cuts)))
     tokenizer.pre_tokenizer = Split(Regex(pattern), "merged_with_previous")
 
 

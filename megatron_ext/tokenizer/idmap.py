@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -43,7 +44,11 @@ class IdMap:
     def save(self, path: str | Path) -> None:
         """Writes .npz, or JSON for any other name."""
         path = Path(path)
-        facts = {"format": FORMAT, "old_sha256": self.old_sha256, "new_sha256": self.new_sha256}
+        facts: dict[str, Any] = {
+            "format": FORMAT,
+            "old_sha256": self.old_sha256,
+            "new_sha256": self.new_sha256,
+        }
         if path.suffix == ".npz":
             arrays = {name: np.array(value) for name, value in facts.items()}
             write_aside(path, lambda file: np.savez_compressed(file, new_id=self.new_id, **arrays))

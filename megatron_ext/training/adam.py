@@ -7,6 +7,7 @@ distributed optimizer of Megatron-Core 0.16.1 can be saved but not resumed.
 """
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,7 +79,7 @@ class FusedAdam(torch.optim.Optimizer):
             state[name] = torch.zeros_like(param, requires_grad=False)
         return state[name]
 
-    def load_state_dict(self, state_dict: dict) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class, of Apex or Transformer Engine, or of torch's Adam(W).
 
         torch's per-parameter ``step`` becomes the group's. Raises ValueError if it differs

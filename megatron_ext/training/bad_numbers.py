@@ -113,7 +113,7 @@ class BadNumberPolicy(Callback):
             f"WARNING: {progress.bad_iterations} of at most {limit} bad iterations, no update: {text}"
         )
 
-    def samples(self, findings: list[Finding], consumed: int, microbatches: int) -> list[dict]:
+    def samples(self, findings: list[Finding], consumed: int, microbatches: int) -> list[dict[str, Any]]:
         """The samples of the microbatches whose loss is bad, or where none is, all of the global batch."""
         wanted = {(f.data_rank, number) for f in findings for number in f.microbatches}
         if not wanted:

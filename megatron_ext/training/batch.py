@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -24,7 +25,7 @@ class Batch:
     sample_ids: Tensor | None = None  # [b] int64, where the dataset numbers its samples
 
 
-def next_batch(iterator: Iterator[dict] | None) -> Batch | None:
+def next_batch(iterator: Iterator[dict[str, Any]] | None) -> Batch | None:
     """The next microbatch on this rank's device; None on a stage that needs none."""
     if iterator is None:
         return None
@@ -106,7 +107,7 @@ class LossCounter:
         self.microbatch += 1
 
 
-def forward_step(iterator: Iterator[dict] | None, model: nn.Module, counter: LossCounter):
+def forward_step(iterator: Iterator[dict[str, Any]] | None, model: nn.Module, counter: LossCounter):
     """One microbatch through this stage's chunk, as Megatron-Core's schedules call it.
 
     Returns the chunk's output and the function that turns the last stage's output into the loss.

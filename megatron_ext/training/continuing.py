@@ -8,6 +8,7 @@ table).
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from megatron_ext.arguments.derive import iterations_left, running_batch
 from megatron_ext.checkpoint import CheckpointError, OpenedCheckpoint
@@ -90,7 +91,7 @@ def settle(start: Start, run: RunConfig, tokenizer, index: RoundIndex | None, ne
         )
 
 
-def _training_set_of(start: Start, ours: dict) -> dict:
+def _training_set_of(start: Start, ours: dict[str, Any]) -> dict[str, Any]:
     """The description in a checkpoint; of one without it (Megatron-LM's), what its arguments say."""
     found = start.progress.training_set
     if isinstance(found, dict) and type(found.get("samples")) is int:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 from megatron.core import parallel_state
 
@@ -81,7 +82,7 @@ def _what_is_read(datasets: tuple, samples: int, run: RunConfig) -> Iterator[str
         yield "WARNING: there is no validation set: --eval-interval does nothing"
 
 
-def chunk_iterators(dataset, run: RunConfig, consumed_samples: int) -> list[Iterator[dict] | None]:
+def chunk_iterators(dataset, run: RunConfig, consumed_samples: int) -> list[Iterator[dict[str, Any]] | None]:
     """One stream of this rank's microbatches for each of its model chunks; None where none is read.
 
     The chunks of an interleaved pipeline each read the same microbatches in the same order.
@@ -99,17 +100,19 @@ def chunk_iterators(dataset, run: RunConfig, consumed_samples: int) -> list[Iter
     ]
 
 
-def _microbatches(dataset, run: RunConfig, consumed_samples: int) -> Iterator[dict]:
+def _microbatches(dataset, run: RunConfig, consumed_samples: int) -> Iterator[dict[str, Any]]:
     """The microbatches from ``consumed_samples`` on."""
     return _to_the_end(dataset, iter(build_data_loader(dataset, run, consumed_samples)))
 
 
-def _to_the_end(dataset, microbatches: Iterator[dict]) -> Iterator[dict]:
+def _to_the_end(dataset, microbatches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     yield from microbatches
     raise OutOfData(f"the dataset's {len(dataset)} samples are used up; lower --train-iters, or add data")
 
 
-def validation_iterators(dataset, run: RunConfig, consumed_samples: int) -> list[Iterator[dict] | None]:
+def validation_iterators(
+    dataset, run: RunConfig, consumed_samples: int
+) -> list[Iterator[dict[str, Any]] | None]:
     """As chunk_iterators, of a dataset that begins again where it ends.
 
     A run may be resumed with fewer validations than it was begun with, and what it has consumed then lies
@@ -126,7 +129,7 @@ def pipeline_group(run: RunConfig) -> int:
     return math.lcm(stages, run.parallel.microbatch_group_size_per_vp_stage or stages)
 
 
-def whole_set(dataset, run: RunConfig) -> tuple[list[Iterator[dict] | None], list[int]]:
+def whole_set(dataset, run: RunConfig) -> tuple[list[Iterator[dict[str, Any]] | None], list[int]]:
     """Every sample of a dataset once: streams as of chunk_iterators, and the microbatches of each pass.
 
     The last microbatches are filled up with what does not count, so that neither the layout nor the batch

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -98,7 +99,7 @@ class OnlineRecorder(Callback):
     sees_losses = True
     EVERY = 64  # microbatches between two gatherings
 
-    def __init__(self, path: str, manifest: dict):
+    def __init__(self, path: str, manifest: dict[str, Any]):
         self.collected = SampleLosses()
         self.record = LossRecord(path, manifest) if self.collected.writes else None
         self.side = Side(f"--record-sample-loss {path}")
@@ -133,7 +134,9 @@ class OnlineRecorder(Callback):
             self.record.write(*taken)
 
 
-def describe(run: RunConfig, tokenizer, dataset, samples: int, kind: str, model: dict) -> dict:
+def describe(
+    run: RunConfig, tokenizer, dataset, samples: int, kind: str, model: dict[str, Any]
+) -> dict[str, Any]:
     """The manifest of a recording before it begins; reads the data, so for one rank."""
     identity = identify(run, tokenizer, samples) | {"probe": probe(dataset, samples)}
     identity["hash"] = dataset_hash(identity)
@@ -141,7 +144,9 @@ def describe(run: RunConfig, tokenizer, dataset, samples: int, kind: str, model:
     return {"kind": kind, "samples": samples, "dataset": identity, "model": model | options}
 
 
-def begin_record(run: RunConfig, tokenizer, dataset, samples: int, kind: str, model: dict) -> dict:
+def begin_record(
+    run: RunConfig, tokenizer, dataset, samples: int, kind: str, model: dict[str, Any]
+) -> dict[str, Any]:
     """Create the files of ``--record-sample-loss``, or find what is there; a collective call.
 
     ``dataset`` is Megatron-Core's, without a round around it. Returns the manifest on every rank.
@@ -150,7 +155,7 @@ def begin_record(run: RunConfig, tokenizer, dataset, samples: int, kind: str, mo
         DatasetError: on every rank, if other losses lie there.
     """
 
-    def begin() -> dict:
+    def begin() -> dict[str, Any]:
         manifest = describe(run, tokenizer, dataset, samples, kind, model)
         sources = getattr(dataset, "dataset_index", None)
         return open_record(run.rounds.record_sample_loss, manifest, sources)
@@ -219,7 +224,7 @@ def record_training_set(
     print_rank_0(f" recorded {done:,} of {samples:,} losses in {run.rounds.record_sample_loss}")
 
 
-def checkpoint_identity(loaded) -> dict:
+def checkpoint_identity(loaded) -> dict[str, Any]:
     """Iteration and content of a checkpoint, wherever it lies: the sha256 of the file that lists it."""
     listings = (loaded.path / name for name in ("checksums.json", ".metadata", "metadata.json"))
     listing = next(path for path in listings if Path(path).is_file())
@@ -228,7 +233,12 @@ def checkpoint_identity(loaded) -> dict:
 
 @torch.no_grad()
 def _record_from(
-    dataset, model: list, run: RunConfig, manifest: dict, note: Callable[[str], None], stopping: Stopping
+    dataset,
+    model: list,
+    run: RunConfig,
+    manifest: dict[str, Any],
+    note: Callable[[str], None],
+    stopping: Stopping,
 ) -> int:
     """Record what is missing, until the end or a reason to stop; returns how many there are."""
     done, samples = manifest["recorded"], manifest["samples"]

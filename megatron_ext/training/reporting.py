@@ -6,6 +6,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Any
 
 import torch
 from megatron.core.num_microbatches_calculator import get_current_running_global_batch_size
@@ -253,13 +254,13 @@ class Reporter(Callback):
             if _number(value) is not None:
                 self.boards.scalar(tag, value, report.iteration, report.consumed_samples)
 
-    def _write(self, record: dict) -> None:
+    def _write(self, record: dict[str, Any]) -> None:
         if self.metrics is not None:
             finite = {name: _number(value) for name, value in record.items()}
             self.metrics.write(json.dumps(finite, allow_nan=False))
 
 
-def _iteration_record(report: IterationReport, seq_length: int) -> dict:
+def _iteration_record(report: IterationReport, seq_length: int) -> dict[str, Any]:
     record = {
         "iteration": report.iteration,
         "consumed_samples": report.consumed_samples,

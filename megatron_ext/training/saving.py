@@ -4,6 +4,7 @@ import os
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from megatron_ext.checkpoint import PendingSave, save_checkpoint
 from megatron_ext.config import RunConfig
@@ -29,7 +30,7 @@ class Saver(Callback):
         self.progress: LinesFile | None = None
         if run.logging.log_progress and run.checkpoint.save and run.process.rank == 0:
             self.progress = LinesFile(Path(run.checkpoint.save) / "progress.txt", "--log-progress")
-        self.buffers: dict = {}
+        self.buffers: dict[str, Any] = {}
 
     def due(self, iteration: int, last: bool) -> bool:
         """Whether ``iteration`` is to be saved, and is not yet."""

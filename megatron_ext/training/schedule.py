@@ -37,7 +37,7 @@ WAYS_OUT = (
 class Schedule(OptimizerParamScheduler):
     """Upstream's scheduler, which can go on from a checkpoint of a run with another batch."""
 
-    def restore(self, state: dict, saved: Saved, run: RunConfig) -> None:
+    def restore(self, state: dict[str, Any], saved: Saved, run: RunConfig) -> None:
         """Go to where a checkpoint's schedule was.
 
         Args:
@@ -84,7 +84,7 @@ def build_scheduler(optimizer, run: RunConfig) -> "Schedule":
     )
 
 
-def in_steps_of(state: dict, saved: Saved, run: RunConfig) -> dict:
+def in_steps_of(state: dict[str, Any], saved: Saved, run: RunConfig) -> dict[str, Any]:
     """A checkpoint's scheduler state, counted in samples of this run's global batch.
 
     Runs in samples keep theirs, as do those that were begun in one unit and go on in the other.
@@ -113,7 +113,7 @@ def _wsd_decay(run: RunConfig) -> int | None:
     return run.schedule.lr_wsd_decay_iters if _in_iterations(run) else run.schedule.lr_wsd_decay_samples
 
 
-def conflicts(state: dict, saved: Saved, run: RunConfig) -> list[str]:
+def conflicts(state: dict[str, Any], saved: Saved, run: RunConfig) -> list[str]:
     """What :func:`differences` finds, where the run trains and no flag says which schedule is meant."""
     chosen = run.schedule.override_opt_param_scheduler or run.schedule.use_checkpoint_opt_param_scheduler
     return [] if chosen or run.validation.skip_train else list(differences(state, saved, run))
@@ -127,7 +127,7 @@ def without_a_rate(scheduler: OptimizerParamScheduler, run: RunConfig) -> int:
     return max(0, math.floor((steps - scheduler.lr_decay_steps) / running_batch(run)))
 
 
-def differences(state: dict, saved: Saved, run: RunConfig) -> Iterator[str]:
+def differences(state: dict[str, Any], saved: Saved, run: RunConfig) -> Iterator[str]:
     """Where a checkpoint's rates are not those of the flags, a phrase each, in the numbers that were typed.
 
     What has no effect is passed over, such as the length of a constant schedule.
