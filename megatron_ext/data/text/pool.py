@@ -177,7 +177,7 @@ class _Worker:
             if self.chunk is None:
                 self.connection.send(None)  # closing is not enough: later workers hold copies of the pipe
             else:  # an error elsewhere: do not wait for it
-                self.process.terminate()
+                self.process.kill()  # SIGTERM is lost on one that has not come to its own handlers yet
         self.process.join()
         self.connection.close()
 

@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from megatron_ext.data.text import pool
+from megatron_ext.data.text.chunks import chunks
 from megatron_ext.data.text.pool import WorkerFailed
 from megatron_ext.data.text.sources import find_sources
 from megatron_ext.data.writer import publish, write_dataset
@@ -286,3 +287,22 @@ def test_one_dataset_at_a_time(tmp_path):
     second = write_dataset(tmp_path / "x", [bytes(6)], np.uint16, lengths, bounds)
     second.discard()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.bin", "x.idx", "x.json"]
+
+
+def test_a_worker_that_is_deaf_to_sigterm_ends_with_the_others(tmp_path):
+    """As one is that has not set its handlers yet, in a process that handles the signal."""
+    source = corpora.write_jsonl(tmp_path / "in.jsonl", corpora.documents(40))
+
+    def work(chunk, note):
+        if chunk.number == 0:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            time.sleep(60)
+        return chunk.number
+
+    def done(chunk, answer):
+        raise ValueError("elsewhere")
+
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="elsewhere"):
+        pool.run_chunks(chunks(find_sources([str(source)]), 1000), 2, work, done)
+    assert time.monotonic() - start < 30
