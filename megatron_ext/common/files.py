@@ -51,7 +51,27 @@ def write_aside(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let ``write(file)`` write a file beside ``path``, then put it in place in one step.
 
     The content is on disk before the name is: a crash leaves the old file or the new one.
+
+    Raises:
+        OSError: naming ``path``, whatever the file beside it is called.
     """
+    with _naming(path):
+        _write_aside(path, write)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Let errors of the system within it name ``path``, unless they name a file that the user knows."""
+    try:
+        yield
+    except OSError as error:
+        own = error.filename is None or Path(str(error.filename)).name.startswith(f".{path.name}.")
+        if not own or error.errno is None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+
+
+def _write_aside(path: Path, write: Callable[[BinaryIO], object]) -> None:
     descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:

@@ -18,7 +18,7 @@ from megatron_ext.data import build_datasets
 from megatron_ext.data.identity import dataset_hash, identify, probe
 from megatron_ext.data.indexed import DatasetError
 from megatron_ext.data.rounds.dataset import NumberedDataset, RoundDataset
-from megatron_ext.data.rounds.loss_record import LossRecord, open_record
+from megatron_ext.data.rounds.loss_record import LossRecord, open_record, record_paths
 from megatron_ext.data.views import Chained, Span
 from megatron_ext.models.builder import build_model, half_precision
 from megatron_ext.models.config import transformer_config
@@ -221,7 +221,8 @@ def record_training_set(
     note = watchdog.note if watchdog else lambda phase: None
     stopping = Stopping(run.but(exit_interval=None), signals or StopSignals())
     done = _record_from(dataset, model, run, manifest, note, stopping)
-    print_rank_0(f" recorded {done:,} of {samples:,} losses in {run.rounds.record_sample_loss}")
+    path = record_paths(run.rounds.record_sample_loss).losses
+    print_rank_0(f" recorded {done:,} of {samples:,} losses in {path}")
 
 
 def checkpoint_identity(loaded) -> dict[str, Any]:

@@ -45,10 +45,21 @@ def find_sources(inputs: list[str], produced: Iterable[str | Path] = ()) -> list
     folders, and everything that ``produced`` names or that lies below.
 
     Raises:
-        SourceError: nothing there, not readable, UTF-16, or a compression that this Python cannot read.
+        SourceError: nothing there, not readable, named twice, UTF-16, or a compression that this Python
+            cannot read.
     """
     ours = {os.path.realpath(path) for path in produced}
-    return [source for word in inputs for source in _sources(word, ours)]
+    sources, named_by = [], {}
+    for number, word in enumerate(inputs):
+        for source in _sources(word, ours):
+            before = named_by.setdefault(os.path.realpath(source.path), number)
+            if before != number:
+                raise SourceError(
+                    f"--input {source.path}: is named twice, by {inputs[before]} and by {word}; its texts "
+                    "would come twice"
+                )
+            sources.append(source)
+    return sources
 
 
 def refuse_pipes(sources: Iterable[Source], why: str) -> None:

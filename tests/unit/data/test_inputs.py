@@ -16,7 +16,7 @@ from megatron_ext.data.rounds import build_round as drawing
 from megatron_ext.data.text import inputs
 from megatron_ext.data.text.chunks import chunks, lines_of
 from megatron_ext.data.text.documents import Documents
-from megatron_ext.data.text.sources import find_sources
+from megatron_ext.data.text.sources import SourceError, find_sources
 from megatron_ext.preprocess import retokenize as translating
 from megatron_ext.preprocess import run as running
 from megatron_ext.preprocess.options import Options, PreprocessError
@@ -199,6 +199,24 @@ def test_output_in_the_input_folder_is_no_input(model, tmp_path):
         "a.jsonl",
         "b.jsonl",
     ]
+
+
+def test_a_file_that_is_named_twice(tmp_path):
+    """By a folder and by its name, by two globs, by a link: its documents would come twice."""
+    (tmp_path / "in").mkdir()
+    for name in ("in/a.jsonl", "in/b.jsonl"):
+        corpora.write_jsonl(tmp_path / name, corpora.documents(3))
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "in" / "a.jsonl")
+    folder, file, glob = str(tmp_path / "in"), str(tmp_path / "in" / "a.jsonl"), str(tmp_path / "in" / "*")
+    for words in (
+        [folder, file],
+        [file, file],
+        [glob, f"{glob}.jsonl"],
+        [str(tmp_path / "link.jsonl"), file],
+    ):
+        with pytest.raises(SourceError, match=r"a.jsonl: is named twice, by .* and by "):
+            find_sources(words)
+    assert len(find_sources([file, str(tmp_path / "in" / "b.jsonl")])) == 2
 
 
 def change(how: str, path: Path) -> None:
