@@ -15,9 +15,9 @@ from typing import Any
 
 from megatron_ext.checkpoint.errors import DamagedCheckpoint
 from megatron_ext.checkpoint.safe import load_metadata, load_object
+from megatron_ext.common.files import sha256, sha256_file
 
 CHECKSUMS = "checksums.json"
-_BLOCK = 1 << 22
 #: A run of 100,000 files would need less for their checksums.
 _LARGEST_LIST = 1 << 25
 #: Bytes hashed and handed to the system at a time: they are still in the processor's cache then.
@@ -86,12 +86,12 @@ class HashingStream:
 
 def describe(data: bytes) -> dict[str, Any]:
     """The entry in ``checksums.json`` of a small file."""
-    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    return {"bytes": len(data), "sha256": sha256(data)}
 
 
 def describe_file(path: Path) -> dict[str, Any]:
     """The entry in ``checksums.json`` of a file that is on the disk."""
-    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
 def marker(iteration: int, files: dict[str, dict[str, Any]]) -> bytes:
@@ -102,7 +102,7 @@ def marker(iteration: int, files: dict[str, dict[str, Any]]) -> bytes:
 
 def _own_checksum(content: dict[str, Any]) -> str:
     told = [content["format"], content["iteration"], content["files"]]
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    return sha256(json.dumps(told, sort_keys=True))
 
 
 def read_marker(folder: Path) -> dict[str, dict[str, Any]] | None:
@@ -150,7 +150,7 @@ def damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
         if path.stat().st_size != entry["bytes"]:
             return f"{path} has {path.stat().st_size} bytes, not {entry['bytes']}"
     for name in sorted(files)[part::parts]:
-        if _sha256(folder / name) != files[name]["sha256"]:
+        if sha256_file(folder / name) != files[name]["sha256"]:
             return f"{folder / name} was altered (its SHA-256 is not the one in {CHECKSUMS})"
     return None
 
@@ -179,11 +179,3 @@ def _damage_without_marker(folder: Path) -> str | None:
         if not path.is_file() or path.stat().st_size < place.offset + place.length:
             return f"{path} is missing or too short"
     return None
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while block := stream.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()

@@ -6,23 +6,18 @@ nothing by itself. Only under the lock is anything removed that an earlier write
 """
 
 import contextlib
-import errno
-import fcntl
 import os
 import socket
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_ext.checkpoint import folders
 from megatron_ext.checkpoint.errors import CheckpointError, on_rank_0
+from megatron_ext.common.lock import open_locked
 
 LOCK = ".lock"
 #: A job that is started again may meet the end of the one before.
 WAIT_SECONDS = 10.0
-#: What a file system says that keeps no locks, or (ENOSPC) has no room for the file.
-_WITHOUT_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL, errno.ENOSPC}
 #: What this process holds: to open and close the file again would give the lock back (POSIX).
 _held: set[str] = set()
 
@@ -96,46 +91,14 @@ def locked(path: Path, busy: str, wait: float = 0.0, keep: bool = False) -> Iter
 
 def _open_locked(path: Path, busy: str, wait: float) -> int:
     """The open file that holds the lock: closing it, or the end of the process, gives it back."""
-    deadline = time.monotonic() + wait
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            _acquire(descriptor, path, busy, deadline)
-            # Who held it before may have removed it meanwhile: then this is a lock on nothing.
-            if _is_at(descriptor, path):
-                _sign(descriptor)
-                return descriptor
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether an open file is the one of that name."""
     try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
-        return False
-
-
-def _acquire(descriptor: int, path: Path, busy: str, deadline: float) -> None:
-    while True:
-        try:
-            # POSIX's kind: a process that was forked does not hold it on when this one is killed.
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except OSError as error:
-            if error.errno in _WITHOUT_LOCKS:
-                note = f"WARNING: no lock on {path.parent} ({error.strerror}): let nobody else write there"
-                print(note, file=sys.stderr, flush=True)
-                return
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise
-        if time.monotonic() > deadline:
-            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
-            raise CheckpointError(f"{busy} ({holder}); end that run, or give this one a place of its own")
-        time.sleep(0.2)
+        descriptor = open_locked(path, wait)
+    except BlockingIOError as error:
+        holder = error.strerror or "another process"
+        message = f"{busy} ({holder}); end that run, or give this one a place of its own"
+        raise CheckpointError(message) from None
+    _sign(descriptor)
+    return descriptor
 
 
 def _sign(descriptor: int) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import tempfile
 import zipfile
@@ -47,10 +48,11 @@ def load_arrays(path: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"it is no .npz file: {error}") from error
 
 
-def write_aside(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let ``write(file)`` write a file beside ``path``, then put it in place in one step.
+def write_aside(path: Path, content: bytes | Callable[[BinaryIO], object]) -> None:
+    """Write a file beside ``path``, then put it in place in one step.
 
-    The content is on disk before the name is: a crash leaves the old file or the new one.
+    ``content`` may be a function that writes it to the open file. The content is on disk before the name
+    is: a crash leaves the old file or the new one.
 
     Raises:
         OSError: naming ``path``, whatever the file beside it is called.
@@ -75,7 +77,7 @@ def _write_aside(path: Path, write: Callable[[BinaryIO], object]) -> None:
     descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
-            write(file)
+            file.write(content) if isinstance(content, bytes) else content(file)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(aside, 0o666 & ~_umask())
@@ -85,10 +87,20 @@ def _write_aside(path: Path, write: Callable[[BinaryIO], object]) -> None:
         raise
 
 
+def write_json(path: Path, content: dict) -> None:
+    """Put an indented JSON file in place in one step."""
+    write_aside(path, json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
+
+
 def write_picture(figure: "Figure", path: Path) -> None:
     """Put a matplotlib figure in place in one step, in the format that the name ends in (PNG without one)."""
     picture_format = path.suffix.lstrip(".") or "png"
     write_aside(path, lambda file: figure.savefig(file, format=picture_format, dpi=120))
+
+
+def sha256(data: bytes | str) -> str:
+    """sha256 of bytes, or of a text in UTF-8, as a hexadecimal string."""
+    return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()
 
 
 def sha256_file(path: str | Path) -> str:

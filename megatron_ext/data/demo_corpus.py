@@ -1,7 +1,6 @@
 """Real text that every machine with Python has: its documentation, standard library and packages."""
 
 import gzip
-import hashlib
 import json
 import os
 import re
@@ -10,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.common.files import write_aside
+from megatron_ext.common.files import sha256, write_aside
 
 #: Shorter files say nothing, longer ones are mostly tables and generated code.
 MIN_CHARACTERS, MAX_CHARACTERS = 400, 60_000
@@ -44,7 +43,7 @@ def collect(max_bytes: int) -> list[dict[str, Any]]:
 
 def digest(text: str) -> str:
     """What identifies a text: its hash without white space."""
-    return hashlib.sha256("".join(text.split()).encode("utf-8")).hexdigest()
+    return sha256("".join(text.split()))
 
 
 def split(documents: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -65,7 +64,7 @@ def write(path: str, documents: list[dict[str, Any]]) -> dict[str, Any]:
     lines = b"".join(json.dumps(d, ensure_ascii=False).encode("utf-8") + b"\n" for d in documents)
     data = gzip.compress(lines, 6, mtime=0) if path.endswith(".gz") else lines
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_aside(Path(path), lambda file: file.write(data))
+    write_aside(Path(path), data)
     return {"documents": len(documents), "text_bytes": sum(len(d["text"].encode()) for d in documents)}
 
 
@@ -111,7 +110,7 @@ def _files(
         folders[:] = [entry for entry in folders if entry not in skip and entry != "__pycache__"]
         relative = Path(parent).relative_to(folder).as_posix()
         names += [f"{relative}/{file}" for file in files if file.endswith(suffixes)]
-    for path in sorted(names, key=lambda path: hashlib.sha256(path.encode()).digest()):
+    for path in sorted(names, key=lambda path: sha256(path)):
         try:
             if (folder / path).stat().st_size <= 2 * MAX_CHARACTERS:
                 yield from _usable(f"{name}/{path.removeprefix('./')}", (folder / path).read_text("utf-8"))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from megatron_ext.common.files import sha256
 from megatron_ext.config import RunConfig
 from megatron_ext.data.indexed import DatasetError
 from megatron_ext.data.manifest import TokenizerLike, read_manifest
@@ -108,7 +109,7 @@ def probe(dataset: "Samples", samples: int) -> str:
 def dataset_hash(identity: dict[str, Any]) -> str:
     """One sha256 for all that decides the samples; names of files are left out."""
     told = {name: value for name, value in identity.items() if name not in ("sources", "hash")}
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    return sha256(json.dumps(told, sort_keys=True))
 
 
 def _share(part: list[float] | None) -> str:

@@ -9,8 +9,6 @@ cache that Megatron-LM made have none, and are known by their size only.
 """
 
 import contextlib
-import errno
-import fcntl
 import logging
 import os
 import shutil
@@ -27,6 +25,7 @@ import numpy as np
 from megatron.core.datasets.blended_dataset import BlendedDataset
 
 from megatron_ext.common.files import sha256_file, write_aside
+from megatron_ext.common.lock import try_lock
 from megatron_ext.data.indexed import DatasetError
 
 BUILDING, CHECKSUM = ".building-", ".sha256"
@@ -118,7 +117,7 @@ def _staging(cache: Path) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix=BUILDING, dir=cache))
     lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)
     try:
-        _try_lock(lock)
+        try_lock(lock)
         unsound = set()
         files = [entry for entry in cache.iterdir() if _is_index_file(entry)]
         for entry in files:
@@ -141,15 +140,6 @@ def _is_index_file(entry: Path) -> bool:
     return entry.suffix != CHECKSUM and not entry.name.startswith(".") and entry.is_file()
 
 
-def _try_lock(descriptor: int) -> bool:
-    """Whether the lock was free, and is held now; also on a file system that keeps no locks."""
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno not in (errno.EACCES, errno.EAGAIN)
-    return True
-
-
 def is_sound(path: Path) -> bool:
     """Whether an index file is complete: an .npy file has the size that its header promises."""
     try:
@@ -170,8 +160,7 @@ def is_sound(path: Path) -> bool:
 
 
 def _publish(source: Path, target: Path) -> None:
-    checksum = sha256_file(source)
-    write_aside(_checksum_of(target), lambda file: file.write(checksum.encode()))
+    write_aside(_checksum_of(target), sha256_file(source).encode())
     with open(source, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(source, target)
@@ -191,6 +180,6 @@ def _is_alive(folder: Path) -> bool:
     except FileNotFoundError:  # of an earlier version
         return False
     try:
-        return not _try_lock(lock)
+        return not try_lock(lock)
     finally:
         os.close(lock)

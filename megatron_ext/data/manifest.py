@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from megatron_ext.common.files import pieces_digest, refuse_replacing, sha256_file, write_aside
+from megatron_ext.common.files import pieces_digest, refuse_replacing, sha256_file, write_json
 from megatron_ext.data.indexed import DatasetError, Index, bin_path, check_layout, manifest_path, map_tokens
 
 FORMAT = "megatron_ext.dataset/1"
@@ -90,8 +90,7 @@ def refuse_replacing_others(prefix: str | Path) -> None:
 
 def write_manifest(prefix: str | Path, manifest: dict[str, Any]) -> None:
     """Write PREFIX.json in one step; the last file of a dataset to appear."""
-    text = json.dumps({"format": FORMAT} | manifest, indent=1, ensure_ascii=False)
-    write_aside(manifest_path(prefix), lambda file: file.write(text.encode() + b"\n"))
+    write_json(manifest_path(prefix), {"format": FORMAT} | manifest)
 
 
 def check_dataset(prefix: str | Path, tokenizer: TokenizerLike | None = None) -> Index:

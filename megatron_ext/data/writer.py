@@ -1,6 +1,5 @@
 """A new dataset: .bin and .idx written under other names, then published with the manifest last."""
 
-import fcntl
 import hashlib
 import os
 from collections.abc import Callable, Iterable
@@ -11,6 +10,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from megatron_ext.common.files import pieces_digest
+from megatron_ext.common.lock import open_locked
 from megatron_ext.data.indexed import bin_path, idx_path, manifest_path, write_index
 from megatron_ext.data.manifest import write_manifest
 
@@ -77,19 +77,12 @@ def write_dataset(
 
 def _lock(path: Path) -> BinaryIO:
     """The file, new and empty, for this process alone as long as it is open."""
-    while True:
-        file = open(path, "ab")  # noqa: SIM115 - held by Written
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
-                file.truncate(0)
-                return file
-        except FileNotFoundError:  # published or discarded by another run at this moment
-            pass
-        except BlockingIOError:
-            file.close()
-            raise OSError(f"{path}: another run is writing this output; wait for it, or stop it") from None
-        file.close()
+    try:
+        file = open(path, "r+b", opener=lambda *_: open_locked(path, inherited=True))  # noqa: SIM115 - of Written
+    except BlockingIOError:
+        raise OSError(f"{path}: another run is writing this output; wait for it, or stop it") from None
+    file.truncate(0)
+    return file
 
 
 def publish(written: Written, manifest: dict[str, Any]) -> None:

@@ -1,6 +1,5 @@
 """What an inheritance says of itself: progress while it runs, numbers and a chart afterwards."""
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_ext.common.files import write_aside
+from megatron_ext.common.files import write_aside, write_json
 from megatron_ext.common.progress import Progress
 from megatron_ext.config.model import ModelConfig
 
@@ -53,8 +52,7 @@ def write(folder: Path, summary: dict, selection) -> None:
     else:
         matplotlib.use("Agg")
         write_aside(folder / "report.png", lambda file: draw(file, summary, selection))
-    text = json.dumps(summary, indent=1) + "\n"
-    write_aside(folder / "report.json", lambda file: file.write(text.encode()))
+    write_json(folder / "report.json", summary)
 
 
 def draw(file, summary: dict, selection) -> None:

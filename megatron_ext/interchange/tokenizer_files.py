@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +16,7 @@ from megatron_ext.tokenizer.build import (
     SENTENCEPIECE_TYPES,
     TokenizerError,
     folder_sha256,
+    null_sha256,
     require_no_code,
 )
 
@@ -160,8 +160,7 @@ def is_code(folder: Path) -> bool:
 
 def null(size: int) -> TokenizerFiles:
     """No tokenizer: ids are numbers, the last of ``size`` ends a document."""
-    digest = hashlib.sha256(f"NullTokenizer {size - 1}".encode()).hexdigest()
-    return TokenizerFiles("NullTokenizer", None, size, digest)
+    return TokenizerFiles("NullTokenizer", None, size, null_sha256(size - 1))
 
 
 def require_fit(tokenizer: TokenizerFiles, rows: int, source: Path) -> None:

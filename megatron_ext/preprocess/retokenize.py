@@ -6,14 +6,13 @@ exactly (identity normalizer, byte fallback), that equals preprocessing the text
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megatron_ext.common.files import refuse_overwriting, unchanged
+from megatron_ext.common.files import refuse_overwriting, sha256, unchanged
 from megatron_ext.common.progress import Progress
 from megatron_ext.data.indexed import DatasetError, Index, dataset_files, map_tokens, optimal_dtype
 from megatron_ext.data.manifest import check_dataset, read_manifest, refuse_replacing_others
@@ -113,17 +112,17 @@ def retokenize(old_prefix: str, old_model: str, new_model: str, new_prefix: str)
     with unchanged(files):
         index, manifest = check_dataset(old_prefix), read_manifest(old_prefix)
         made_with = (manifest or {}).get("tokenizer", {}).get("sha256")
-        if made_with and made_with != _sha256(old_proto):
+        if made_with and made_with != sha256(old_proto):
             raise DatasetError(f"{old_prefix}: made with another tokenizer than {old_model}")
         written = _translate(Retokenizer(old, new), old_prefix, index, new_prefix)
     tokenizer = {
         "type": "SentencePieceTokenizer",
         "name": Path(new_model).name,
-        "sha256": _sha256(new_proto),
+        "sha256": sha256(new_proto),
         "vocab_size": new.vocab_size,
         "eod": new.eod,
     }
-    source = {"name": Path(old_prefix).name, "tokenizer_sha256": _sha256(old_proto)}
+    source = {"name": Path(old_prefix).name, "tokenizer_sha256": sha256(old_proto)}
     dtype = optimal_dtype(new.vocab_size)
     publish(written, {"dtype": dtype.name, "tokenizer": tokenizer, "retokenized_from": source})
     return {"documents": written.documents, "tokens_before": index.num_tokens, "tokens": written.tokens}
@@ -145,10 +144,6 @@ def _translate(translator: Retokenizer, old_prefix: str, index: Index, new_prefi
 
     with progress:
         return write_dataset(new_prefix, blocks(), dtype, lengths, index.documents)
-
-
-def _sha256(proto: bytes) -> str:
-    return hashlib.sha256(proto).hexdigest()
 
 
 def _batches(index: Index) -> Iterator[tuple[int, int]]:

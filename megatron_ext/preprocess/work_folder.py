@@ -1,12 +1,12 @@
 """The folder in which finished parts wait for the end of a run: for one run at a time."""
 
 import contextlib
-import fcntl
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_ext.common.files import write_aside
+from megatron_ext.common.lock import open_locked
 from megatron_ext.common.progress import Progress
 from megatron_ext.data.text.sources import SourceError
 from megatron_ext.preprocess.options import PreprocessError
@@ -40,21 +40,15 @@ def work_folder(folder: Path, plan: str, progress: Progress) -> Iterator[int]:
 
 def _take(folder: Path) -> int:
     """A descriptor of the folder's lock, which is held until every copy of the descriptor is closed."""
-    deadline = time.monotonic() + WAIT_SECONDS
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)
+            return open_locked(folder / LOCK, WAIT_SECONDS, inherited=True)
         except FileNotFoundError:  # its run came to its end and removed it at this moment
             continue
-        with contextlib.suppress(BlockingIOError, FileNotFoundError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(lock).st_ino == os.stat(folder / LOCK).st_ino:
-                return lock
-        os.close(lock)
-        if time.monotonic() > deadline:
-            raise OSError(f"{folder}: another run is writing this output; wait for it, or stop it")
-        time.sleep(0.05)
+        except BlockingIOError:
+            message = f"{folder}: another run is writing this output; wait for it, or stop it"
+            raise OSError(message) from None
 
 
 def _adopt(folder: Path, plan: str, progress: Progress) -> None:
@@ -68,9 +62,7 @@ def _adopt(folder: Path, plan: str, progress: Progress) -> None:
         progress.say(f"{folder}: left by a run with other input or options; starting over")
     for entry in stale:
         entry.unlink()
-    aside = folder / f"{PLAN}.aside"
-    aside.write_text(plan)
-    os.replace(aside, marker)
+    write_aside(marker, plan.encode())
 
 
 def _remove(folder: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_ext.common.files import sha256
 from megatron_ext.config.data import TokenizerConfig
 
 SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
@@ -98,7 +99,7 @@ class SentencePieceTokenizer(Tokenizer):
                 f"--tokenizer-model {model_file}: not a SentencePiece model ({_first_line(error)})"
             ) from error
         self.model_file = str(model_file)
-        self.sha256 = hashlib.sha256(proto).hexdigest()
+        self.sha256 = sha256(proto)
         self.vocab_size = self.processor.get_piece_size()
         self.bos, self.eos, self.pad = (
             self.processor.bos_id(),
@@ -197,7 +198,7 @@ class NullTokenizer(Tokenizer):
             raise TokenizerError(f"--vocab-size {vocab_size}: must be at least 1")
         self.eod = vocab_size
         self.vocab_size = vocab_size + 1
-        self.sha256 = hashlib.sha256(f"NullTokenizer {vocab_size}".encode()).hexdigest()
+        self.sha256 = null_sha256(vocab_size)
 
     def tokenize(self, text: str) -> list[int]:
         """The numbers in a text; raises TokenizerError for a word that is not an id."""
@@ -277,6 +278,11 @@ def require_no_code(folder: Path) -> None:
                 f"--tokenizer-model {folder}: {name} names Python code (auto_map), which runs only if you "
                 "trust it and give --trust-remote-code"
             )
+
+
+def null_sha256(vocab_size: int) -> str:
+    """What stands for the sha256 of a NullTokenizer's files."""
+    return sha256(f"NullTokenizer {vocab_size}")
 
 
 def folder_sha256(folder: Path) -> str:

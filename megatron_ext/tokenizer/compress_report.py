@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_ext.common.files import write_aside
+from megatron_ext.common.files import write_aside, write_json
 from megatron_ext.tokenizer.compress import Vocabulary, removal_order
 from megatron_ext.tokenizer.counts import Counts
 from megatron_ext.tokenizer.encoder import NativeEncoder
@@ -129,10 +128,9 @@ def compare(
 def write(report: dict[str, Any], folder: Path) -> None:
     """Writes report.json, report.md and, where matplotlib is installed, report.png."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
-    write_aside(folder / "report.json", lambda file: file.write(text.encode()))
+    write_json(folder / "report.json", report)
     drawn = _draw(report, folder / "report.png")
-    write_aside(folder / "report.md", lambda file: file.write(_markdown(report, drawn).encode()))
+    write_aside(folder / "report.md", _markdown(report, drawn).encode())
 
 
 def _markdown(report: dict[str, Any], drawn: bool) -> str:

@@ -54,7 +54,7 @@ class IdMap:
             write_aside(path, lambda file: np.savez_compressed(file, new_id=self.new_id, **arrays))
             return
         facts |= {"old_size": len(self.new_id), "new_size": self.new_size, "new_id": self.new_id.tolist()}
-        write_aside(path, lambda file: file.write(json.dumps(facts).encode() + b"\n"))
+        write_aside(path, json.dumps(facts).encode() + b"\n")
 
     @classmethod
     def load(cls, path: str | Path) -> IdMap:

@@ -95,7 +95,7 @@ def train_tokenizer(
                 f"sentencepiece could not make {vocab_size} pieces from {used} bytes of text: {error}"
             ) from error
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_aside(output, lambda file: file.write(model))
+    write_aside(output, model)
     return Sample(len(sizes), sum(sizes), sum(kept), used, left_out)
 
 

@@ -1,6 +1,5 @@
 """The loss of every training sample, written down: of a frozen model, or while it is trained on."""
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from megatron_ext.arguments.vocabulary import settle_vocabulary
 from megatron_ext.checkpoint import load_checkpoint
+from megatron_ext.common.files import sha256_file
 from megatron_ext.common.progress import Progress
 from megatron_ext.config import RunConfig
 from megatron_ext.data import build_datasets
@@ -229,7 +229,7 @@ def checkpoint_identity(loaded) -> dict[str, Any]:
     """Iteration and content of a checkpoint, wherever it lies: the sha256 of the file that lists it."""
     listings = (loaded.path / name for name in ("checksums.json", ".metadata", "metadata.json"))
     listing = next(path for path in listings if Path(path).is_file())
-    return {"iteration": loaded.iteration, "sha256": hashlib.sha256(listing.read_bytes()).hexdigest()}
+    return {"iteration": loaded.iteration, "sha256": sha256_file(listing)}
 
 
 @torch.no_grad()

@@ -6,7 +6,6 @@ replacement: what the model does badly, often what it saw early and forgot, is l
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,14 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from megatron_ext.common.files import Watch, refuse_overwriting, refuse_replacing, unchanged, write_aside
+from megatron_ext.common.files import (
+    Watch,
+    refuse_overwriting,
+    refuse_replacing,
+    unchanged,
+    write_aside,
+    write_json,
+)
 from megatron_ext.common.progress import Progress
 from megatron_ext.data.indexed import DatasetError
 from megatron_ext.data.rounds import sampling as drawing
@@ -49,6 +55,19 @@ class RoundOptions:
     @property
     def key(self) -> tuple[int, ...]:
         return (self.seed, self.rounds_seen)
+
+    def problems(self) -> list[str]:
+        """What is wrong with the numbers, by the names of the flags."""
+        rules = {
+            f"--rate {self.rate:g}: must be above 0 and at most 1": 0 < self.rate <= 1,
+            f"--temperature {self.temperature:g}: must be above 0": 0 < self.temperature < float("inf"),
+            f"--group-size {self.group_size}: must be at least 1, and below 2^53": 0
+            < self.group_size
+            < 2**53,
+            f"--seed {self.seed}: must not be negative": self.seed >= 0,
+            f"--rounds-seen {self.rounds_seen}: must be at least 1": self.rounds_seen >= 1,
+        }
+        return [problem for problem, holds in rules.items() if not holds]
 
 
 @dataclass
@@ -167,8 +186,7 @@ def _build(
         drawn = drawing.draw(chunks, limits, options.key)
         selected, sha256 = _write_index(paths.index, _ids(drawn, levels, groups, options, report), watch)
     manifest = _manifest(source, options, selected, sha256, len(groups), sum(counts), report)
-    text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
-    write_aside(paths.manifest, lambda file: file.write(text.encode()))
+    write_json(paths.manifest, manifest)
     return manifest, report
 
 

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from megatron_ext.common.files import sha256_file, write_aside
+from megatron_ext.common.files import sha256_file, write_aside, write_json
 from megatron_ext.data.indexed import DatasetError
 
 FORMAT = "megatron_ext.sample_losses/1"
@@ -182,8 +182,7 @@ def _require_same_recording(found: dict[str, Any], wanted: dict[str, Any], paths
 
 def write_record_manifest(path: Path, manifest: dict[str, Any]) -> None:
     """Replace the manifest in one step."""
-    text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
-    write_aside(path, lambda file: file.write(text.encode()))
+    write_json(path, manifest)
 
 
 def read_record_manifest(path: Path) -> dict[str, Any]:

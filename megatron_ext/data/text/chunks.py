@@ -4,7 +4,6 @@ A plain file is cut into byte ranges that workers read for themselves: a range o
 begin in it. A compressed file or a pipe is read by one process, which cuts it at line ends.
 """
 
-import hashlib
 import io
 import os
 import stat
@@ -13,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from megatron_ext.common.files import FileState, input_changed
+from megatron_ext.common.files import FileState, input_changed, sha256
 from megatron_ext.data.text.sources import (
     STDIN,
     Source,
@@ -62,7 +61,7 @@ class Chunk:
         """Tells apart chunks of streams; those of plain files are told apart by the plan."""
         if self.text is None:
             return f"{self.begin}-{self.end}"
-        return hashlib.sha256(self.text + (self.damage or "").encode()).hexdigest()
+        return sha256(self.text + (self.damage or "").encode())
 
 
 def chunks(sources: list[Source], chunk_bytes: int, shard: tuple[int, int] | None = None) -> Iterator[Chunk]:

@@ -1,6 +1,7 @@
 """One run at a time saves into a folder, whatever became of the one before."""
 
 import errno
+import fcntl
 import os
 import signal
 import socket
@@ -104,6 +105,6 @@ def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, cap
     def refuse(descriptor: int, operation: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(lock.fcntl, "lockf", refuse)
+    monkeypatch.setattr(fcntl, "lockf", refuse)
     with lock.saving_into(tmp_path, 0):
         assert f"no lock on {tmp_path} (No locks available)" in capsys.readouterr().err
