@@ -57,29 +57,10 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def usage_problems(args: argparse.Namespace) -> list[str]:
-    """What is wrong with the numbers of the command line."""
-    rules = {
-        f"--rate {args.rate:g}: must be above 0 and at most 1": 0 < args.rate <= 1,
-        f"--temperature {args.temperature:g}: must be above 0": 0 < args.temperature < float("inf"),
-        f"--group-size {args.group_size}: must be at least 1, and below 2^53": 1 <= args.group_size < 2**53,
-        f"--seed {args.seed}: must not be negative": args.seed >= 0,
-        f"--rounds-seen {args.rounds_seen}: must be at least 1": args.rounds_seen >= 1,
-    }
-    return [problem for problem, holds in rules.items() if not holds]
-
-
 @command.tool
 def main(argv: list[str] | None = None) -> int:
     """Run; returns the exit code."""
-    p = parser()
-    args = p.parse_args(argv)
-    problems = usage_problems(args)
-    if problems:
-        p.error("; ".join(problems))
-    names = ("rate", "group_size", "temperature", "seed", "rounds_seen", "per_source", "order")
-    options = RoundOptions(**{name: getattr(args, name) for name in names})
-
+    options, args = command.read(parser(), argv, RoundOptions)
     manifest, report = build_round(args.losses, options, args.output, show_progress=True)
     paths = round_paths(args.output)
     try:

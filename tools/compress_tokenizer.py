@@ -25,8 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_ext.common import command
-from megatron_ext.config.presets import PRESETS
-from megatron_ext.tokenizer.compress_run import compress
+from megatron_ext.tokenizer.compress_run import CompressOptions, compress
 
 
 def parser() -> argparse.ArgumentParser:
@@ -62,35 +61,12 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def problems(args: argparse.Namespace) -> list[str]:
-    """Everything that is wrong with the combination of flags."""
-    found = []
-    if not (args.input or args.dataset or args.counts):
-        found.append("nothing to count: give --input, --dataset or --counts")
-    if args.vocab_size is not None and args.vocab_size < 1:
-        found.append("--vocab-size must be 1 or more")
-    if args.workers < 1:
-        found.append("--workers must be 1 or more")
-    if args.vocab_size is None and args.report:
-        found.append("--report needs --vocab-size")
-    if args.vocab_size is None and args.drop_fillers:
-        found.append("--drop-fillers needs --vocab-size")
-    if args.validation and not args.report:
-        found.append("--validation needs --report")
-    if args.model_preset not in PRESETS:
-        found.append(f"--model-preset {args.model_preset}: not one of {', '.join(PRESETS)}")
-    return found
-
-
 @command.tool
 def main(argv: list[str] | None = None) -> int:
     """Run; returns the exit code."""
-    arguments = parser()
-    args = arguments.parse_args(argv)
-    if found := problems(args):
-        arguments.error("; ".join(found))
-    summary = compress(args)
-    print(json.dumps(summary) if args.json else "\n".join(f"{k}: {v}" for k, v in summary.items()))
+    options, typed = command.read(parser(), argv, CompressOptions)
+    summary = compress(options)
+    print(json.dumps(summary) if typed.json else "\n".join(f"{k}: {v}" for k, v in summary.items()))
     return 0
 
 

@@ -72,7 +72,10 @@ def main(argv: list[str] | None = None) -> int:
     model, tokenizer, _ = load_for_inference(
         options.load, options.ckpt_step, options.tokenizer_model, options.trust_remote_code
     )
-    results = [continuation(model, tokenizer, prompt, options, sampling) for prompt in prompts]
+    stop = None if options.ignore_eod else tokenizer.eod
+    results = [
+        continuation(model, tokenizer, prompt, options.max_new_tokens, sampling, stop) for prompt in prompts
+    ]
     if is_last_rank():
         show(results, options.json)
     distributed.finalize()
@@ -96,15 +99,15 @@ def continuation(
     model: "PanguModel",
     tokenizer: "Tokenizer",
     prompt: str,
-    options: argparse.Namespace,
+    longest: int,
     sampling: "Sampling",
+    stop: int | None,
 ) -> dict[str, Any]:
     from megatron_ext.inference import generate
 
-    stop = None if options.ignore_eod else tokenizer.eod
     start = time.perf_counter()
     ids = tokenizer.tokenize(prompt)
-    new = list(generate(model, ids, options.max_new_tokens, sampling, tokenizer.vocab_size, stop))
+    new = list(generate(model, ids, longest, sampling, tokenizer.vocab_size, stop))
     seconds = time.perf_counter() - start
     text = tokenizer.detokenize(ids + [token for token in new if token != stop])
     return {"prompt": prompt, "text": text, "new_tokens": len(new), "tokens_per_second": len(new) / seconds}

@@ -24,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -68,92 +69,109 @@ def main(argv: list[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     split = words.index("--") if "--" in words else len(words)
     options = parser().parse_args(words[:split])
-    run = words[split + 1 :]
-    problems = usage_problems(options, run) or run_problems(options, run)
-    if problems:
+    job = command.made(Job, options, run=words[split + 1 :])
+    if problems := job.usage_problems() or job.run_problems():
         print("launch_slurm.py: error:\n" + "\n".join(problems), file=sys.stderr)
         return 2
     sweep_file = Path(options.log_dir, f"sweep-{time.strftime('%Y%m%d-%H%M%S')}.txt").absolute()
-    words = sbatch_command(options, run, sweep_file)
+    words = job.sbatch_command(sweep_file)
     summary = {"command": words, "sweep": options.sweep, "job": None}
     if not options.dry_run:
         summary["job"] = submit(words, options.sweep, sweep_file)
-    job = f"submitted as job {summary['job']}" if summary["job"] else "checked, not submitted"
-    print(json.dumps(summary) if options.json else f"{shlex.join(words)}\n{job}")
+    done = f"submitted as job {summary['job']}" if summary["job"] else "checked, not submitted"
+    print(json.dumps(summary) if options.json else f"{shlex.join(words)}\n{done}")
     return 0
 
 
-def usage_problems(options: argparse.Namespace, run: list[str]) -> list[str]:
-    """What is wrong with the options themselves."""
-    found = []
-    for name in ("nodes", "gpus_per_node", "cpus_per_node"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            found.append(f"--{name.replace('_', '-')} must be at least 1")
-    if not run:
-        found.append("after -- give a run script with its arguments, or the flags of pretrain_pangu_pro.py")
-    elif not run[0].startswith("--") and not Path(run[0]).is_file():
-        found.append(f"{run[0]}: there is no such run script")
-    if options.sweep and not any("%a" in word for word in run):
-        found.append("--sweep: the tasks would write into one folder; put %a into the path, such as runs/%a")
-    return found
+@dataclass(frozen=True)
+class Job:
+    """What SLURM is asked for, by the names of the flags, and the words of the ``run``."""
 
+    nodes: int
+    gpus_per_node: int | None
+    cpus_per_node: int | None
+    time: str | None
+    job_name: str
+    partition: str | None
+    account: str | None
+    sbatch: list[str]
+    log_dir: str
+    sweep: list[str]
+    run: list[str]
 
-def run_problems(options: argparse.Namespace, run: list[str]) -> list[str]:
-    """What is wrong with the run, for every task of a sweep."""
-    found = []
-    for number, extra in enumerate(options.sweep or [""]):
-        words = [word.replace("%a", str(number)) for word in run] + extra.split()
-        check = flag_problems if run[0].startswith("--") else script_problems
-        found += [f"task {number}: {p}" if options.sweep else p for p in check(options, words)]
-    return found
+    def usage_problems(self) -> list[str]:
+        """What is wrong with the options themselves."""
+        found = []
+        for name in ("nodes", "gpus_per_node", "cpus_per_node"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                found.append(f"--{name.replace('_', '-')} must be at least 1")
+        if not self.run:
+            found.append(
+                "after -- give a run script with its arguments, or the flags of pretrain_pangu_pro.py"
+            )
+        elif not self.run[0].startswith("--") and not Path(self.run[0]).is_file():
+            found.append(f"{self.run[0]}: there is no such run script")
+        if self.sweep and not any("%a" in word for word in self.run):
+            found.append(
+                "--sweep: the tasks would write into one folder; put %a into the path, such as runs/%a"
+            )
+        return found
 
+    def run_problems(self) -> list[str]:
+        """What is wrong with the run, for every task of a sweep."""
+        found = []
+        for number, extra in enumerate(self.sweep or [""]):
+            words = [word.replace("%a", str(number)) for word in self.run] + extra.split()
+            check = self.flag_problems if self.run[0].startswith("--") else self.script_problems
+            found += [f"task {number}: {p}" if self.sweep else p for p in check(words)]
+        return found
 
-def flag_problems(options: argparse.Namespace, flags: list[str]) -> list[str]:
-    """The parser's problems with the flags, and a run that would start over when it is requeued."""
-    processes = options.nodes * (options.gpus_per_node or options.cpus_per_node)
-    device: Device = "cuda" if options.gpus_per_node else "cpu"
-    try:
-        run = read_args(flags, world_size=processes, device=device)
-    except CommandLineError as error:
-        return [f"  - {problem}" for problem in error.problems]
-    checkpoint = run.checkpoint
-    if checkpoint.save is None or checkpoint.load != checkpoint.save:
-        return ["  - a requeued job goes on from --load: give --save FOLDER and --load of the same folder"]
-    if (step := checkpoint.ckpt_step) is not None:
-        return [
-            f"  - a requeued job would go back to --ckpt-step {step} each time: leave it out, and write "
-            f"{step} into latest_checkpointed_iteration.txt of --save to go back once"
-        ]
-    return []
+    def flag_problems(self, flags: list[str]) -> list[str]:
+        """The parser's problems with the flags, and a run that would start over when it is requeued."""
+        processes = self.nodes * (self.gpus_per_node or self.cpus_per_node)
+        device: Device = "cuda" if self.gpus_per_node else "cpu"
+        try:
+            run = read_args(flags, world_size=processes, device=device)
+        except CommandLineError as error:
+            return [f"  - {problem}" for problem in error.problems]
+        checkpoint = run.checkpoint
+        if checkpoint.save is None or checkpoint.load != checkpoint.save:
+            return [
+                "  - a requeued job goes on from --load: give --save FOLDER and --load of the same folder"
+            ]
+        if (step := checkpoint.ckpt_step) is not None:
+            return [
+                f"  - a requeued job would go back to --ckpt-step {step} each time: leave it out, and write "
+                f"{step} into latest_checkpointed_iteration.txt of --save to go back once"
+            ]
+        return []
 
+    def script_problems(self, words: list[str]) -> list[str]:
+        """What the run script itself says when it only checks (DRY_RUN=1)."""
+        settings = {"NUM_NODES": str(self.nodes), "NODE_RANK": "0", "DRY_RUN": "1"}
+        settings["GPUS_PER_NODE"] = str(self.gpus_per_node or self.cpus_per_node)
+        done = subprocess.run(["bash", *words], env=os.environ | settings, capture_output=True, text=True)
+        return [] if done.returncode == 0 else [done.stderr.strip() or done.stdout.strip()]
 
-def script_problems(options: argparse.Namespace, words: list[str]) -> list[str]:
-    """What the run script itself says when it only checks (DRY_RUN=1)."""
-    settings = {"NUM_NODES": str(options.nodes), "NODE_RANK": "0", "DRY_RUN": "1"}
-    settings["GPUS_PER_NODE"] = str(options.gpus_per_node or options.cpus_per_node)
-    done = subprocess.run(["bash", *words], env=os.environ | settings, capture_output=True, text=True)
-    return [] if done.returncode == 0 else [done.stderr.strip() or done.stdout.strip()]
-
-
-def sbatch_command(options: argparse.Namespace, run: list[str], sweep_file: Path) -> list[str]:
-    """The sbatch command that starts the run."""
-    logs = Path(options.log_dir).absolute()
-    exported = ["ALL", f"PANGU_HOME={REPOSITORY}"]
-    command = ["sbatch", "--parsable", f"--nodes={options.nodes}", f"--job-name={options.job_name}"]
-    if options.gpus_per_node:
-        command.append(f"--gpus-per-node={options.gpus_per_node}")
-    else:
-        command.append(f"--cpus-per-task={options.cpus_per_node}")
-        exported.append(f"GPUS_PER_NODE={options.cpus_per_node}")
-    for name in ("time", "partition", "account"):
-        if getattr(options, name):
-            command.append(f"--{name}={getattr(options, name)}")
-    if options.sweep:
-        command.append(f"--array=0-{len(options.sweep) - 1}")
-        exported.append(f"SWEEP_FILE={sweep_file}")
-    command += [f"--output={logs}/{'%x-%A_%a' if options.sweep else '%x-%j'}.out"]
-    return [*command, f"--export={','.join(exported)}", *options.sbatch, str(BATCH_SCRIPT), *run]
+    def sbatch_command(self, sweep_file: Path) -> list[str]:
+        """The sbatch command that starts the run."""
+        logs = Path(self.log_dir).absolute()
+        exported = ["ALL", f"PANGU_HOME={REPOSITORY}"]
+        command = ["sbatch", "--parsable", f"--nodes={self.nodes}", f"--job-name={self.job_name}"]
+        if self.gpus_per_node:
+            command.append(f"--gpus-per-node={self.gpus_per_node}")
+        else:
+            command.append(f"--cpus-per-task={self.cpus_per_node}")
+            exported.append(f"GPUS_PER_NODE={self.cpus_per_node}")
+        for name in ("time", "partition", "account"):
+            if getattr(self, name):
+                command.append(f"--{name}={getattr(self, name)}")
+        if self.sweep:
+            command.append(f"--array=0-{len(self.sweep) - 1}")
+            exported.append(f"SWEEP_FILE={sweep_file}")
+        command += [f"--output={logs}/{'%x-%A_%a' if self.sweep else '%x-%j'}.out"]
+        return [*command, f"--export={','.join(exported)}", *self.sbatch, str(BATCH_SCRIPT), *self.run]
 
 
 def submit(command: list[str], sweep: list[str], sweep_file: Path) -> str:

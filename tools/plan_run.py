@@ -87,7 +87,8 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"plan_run.py: error: {error}", file=sys.stderr)
         return 2
-    machine = machine_of(options)
+    measured = (options.device_memory, options.matmul_tflops, options.link_gbytes, options.network_gbytes)
+    machine = machine_of(options.machine, *measured)
     summary = planned(run, model, layout, machine) | found
     if options.suggest:
         summary["suggestions"] = suggested(run, model, layout, machine)
@@ -95,12 +96,14 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if summary["fits"] or options.suggest and summary["suggestions"] else 1
 
 
-def machine_of(options: argparse.Namespace) -> plan.Machine:
-    """The named machine with what was measured in its place."""
-    machine = plan.MACHINES[options.machine]
-    if options.device_memory:
-        machine = dataclasses.replace(machine, memory=options.device_memory * GIB)
-    scale = ((options.matmul_tflops, 1e12), (options.link_gbytes, 1e9), (options.network_gbytes, 1e9))
+def machine_of(
+    name: str, memory: float | None, matmul: float | None, link: float | None, network: float | None
+) -> plan.Machine:
+    """The named machine with what was measured in its place, in GiB, TFLOP/s and GB/s."""
+    machine = plan.MACHINES[name]
+    if memory:
+        machine = dataclasses.replace(machine, memory=memory * GIB)
+    scale = ((matmul, 1e12), (link, 1e9), (network, 1e9))
     return machine.scaled(*(value and value * unit for value, unit in scale))
 
 

@@ -15,7 +15,6 @@ Exit code 0: everything is in place; 1: bad input; 2: bad usage.
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import signal
@@ -97,6 +96,7 @@ def parser() -> argparse.ArgumentParser:
 def _add_input(data: argparse._ArgumentGroup) -> None:
     data.add_argument(
         "--input",
+        dest="inputs",
         nargs="+",
         required=True,
         metavar="PATH",
@@ -180,55 +180,13 @@ def _add_output(out: argparse._ArgumentGroup) -> None:
     out.add_argument("--json", action="store_true", help="print the summary as one JSON object")
 
 
-def problems(args: argparse.Namespace) -> list[str]:
-    """Everything that is wrong with the combination of flags."""
-    keys, found = args.json_keys, []
-    if args.tokenizer_type == "NullTokenizer" and args.vocab_size is None:
-        found.append("--tokenizer-type NullTokenizer needs --vocab-size")
-    if args.tokenizer_type != "NullTokenizer" and args.tokenizer_model is None:
-        found.append(f"--tokenizer-type {args.tokenizer_type} needs --tokenizer-model")
-    if args.shard and args.dedup:
-        found.append("--dedup looks at all documents, --shard only at a part: give one of them")
-    if args.shard and "-" in args.input:
-        found.append("--shard needs input files, standard input cannot be divided")
-    if args.input.count("-") > 1:
-        found.append("--input: standard input can be read once")
-    if len(set(keys)) < len(keys):
-        found.append("--json-keys: a key is given twice")
-    if bad := [key for key in keys if not key or "/" in key]:
-        found.append(f"--json-keys {bad[0]!r}: becomes part of a file name, and cannot hold '/' or be empty")
-    return found
-
-
-def options(args: argparse.Namespace, p: argparse.ArgumentParser) -> Options:
-    """The run that the flags ask for; flags that contradict each other exit with code 2."""
-    if found := problems(args):
-        p.error("; ".join(found))
-    flags = {field.name for field in dataclasses.fields(TokenizerConfig)}
-    tokenizer = TokenizerConfig(**{name: value for name, value in vars(args).items() if name in flags})
-    return Options(
-        inputs=args.input,
-        output_prefix=args.output_prefix,
-        tokenizer=tokenizer,
-        json_keys=args.json_keys,
-        append_eod=args.append_eod,
-        on_bad_line=args.on_bad_line,
-        dedup=args.dedup,
-        shard=args.shard,
-        workers=args.workers,
-        log_interval=args.log_interval,
-    )
-
-
 @command.tool
 def main(argv: list[str] | None = None) -> int:
     """Run; returns the exit code."""
-    p = parser()
-    args = p.parse_args(argv)
-    run = options(args, p)
+    options, args = command.read(parser(), argv, Options, tokenizer=TokenizerConfig)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        summary = preprocess(run)
+        summary = preprocess(options)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the same command goes on where it was") from None
     if args.json:

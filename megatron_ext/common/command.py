@@ -14,6 +14,7 @@ other exception is a fault of the program and keeps its traceback.
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import os
 import select
@@ -22,6 +23,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import Any, Protocol, TypeVar
 
 from megatron_ext.common.errors import RunError
 
@@ -29,6 +31,18 @@ from megatron_ext.common.errors import RunError
 EXPECTED = (ValueError, OSError, RunError, MemoryError)
 _LONGEST = 10_000
 INTERRUPTED, CLOSED_PIPE = 128 + signal.SIGINT, 128 + signal.SIGPIPE
+
+
+class Options(Protocol):
+    """A dataclass of what a library function is asked to do."""
+
+    def problems(self) -> list[str]:
+        """What cannot be meant, one sentence each, by the names of the flags."""
+        ...
+
+
+Made = TypeVar("Made")
+Asked = TypeVar("Asked", bound=Options)
 
 
 def tool(main: Callable[..., int]) -> Callable[..., int]:
@@ -85,6 +99,26 @@ def parser(description: str | None, usage: str | None = None) -> argparse.Argume
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+
+
+def read(
+    parser: argparse.ArgumentParser, argv: list[str] | None, kind: type[Asked], **within: type
+) -> tuple[Asked, argparse.Namespace]:
+    """What a command line asks for, and all that was typed; its ``problems()`` are bad usage.
+
+    ``within`` are the classes of fields of ``kind`` that are dataclasses of flags themselves.
+    """
+    typed = parser.parse_args(argv)
+    asked = made(kind, typed, **{name: made(inner, typed) for name, inner in within.items()})
+    if problems := asked.problems():
+        parser.error("; ".join(problems))
+    return asked, typed
+
+
+def made(kind: type[Made], typed: argparse.Namespace, **more: Any) -> Made:
+    """An instance of a dataclass from the flags of its fields' names, and ``more``."""
+    names = {field.name for field in dataclasses.fields(kind)}
+    return kind(**{name: value for name, value in vars(typed).items() if name in names} | more)
 
 
 def _end(line: str | None, code: int) -> int:

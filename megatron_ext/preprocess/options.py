@@ -1,11 +1,11 @@
 """What a preprocessing run is asked to do, and what makes two runs the same."""
 
-import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_ext.common.files import sha256
 from megatron_ext.config.data import TokenizerConfig
 from megatron_ext.data.indexed import dataset_files
 from megatron_ext.data.text.sources import BAD_LINES, STDIN, WORK_FOLDER, Source
@@ -41,6 +41,27 @@ class Options:
     workers: int = 1
     log_interval: int = 1000
     chunk_bytes: int | None = None
+
+    def problems(self) -> list[str]:
+        """What cannot be meant, by the names of the flags."""
+        keys, kind, found = self.json_keys, self.tokenizer.tokenizer_type, []
+        if kind == "NullTokenizer" and self.tokenizer.vocab_size is None:
+            found.append(f"--tokenizer-type {kind} needs --vocab-size")
+        if kind != "NullTokenizer" and self.tokenizer.tokenizer_model is None:
+            found.append(f"--tokenizer-type {kind} needs --tokenizer-model")
+        if self.shard and self.dedup:
+            found.append("--dedup looks at all documents, --shard only at a part: give one of them")
+        if self.shard and "-" in self.inputs:
+            found.append("--shard needs input files, standard input cannot be divided")
+        if self.inputs.count("-") > 1:
+            found.append("--input: standard input can be read once")
+        if len(set(keys)) < len(keys):
+            found.append("--json-keys: a key is given twice")
+        if bad := [key for key in keys if not key or "/" in key]:
+            found.append(
+                f"--json-keys {bad[0]!r}: becomes part of a file name, and cannot hold '/' or be empty"
+            )
+        return found
 
     @property
     def prefix(self) -> str:
@@ -103,4 +124,4 @@ def plan_id(options: Options, sources: list[Source], tokenizer_sha256: str) -> s
         "chunk_bytes": chunk_size(options, sources),
         "inputs": inputs,
     }
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    return sha256(json.dumps(facts))

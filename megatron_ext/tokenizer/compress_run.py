@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 import time
-from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_ext.common.files import refuse_overwriting, write_aside
+from megatron_ext.common.files import refuse_overwriting, sha256, write_aside
 from megatron_ext.common.progress import Progress
+from megatron_ext.config.presets import PRESETS
 from megatron_ext.data.indexed import dataset_files
 from megatron_ext.data.text.chunks import chunks
 from megatron_ext.data.text.documents import Document, Documents, LeftOut, bad_line_message
@@ -45,28 +44,72 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def sha256(data: bytes) -> str:
-    """Hexadecimal sha256."""
-    return hashlib.sha256(data).hexdigest()
+@dataclass(frozen=True, kw_only=True)
+class CompressOptions:
+    """A compression.
+
+    Attributes:
+        input, validation: JSON lines to count, and held-out ones for the report: files, globs, folders.
+        dataset: prefixes of datasets made with the full model.
+        counts: files of counts that earlier runs saved.
+        vocab_size: pieces of the new model; None only counts.
+        output: PREFIX of PREFIX.model and so on.
+        on_bad_line: "stop" or "skip".
+        report: folder of the report.
+        model_preset: whose share of embedding and head the report shows.
+    """
+
+    tokenizer_model: str
+    output: str
+    vocab_size: int | None = None
+    input: Sequence[str] = ()
+    dataset: Sequence[str] = ()
+    counts: Sequence[str] = ()
+    validation: Sequence[str] = ()
+    json_key: str = "text"
+    on_bad_line: str = "stop"
+    drop_fillers: bool = False
+    workers: int = 1
+    report: str | None = None
+    model_preset: str = "pangu-pi-1b-pro"
+
+    def problems(self) -> list[str]:
+        """What cannot be meant, by the names of the flags."""
+        found = []
+        if not (self.input or self.dataset or self.counts):
+            found.append("nothing to count: give --input, --dataset or --counts")
+        if self.vocab_size is not None and self.vocab_size < 1:
+            found.append("--vocab-size must be 1 or more")
+        if self.workers < 1:
+            found.append("--workers must be 1 or more")
+        if self.vocab_size is None and self.report:
+            found.append("--report needs --vocab-size")
+        if self.vocab_size is None and self.drop_fillers:
+            found.append("--drop-fillers needs --vocab-size")
+        if self.validation and not self.report:
+            found.append("--validation needs --report")
+        if self.model_preset not in PRESETS:
+            found.append(f"--model-preset {self.model_preset}: not one of {', '.join(PRESETS)}")
+        return found
 
 
-def compress(args: Namespace) -> dict[str, Any]:
-    """Counts, chooses, writes; the summary of what was done. ``args``: see the tool.
+def compress(options: CompressOptions) -> dict[str, Any]:
+    """Counts, chooses, writes; the summary of what was done.
 
     Raises:
         ValueError: bad input; names the file and what to do.
     """
     started = time.monotonic()
-    files = Files.of(args)
-    data = Path(args.tokenizer_model).read_bytes()
-    encoder, proto = NativeEncoder(args.tokenizer_model, model_proto=data), read_proto(data)
-    if args.vocab_size is not None and args.vocab_size > encoder.vocab_size:
+    files = Files.of(options)
+    data = Path(options.tokenizer_model).read_bytes()
+    encoder, proto = NativeEncoder(options.tokenizer_model, model_proto=data), read_proto(data)
+    if options.vocab_size is not None and options.vocab_size > encoder.vocab_size:
         raise CompressionError(
-            f"--tokenizer-model {args.tokenizer_model} has {encoder.vocab_size} pieces, fewer than the "
-            f"{args.vocab_size} asked for"
+            f"--tokenizer-model {options.tokenizer_model} has {encoder.vocab_size} pieces, fewer than the "
+            f"{options.vocab_size} asked for"
         )
-    counts, left_out = gather(args, files, encoder, sha256(data))
-    Path(args.output).absolute().parent.mkdir(parents=True, exist_ok=True)
+    counts, left_out = gather(options, files, encoder, sha256(data))
+    Path(options.output).absolute().parent.mkdir(parents=True, exist_ok=True)
     if not files.only_own_counts:
         counts.save(files.own_counts)
     summary: dict[str, Any] = {
@@ -75,11 +118,11 @@ def compress(args: Namespace) -> dict[str, Any]:
         "counted_bytes": int(counts.text_bytes.sum()),
         "left_out": left_out.count,
     }
-    if args.vocab_size is None:
+    if options.vocab_size is None:
         return summary | {"seconds": round(time.monotonic() - started, 2)}
-    vocabulary = describe(proto, encoder, args.drop_fillers, counts.total)
+    vocabulary = describe(proto, encoder, options.drop_fillers, counts.total)
     is_unigram = proto.trainer_spec.model_type == UNIGRAM
-    kept = (choose_unigram if is_unigram else choose)(vocabulary, counts.counts, args.vocab_size)
+    kept = (choose_unigram if is_unigram else choose)(vocabulary, counts.counts, options.vocab_size)
     scores = unigram_scores(proto, counts.counts, kept) if is_unigram else None
     new_data = pruned_model(proto, kept, scores).SerializeToString()
     new = NativeEncoder(model_proto=new_data)
@@ -93,13 +136,13 @@ def compress(args: Namespace) -> dict[str, Any]:
         "coverage": float(counts.total[kept].sum() / max(counts.total.sum(), 1)),
     }
     ids = IdMap.of_kept(kept, encoder.vocab_size, sha256(data), sha256(new_data))
-    if reason := write_files(args.output, new_data, new, ids):
+    if reason := write_files(options.output, new_data, new, ids):
         summary["no_hf_folder"] = reason
-    if args.input:
-        summary["measured"] = measure(args, files, new, int(counts.total.sum()))
-    if args.report:
-        texts = held_out(files.validation, args.json_key, args.on_bad_line)
-        summary["recommended"] = report(args, summary, vocabulary, counts, kept, (encoder, new), texts)
+    if options.input:
+        summary["measured"] = measure(options, files, new, int(counts.total.sum()))
+    if options.report:
+        texts = held_out(files.validation, options.json_key, options.on_bad_line)
+        summary["recommended"] = report(options, summary, vocabulary, counts, kept, (encoder, new), texts)
     return summary | {"seconds": round(time.monotonic() - started, 2)}
 
 
@@ -118,22 +161,24 @@ class Files:
     only_own_counts: bool
 
     @classmethod
-    def of(cls, args: Namespace) -> Files:
+    def of(cls, options: CompressOptions) -> Files:
         """Those that the flags name.
 
         Raises:
             ValueError: an input is not there, would be overwritten, or is a pipe that is to be read twice.
         """
-        counts = Path(f"{args.output}.counts.npz")
-        produced = produced_files(args.output, args.report)
-        inputs = find_sources(args.input, [*produced, counts])
-        validation = find_sources(args.validation, [*produced, counts])
-        if args.vocab_size is not None:
+        counts = Path(f"{options.output}.counts.npz")
+        produced = produced_files(options.output, options.report)
+        inputs = find_sources(options.input, [*produced, counts])
+        validation = find_sources(options.validation, [*produced, counts])
+        if options.vocab_size is not None:
             refuse_pipes(inputs, "the text is read twice")
-        only_own = not args.input and not args.dataset and [Path(name) for name in args.counts] == [counts]
-        datasets = [path for prefix in args.dataset for path in dataset_files(prefix)]
+        only_own = (
+            not options.input and not options.dataset and [Path(name) for name in options.counts] == [counts]
+        )
+        datasets = [path for prefix in options.dataset for path in dataset_files(prefix)]
         texts = [source.path for source in [*inputs, *validation] if source.path != STDIN]
-        read = [args.tokenizer_model, *texts, *datasets, *([] if only_own else args.counts)]
+        read = [options.tokenizer_model, *texts, *datasets, *([] if only_own else options.counts)]
         refuse_overwriting([*produced, counts], read)
         return cls(inputs, validation, counts, only_own)
 
@@ -146,15 +191,17 @@ def produced_files(output: str, report: str | None) -> list[Path]:
     return files + [Path(report, f"report.{ending}") for ending in ("md", "json", "png") if report]
 
 
-def gather(args: Namespace, files: Files, encoder: NativeEncoder, digest: str) -> tuple[Counts, LeftOut]:
+def gather(
+    options: CompressOptions, files: Files, encoder: NativeEncoder, digest: str
+) -> tuple[Counts, LeftOut]:
     """The counts of everything that --input, --dataset and --counts name."""
     counts, left_out = Counts.empty(digest, encoder.vocab_size), LeftOut()
-    for name in args.counts:
+    for name in options.counts:
         counts.merge(Counts.load(name), name)
-    for prefix in args.dataset:
+    for prefix in options.dataset:
         counts.merge(count_dataset(prefix, encoder, digest))
     if files.inputs:
-        found, left_out = counted(args, files, encoder, digest)
+        found, left_out = counted(options, files, encoder, digest)
         counts.merge(found)
     if counts.total.sum() == 0:
         raise CompressionError("the input holds no tokens; nothing says which pieces matter")
@@ -164,19 +211,21 @@ def gather(args: Namespace, files: Files, encoder: NativeEncoder, digest: str) -
     return counts, left_out
 
 
-def counted(args: Namespace, files: Files, encoder: NativeEncoder, digest: str) -> tuple[Counts, LeftOut]:
+def counted(
+    options: CompressOptions, files: Files, encoder: NativeEncoder, digest: str
+) -> tuple[Counts, LeftOut]:
     """The text of --input, counted with progress."""
     with Progress("counting", None, "B") as progress:
         return count_text(
-            files.inputs, encoder, digest, args.workers, args.json_key, args.on_bad_line, progress
+            files.inputs, encoder, digest, options.workers, options.json_key, options.on_bad_line, progress
         )
 
 
-def measure(args: Namespace, files: Files, new: NativeEncoder, before: int) -> dict[str, Any]:
+def measure(options: CompressOptions, files: Files, new: NativeEncoder, before: int) -> dict[str, Any]:
     """Tokens of --input with the new model."""
     say("counting again with the new model")
-    after = int(counted(args, files, new, "")[0].total.sum())
-    counted_elsewhere = bool(args.counts or args.dataset)
+    after = int(counted(options, files, new, "")[0].total.sum())
+    counted_elsewhere = bool(options.counts or options.dataset)
     return {"tokens": after} | ({} if counted_elsewhere else {"more_tokens": after / before - 1})
 
 
@@ -186,9 +235,9 @@ def write_files(output: str, model: bytes, new: NativeEncoder, ids: IdMap) -> st
     ids.save(f"{output}.idmap.json")
     processor = new.processor
     lines = [f"{processor.id_to_piece(i)}\t{processor.get_score(i):g}\n" for i in range(new.vocab_size)]
-    write_aside(Path(f"{output}.vocab"), lambda file: file.write("".join(lines).encode()))
+    write_aside(Path(f"{output}.vocab"), "".join(lines).encode())
     left_out = write_hf_folder(Path(f"{output}_hf"), model, new)
-    write_aside(Path(f"{output}.model"), lambda file: file.write(model))
+    write_aside(Path(f"{output}.model"), model)
     return left_out
 
 
@@ -210,12 +259,12 @@ def write_hf_folder(folder: Path, model: bytes, new: NativeEncoder) -> str | Non
         return str(error)
     folder.mkdir(exist_ok=True)
     for name, content in files.items():
-        write_aside(folder / name, methodcaller("write", content))
+        write_aside(folder / name, content)
     return None
 
 
 def report(
-    args: Namespace,
+    options: CompressOptions,
     summary: dict[str, Any],
     vocabulary: Vocabulary,
     counts: Counts,
@@ -224,16 +273,16 @@ def report(
     texts: dict[str, list[str]],
 ) -> dict[str, Any]:
     """Writes everything of --report; the sizes recommended."""
-    points = compress_report.curve(vocabulary, counts, [*compress_report.SIZES, args.vocab_size])
-    compress_report.add_shares(points, args.model_preset)
+    points = compress_report.curve(vocabulary, counts, [*compress_report.SIZES, options.vocab_size])
+    compress_report.add_shares(points, options.model_preset)
     facts = {
-        "model_preset": args.model_preset,
+        "model_preset": options.model_preset,
         "curve": points,
         "recommended": compress_report.recommend(points),
         "examples": compress_report.examples(vocabulary, counts.total, kept),
         "held_out": compress_report.compare(*encoders, texts),
     }
-    compress_report.write(summary | facts, Path(args.report))
+    compress_report.write(summary | facts, Path(options.report))
     return facts["recommended"]
 
 
