@@ -129,7 +129,7 @@ class Job:
 
     def flag_problems(self, flags: list[str]) -> list[str]:
         """The parser's problems with the flags, and a run that would start over when it is requeued."""
-        processes = self.nodes * (self.gpus_per_node or self.cpus_per_node)
+        processes = self.nodes * (self.gpus_per_node or self.cpus_per_node or 1)
         device: Device = "cuda" if self.gpus_per_node else "cpu"
         try:
             run = read_args(flags, world_size=processes, device=device)

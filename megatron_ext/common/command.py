@@ -23,7 +23,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 from megatron_ext.common.errors import RunError
 
@@ -117,7 +117,7 @@ def read(
 
 def made(kind: type[Made], typed: argparse.Namespace, **more: Any) -> Made:
     """An instance of a dataclass from the flags of its fields' names, and ``more``."""
-    names = {field.name for field in dataclasses.fields(kind)}
+    names = {field.name for field in dataclasses.fields(cast(Any, kind))}
     return kind(**{name: value for name, value in vars(typed).items() if name in names} | more)
 
 

@@ -9,7 +9,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -87,7 +87,7 @@ def _write_aside(path: Path, write: Callable[[BinaryIO], object]) -> None:
         raise
 
 
-def write_json(path: Path, content: dict) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
     """Put an indented JSON file in place in one step."""
     write_aside(path, json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
 
