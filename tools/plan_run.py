@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         model = describe.with_vocabulary(run)
         layout = dataclasses.replace(describe.layout_of(run), kernels=not options.without_triton)
-        found = {} if options.trace is None else {"trace": traced(options, run, model, layout)}
+        found = {} if options.trace is None else {"trace": traced(options.trace, run, model, layout)}
     except CommandLineError as error:
         print(f"plan_run.py: the command line has problems:\n{error}", file=sys.stderr)
         return 2
@@ -107,17 +107,15 @@ def machine_of(
     return machine.scaled(*(value and value * unit for value, unit in scale))
 
 
-def traced(
-    options: argparse.Namespace, run: RunConfig, model: ModelConfig, layout: describe.Layout
-) -> dict[str, Any]:
+def traced(rank: int, run: RunConfig, model: ModelConfig, layout: describe.Layout) -> dict[str, Any]:
     """A step of one rank as it was traced, and what the arithmetic says of it.
 
     Raises:
         ValueError: there is no such rank, or no GPU is planned for.
     """
-    if options.machine == "cpu":
+    if run.process.device == "cpu":
         raise ValueError("--trace shows what GPUs do: give another --machine")
-    ranks, rank = options.world_size, options.trace
+    ranks = run.process.world_size
     if rank == FULLEST:
         rank = footprint.fullest_stage(model, layout) * ranks // layout.pipeline
     if not 0 <= rank < ranks:
