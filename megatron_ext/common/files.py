@@ -58,7 +58,7 @@ def write_aside(path: Path, content: bytes | Callable[[BinaryIO], object]) -> No
         OSError: naming ``path``, whatever the file beside it is called.
     """
     with _naming(path):
-        _write_aside(path, write)
+        _write_aside(path, content)
 
 
 @contextlib.contextmanager
@@ -73,7 +73,7 @@ def _naming(path: Path) -> Iterator[None]:
         raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
 
 
-def _write_aside(path: Path, write: Callable[[BinaryIO], object]) -> None:
+def _write_aside(path: Path, content: bytes | Callable[[BinaryIO], object]) -> None:
     descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:

@@ -142,7 +142,16 @@ def compress(options: CompressOptions) -> dict[str, Any]:
         summary["measured"] = measure(options, files, new, int(counts.total.sum()))
     if options.report:
         texts = held_out(files.validation, options.json_key, options.on_bad_line)
-        summary["recommended"] = report(options, summary, vocabulary, counts, kept, (encoder, new), texts)
+        summary["recommended"] = report(
+            Path(options.report),
+            options.model_preset,
+            summary,
+            vocabulary,
+            counts,
+            kept,
+            (encoder, new),
+            texts,
+        )
     return summary | {"seconds": round(time.monotonic() - started, 2)}
 
 
@@ -178,8 +187,8 @@ class Files:
         )
         datasets = [path for prefix in options.dataset for path in dataset_files(prefix)]
         texts = [source.path for source in [*inputs, *validation] if source.path != STDIN]
-        read = [options.tokenizer_model, *texts, *datasets, *([] if only_own else options.counts)]
-        refuse_overwriting([*produced, counts], read)
+        read = [options.tokenizer_model, *texts, *datasets]
+        refuse_overwriting([*produced, counts], read if only_own else [*read, *options.counts])
         return cls(inputs, validation, counts, only_own)
 
 
@@ -264,7 +273,8 @@ def write_hf_folder(folder: Path, model: bytes, new: NativeEncoder) -> str | Non
 
 
 def report(
-    options: CompressOptions,
+    folder: Path,
+    model_preset: str,
     summary: dict[str, Any],
     vocabulary: Vocabulary,
     counts: Counts,
@@ -272,17 +282,17 @@ def report(
     encoders: tuple[NativeEncoder, NativeEncoder],
     texts: dict[str, list[str]],
 ) -> dict[str, Any]:
-    """Writes everything of --report; the sizes recommended."""
-    points = compress_report.curve(vocabulary, counts, [*compress_report.SIZES, options.vocab_size])
-    compress_report.add_shares(points, options.model_preset)
-    facts = {
-        "model_preset": options.model_preset,
+    """Writes everything of --report into ``folder``; the sizes recommended."""
+    points = compress_report.curve(vocabulary, counts, [*compress_report.SIZES, len(kept)])
+    compress_report.add_shares(points, model_preset)
+    facts: dict[str, Any] = {
+        "model_preset": model_preset,
         "curve": points,
         "recommended": compress_report.recommend(points),
         "examples": compress_report.examples(vocabulary, counts.total, kept),
         "held_out": compress_report.compare(*encoders, texts),
     }
-    compress_report.write(summary | facts, Path(options.report))
+    compress_report.write(summary | facts, folder)
     return facts["recommended"]
 
 

@@ -2,7 +2,7 @@
 
 import glob
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +38,7 @@ class Source:
         return None if self.state is None else self.state.size
 
 
-def find_sources(inputs: list[str], produced: Iterable[str | Path] = ()) -> list[Source]:
+def find_sources(inputs: Sequence[str], produced: Iterable[str | Path] = ()) -> list[Source]:
     """The input files in the order of ``inputs``; globs and folders in the order of their names.
 
     Globs and folders leave out what this program wrote there: manifests, lists of bad lines, work
@@ -49,7 +49,8 @@ def find_sources(inputs: list[str], produced: Iterable[str | Path] = ()) -> list
             cannot read.
     """
     ours = {os.path.realpath(path) for path in produced}
-    sources, named_by = [], {}
+    sources: list[Source] = []
+    named_by: dict[str, int] = {}
     for number, word in enumerate(inputs):
         for source in _sources(word, ours):
             before = named_by.setdefault(os.path.realpath(source.path), number)
