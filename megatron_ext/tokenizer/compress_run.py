@@ -187,7 +187,7 @@ class Files:
         )
         datasets = [path for prefix in options.dataset for path in dataset_files(prefix)]
         texts = [source.path for source in [*inputs, *validation] if source.path != STDIN]
-        read = [options.tokenizer_model, *texts, *datasets]
+        read: list[str | Path] = [options.tokenizer_model, *texts, *datasets]
         refuse_overwriting([*produced, counts], read if only_own else [*read, *options.counts])
         return cls(inputs, validation, counts, only_own)
 
