@@ -25,7 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_ext.common import command
-from megatron_ext.common.files import is_same_place
+from megatron_ext.interchange.options import ConvertOptions
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
@@ -79,34 +79,15 @@ def _bytes(text: str) -> int:
     return int(found[1]) * UNITS[found[2]]
 
 
-def usage_problems(options: argparse.Namespace) -> list[str]:
-    """What cannot be meant, all of it."""
-    only = {
-        "--allow-pickle": (options.allow_pickle, options.source == "hf", "--from hf"),
-        "--ckpt-step": (options.ckpt_step is not None, options.source == "megatron", "--from megatron"),
-        "--hf-architecture": (options.hf_architecture is not None, options.target == "hf", "--to hf"),
-        "--max-shard-size": (options.max_shard_size is not None, options.target == "hf", "--to hf"),
-    }
-    problems = [f"{flag} needs {needs}" for flag, (given, fits, needs) in only.items() if given and not fits]
-    if is_same_place(options.load, options.save):
-        problems.append("--load and --save are the same folder")
-    return problems
-
-
 @command.tool
 def main(argv: list[str] | None = None) -> int:
     """Run; returns the exit code."""
-    parser = build_parser()
-    options = parser.parse_args(argv)
-    if problems := usage_problems(options):
-        parser.error("; ".join(problems))
+    options, typed = command.read(build_parser(), argv, ConvertOptions)
 
-    from megatron_ext.interchange.convert import convert
-    from megatron_ext.interchange.export import SHARD_BYTES
+    from megatron_ext.interchange.convert import convert  # takes seconds
 
-    options.max_shard_size = options.max_shard_size or SHARD_BYTES
-    summary = convert(options)
-    print(json.dumps(summary) if options.json else "\n".join(f"{k}: {v}" for k, v in summary.items()))
+    summary = convert(options, quiet=typed.json)
+    print(json.dumps(summary) if typed.json else "\n".join(f"{k}: {v}" for k, v in summary.items()))
     return 0
 
 

@@ -12,7 +12,6 @@ from (docs/inheritance.md). At 1/2 the slope is what the unit is worth, for a lo
 """
 
 import time
-from argparse import Namespace
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 
@@ -24,6 +23,7 @@ from megatron_ext import platform
 from megatron_ext.inherit.calibration import average, forward
 from megatron_ext.inherit.choice import top
 from megatron_ext.inherit.masks import Masks, attached
+from megatron_ext.inherit.options import InheritOptions
 from megatron_ext.training.batch import Batch
 
 
@@ -195,12 +195,12 @@ def choice_of(learned: Learned, counts: dict[str, int]) -> dict[str, Tensor]:
     return {name: top(logits.detach().cpu(), counts[name]) for name, logits in learned.logits.items()}
 
 
-def recipe_from(options: Namespace) -> Recipe:
+def recipe_from(options: InheritOptions) -> Recipe:
     """The recipe that the tool's flags give."""
     return Recipe(
         steps=options.mask_steps,
         learning_rate=options.mask_lr,
-        temperature=tuple(options.mask_temperature),
+        temperature=(options.mask_temperature[0], options.mask_temperature[1]),
         patience=options.mask_patience,
         seed=options.seed,
     )

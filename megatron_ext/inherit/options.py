@@ -1,158 +1,90 @@
-"""The flags of tools/inherit_checkpoint.py."""
+"""What an inheritance is asked to do."""
 
-import argparse
 import os
-
-from megatron_ext.common import command
-
-EXAMPLES = """A smaller model that starts from a larger one's weights, as a checkpoint of iteration 0.
-
-    python tools/inherit_checkpoint.py --load big --save small --target-num-layers 8 \\
-        --target-hidden-size 192 --target-ffn-hidden-size 640 --target-num-query-groups 3
-    python tools/inherit_checkpoint.py --load llama-2-7b --save pro --model-preset pangu-pi-1b-pro \\
-        --target-tokenizer-model compact.model --width-criterion learned --data-path calibration_text_document
-    torchrun --nproc-per-node 4 tools/inherit_checkpoint.py ...   # the ranks share the calibration text
-    python pretrain_pangu_pro.py --pretrained-checkpoint small ...
-
-The source is a Hugging Face folder (Llama, Mistral, Qwen2, InternLM2) or a checkpoint, of any layout. Hidden
-channels are chosen once for the residual stream, FFN channels and query groups in every layer. Rows of the
-vocabulary go by piece; a piece that the source lacks starts from the mean of the pieces of its text.
-
---depth-policy and --width-criterion that look at text (importance, taylor, learned) need --data-path, a
-dataset made with the target's tokenizer; with it, the loss is measured before and after.
-
-Exit code 0: the checkpoint is in place; 1: bad input; 2: bad usage."""
+from dataclasses import dataclass
 
 DEPTH = ("ends", "importance", "uniform", "list", "learned")
 WIDTH = ("random", "l1", "l2", "taylor", "learned")
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    p = command.parser(EXAMPLES)
-    _add_source(p.add_argument_group("source"))
-    _add_target(p.add_argument_group("target (what is not given is as in the source)"))
-    _add_choice(p.add_argument_group("choice"))
-    _add_calibration(p.add_argument_group("calibration"))
-    _add_learned(p.add_argument_group("learned masks"))
-    p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    p.add_argument("--json", action="store_true", help="print the report as one JSON object")
-    return p
+@dataclass(frozen=True, kw_only=True)
+class InheritOptions:
+    """An inheritance, by the names of the flags of tools/inherit_checkpoint.py, which say what they mean.
 
+    Sizes and modules of the target that are None are the preset's, or else the source's.
+    """
 
-def _add_source(g) -> None:
-    g.add_argument("--load", required=True, metavar="DIR", help="Hugging Face folder or checkpoint")
-    g.add_argument(
-        "--ckpt-step", type=int, metavar="N", help="iteration of a checkpoint (default: the newest)"
-    )
-    g.add_argument(
-        "--tokenizer-model", metavar="PATH", help="the source's tokenizer, if it moved since the training"
-    )
-    g.add_argument("--allow-pickle", action="store_true", help="read pytorch_model.bin too, weights only")
+    load: str
+    save: str
+    ckpt_step: int | None = None
+    tokenizer_model: str | None = None
+    allow_pickle: bool = False
 
+    model_preset: str | None = None
+    target_num_layers: int | None = None
+    target_hidden_size: int | None = None
+    target_ffn_hidden_size: int | None = None
+    target_num_attention_heads: int | None = None
+    target_num_query_groups: int | None = None
+    target_tokenizer_model: str | None = None
+    series_activation_order: int | None = None
+    augmented_shortcuts: int | None = None
+    augmented_shortcut_reduction: int | None = None
+    untie_embeddings_and_output_weights: bool = False
+    report: str | None = None
 
-def _add_target(g) -> None:
-    g.add_argument("--save", required=True, metavar="DIR", help="a folder without checkpoints")
-    g.add_argument("--model-preset", metavar="NAME", help="shape by name; flags that are typed win")
-    for name, what in (
-        ("--target-num-layers", "layers"),
-        ("--target-hidden-size", "hidden channels"),
-        ("--target-ffn-hidden-size", "FFN channels"),
-        ("--target-num-attention-heads", "query heads; the source's number of heads a group is kept"),
-        ("--target-num-query-groups", "query groups"),
-    ):
-        g.add_argument(name, type=int, metavar="N", help=what)
-    g.add_argument("--target-tokenizer-model", metavar="PATH", help="its tokenizer, often a compressed one")
-    g.add_argument("--series-activation-order", type=int, metavar="N", help="new terms start at zero")
-    g.add_argument("--augmented-shortcuts", type=int, metavar="N", help="new shortcuts start without effect")
-    g.add_argument("--augmented-shortcut-reduction", type=int, metavar="N", help="hidden / bottleneck")
-    g.add_argument(
-        "--untie-embeddings-and-output-weights", action="store_true", help="of a source that ties them"
-    )
-    g.add_argument("--report", metavar="DIR", help="for report.json, .png and choice.npz (SAVE/inheritance)")
+    depth_policy: str = "ends"
+    layers: list[int] | None = None
+    width_criterion: str = "l2"
+    seed: int = 1234
 
+    data_path: list[str] | None = None
+    data_cache_path: str | None = None
+    seq_length: int = 512
+    micro_batch_size: int = 4
+    calibration_samples: int = 64
+    calibration_dtype: str | None = None
 
-def _add_choice(g) -> None:
-    g.add_argument("--depth-policy", choices=DEPTH, default="ends", help="which layers stay (default ends)")
-    g.add_argument("--layers", type=int, nargs="+", metavar="N", help="for --depth-policy list, from 0")
-    g.add_argument("--width-criterion", choices=WIDTH, default="l2", help="which channels stay (default l2)")
-    g.add_argument("--seed", type=int, default=1234, help="of random choices, new weights and samples")
+    mask_steps: int = 100
+    mask_batch_size: int = 8
+    mask_lr: float = 0.03
+    mask_temperature: tuple[float, float] = (0.3, 0.03)
+    mask_patience: int = 30
+    mask_state: str | None = None
 
-
-def _add_calibration(g) -> None:
-    g.add_argument("--data-path", nargs="+", metavar="PREFIX", help="datasets of the target's tokenizer")
-    g.add_argument("--data-cache-path", metavar="DIR", help="where indices of datasets are kept")
-    g.add_argument("--seq-length", type=int, default=512, metavar="N", help="tokens a sample (default 512)")
-    g.add_argument("--micro-batch-size", type=int, default=4, metavar="N", help="samples a pass (default 4)")
-    g.add_argument(
-        "--calibration-samples",
-        type=int,
-        default=64,
-        metavar="N",
-        help="samples for importance, taylor, and the losses before and after (default 64)",
-    )
-
-    g.add_argument(
-        "--calibration-dtype",
-        choices=["fp32", "bf16"],
-        help="number format of the source while it reads text (default: fp32 on a CPU, its own on a GPU); "
-        "bf16 halves the memory, and is fast on CPUs with bf16 instructions; scores and masks stay fp32",
-    )
-
-
-def _add_learned(g) -> None:
-    g.add_argument("--mask-steps", type=int, default=100, metavar="N", help="at most (default 100)")
-    g.add_argument("--mask-batch-size", type=int, default=8, metavar="N", help="samples a step (default 8)")
-    g.add_argument("--mask-lr", type=float, default=0.03, metavar="X", help="rate, falls to 0 (default 0.03)")
-    g.add_argument(
-        "--mask-temperature",
-        type=float,
-        nargs=2,
-        default=(0.3, 0.03),
-        metavar=("START", "END"),
-        help="of the sigmoid that masks are (default 0.3 0.03)",
-    )
-    g.add_argument(
-        "--mask-patience", type=int, default=30, metavar="N", help="stop after N steps without a change"
-    )
-    g.add_argument(
-        "--mask-state", metavar="FILE", help="save the state here, and go on from it if it is there"
-    )
-
-
-def problems(options: argparse.Namespace) -> list[str]:
-    """What is wrong with a command line by itself, one sentence each."""
-    found = []
-    learned = options.width_criterion == "learned"
-    if options.depth_policy == "learned" and not learned:
-        found.append("--depth-policy learned needs --width-criterion learned")
-    if (options.depth_policy == "list") != bool(options.layers):
-        found.append("--layers and --depth-policy list belong together")
-    needs = [f"--depth-policy {options.depth_policy}"] * (options.depth_policy in ("importance", "learned"))
-    needs += [f"--width-criterion {options.width_criterion}"] * (options.width_criterion in WIDTH[3:])
-    if needs and not options.data_path:
-        found.append(f"{' and '.join(needs)} looks at text: give --data-path")
-    if options.mask_state and not learned:
-        found.append("--mask-state cannot take effect: needs --width-criterion learned")
-    for name in (
-        "seq_length",
-        "micro_batch_size",
-        "calibration_samples",
-        "mask_steps",
-        "mask_batch_size",
-        "mask_patience",
-    ):
-        if getattr(options, name) < 1:
-            found.append(f"--{name.replace('_', '-')} must be at least 1")
-    unit = options.micro_batch_size * int(os.environ.get("WORLD_SIZE", 1))
-    if learned and unit > 0 and options.mask_batch_size % unit:
-        found.append(
-            f"--mask-batch-size {options.mask_batch_size} is not divisible by --micro-batch-size x processes "
-            f"= {unit}"
-        )
-    start, end = options.mask_temperature
-    if not float("inf") > start >= end > 0:
-        found.append("--mask-temperature must fall from START to END, both above 0")
-    if not options.mask_lr > 0:
-        found.append("--mask-lr must be above 0")
-    return found
+    def problems(self) -> list[str]:
+        """What is wrong with them by themselves, one sentence each."""
+        found = []
+        learned = self.width_criterion == "learned"
+        if self.depth_policy == "learned" and not learned:
+            found.append("--depth-policy learned needs --width-criterion learned")
+        if (self.depth_policy == "list") != bool(self.layers):
+            found.append("--layers and --depth-policy list belong together")
+        needs = [f"--depth-policy {self.depth_policy}"] * (self.depth_policy in ("importance", "learned"))
+        needs += [f"--width-criterion {self.width_criterion}"] * (self.width_criterion in WIDTH[3:])
+        if needs and not self.data_path:
+            found.append(f"{' and '.join(needs)} looks at text: give --data-path")
+        if self.mask_state and not learned:
+            found.append("--mask-state cannot take effect: needs --width-criterion learned")
+        for name in (
+            "seq_length",
+            "micro_batch_size",
+            "calibration_samples",
+            "mask_steps",
+            "mask_batch_size",
+            "mask_patience",
+        ):
+            if getattr(self, name) < 1:
+                found.append(f"--{name.replace('_', '-')} must be at least 1")
+        unit = self.micro_batch_size * int(os.environ.get("WORLD_SIZE", 1))
+        if learned and unit > 0 and self.mask_batch_size % unit:
+            found.append(
+                f"--mask-batch-size {self.mask_batch_size} is not divisible by --micro-batch-size x "
+                f"processes = {unit}"
+            )
+        start, end = self.mask_temperature
+        if not float("inf") > start >= end > 0:
+            found.append("--mask-temperature must fall from START to END, both above 0")
+        if not self.mask_lr > 0:
+            found.append("--mask-lr must be above 0")
+        return found

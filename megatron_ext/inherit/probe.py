@@ -1,7 +1,6 @@
 """The source model on its calibration text, within a job of data parallel ranks."""
 
 import dataclasses
-from argparse import Namespace
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
@@ -26,6 +25,7 @@ from megatron_ext.inherit.calibration import (
     read_documents,
     translated,
 )
+from megatron_ext.inherit.options import InheritOptions
 from megatron_ext.inherit.vocabulary import Rows
 from megatron_ext.interchange.source import Source
 from megatron_ext.interchange.tokenizer_files import TokenizerFiles
@@ -60,7 +60,7 @@ class Probe:
             not fit the model.
     """
 
-    def __init__(self, options: Namespace, source: Source, files: TokenizerFiles, rows: Rows | None):
+    def __init__(self, options: InheritOptions, source: Source, files: TokenizerFiles, rows: Rows | None):
         self.options, self.config, self.tokenizer = options, source.model, tokenizer_of(files)
         self.dtype = _dtype(options.calibration_dtype, source.dtype)
         if rows is not None:

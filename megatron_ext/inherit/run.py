@@ -3,7 +3,6 @@
 import resource
 import sys
 import time
-from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -14,6 +13,7 @@ from megatron_ext.checkpoint.errors import on_rank_0
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.inherit import report
 from megatron_ext.inherit.choice import Choice
+from megatron_ext.inherit.options import InheritOptions
 from megatron_ext.inherit.selection import Selection, select
 from megatron_ext.inherit.slicing import cut, grown, source_key
 from megatron_ext.inherit.target import InheritanceError, target_model
@@ -29,7 +29,7 @@ _PI = (".series_activation.", ".augmented_shortcut.")
 _INIT_STD = 0.02
 
 
-def inherit(options: Namespace) -> dict:
+def inherit(options: InheritOptions) -> dict:
     """Make the target's checkpoint in ``options.save``; returns the report.
 
     Raises:
@@ -66,7 +66,7 @@ def inherit(options: Namespace) -> dict:
     return summary
 
 
-def _target_tokenizer(options: Namespace, source: Source) -> tuple[TokenizerFiles | None, Rows | None]:
+def _target_tokenizer(options: InheritOptions, source: Source) -> tuple[TokenizerFiles | None, Rows | None]:
     """The target's tokenizer, and the source's rows that its pieces start from (None: the same rows)."""
     if not options.target_tokenizer_model:
         return source.tokenizer, None
@@ -85,7 +85,7 @@ def _target_tokenizer(options: Namespace, source: Source) -> tuple[TokenizerFile
     return files, match_tokenizers(tokenizer_of(files), tokenizer_of(source.tokenizer))
 
 
-def _probe(options: Namespace, source: Source, files: TokenizerFiles | None, rows: Rows | None):
+def _probe(options: InheritOptions, source: Source, files: TokenizerFiles | None, rows: Rows | None):
     """What runs the source on text; None without --data-path."""
     if not options.data_path:
         return None
@@ -118,7 +118,7 @@ def _drawn(key: str, size: tuple[int, ...], seed: int) -> Tensor:
     return nn.init.normal_(torch.empty(size), std=_INIT_STD, generator=generator)
 
 
-def _write(options: Namespace, source: Source, target: ModelConfig, files, rows, choice: Choice) -> None:
+def _write(options: InheritOptions, source: Source, target: ModelConfig, files, rows, choice: Choice) -> None:
     """Let the first rank write the checkpoint, tensor by tensor; raises on all ranks if it could not."""
 
     def write() -> None:

@@ -1,6 +1,5 @@
 """From the flags to a choice: which layers, then which channels and groups."""
 
-from argparse import Namespace
 from dataclasses import dataclass, field
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.inherit import depth, report, width
 from megatron_ext.inherit.choice import Choice
+from megatron_ext.inherit.options import InheritOptions
 from megatron_ext.inherit.width import Scores
 from megatron_ext.interchange.source import Source
 
@@ -41,7 +41,7 @@ class Selection:
         return summary | ({"learned": self.learned} if self.learned else {})
 
 
-def select(options: Namespace, source: Source, target: ModelConfig, probe) -> Selection:
+def select(options: InheritOptions, source: Source, target: ModelConfig, probe) -> Selection:
     """Choose as the flags say; ``probe`` runs the source on text, None where no flag needs it."""
     losses = None
     if options.depth_policy in ("importance", "learned"):
@@ -54,7 +54,7 @@ def select(options: Namespace, source: Source, target: ModelConfig, probe) -> Se
     return Selection(options.depth_policy, options.width_criterion, choice, losses, scores=scores)
 
 
-def _layers(options: Namespace, layers: int, keep: int, losses: Tensor | None) -> Tensor:
+def _layers(options: InheritOptions, layers: int, keep: int, losses: Tensor | None) -> Tensor:
     if options.depth_policy == "list":
         return depth.listed(options.layers, layers, keep)
     if options.depth_policy in ("importance", "learned"):
@@ -74,7 +74,7 @@ def _losses_without(probe) -> Tensor:
         )
 
 
-def _scores(options: Namespace, source: Source, probe, layers: Tensor) -> Scores:
+def _scores(options: InheritOptions, source: Source, probe, layers: Tensor) -> Scores:
     """The scores of the criteria that are no training."""
     if options.width_criterion == "random":
         return width.random(source.model, options.seed)
@@ -100,7 +100,7 @@ def _bottleneck(source: Source) -> Tensor:
 
 
 def _learned(
-    options: Namespace, source: Source, target: ModelConfig, probe, layers: Tensor, losses: Tensor | None
+    options: InheritOptions, source: Source, target: ModelConfig, probe, layers: Tensor, losses: Tensor | None
 ) -> Selection:
     """Masks trained from where the first-order scores stand."""
     from megatron_ext.inherit import learn

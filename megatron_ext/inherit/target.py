@@ -1,13 +1,13 @@
 """The target model, and whether it can be cut out of the source."""
 
 import dataclasses
-from argparse import Namespace
 from collections.abc import Iterator
 from typing import Any
 
 from megatron_ext.config import flag_of
 from megatron_ext.config.model import ModelConfig, NoSuchModel
 from megatron_ext.config.presets import preset
+from megatron_ext.inherit.options import InheritOptions
 from megatron_ext.interchange.llama import padded
 
 
@@ -19,7 +19,7 @@ class InheritanceError(ValueError):
         self.problems = problems
 
 
-def target_model(options: Namespace, source: ModelConfig, vocab_size: int) -> ModelConfig:
+def target_model(options: InheritOptions, source: ModelConfig, vocab_size: int) -> ModelConfig:
     """The target that the flags ask for: a preset, over it what is typed, the rest as in the source.
 
     Raises:
@@ -49,7 +49,7 @@ _OF_A_PRESET = (
 )
 
 
-def _wanted(options: Namespace) -> dict[str, Any]:
+def _wanted(options: InheritOptions) -> dict[str, Any]:
     """Field of ModelConfig -> what the flags say; a field that none says is not there."""
     wanted: dict[str, Any] = {}
     if options.model_preset:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -13,16 +12,17 @@ from torch import Tensor
 
 from megatron_ext.common.progress import Progress
 from megatron_ext.interchange.errors import InterchangeError
-from megatron_ext.interchange.export import export_folder
+from megatron_ext.interchange.export import SHARD_BYTES, export_folder
 from megatron_ext.interchange.open import open_source
+from megatron_ext.interchange.options import ConvertOptions
 from megatron_ext.interchange.source import Source
 from megatron_ext.interchange.target import write_checkpoint
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def convert(options: Namespace) -> dict:
-    """Open, convert tensor by tensor, write; the summary of what was done. ``options``: see the tool.
+def convert(options: ConvertOptions, quiet: bool = False) -> dict:
+    """Open, convert tensor by tensor, write; the summary of what was done.
 
     Raises:
         InterchangeError: bad input, nothing was written.
@@ -42,7 +42,7 @@ def convert(options: Namespace) -> dict:
         print(f"WARNING: {note}", file=sys.stderr)
     dtype = DTYPES.get(options.dtype, source.dtype)
     parameters = source.model.without_padding.num_parameters
-    with Progress("converting", parameters * source.dtype.itemsize, "B", quiet=options.json) as progress:
+    with Progress("converting", parameters * source.dtype.itemsize, "B", quiet=quiet) as progress:
         written = _write(options, source, dtype, progress)
     return {
         "from": source.description,
@@ -55,7 +55,7 @@ def convert(options: Namespace) -> dict:
     }
 
 
-def _write(options: Namespace, source: Source, dtype: torch.dtype, progress: Progress) -> Path:
+def _write(options: ConvertOptions, source: Source, dtype: torch.dtype, progress: Progress) -> Path:
     def get(key: str) -> Tensor:
         tensor = source.get(key)
         progress.add(tensor.nbytes, key)
@@ -71,7 +71,7 @@ def _write(options: Namespace, source: Source, dtype: torch.dtype, progress: Pro
         tokenizer=source.tokenizer,
         architecture=options.hf_architecture,
         origin=source.origin,
-        shard_bytes=options.max_shard_size,
+        shard_bytes=options.max_shard_size or SHARD_BYTES,
     )
 
 

@@ -15,11 +15,13 @@ from megatron_ext.checkpoint import CheckpointError, checkpoint_dir, read_checkp
 from megatron_ext.checkpoint import saved_args as readers
 from megatron_ext.checkpoint.integrity import CHECKSUMS, describe_file, marker
 from megatron_ext.checkpoint.safe import load_object
+from megatron_ext.common import command
 from megatron_ext.config import RunConfig, model_function, options
 from megatron_ext.config.data import TokenizerConfig
 from megatron_ext.inference.load import arguments, load_for_inference
 from megatron_ext.interchange.convert import convert
 from megatron_ext.interchange.open import open_source
+from megatron_ext.interchange.options import ConvertOptions
 from megatron_ext.tokenizer import TokenizerError, build_tokenizer
 
 #: What would trust code, loosen a check, name a place to read or write, or start something.
@@ -72,7 +74,8 @@ def asked(load: Path) -> None:
 def converted(load: Path) -> None:
     words = ["--from", "megatron", "--to", "hf", "--load", str(load), "--save", f"{load}_converted"]
     tool = importlib.import_module("tools.convert_checkpoint")
-    convert(tool.build_parser().parse_args([*words, "--max-shard-size", "1GB"]))
+    words += ["--max-shard-size", "1GB"]
+    convert(command.read(tool.build_parser(), words, ConvertOptions)[0])
 
 
 def inherited(load: Path) -> None:

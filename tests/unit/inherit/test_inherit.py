@@ -14,7 +14,7 @@ from megatron_ext.checkpoint import load_checkpoint
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.data.indexed import write_index
 from megatron_ext.inherit.choice import Choice
-from megatron_ext.inherit.options import parser
+from megatron_ext.inherit.options import InheritOptions
 from megatron_ext.inherit.slicing import cut, source_key
 from megatron_ext.inherit.target import target_model
 from megatron_ext.interchange.open import open_source
@@ -163,8 +163,8 @@ def test_a_preset_says_sizes_and_modules_alone():
     values |= {"layernorm_epsilon": 1e-6, "max_position_embeddings": 4096, "padded_vocab_size": 512}
     values |= {"num_layers": 12, "hidden_size": 256, "ffn_hidden_size": 512, "kv_channels": 32}
     source = toy.config(vocab_size=500, tied=True, **values)
-    words = ["--load", "a", "--save", "b", "--model-preset", "tiny", "--target-num-layers", "6"]
-    target = target_model(parser().parse_args(words), source, 300)
+    options = InheritOptions(load="a", save="b", model_preset="tiny", target_num_layers=6)
+    target = target_model(options, source, 300)
     taken = {"hidden_size": 128, "ffn_hidden_size": 384, "num_attention_heads": 4, "num_query_groups": 2}
     taken |= {"num_layers": 6, "softmax_vocab_size": 300, "padded_vocab_size": 384}
     taken |= {"untie_embeddings_and_output_weights": True, "augmented_shortcut_reduction": 32}

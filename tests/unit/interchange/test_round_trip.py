@@ -1,6 +1,5 @@
 """Models of other makers, through every layout of ours and back: same logits, same bits."""
 
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from megatron_ext.inference.load import arguments
 from megatron_ext.interchange.convert import convert
 from megatron_ext.interchange.export import export_folder
 from megatron_ext.interchange.open import open_source
+from megatron_ext.interchange.options import ConvertOptions
 from megatron_ext.interchange.target import write_checkpoint
 from megatron_ext.models.builder import build_model
 from megatron_ext.models.config import transformer_config
@@ -91,19 +91,6 @@ def in_transformers(imported: Path, name: str):
     return load(imported / name / "hf", trust_remote_code=True).eval()
 
 
-def options(load: Path, save: Path, **changes) -> Namespace:
-    """The tool's options for an export."""
-    values = dict(
-        source="megatron",
-        target="hf",
-        load=str(load),
-        save=str(save),
-        ckpt_step=None,
-        tokenizer_model=None,
-        dtype="source",
-        hf_architecture=None,
-        max_shard_size=1 << 30,
-        allow_pickle=False,
-        json=True,
-    )
-    return Namespace(**values | changes)
+def options(load: Path, save: Path, **changes) -> ConvertOptions:
+    """An export."""
+    return ConvertOptions(source="megatron", target="hf", load=str(load), save=str(save), **changes)
