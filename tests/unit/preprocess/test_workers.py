@@ -296,7 +296,10 @@ def test_a_worker_that_is_deaf_to_sigterm_ends_with_the_others(tmp_path):
     def work(chunk, note):
         if chunk.number == 0:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            (tmp_path / "deaf").touch()
             time.sleep(60)
+        while not (tmp_path / "deaf").exists():
+            time.sleep(0.01)
         return chunk.number
 
     def done(chunk, answer):
