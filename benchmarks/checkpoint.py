@@ -81,8 +81,8 @@ def write_state(state: dict, folder: Path) -> None:
     """What save_checkpoint does with a training state."""
     from megatron_ext.checkpoint import folders, save, writer
 
-    previous = save.on_rank_0("prepare", lambda: save._prepare(folder, 1))
-    pending = save.PendingSave(folder, 1, folders.working_dir(folder, 1), save.Retain(), previous)
+    pending = save.PendingSave(folder, 1, folders.working_dir(folder, 1), save.Retain())
+    pending.prepare(None)
     save._divide_among_replicas(state, RunConfig.of({}))
     pending.start(writer.plan(state), b"")
     pending.finish()

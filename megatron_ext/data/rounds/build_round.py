@@ -60,7 +60,7 @@ class RoundOptions:
         """What is wrong with the numbers, by the names of the flags."""
         rules = {
             f"--rate {self.rate:g}: must be above 0 and at most 1": 0 < self.rate <= 1,
-            f"--temperature {self.temperature:g}: must be above 0": 0 < self.temperature < float("inf"),
+            f"--temperature {self.temperature:g}: must be from 1e-9 to 1e9": 1e-9 <= self.temperature <= 1e9,
             f"--group-size {self.group_size}: must be at least 1, and below 2^53": 0
             < self.group_size
             < 2**53,
