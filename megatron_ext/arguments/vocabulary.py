@@ -10,6 +10,7 @@ import math
 
 from megatron_ext.arguments.from_checkpoint import start_of
 from megatron_ext.config import RunConfig
+from megatron_ext.config.data import padded
 from megatron_ext.tokenizer import Tokenizer
 
 
@@ -93,6 +94,6 @@ def padded_vocab_size(true_size: int, run: RunConfig) -> int:
             )
         return given
     unit = flags.make_vocab_size_divisible_by
-    if -(-true_size // unit) * unit % parallel:
+    if padded(true_size, unit) % parallel:
         unit = math.lcm(unit, parallel)
-    return -(-true_size // unit) * unit
+    return padded(true_size, unit)

@@ -21,15 +21,10 @@ from megatron_ext.checkpoint.reader import ReadCommon, SafeLoadStrategy, read, r
 from megatron_ext.checkpoint.saved_args import require_room
 from megatron_ext.config import RunConfig
 from megatron_ext.config.model_function import Saved
+from megatron_ext.models.layer_specs import CHECKPOINT_NAMES
 from megatron_ext.platform.collective import gather
 
 logger = logging.getLogger(__name__)
-
-#: The two names upstream saves the norms before attention and MLP under: canonical first.
-_NORMS = (
-    ("self_attention.linear_qkv.layer_norm_", "input_layernorm."),
-    ("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."),
-)
 
 
 @dataclass
@@ -266,7 +261,7 @@ class _Parts:
     def _saved_name(self, key: str) -> str:
         key = optimizer_part.master_key(key, self.available)
         if key not in self.available:
-            for names in _NORMS:
+            for names in CHECKPOINT_NAMES.items():
                 for ours, theirs in (names, names[::-1]):
                     renamed = optimizer_part.master_key(key.replace(ours, theirs), self.available)
                     if renamed in self.available:

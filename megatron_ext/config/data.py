@@ -91,6 +91,11 @@ OTHER_TOKENIZERS = (
 )
 
 
+def padded(pieces: int, unit: int = 128) -> int:
+    """Rows of the embedding for a vocabulary: the next multiple of --make-vocab-size-divisible-by."""
+    return -(-pieces // unit) * unit
+
+
 @dataclass(kw_only=True)
 class TokenizerConfig:
     """The tokenizer that the data was made with."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from megatron_ext.config import RunConfig
+from megatron_ext.config.data import padded
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.presets import PRESETS
@@ -128,7 +129,7 @@ def vocabulary_of(run: RunConfig) -> int:
         size = PRESETS[run.init.model_preset].softmax_vocab_size
     if size is None:
         raise ValueError("the size of the vocabulary is not known: give --vocab-size")
-    return -(-size // unit) * unit
+    return padded(size, unit)
 
 
 def with_vocabulary(run: RunConfig) -> ModelConfig:
@@ -136,12 +137,16 @@ def with_vocabulary(run: RunConfig) -> ModelConfig:
     return replace(run.model, padded_vocab_size=vocabulary_of(run))
 
 
+def final_norm(model: ModelConfig) -> int:
+    """Parameters of the norm before the output layer, which the last stage holds whole."""
+    return model.hidden_size * (1 if model.normalization == "RMSNorm" else 2)
+
+
 def parameters_of_rank(model: ModelConfig, layout: Layout, stage: int) -> float:
     """Parameters on one rank of a pipeline stage; shortcuts and norms are whole on every rank."""
     of, split = parts(model), layout.tensor
-    final_norm = model.hidden_size * (1 if model.normalization == "RMSNorm" else 2)
     divided = of["attention"] + of["FFN"] + of["series activation"]
-    whole = of["augmented shortcuts"] + of["norms"] - final_norm
+    whole = of["augmented shortcuts"] + of["norms"] - final_norm(model)
     held = (divided / split + whole) * layout.layers(model, stage) / model.num_layers
     first, last = stage == 0, stage == layout.pipeline - 1
     if first:
@@ -149,7 +154,7 @@ def parameters_of_rank(model: ModelConfig, layout: Layout, stage: int) -> float:
     if last:
         # A tied head is a copy of the embedding where it is not the same rank.
         head = of["embedding"] if model.tied and not first else of["head"]
-        held += head / split + final_norm
+        held += head / split + final_norm(model)
     return held
 
 

@@ -9,6 +9,7 @@ so that the totals are 1.00e9 and 1.50e9 (third-party notes give 2.77 x hidden f
 
 from typing import Any
 
+from megatron_ext.config.data import padded
 from megatron_ext.config.model import ModelConfig
 
 #: What all presets share: a Llama-style decoder with both PanGu-pi modules.
@@ -38,7 +39,7 @@ def _model(layers: int, hidden: int, heads: int, ffn: int, vocabulary: int, sequ
         ffn_hidden_size=ffn,
         max_position_embeddings=sequence,
         softmax_vocab_size=vocabulary,
-        padded_vocab_size=-(-vocabulary // 128) * 128,
+        padded_vocab_size=padded(vocabulary),
         **_LLAMA_STYLE,
     )
 

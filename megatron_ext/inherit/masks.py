@@ -110,15 +110,3 @@ def _narrower_norms(model: nn.Module, kept: int) -> Iterator[None]:
             for norm, (weight, eps) in zip(norms, before, strict=True):
                 norm.weight.copy_(weight)
                 norm.eps = eps
-
-
-@torch.no_grad()
-def drop_bottleneck(model: nn.Module, choice: Choice) -> None:
-    """Zero the ``up`` weights of the shortcut units that ``choice`` drops, in place."""
-    if not choice.bottleneck.size(1):
-        return
-    for row, index in enumerate(choice.layers.tolist()):
-        up = model.decoder.layers[index].self_attention.augmented_shortcut.up
-        dropped = torch.ones(up.size(1), dtype=torch.bool, device=up.device)
-        dropped[choice.bottleneck[row]] = False
-        up[:, dropped] = 0

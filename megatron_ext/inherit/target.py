@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_ext.config import flag_of
+from megatron_ext.config.data import padded
 from megatron_ext.config.model import ModelConfig, NoSuchModel
 from megatron_ext.config.presets import preset
 from megatron_ext.inherit.options import InheritOptions
-from megatron_ext.interchange.llama import padded
 
 
 class InheritanceError(ValueError):

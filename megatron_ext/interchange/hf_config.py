@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from megatron_ext.config.data import padded
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.interchange.errors import InterchangeError
-from megatron_ext.interchange.llama import llama_like, padded, require_llama_like
+from megatron_ext.interchange.llama import llama_like, require_llama_like
 from megatron_ext.interchange.mapping import architecture_named, architecture_of
 
 #: Rotary embeddings that are plain up to max_position_embeddings ("dynamic" stretches beyond it only).

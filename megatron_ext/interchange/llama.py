@@ -10,8 +10,6 @@ from megatron_ext.config.model import ModelConfig, NoSuchModel
 from megatron_ext.config.model_function import Saved
 from megatron_ext.interchange.errors import InterchangeError
 
-#: Embedding rows of a checkpoint of ours are a multiple of this (--make-vocab-size-divisible-by).
-VOCABULARY_UNIT = 128
 #: Arguments of the model's function that have one value in every Llama-like model.
 LLAMA: dict[str, Any] = {
     "normalization": "RMSNorm",
@@ -80,8 +78,3 @@ def _require_llama(function: Mapping[str, Any], more: list[str]) -> None:
     ]
     if problems + more:
         raise InterchangeError(f"only Llama-like models can be exchanged: {'; '.join(problems + more)}")
-
-
-def padded(vocab_size: int) -> int:
-    """Embedding rows of a checkpoint for a vocabulary of ``vocab_size``."""
-    return -(-vocab_size // VOCABULARY_UNIT) * VOCABULARY_UNIT

@@ -24,16 +24,14 @@ from megatron_ext.interchange.errors import InterchangeError
 from megatron_ext.interchange.llama import of_saved
 from megatron_ext.interchange.source import Source
 from megatron_ext.interchange.weight_files import widest
+from megatron_ext.models.layer_specs import CHECKPOINT_NAMES
 
 logger = logging.getLogger(__name__)
 
 _LAYERS = "decoder.layers."
 _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 #: Megatron-LM's other names of the two norms: it has one for each of its two layer specs.
-_NORMS = {
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
-}
+_NORMS = {f"{saved}weight": f"{module}weight" for module, saved in CHECKPOINT_NAMES.items()}
 
 
 class MegatronSource(Source):

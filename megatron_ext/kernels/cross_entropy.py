@@ -170,13 +170,6 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         return logits.view(ctx.shape), None, None, None, None
 
 
-def vocab_parallel_cross_entropy_reference(logits: Tensor, target: Tensor) -> Tensor:
-    """The loss of one whole vocabulary in plain PyTorch."""
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    loss = torch.nn.functional.cross_entropy(wide.flatten(0, -2), target.flatten(), reduction="none")
-    return loss.view(target.shape)
-
-
 def vocab_parallel_cross_entropy(
     logits: Tensor,
     target: Tensor,

@@ -9,7 +9,7 @@ collectives that a run calls. docs/scaling.md shows what follows for the 1.5B mo
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_ext.config.describe import Layout, parameters_of_rank, parts
+from megatron_ext.config.describe import Layout, final_norm, parameters_of_rank, parts
 from megatron_ext.config.model import ModelConfig
 
 
@@ -72,10 +72,10 @@ def _tensor(model: ModelConfig, layout: Layout, stage: int) -> Iterator[Collecti
     yield Collective("tensor", "all_gather", size, 2 * (forwards + 2) * layers + first + 2 * last, p)
     yield Collective("tensor", "reduce_scatter", size, 2 * (forwards + 1) * layers + first + last, p)
     of = parts(model)
-    final_norm = model.hidden_size * (1 if model.normalization == "RMSNorm" else 2)
-    whole = (of["augmented shortcuts"] + of["norms"] - final_norm) / model.num_layers
+    last_norm = final_norm(model)
+    whole = (of["augmented shortcuts"] + of["norms"] - last_norm) / model.num_layers
     whole *= layout.layers(model, stage)
-    whole += final_norm if stage == layout.pipeline - 1 else 0
+    whole += last_norm if stage == layout.pipeline - 1 else 0
     yield Collective("tensor", "all_reduce", 4 * whole, 1, p)
 
 

@@ -206,11 +206,6 @@ def beside_computation() -> Callable[[], contextlib.AbstractContextManager[None]
     return beside
 
 
-def has_transformer_engine() -> bool:
-    """Whether Transformer Engine can be used: on a GPU, new enough, and imports without error."""
-    return engine.problem(on_gpu()) is None
-
-
 def synchronize() -> None:
     """Wait for the device; a CPU has nothing to wait for."""
     if on_gpu():

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from megatron_ext.common.files import write_aside, write_json
+from megatron_ext.config.data import padded
 from megatron_ext.tokenizer.compress import Vocabulary, removal_order
 from megatron_ext.tokenizer.counts import Counts
 from megatron_ext.tokenizer.encoder import NativeEncoder
@@ -63,7 +64,7 @@ def add_shares(points: list[dict[str, Any]], preset_name: str) -> None:
     from megatron_ext.config.presets import preset
 
     for point in points:
-        rows = -(-point["vocab_size"] // 128) * 128
+        rows = padded(point["vocab_size"])
         model = dataclasses.replace(preset(preset_name), softmax_vocab_size=None, padded_vocab_size=rows)
         point["embedding_share"] = embedding_share(model)
 

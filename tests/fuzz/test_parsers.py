@@ -23,7 +23,7 @@ from megatron_ext.checkpoint.safe import load_metadata, load_object
 from megatron_ext.data import DatasetError
 from megatron_ext.data.indexed import HEADER, check_layout
 from megatron_ext.data.manifest import check_dataset
-from megatron_ext.data.text.records import BadLine, parse_line
+from megatron_ext.data.text.records import BadLine, load_record, texts_of
 from megatron_ext.data.writer import publish, write_dataset
 from megatron_ext.tokenizer.build import SentencePieceTokenizer, TokenizerError
 from megatron_ext.tokenizer.encoder import NativeEncoder
@@ -73,7 +73,7 @@ def test_jsonl():
     def case(rng: random.Random) -> str:
         line = mutate(rng.choice(lines), rng, MARKS)
         try:
-            found = parse_line(line, ["text"])
+            found = [texts_of(load_record(line), "text")]
         except BadLine:
             found = None
         assert found == _text_by_json(line), line

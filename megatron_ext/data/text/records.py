@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
 from typing import Any
 
 try:
@@ -16,16 +15,6 @@ Texts = list[bytes]
 
 class BadLine(ValueError):
     """A line that cannot be used; the message is the reason."""
-
-
-def parse_line(line: bytes, keys: Sequence[str]) -> list[Texts]:
-    """The texts of each key of a line, as UTF-8.
-
-    Raises:
-        BadLine: not UTF-8, not JSON, no object, a key is missing, or its value is no text.
-    """
-    record = load_record(line)
-    return [texts_of(record, key) for key in keys]
 
 
 def load_record(line: bytes) -> dict[str, Any]:

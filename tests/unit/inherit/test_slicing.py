@@ -6,9 +6,10 @@ import random
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from megatron_ext.inherit.choice import Choice
-from megatron_ext.inherit.masks import Masks, attached, drop_bottleneck
+from megatron_ext.inherit.masks import Masks, attached
 from megatron_ext.inherit.slicing import grown
 from megatron_ext.inherit.vocabulary import Rows
 from tests.unit.inherit import toy
@@ -97,3 +98,15 @@ def test_a_choice_is_ascending():
     empty = torch.zeros(1, 0, dtype=torch.int64)
     with pytest.raises(ValueError, match="hidden must be ascending"):
         Choice(torch.tensor([0]), torch.tensor([3, 3]), empty, empty, empty)
+
+
+@torch.no_grad()
+def drop_bottleneck(model: nn.Module, choice: Choice) -> None:
+    """Zero the ``up`` weights of the shortcut units that ``choice`` drops, in place."""
+    if not choice.bottleneck.size(1):
+        return
+    for row, index in enumerate(choice.layers.tolist()):
+        up = model.decoder.layers[index].self_attention.augmented_shortcut.up
+        dropped = torch.ones(up.size(1), dtype=torch.bool, device=up.device)
+        dropped[choice.bottleneck[row]] = False
+        up[:, dropped] = 0
