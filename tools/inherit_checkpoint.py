@@ -37,16 +37,14 @@ def main(argv: list[str] | None = None) -> int:
     from megatron_ext import platform
 
     platform.activate(typed.device)
-    import torch
-
     from megatron_ext.inherit import report
     from megatron_ext.inherit.run import inherit
+    from megatron_ext.platform.collective import rank
     from megatron_ext.training import distributed
 
     summary = inherit(options)
-    first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    if torch.distributed.is_initialized():
-        distributed.finalize()
+    first = rank() == 0
+    distributed.finalize()
     if first:
         print(json.dumps(summary) if typed.json else "\n".join(report.lines(summary)))
     return 0

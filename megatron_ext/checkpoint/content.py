@@ -23,19 +23,13 @@ from megatron_ext.checkpoint.errors import CheckpointError
 from megatron_ext.checkpoint.saved_args import arguments_of, plain
 from megatron_ext.config import RunConfig, model_function
 from megatron_ext.config.model_function import Saved
+from megatron_ext.models.builder import unwrap
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_VERSION = 3.0
 #: Where a resumed run stands; upstream keeps these in the checkpoint's args.
 _COUNTERS = ("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples")
-
-
-def unwrap(module: nn.Module) -> nn.Module:
-    """The model inside data parallel and half precision wrappers."""
-    while hasattr(module, "module"):
-        module = module.module
-    return module
 
 
 def content_metadata(optimizer, run: RunConfig) -> dict[str, Any]:

@@ -91,6 +91,15 @@ OTHER_TOKENIZERS = (
 )
 
 
+def is_number(word: str) -> bool:
+    """Whether a word of a blend is a weight and not a prefix."""
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
 def padded(pieces: int, unit: int = 128) -> int:
     """Rows of the embedding for a vocabulary: the next multiple of --make-vocab-size-divisible-by."""
     return -(-pieces // unit) * unit

@@ -22,6 +22,7 @@ from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.core.datasets.utils import Split, get_blend_from_list
 
 from megatron_ext.config import RunConfig
+from megatron_ext.config.data import is_number
 from megatron_ext.data import index_cache
 from megatron_ext.data.gpt import GPTDataset, MockGPTDataset
 from megatron_ext.data.indexed import DatasetError, Index
@@ -135,19 +136,11 @@ def _blend(words: list[str] | None, flag: str) -> Blend | None:
     if not words:
         return None
     prefixes, weights = get_blend_from_list([str(word) for word in words])
-    if weights is None and any(map(_is_number, prefixes)):
+    if weights is None and any(map(is_number, prefixes)):
         raise DatasetError(f"{flag}: give a weight before every prefix, or before none")
     if weights is not None and min(weights) <= 0:
         raise DatasetError(f"{flag}: weights must be above 0, got {min(weights):g}")
     return prefixes, weights
-
-
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
 
 
 def _read_text(path: str) -> str:

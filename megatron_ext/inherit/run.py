@@ -1,6 +1,5 @@
 """The whole of tools/inherit_checkpoint.py: open, choose, cut, write, measure, report."""
 
-import resource
 import sys
 import time
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from megatron_ext import platform
 from megatron_ext.checkpoint import folders
 from megatron_ext.checkpoint.errors import on_rank_0
 from megatron_ext.config.model import ModelConfig
@@ -23,6 +23,7 @@ from megatron_ext.interchange.open import open_source
 from megatron_ext.interchange.source import Source
 from megatron_ext.interchange.target import write_checkpoint
 from megatron_ext.interchange.tokenizer_files import TokenizerFiles
+from megatron_ext.platform.collective import rank
 
 #: Tensors of the pi modules: a target may have more of them than its source.
 _PI = (".series_activation.", ".augmented_shortcut.")
@@ -60,8 +61,8 @@ def inherit(options: InheritOptions) -> dict:
     summary = _summary(source, target, rows, selection)
     summary |= {name: vars(loss) for name, loss in losses.items()}
     summary["seconds"] = round(time.perf_counter() - started, 2)
-    summary["peak_memory_gib"] = round(_peak_memory() / 2**30, 3)
-    if _is_first_rank():
+    summary["peak_memory_gib"] = round(platform.max_resident_bytes() / 2**30, 3)
+    if rank() == 0:
         report.write(Path(options.report or Path(options.save) / "inheritance"), summary, selection)
     return summary
 
@@ -136,10 +137,6 @@ def _write(options: InheritOptions, source: Source, target: ModelConfig, files, 
         write()
 
 
-def _is_first_rank() -> bool:
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-
-
 def _summary(source: Source, target: ModelConfig, rows: Rows | None, selection: Selection) -> dict:
     """The report's numbers."""
 
@@ -160,9 +157,3 @@ def _vocabulary(size: int, rows: Rows | None) -> dict:
     copied = rows.counts == 1
     used = set(rows.ids[rows.starts[:-1][copied]].tolist())
     return {"copied": int(copied.sum()), "averaged": int((~copied).sum()), "dropped": size - len(used)}
-
-
-def _peak_memory() -> int:
-    """Bytes of memory this process held at most."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

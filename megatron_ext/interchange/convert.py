@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_ext import platform
 from megatron_ext.common.progress import Progress
 from megatron_ext.interchange.errors import InterchangeError
 from megatron_ext.interchange.export import SHARD_BYTES, export_folder
@@ -51,7 +51,7 @@ def convert(options: ConvertOptions, quiet: bool = False) -> dict:
         "dtype": str(dtype).removeprefix("torch."),
         "tokenizer": source.tokenizer.kind if source.tokenizer else None,
         "seconds": round(time.monotonic() - started, 2),
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory_bytes": platform.max_resident_bytes(),
     }
 
 

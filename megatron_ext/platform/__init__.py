@@ -244,6 +244,11 @@ def max_memory_bytes() -> int:
         import torch
 
         return torch.cuda.max_memory_allocated()
+    return max_resident_bytes()
+
+
+def max_resident_bytes() -> int:
+    """The most of the host's memory that this process has held so far."""
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
+from megatron_ext.data.indexed import optimal_dtype
+
 try:
     from megatron_ext import _encoder  # type: ignore[attr-defined]  # compiled
 except ImportError:  # no compiler where the package was installed
@@ -29,14 +31,6 @@ Text = str | bytes
 @functools.cache
 def _say_once(message: str) -> None:
     logger.warning(message)
-
-
-def optimal_dtype(vocab_size: int) -> type[np.uint16] | type[np.int32]:
-    """The type of ids in Megatron's .bin files: uint16 below 65,500 pieces, else int32.
-
-    Source: ``DType.optimal_dtype`` of megatron.core.datasets.indexed_dataset.
-    """
-    return np.uint16 if vocab_size < 65500 else np.int32
 
 
 class NativeEncoder:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_ext.arguments.validate.rule import Problems, Typed
 from megatron_ext.config import RunConfig, flag_of
+from megatron_ext.config.data import is_number
 from megatron_ext.platform.environment import not_deterministic
 
 SENTENCEPIECE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
@@ -107,7 +108,7 @@ def datasets_exist(run: RunConfig, typed: Typed) -> Problems:
 
 def blend_problems(flag: str, words: list[str]) -> Iterator[str]:
     """What is wrong with 'prefix ...' or 'weight prefix weight prefix ...'."""
-    weights = [_is_number(word) for word in words[::2]]
+    weights = [is_number(word) for word in words[::2]]
     weighted = bool(words) and len(words) % 2 == 0 and any(weights)
     if weighted and not all(weights):
         yield f"{flag}: give a weight before every prefix, or before none"
@@ -130,14 +131,6 @@ def dataset_problems(flag: str, prefix: str) -> Iterator[str]:
         if other != prefix and os.path.exists(other + ".idx"):
             hint = f"; did you mean {other}?"
     yield f"{flag} {prefix}: there is no {' and no '.join(prefix + suffix for suffix in missing)}{hint}"
-
-
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
 
 
 def named_files_exist(run: RunConfig, typed: Typed) -> Problems:
