@@ -42,9 +42,7 @@ def _activations(model: ModelConfig, layout: Layout, stage: int) -> float:
     kept = sum(_passes_in_flight(model, layout, stage)) * (stream if layout.recompute else one_layer)
     kept += model.hidden_size if layout.sequence_parallel else 0  # Megatron-Core's buffer of what is gathered
     inner = (1 + model.gated) * model.ffn_hidden_size / layout.tensor
-    passing = (
-        inner + model.ffn_hidden_size / layout.tensor + 2 * stream + (one_layer if layout.recompute else 0)
-    )
+    passing = inner + stream + (one_layer if layout.recompute else 0)
     size = each * (tokens * (kept + passing) + model.hidden_size * inner)
     if stage < layout.pipeline - 1:
         return size
@@ -69,12 +67,23 @@ def _passes_in_flight(model: ModelConfig, layout: Layout, stage: int) -> list[fl
 def layer_activations(model: ModelConfig, layout: Layout) -> float:
     """Elements for each token that one layer keeps, without dropout and with flash attention.
 
-    Residual stream and normed input, twice (4 h); queries and keys before and after the rotation,
-    values, and the attention's output; gate and up, and their product; the shortcut's bottleneck. Without
-    its kernel the series activation keeps also what each term's SiLU is applied to, and the terms' sum.
+    Residual stream and normed input, twice (4 h); what attention keeps; gate and up, and their product; the
+    shortcut's bottleneck. Without its kernel the series activation keeps also what each term's SiLU is
+    applied to, and the terms' sum.
     """
     stream = (4 * model.hidden_size + 2 * model.shortcut_width) / layout.stream_split
-    attention = 3 * (model.query_width + model.query_groups * model.kv_channels)
     terms = model.series_activation_order
     inner = 2 + model.gated + (terms + 1 if terms and not layout.kernels else 0)
-    return stream + (attention + inner * model.ffn_hidden_size) / layout.tensor
+    return stream + (_attention(model, layout) + inner * model.ffn_hidden_size) / layout.tensor
+
+
+def _attention(model: ModelConfig, layout: Layout) -> int:
+    """The joint projection, the output, and rotated or normed copies of queries and keys.
+
+    The kernel rotates them where they lie, but queries that share a key (kernels/triton_rope.py).
+    """
+    query, key = model.query_width, model.query_groups * model.kv_channels
+    copies = query + key
+    if not model.qk_layernorm and (layout.kernels or model.position_embedding_type != "rope"):
+        copies = query if key < query and model.position_embedding_type == "rope" else 0
+    return 2 * query + 2 * key + copies

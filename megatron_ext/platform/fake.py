@@ -133,12 +133,12 @@ class Memory(TorchDispatchMode):
 
 
 class _Answers(TorchDispatchMode):
-    """What fake tensors do not answer: values are 0 and tests pass; coalesced collectives return at once."""
+    """What fake tensors do not answer: values are 0, tests pass; coalesced collectives return at once."""
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if function is aten._local_scalar_dense.default:
+        if function is aten._local_scalar_dense.default and args[0].constant is None:
             dtype = args[0].dtype
             return 0.0 if dtype.is_floating_point else dtype == torch.bool or 0
         if function.namespace == "c10d" and "coalesced" in function._schema.name:

@@ -74,6 +74,16 @@ CASES = {
         },
     ),
     "pp2": (2, {"pipeline_model_parallel_size": 2}),
+    "pp2-interleaved-uneven": (
+        2,
+        {
+            "pipeline_model_parallel_size": 2,
+            "num_layers": 6,
+            "num_virtual_stages_per_pipeline_rank": 2,
+            "account_for_embedding_in_pipeline_split": True,
+            "account_for_loss_in_pipeline_split": True,
+        },
+    ),
     "tp2-pp2-sequence-parallel": (
         4,
         {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True},
