@@ -42,7 +42,7 @@ def test_sweep_is_an_array_of_separate_runs(capsys, tmp_path):
     code, _, err = launch(capsys, options, RUN.format(tmp_path / "one").split())
     assert code == 2 and "put %a into the path" in err
     code, _, err = launch(capsys, options.replace("--seed=1", "--seed=-1"), words)
-    assert code == 2 and "task 0:   - --seed -1: must be 0 or more" in err
+    assert code == 2 and "task 0:   - --seed -1: must be between 0 and" in err
 
 
 @pytest.mark.parametrize(
