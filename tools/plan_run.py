@@ -241,7 +241,7 @@ def trace_lines(found: dict[str, Any]) -> list[str]:
 def in_words(ranks: list[int]) -> str:
     """All of a few, or the first and the last."""
     shown = ranks if len(ranks) <= 4 else [*ranks[:2], "...", ranks[-1]]
-    return f"{len(ranks)} ranks: {', '.join(map(str, shown))}"
+    return f"{len(ranks)} rank{'s' * (len(ranks) > 1)}: {', '.join(map(str, shown))}"
 
 
 if __name__ == "__main__":
