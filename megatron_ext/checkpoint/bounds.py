@@ -46,8 +46,7 @@ def require_modest(pickled: bytes | IO[bytes], size: int | None = None) -> None:
     A file is read up to the end of the pickle that begins where it stands. Raises another ValueError,
     or LookupError, for a pickle that is cut off, or none.
     """
-    size = len(pickled) if isinstance(pickled, bytes) else size
-    objects = _Objects(size)
+    objects = _Objects(len(pickled) if isinstance(pickled, bytes) else size or 0)
     for opcode, argument, _ in pickletools.genops(pickled):
         objects.take(opcode.name, argument)
     objects.require_modest()
@@ -162,7 +161,7 @@ class Window(io.RawIOBase):
         self._at = max(0, offset + (0, self._at, self._length)[whence])
         return self._at
 
-    def readinto(self, buffer) -> int:
+    def readinto(self, buffer: Any) -> int:
         wanted = max(0, min(len(buffer), self._length - self._at))
         self._file.seek(self._begin + self._at)
         data = self._file.read(wanted)

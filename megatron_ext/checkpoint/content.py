@@ -9,13 +9,14 @@ rng_state.
 import logging
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import nn
 
 from megatron_ext import platform
@@ -32,7 +33,15 @@ CHECKPOINT_VERSION = 3.0
 _COUNTERS = ("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples")
 
 
-def content_metadata(optimizer, run: RunConfig) -> dict[str, Any]:
+class Scheduler(Protocol):
+    """What keeps the rates of the optimizer: ``training/schedule.py`` has it."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def restore(self, state: dict[str, Any], saved: Saved, run: RunConfig) -> None: ...
+
+
+def content_metadata(optimizer: MegatronOptimizer | None, run: RunConfig) -> dict[str, Any]:
     """How tensors are laid out in the checkpoint; upstream's keys."""
     metadata: dict[str, Any] = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
     if optimizer is not None and any(
@@ -44,12 +53,12 @@ def content_metadata(optimizer, run: RunConfig) -> dict[str, Any]:
     return metadata
 
 
-def inner_optimizers(optimizer) -> list:
+def inner_optimizers(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     """The Megatron optimizers that a chained one is made of, or the one itself."""
     return optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
 
 
-def make_state(optimizer) -> None:
+def make_state(optimizer: MegatronOptimizer) -> None:
     """Give an optimizer that has made no step yet its zero moments, so that there is something to save."""
     for inner in inner_optimizers(optimizer):
         if inner.init_state_fn is not None and not getattr(inner, "is_stub_optimizer", False):
@@ -89,7 +98,7 @@ def gather_rng() -> list[dict[str, Any]]:
         "rng_tracker_states": _tracked_states(),
     }
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    states = [None] * group.size()
+    states: list[dict[str, Any]] = [{}] * group.size()
     torch.distributed.all_gather_object(states, own, group=group)
     return states
 
@@ -128,7 +137,9 @@ def restore_rng(states: list[dict[str, Any]]) -> None:
     tracker.set_states(tracked)
 
 
-def common_part(iteration: int, run_state: dict[str, Any], run: RunConfig, scheduler) -> dict[str, Any]:
+def common_part(
+    iteration: int, run_state: dict[str, Any], run: RunConfig, scheduler: Scheduler | None
+) -> dict[str, Any]:
     """The part that is the same on all ranks, without the optimizer's."""
     counters = {name: run_state[name] for name in _COUNTERS if name in run_state}
     common = {

@@ -33,11 +33,11 @@ class HashingStream:
         self._file = open(path, "wb", buffering=1 << 16)  # noqa: SIM115 (closed by close)
         self._hash = hashlib.sha256()
         self._syncer: ThreadPoolExecutor | None = None
-        self._syncing: Future | None = None
+        self._syncing: Future[None] | None = None
         self._synced_until = 0
         self.size = 0
 
-    def write(self, data) -> int:
+    def write(self, data: bytes | memoryview) -> int:
         """Append bytes."""
         view = memoryview(data).cast("B")
         for start in range(0, view.nbytes, _CHUNK):

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
+from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import nn
 from torch.distributed.checkpoint import Metadata
 
@@ -94,8 +96,8 @@ def load_checkpoint(
     load_dir: str | Path,
     *,
     model: list[nn.Module],
-    optimizer=None,
-    scheduler=None,
+    optimizer: MegatronOptimizer | None = None,
+    scheduler: content.Scheduler | None = None,
     run: RunConfig,
     strict: bool = True,
     iteration: int | None = None,
@@ -185,7 +187,7 @@ def _find(load_dir: Path, run: RunConfig, wanted: int | None) -> tuple[Path, int
         logger.warning(note)
     problems: list[str] = []
     for folder, number in found.tries:
-        problem = together(f"check {folder}", lambda folder=folder: damage(folder, rank, world))
+        problem = together(f"check {folder}", partial(damage, folder, rank, world))
         problems = [p for p in gather(problem) if p]
         if not problems:
             return folder, number, [i for i in found.before if i < number]
@@ -199,7 +201,9 @@ def _find(load_dir: Path, run: RunConfig, wanted: int | None) -> tuple[Path, int
     )
 
 
-def _read_tensors(folder: Path, template: dict[str, Any], common: dict[str, Any], metadata) -> dict[str, Any]:
+def _read_tensors(
+    folder: Path, template: dict[str, Any], common: dict[str, Any], metadata: Metadata
+) -> dict[str, Any]:
     with torch.no_grad():
         return dist_checkpointing.load(
             template,
@@ -216,8 +220,8 @@ class _Parts:
     """Model, optimizer, scheduler and generators, and what of them a checkpoint holds."""
 
     model: list[nn.Module]
-    optimizer: Any
-    scheduler: Any
+    optimizer: MegatronOptimizer | None
+    scheduler: content.Scheduler | None
     run: RunConfig
     common: dict[str, Any]
     available: set[str]
@@ -235,8 +239,8 @@ class _Parts:
         """The sharded tensors to fill, under the names this checkpoint has for them."""
         metadata = self.common.get("content_metadata") or {}
         state = content.model_part(self.model, metadata)
-        if self.with_optimizer:
-            state["optimizer"] = self._optimizer_template(dict(state), metadata)
+        if self.optimizer is not None and self.with_optimizer:
+            state["optimizer"] = self._optimizer_template(self.optimizer, dict(state), metadata)
         else:
             self.common.pop("optimizer", None)
         if self.with_rng:
@@ -246,17 +250,19 @@ class _Parts:
                 value.key = self._saved_name(value.key)
         return _without_absent_extra_state(state, self.available)
 
-    def _optimizer_template(self, model_state: dict[str, Any], metadata: dict[str, Any]) -> dict[str, Any]:
+    def _optimizer_template(
+        self, optimizer: MegatronOptimizer, model_state: dict[str, Any], metadata: dict[str, Any]
+    ) -> dict[str, Any]:
         if "optimizer" not in self.common:
             raise CheckpointError(
                 "it holds no optimizer state (--no-save-optim); add --no-load-optim or --finetune"
             )
         keep_rates = self.run.schedule.override_opt_param_scheduler
-        optimizer_part.adapt_common(self.common, self.optimizer, keep_rates)
-        if optimizer_part.kind_of(self.optimizer) == "distributed":
+        optimizer_part.adapt_common(self.common, optimizer, keep_rates)
+        if optimizer_part.kind_of(optimizer) == "distributed":
             metadata = {"distrib_optim_sharding_type": optimizer_part.RESHARDABLE} | metadata
         with torch.no_grad():
-            return self.optimizer.sharded_state_dict(model_state, is_loading=True, metadata=metadata)
+            return optimizer.sharded_state_dict(model_state, is_loading=True, metadata=metadata)
 
     def _saved_name(self, key: str) -> str:
         key = optimizer_part.master_key(key, self.available)
@@ -274,7 +280,7 @@ class _Parts:
         for index, chunk in enumerate(chunks):
             chunk.load_state_dict(state["model" if len(chunks) == 1 else f"model{index}"], strict=False)
         with torch.no_grad():
-            if self.with_optimizer:
+            if self.optimizer is not None and self.with_optimizer:
                 self.optimizer.load_state_dict(state["optimizer"])
             elif self.optimizer is not None:
                 self.optimizer.reload_model_params()
@@ -288,7 +294,7 @@ class _Parts:
 def _without_absent_extra_state(state: dict[str, Any], available: set[str]) -> dict[str, Any]:
     """Leave out extra state (scales of Transformer Engine) that the checkpoint does not hold."""
 
-    def keep(value) -> bool:
+    def keep(value: object) -> bool:
         return not isinstance(value, ShardedObject) or value.unique_key in available
 
     return {

@@ -9,6 +9,7 @@ import contextlib
 import os
 import socket
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from megatron_ext.checkpoint import folders
@@ -33,12 +34,12 @@ def only_run_in(folder: str | os.PathLike[str] | None, wait: float = WAIT_SECOND
     """
     with contextlib.ExitStack() as held:
 
-        def acquire() -> None:
-            held.enter_context(saving_into(Path(folder), wait))
+        def acquire(folder: Path) -> None:
+            held.enter_context(saving_into(folder, wait))
             folders.clean_up(folder)
 
         if folder is not None:
-            on_rank_0(f"take --save {folder} for this run", acquire)
+            on_rank_0(f"take --save {folder} for this run", partial(acquire, Path(folder)))
         yield
 
 
@@ -61,7 +62,7 @@ def only_recording_in(losses: str | os.PathLike[str] | None) -> Iterator[None]:
         yield
 
 
-def saving_into(folder: Path, wait: float = WAIT_SECONDS) -> contextlib.AbstractContextManager:
+def saving_into(folder: Path, wait: float = WAIT_SECONDS) -> contextlib.AbstractContextManager[None]:
     """The lock on a folder of checkpoints, for one process; none to wait for where it is held already."""
     folder.mkdir(parents=True, exist_ok=True)
     return locked(folder / LOCK, "another run saves into it", wait, keep=True)

@@ -9,10 +9,15 @@ weights lie and in how the common part nests:
     distributed   optimizer.state.param.K        {optimizer: {param_groups}, param_state_sharding_type}
 """
 
+from collections.abc import Container
 from typing import Any
 
 from megatron.core.optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, param_group_identifier_keys
+from megatron.core.optimizer.optimizer import (
+    Float16OptimizerWithFloat16Params,
+    MegatronOptimizer,
+    param_group_identifier_keys,
+)
 
 from megatron_ext.checkpoint.content import inner_optimizers
 from megatron_ext.checkpoint.errors import CheckpointError
@@ -21,7 +26,7 @@ RESHARDABLE = "fully_reshardable"
 _MASTER_PREFIXES = ("optimizer.state.param.", "optimizer.state.fp32_param.")
 
 
-def kind_of(optimizer) -> str:
+def kind_of(optimizer: MegatronOptimizer) -> str:
     """``fp32``, ``half`` or ``distributed``."""
     inner = inner_optimizers(optimizer)[0]
     if isinstance(inner, DistributedOptimizer):
@@ -39,7 +44,7 @@ def kind_in(common: dict[str, Any]) -> str:
     return "half" if "fp32_from_fp16_params" in part or "optimizer" in part else "fp32"
 
 
-def adapt_common(common: dict[str, Any], optimizer, keep_rates: bool) -> None:
+def adapt_common(common: dict[str, Any], optimizer: MegatronOptimizer, keep_rates: bool) -> None:
     """Turn ``common["optimizer"]`` into what ``optimizer`` expects to find there, in place.
 
     Parameter groups come in the order of ``optimizer``'s, with ``step`` as an int in each. What this
@@ -105,11 +110,11 @@ def _in_order_of(
     return ordered
 
 
-def _identity(group: dict[str, Any]) -> tuple:
+def _identity(group: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(group.get(key, group.get(f"pre_{key}")) for key in param_group_identifier_keys)
 
 
-def master_key(key: str, available: dict[str, Any]) -> str:
+def master_key(key: str, available: Container[str]) -> str:
     """Where the checkpoint keeps the master weight that the optimizer calls ``key``."""
     for prefix in _MASTER_PREFIXES:
         if key.startswith(prefix):

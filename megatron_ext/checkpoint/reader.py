@@ -1,8 +1,9 @@
 """Reads the sharded part of a checkpoint into this rank's tensors; communicates nothing."""
 
+import io
 import warnings
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject, ShardedTensor
@@ -17,6 +18,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from torch.distributed.checkpoint import FileSystemReader, Metadata
 from torch.distributed.checkpoint._nested_dict import unflatten_state_dict
+from torch.distributed.checkpoint.planner import ReadItem
 
 from megatron_ext.checkpoint import saved_args
 from megatron_ext.checkpoint.bounds import Window
@@ -39,7 +41,7 @@ class SafeReader(FileSystemReader):
     def _slice_file(self, file: IO[bytes], sinfo: Any) -> IO[bytes]:
         """The bytes of one tensor or object; raises DamagedCheckpoint for what torch does not write."""
         try:
-            require_modest_archive(Window(file, sinfo.offset, sinfo.length))
+            require_modest_archive(io.BufferedReader(Window(file, sinfo.offset, sinfo.length)))
         except Exception as error:
             where = f"{self.path}/{sinfo.relative_path}"
             raise DamagedCheckpoint(f"{where} cannot be read safely: {error}") from error
@@ -49,7 +51,7 @@ class SafeReader(FileSystemReader):
 class SafePlanner(MCoreLoadPlanner):
     """Megatron-Core's load planner; objects are unpickled by the weights-only unpickler."""
 
-    def load_bytes(self, read_item, value) -> None:
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         """Keep one object that was read from a file."""
         key = read_item.dest_index.fqn
         found = load_object(value, key)
@@ -135,14 +137,16 @@ class ReadCommon(LoadCommonStrategy):
         """The common part."""
         return self._common
 
-    def load_sharded_objects(self, sharded_objects_state_dict: dict[str, Any], checkpoint_dir: str | Path):
+    def load_sharded_objects(
+        self, sharded_objects_state_dict: dict[str, Any], checkpoint_dir: str | Path
+    ) -> NoReturn:
         """Never called: the sharded strategy handles objects."""
         raise NotImplementedError
 
-    def check_backend_compatibility(self, loaded_version) -> None:
+    def check_backend_compatibility(self, loaded_version: int) -> None:
         """Nothing to check: it is already read."""
 
-    def check_version_compatibility(self, loaded_version) -> None:
+    def check_version_compatibility(self, loaded_version: int) -> None:
         """Nothing to check: it is already read."""
 
 

@@ -54,7 +54,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 @cache
-def _harmless_classes() -> list:
+def _harmless_classes() -> list[Any]:
     """What common.pt and sharded objects may hold besides tensors and plain values."""
     import numpy
     from numpy.core.multiarray import _reconstruct
@@ -108,7 +108,7 @@ def _require_modest_pickles(file: IO[bytes]) -> None:
     file.seek(0)
 
 
-def load_metadata(folder: Path):
+def load_metadata(folder: Path) -> Metadata:
     """The ``Metadata`` of torch.distributed.checkpoint in ``folder``: what lies where.
 
     Raises DamagedCheckpoint if it is missing, cannot be read, names a file elsewhere, or tells of more

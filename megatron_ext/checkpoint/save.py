@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from megatron.core import parallel_state
@@ -20,6 +20,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     distribute_main_replicas_with_precomputed_distribution,
 )
 from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
+from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import nn
 
 from megatron_ext import platform
@@ -32,6 +33,7 @@ from megatron_ext.config import RunConfig
 from megatron_ext.platform.collective import gather
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 #: The content of ``metadata.json``.
 FORMAT = json.dumps(
@@ -49,8 +51,8 @@ def save_checkpoint(
     iteration: int,
     *,
     model: list[nn.Module],
-    optimizer,
-    scheduler,
+    optimizer: MegatronOptimizer | None,
+    scheduler: content.Scheduler | None,
     run_state: dict[str, Any],
     run: RunConfig,
     rng_states: bool = True,
@@ -102,11 +104,14 @@ def save_checkpoint(
     return pending
 
 
-def _sharded_part(model: list, optimizer, run: RunConfig, rng_states: bool) -> dict[str, Any]:
-    keep_optimizer = optimizer is not None and not run.checkpoint.no_save_optim
-    metadata = content.content_metadata(optimizer if keep_optimizer else None, run)
+def _sharded_part(
+    model: list[nn.Module], optimizer: MegatronOptimizer | None, run: RunConfig, rng_states: bool
+) -> dict[str, Any]:
+    if run.checkpoint.no_save_optim:
+        optimizer = None
+    metadata = content.content_metadata(optimizer, run)
     state = content.model_part(model, metadata)
-    if keep_optimizer and not getattr(optimizer, "is_stub_optimizer", False):
+    if optimizer is not None and not getattr(optimizer, "is_stub_optimizer", False):
         content.make_state(optimizer)
         with torch.no_grad():
             state["optimizer"] = optimizer.sharded_state_dict(dict(state), metadata=metadata)
@@ -144,8 +149,8 @@ class PendingSave:
     #: On rank 0, what is given back in the end: the lock, after the working folder if it is still there.
     _mine: ExitStack = field(default_factory=ExitStack)
     _metadata: object = None
-    _copying: Future | None = None
-    _job: Future | None = None
+    _copying: Future[writer.ShardPlan] | None = None
+    _job: Future[Any] | None = None
     _publishing: bool = False
     _threads: ThreadPoolExecutor | None = None
 
@@ -206,7 +211,7 @@ class PendingSave:
         if not all(gather(self._job is None or self._job.done())):
             return False
         if self._job is not None and not self._publishing:
-            self._begin_to_publish()
+            self._begin_to_publish(self._job)
             return False
         return True
 
@@ -218,21 +223,21 @@ class PendingSave:
         if self._job is None:
             return
         if not self._publishing:
-            self._begin_to_publish()
+            self._begin_to_publish(self._job)
         job, self._job = self._job, None
         self._guarded(f"put checkpoint {self.iteration} into {self.save_dir}", job.result)
         self._mine.close()
         if self._threads:
             self._threads.shutdown()
 
-    def _begin_to_publish(self) -> None:
-        job, self._publishing = self._job, True
+    def _begin_to_publish(self, job: Future[Any]) -> None:
+        self._publishing = True
         written = self._guarded(f"write checkpoint {self.iteration} to {self.save_dir}", job.result)
         everything = gather(written)
         action = partial(self._publish, everything) if torch.distributed.get_rank() == 0 else lambda: None
         self._job = self._threads.submit(action) if self._threads else _done_now(action)
 
-    def _guarded(self, doing: str, action: Callable):
+    def _guarded(self, doing: str, action: Callable[[], T]) -> T:
         """``together``, giving up on all ranks if it fails on any."""
         try:
             return together(doing, action)
@@ -261,8 +266,8 @@ class PendingSave:
         self._mine.close()
 
 
-def _done_now(action: Callable) -> Future:
-    future: Future = Future()
+def _done_now(action: Callable[[], T]) -> Future[T]:
+    future: Future[T] = Future()
     try:
         future.set_result(action())
     except Exception as error:

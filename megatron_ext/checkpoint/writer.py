@@ -27,7 +27,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
-from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 from torch.utils.serialization import config
 
 from megatron_ext.checkpoint.errors import together
@@ -66,7 +66,7 @@ def plan(sharded_state_dict: dict[str, Any]) -> ShardPlan:
     planner = MCoreSavePlanner(flatten_state_dict=False)
     first = torch.distributed.get_rank() == 0
 
-    def local_plan():
+    def local_plan() -> SavePlan:
         planner.set_up_planner(mcore_to_pyt_state_dict(shards, False), is_coordinator=first)
         return planner.create_local_plan()
 
@@ -82,7 +82,7 @@ def _divide(data: list[tuple[WriteItem, Any]]) -> list[list[tuple[WriteItem, Any
     """Share the items among files of about the same size."""
     total = sum(size_of(value) for _, value in data)
     count = 1 if total < _ONE_FILE_BYTES else _FILES_PER_RANK
-    files: list[list] = [[] for _ in range(count)]
+    files: list[list[tuple[WriteItem, Any]]] = [[] for _ in range(count)]
     sizes = [0] * count
     for item, value in sorted(data, key=lambda pair: -size_of(pair[1])):
         smallest = sizes.index(min(sizes))
@@ -103,7 +103,7 @@ Buffers = dict[MetadataIndex, torch.Tensor]
 def snapshot(
     shard_plan: ShardPlan,
     buffers: Buffers | None,
-    beside: Callable[[], AbstractContextManager],
+    beside: Callable[[], AbstractContextManager[None]],
 ) -> ShardPlan:
     """A copy on the CPU of all that will be written, so that training may go on meanwhile.
 

@@ -205,7 +205,7 @@ def _gpu_count() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
-def _run(command: list[str], seconds: float = 120) -> subprocess.CompletedProcess | None:
+def _run(command: list[str], seconds: float = 120) -> subprocess.CompletedProcess[str] | None:
     """A command's end, None where it is not there or does not come to one."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=seconds)

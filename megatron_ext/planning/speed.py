@@ -4,8 +4,12 @@ import os
 import re
 import tempfile
 import time
+from typing import TYPE_CHECKING
 
 from megatron_ext.common import network
+
+if TYPE_CHECKING:
+    from multiprocessing.queues import SimpleQueue
 
 #: Words of a GPU's name -> dense peaks of its data sheet in TFLOP/s: bf16 and fp16, fp32. The first row whose
 #: words are all in the name. Half of what is advertised "with sparsity"; fp32 is that of the ordinary units,
@@ -44,7 +48,7 @@ def link_bytes_per_second(size: int = 64 << 20, times: int = 5) -> float:
         return result.get()
 
 
-def _all_reduce(rank: int, store: str, size: int, times: int, result) -> None:
+def _all_reduce(rank: int, store: str, size: int, times: int, result: "SimpleQueue[float]") -> None:
     import torch
     import torch.distributed as dist
 

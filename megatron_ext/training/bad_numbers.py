@@ -13,12 +13,13 @@ from torch import nn
 from megatron_ext.config import RunConfig
 from megatron_ext.data.loader import sample_numbers
 from megatron_ext.data.provenance import provenance
+from megatron_ext.data.views import Samples
 from megatron_ext.models.builder import unwrap
 from megatron_ext.platform.collective import max_over_ranks, print_rank_0
 from megatron_ext.training.batch import LossCounter
 from megatron_ext.training.callbacks import Callback, State
 from megatron_ext.training.side import LinesFile
-from megatron_ext.training.state import BadNumbers, Finding
+from megatron_ext.training.state import BadNumbers, Finding, Progress
 
 REPORT = "bad_samples.jsonl"
 _MOST_NAMES = 5
@@ -33,7 +34,7 @@ class LocalGradients:
     def __init__(self) -> None:
         self.bad: list[str] = []
 
-    def __call__(self, model: list[nn.Module], *args, **kwargs) -> None:
+    def __call__(self, model: list[nn.Module], *args: Any, **kwargs: Any) -> None:
         self.bad = [] if gradients_are_finite(model) else bad_parameters(model)
         finalize_model_grads(model, *args, **kwargs)
 
@@ -78,7 +79,7 @@ class BadNumberPolicy(Callback):
     The samples of each go to ``bad_samples.jsonl`` in the --save folder, a JSON object an iteration.
     """
 
-    def __init__(self, run: RunConfig, dataset):
+    def __init__(self, run: RunConfig, dataset: Samples) -> None:
         self.run, self.dataset = run, dataset
         self.report: LinesFile | None = None
         if run.checkpoint.save and torch.distributed.get_rank() == 0:
@@ -89,7 +90,7 @@ class BadNumberPolicy(Callback):
         self.pass_over(error, state.progress, get_num_microbatches())
         return True
 
-    def pass_over(self, error: BadNumbers, progress, microbatches: int) -> None:
+    def pass_over(self, error: BadNumbers, progress: Progress, microbatches: int) -> None:
         """Report the iteration after ``progress`` and count it; raises BadNumbers past the limit.
 
         To be called on all ranks alike, with the ``error`` that they all got.

@@ -107,7 +107,9 @@ class LossCounter:
         self.microbatch += 1
 
 
-def forward_step(iterator: Iterator[dict[str, Any]] | None, model: nn.Module, counter: LossCounter):
+def forward_step(
+    iterator: Iterator[dict[str, Any]] | None, model: nn.Module, counter: LossCounter
+) -> tuple[Tensor, Callable[[Tensor], Any] | None]:
     """One microbatch through this stage's chunk, as Megatron-Core's schedules call it.
 
     Returns the chunk's output and the function that turns the last stage's output into the loss.

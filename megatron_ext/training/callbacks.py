@@ -8,11 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor, nn
 
 from megatron_ext.config import RunConfig
 from megatron_ext.config.training import TrainingConfig
+from megatron_ext.data.views import Samples
 from megatron_ext.training.batch import Batch
+from megatron_ext.training.schedule import Schedule
 from megatron_ext.training.state import BadNumbers, Evaluation, Progress, StepResult
 
 
@@ -92,9 +95,9 @@ class State:
 
     run: RunConfig
     model: list[nn.Module]
-    optimizer: Any
-    scheduler: Any
-    datasets: tuple[Any, Any, Any]
+    optimizer: MegatronOptimizer
+    scheduler: Schedule
+    datasets: tuple[Samples | None, ...]
     token_bytes: torch.Tensor
     callbacks: Callbacks
     progress: Progress = field(default_factory=Progress)

@@ -18,6 +18,7 @@ from megatron_ext.config.model_function import Saved
 from megatron_ext.data.identity import differences, identify, stated
 from megatron_ext.data.rounds.dataset import RoundIndex
 from megatron_ext.platform.collective import on_first_rank, print_rank_0
+from megatron_ext.tokenizer import Tokenizer
 from megatron_ext.training import schedule
 from megatron_ext.training.data import dataset_sizes, samples_to_read
 from megatron_ext.training.state import Progress
@@ -43,7 +44,7 @@ class Start:
     progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
-        if self.goes_on:
+        if self.goes_on and self.checkpoint is not None:
             state = self.checkpoint.run_state
             known = {name: state[name] for name in vars(Progress()) if name in state}
             self.progress = Progress(**known)
@@ -51,7 +52,9 @@ class Start:
             self.progress.checkpoints = self.checkpoint.checkpoints
 
 
-def settle(start: Start, run: RunConfig, tokenizer, index: RoundIndex | None, new_round: bool) -> None:
+def settle(
+    start: Start, run: RunConfig, tokenizer: Tokenizer, index: RoundIndex | None, new_round: bool
+) -> None:
     """Compare a run with the checkpoint that it goes on from, and note in its progress what it reads.
 
     Sets ``training_set`` of ``start.progress``, and ``round_start`` where another training set begins, and
@@ -72,14 +75,14 @@ def settle(start: Start, run: RunConfig, tokenizer, index: RoundIndex | None, ne
     samples = dataset_sizes(run)[0] if index is None else index.manifest["samples"]
     ours = on_first_rank(lambda: identify(run, tokenizer, samples))
     ours |= {"mock": bool(run.data.mock_data), "dataloader_type": run.data.dataloader_type}
-    goes_on = start.goes_on and progress.consumed_train_samples > 0
-    theirs = _training_set_of(start, ours) if goes_on and not new_round else ours
+    before = start.checkpoint if start.goes_on and progress.consumed_train_samples > 0 else None
+    theirs = ours if before is None or new_round else _training_set_of(progress, before, ours)
     if index is not None:
         theirs = theirs | {"samples": samples}  # the first round's, which the index numbers
     changed = differences(theirs, {name: value for name, value in ours.items() if name != "samples"})
-    if goes_on:
-        _refuse(start, run, changed)
-        for note in _notes(start.checkpoint.saved, progress, run):
+    if before is not None:
+        _refuse(f"the run in {start.folder}", before, run, changed)
+        for note in _notes(before.saved, progress, run):
             print_rank_0(note)
     progress.training_set = ours | {"samples": theirs["samples"]}
     if changed:
@@ -91,18 +94,18 @@ def settle(start: Start, run: RunConfig, tokenizer, index: RoundIndex | None, ne
         )
 
 
-def _training_set_of(start: Start, ours: dict[str, Any]) -> dict[str, Any]:
+def _training_set_of(progress: Progress, before: OpenedCheckpoint, ours: dict[str, Any]) -> dict[str, Any]:
     """The description in a checkpoint; of one without it (Megatron-LM's), what its arguments say."""
-    found = start.progress.training_set
+    found = progress.training_set
     if isinstance(found, dict) and type(found.get("samples")) is int:
         return found
-    return ours | stated(start.checkpoint.saved)
+    return ours | stated(before.saved)
 
 
-def _refuse(start: Start, run: RunConfig, changed: list[str]) -> None:
+def _refuse(name: str, before: OpenedCheckpoint, run: RunConfig, changed: list[str]) -> None:
     """Raise CheckpointError for a schedule or a training set that differs and is not said to be meant."""
-    saved, problems = start.checkpoint.saved, []
-    rates = start.checkpoint.common.get("opt_param_scheduler")
+    saved, problems = before.saved, []
+    rates = before.common.get("opt_param_scheduler")
     if rates and not run.checkpoint.no_load_optim and (found := schedule.conflicts(rates, saved, run)):
         problems.append(f"another schedule ({'; '.join(found)}): {schedule.WAYS_OUT}")
     theirs, ours = saved.get("optimizer"), run.optimizer.optimizer
@@ -118,7 +121,7 @@ def _refuse(start: Start, run: RunConfig, changed: list[str]) -> None:
             "with the weights alone"
         )
     if problems:
-        raise CheckpointError(f"the run in {start.folder} was begun with " + ", and with ".join(problems))
+        raise CheckpointError(f"{name} was begun with " + ", and with ".join(problems))
 
 
 def _notes(saved: Saved, progress: Progress, run: RunConfig) -> Iterator[str]:
@@ -131,8 +134,8 @@ def _notes(saved: Saved, progress: Progress, run: RunConfig) -> Iterator[str]:
                 f"iterations, goes on at iteration {progress.iteration} of {run.training.train_iters}"
             )
     for name in LOSS_FLAGS:
-        theirs = saved.get(name)
-        if theirs is not None and bool(theirs) != bool(run.get(name)):
+        their = saved.get(name)
+        if their is not None and bool(their) != bool(run.get(name)):
             flag = "--" + name.replace("_", "-")
             yield f"WARNING: {flag} differs from the checkpoint's: losses before and after do not compare"
     if run.checkpoint.no_load_optim:

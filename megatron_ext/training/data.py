@@ -11,9 +11,13 @@ from megatron_ext.common.errors import RunError
 from megatron_ext.config import RunConfig
 from megatron_ext.data import build_data_loader
 from megatron_ext.data.amounts import epochs, without_a_sample
-from megatron_ext.data.views import Endless, Span
+from megatron_ext.data.views import Endless, Samples, Span
 from megatron_ext.platform.collective import on_first_rank, print_rank_0
 from megatron_ext.training.batch import needs_data
+from megatron_ext.training.state import Progress
+
+#: Training, validation and test set; None where there is none.
+Datasets = tuple[Samples | None, ...]
 
 
 class OutOfData(RunError):
@@ -37,7 +41,7 @@ def dataset_sizes(run: RunConfig) -> tuple[int, int | None, int | None]:
     return (train, None, None) if run.validation.full_validation else (train, rounds * batch, batch)
 
 
-def samples_to_read(progress, run: RunConfig) -> int:
+def samples_to_read(progress: Progress, run: RunConfig) -> int:
     """How many samples the run reads of its training set, from the set's first to its own last iteration."""
     read = progress.consumed_train_samples - progress.round_start
     if run.training.train_samples is not None:
@@ -45,7 +49,7 @@ def samples_to_read(progress, run: RunConfig) -> int:
     return read + max(0, run.training.train_iters - progress.iteration) * running_batch(run)
 
 
-def say_what_is_read(datasets: tuple, samples: int, run: RunConfig) -> None:
+def say_what_is_read(datasets: Datasets, samples: int, run: RunConfig) -> None:
     """How often the run reads its data, and what of it is not as one would expect; a collective call.
 
     ``samples`` are read of the training set.
@@ -54,7 +58,7 @@ def say_what_is_read(datasets: tuple, samples: int, run: RunConfig) -> None:
         print_rank_0(line)
 
 
-def _what_is_read(datasets: tuple, samples: int, run: RunConfig) -> Iterator[str]:
+def _what_is_read(datasets: Datasets, samples: int, run: RunConfig) -> Iterator[str]:
     train, *held_out = datasets
     if train is not None:
         often = epochs(train, samples)
@@ -82,7 +86,9 @@ def _what_is_read(datasets: tuple, samples: int, run: RunConfig) -> Iterator[str
         yield "WARNING: there is no validation set: --eval-interval does nothing"
 
 
-def chunk_iterators(dataset, run: RunConfig, consumed_samples: int) -> list[Iterator[dict[str, Any]] | None]:
+def chunk_iterators(
+    dataset: Samples | None, run: RunConfig, consumed_samples: int
+) -> list[Iterator[dict[str, Any]] | None]:
     """One stream of this rank's microbatches for each of its model chunks; None where none is read.
 
     The chunks of an interleaved pipeline each read the same microbatches in the same order.
@@ -100,18 +106,18 @@ def chunk_iterators(dataset, run: RunConfig, consumed_samples: int) -> list[Iter
     ]
 
 
-def _microbatches(dataset, run: RunConfig, consumed_samples: int) -> Iterator[dict[str, Any]]:
+def _microbatches(dataset: Samples, run: RunConfig, consumed_samples: int) -> Iterator[dict[str, Any]]:
     """The microbatches from ``consumed_samples`` on."""
     return _to_the_end(dataset, iter(build_data_loader(dataset, run, consumed_samples)))
 
 
-def _to_the_end(dataset, microbatches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def _to_the_end(dataset: Samples, microbatches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     yield from microbatches
     raise OutOfData(f"the dataset's {len(dataset)} samples are used up; lower --train-iters, or add data")
 
 
 def validation_iterators(
-    dataset, run: RunConfig, consumed_samples: int
+    dataset: Samples | None, run: RunConfig, consumed_samples: int
 ) -> list[Iterator[dict[str, Any]] | None]:
     """As chunk_iterators, of a dataset that begins again where it ends.
 
@@ -129,7 +135,7 @@ def pipeline_group(run: RunConfig) -> int:
     return math.lcm(stages, run.parallel.microbatch_group_size_per_vp_stage or stages)
 
 
-def whole_set(dataset, run: RunConfig) -> tuple[list[Iterator[dict[str, Any]] | None], list[int]]:
+def whole_set(dataset: Samples, run: RunConfig) -> tuple[list[Iterator[dict[str, Any]] | None], list[int]]:
     """Every sample of a dataset once: streams as of chunk_iterators, and the microbatches of each pass.
 
     The last microbatches are filled up with what does not count, so that neither the layout nor the batch

@@ -31,7 +31,7 @@ def initialize(run: RunConfig, store: Store | None = None) -> None:
         run.process.distributed_backend,
         run.process.rank,
         run.process.world_size,
-        run.process.local_rank,
+        run.process.local_rank or 0,
         _timeout(run),
         store,
     )

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ from megatron_ext.training.step import evaluation_mode, forward_backward, parame
 
 @torch.no_grad()
 def evaluate(
-    iterators: list[Iterator | None],
+    iterators: list[Iterator[dict[str, Any]] | None],
     model: list[nn.Module],
     run: RunConfig,
     token_bytes: torch.Tensor,

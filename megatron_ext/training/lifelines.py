@@ -151,8 +151,8 @@ class Lifelines:
             ends += [self._listener, *self._strangers] if pause <= 0 else []
             seconds = min(seconds, pause if pause > 0 else 1.0 if self._strangers else seconds)
         for ready in connection.wait(ends, seconds):
-            if ready is self._listener:
-                self._accept()
+            if self._listener is not None and ready is self._listener:
+                self._accept(self._listener)
             elif isinstance(ready, _Line):
                 gone += self._heard(ready)
         for line in [line for line in self._strangers if time.monotonic() - line.since > STRANGER_SECONDS]:
@@ -162,13 +162,13 @@ class Lifelines:
                 line.say(_GONE, rank)
         return gone
 
-    def _accept(self) -> None:
+    def _accept(self, listener: socket.socket) -> None:
         now = time.monotonic()
         if now >= self._window_ends:
             self._window_ends, self._accepted = now + _WINDOW_SECONDS, 0
         while self._accepted < _AT_ONCE:
             try:
-                accepted, _ = self._listener.accept()
+                accepted, _ = listener.accept()
             except BlockingIOError:
                 return
             except OSError:  # no descriptors are left, say: those that wait would be reported again at once

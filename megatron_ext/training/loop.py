@@ -11,7 +11,9 @@ from megatron.core.num_microbatches_calculator import (
     get_num_microbatches,
     update_num_microbatches,
 )
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.timers import Timers
+from torch import nn
 
 from megatron_ext import platform
 from megatron_ext.config import RunConfig
@@ -98,7 +100,7 @@ class Trainer(State):
                 return reason
         return None
 
-    def _step(self, iterators: list[Iterator | None]) -> StepResult:
+    def _step(self, iterators: list[Iterator[dict[str, Any]] | None]) -> StepResult:
         """One iteration: trained on, or passed over because of the flags or of its numbers."""
         if self.progress.iteration + 1 in self.run.training.iterations_to_skip:
             return self._skip_step(iterators)
@@ -109,11 +111,12 @@ class Trainer(State):
                 raise
             return StepResult(float("nan"), float("nan"), skipped=True, bad=True)
 
-    def _skip_step(self, iterators: list[Iterator | None]) -> StepResult:
+    def _skip_step(self, iterators: list[Iterator[dict[str, Any]] | None]) -> StepResult:
         """Pass over one global batch without training on it (``--iterations-to-skip``)."""
         for iterator in iterators:
-            for _ in range(get_num_microbatches() if iterator is not None else 0):
-                next(iterator)
+            if iterator is not None:
+                for _ in range(get_num_microbatches()):
+                    next(iterator)
         self.progress.skipped_train_samples += get_current_running_global_batch_size()
         return StepResult(float("nan"), 0.0, skipped=True)
 
@@ -127,6 +130,7 @@ class Trainer(State):
         iterators = self.valid_iterators
         passes = [run.training.global_batch_size // unit] * run.validation.eval_iters
         if run.validation.full_validation:
+            assert dataset is not None  # whoever calls has looked
             iterators, passes = whole_set(dataset, run)
         elif split == "test":
             iterators = validation_iterators(dataset, run, 0)
@@ -143,7 +147,9 @@ class Trainer(State):
     def _validation_is_due(self) -> bool:
         """Whether the validation set is there and ``--eval-interval`` divides the iteration."""
         interval, iteration = self.run.validation.eval_interval, self.progress.iteration
-        return self.datasets[1] is not None and bool(interval and iteration) and iteration % interval == 0
+        if self.datasets[1] is None or not interval or not iteration:
+            return False
+        return iteration % interval == 0
 
     def _last_evaluations(self) -> None:
         """Validation and test loss of the final model, as Megatron-LM ends a run."""
@@ -153,7 +159,7 @@ class Trainer(State):
             self.validate("test")
 
 
-def connect(model: list, optimizer, run: RunConfig) -> None:
+def connect(model: list[nn.Module], optimizer: MegatronOptimizer, run: RunConfig) -> None:
     """Tell Megatron-Core's schedules how to scale the loss and when to reduce gradients."""
     config = model[0].config
     config.timers = Timers(run.logging.timing_log_level, run.logging.timing_log_option)
@@ -162,7 +168,7 @@ def connect(model: list, optimizer, run: RunConfig) -> None:
     looks = run.training.check_for_nan_in_loss_and_grad and not run.parallel.overlap_grad_reduce
     config.finalize_model_grads_func = LocalGradients() if looks else finalize_model_grads
 
-    def per_chunk(method: str):
+    def per_chunk(method: str) -> Any:
         methods = [getattr(chunk, method) for chunk in model]
         return methods[0] if len(methods) == 1 else methods
 

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core import parallel_state
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_ext.arguments.vocabulary import settle_vocabulary
-from megatron_ext.checkpoint import load_checkpoint
+from megatron_ext.checkpoint import LoadedState, load_checkpoint
 from megatron_ext.common.files import sha256_file
 from megatron_ext.common.progress import Progress
 from megatron_ext.config import RunConfig
@@ -19,16 +19,17 @@ from megatron_ext.data.identity import dataset_hash, identify, probe
 from megatron_ext.data.indexed import DatasetError
 from megatron_ext.data.rounds.dataset import NumberedDataset, RoundDataset
 from megatron_ext.data.rounds.loss_record import LossRecord, open_record, record_paths
-from megatron_ext.data.views import Chained, Span
+from megatron_ext.data.views import Chained, Samples, Span
 from megatron_ext.models.builder import build_model, half_precision
 from megatron_ext.models.config import transformer_config
 from megatron_ext.platform.collective import on_every_rank, on_first_rank, print_rank_0
-from megatron_ext.tokenizer import build_tokenizer
+from megatron_ext.tokenizer import Tokenizer, build_tokenizer
 from megatron_ext.training.batch import Batch, LossCounter
 from megatron_ext.training.callbacks import Callback, State
-from megatron_ext.training.data import chunk_iterators, dataset_sizes, pipeline_group
+from megatron_ext.training.data import Datasets, chunk_iterators, dataset_sizes, pipeline_group
 from megatron_ext.training.side import Side
 from megatron_ext.training.signals import StopSignals
+from megatron_ext.training.state import Progress as RunProgress
 from megatron_ext.training.state import StepResult
 from megatron_ext.training.step import evaluation_mode, forward_backward
 from megatron_ext.training.stopping import Stopping
@@ -64,6 +65,7 @@ class SampleLosses:
 
     def __call__(self, batch: Batch, losses: Tensor) -> None:
         if self.collects:
+            assert batch.sample_ids is not None  # the dataset numbers them
             mask = batch.loss_mask.double()
             sums = (losses.double() * mask).sum(1)
             self.rows.append(torch.stack([batch.sample_ids.double(), sums, mask.sum(1)], dim=1))
@@ -125,17 +127,17 @@ class OnlineRecorder(Callback):
         Losses that were not brought there stay in memory, and are with the next call.
         """
         self._write()
-        if self.record is not None:
-            self.side.attempt(lambda: self.record.mark(force=True), now=True)
+        if (record := self.record) is not None:
+            self.side.attempt(lambda: record.mark(force=True), now=True)
 
     def _write(self) -> None:
         taken = self.collected.take()
-        if taken is not None:
+        if taken is not None and self.record is not None:
             self.record.write(*taken)
 
 
 def describe(
-    run: RunConfig, tokenizer, dataset, samples: int, kind: str, model: dict[str, Any]
+    run: RunConfig, tokenizer: Tokenizer, dataset: Samples, samples: int, kind: str, model: dict[str, Any]
 ) -> dict[str, Any]:
     """The manifest of a recording before it begins; reads the data, so for one rank."""
     identity = identify(run, tokenizer, samples) | {"probe": probe(dataset, samples)}
@@ -145,7 +147,13 @@ def describe(
 
 
 def begin_record(
-    run: RunConfig, tokenizer, dataset, samples: int, kind: str, model: dict[str, Any]
+    path: str,
+    run: RunConfig,
+    tokenizer: Tokenizer,
+    dataset: Samples,
+    samples: int,
+    kind: str,
+    model: dict[str, Any],
 ) -> dict[str, Any]:
     """Create the files of ``--record-sample-loss``, or find what is there; a collective call.
 
@@ -158,25 +166,26 @@ def begin_record(
     def begin() -> dict[str, Any]:
         manifest = describe(run, tokenizer, dataset, samples, kind, model)
         sources = getattr(dataset, "dataset_index", None)
-        return open_record(run.rounds.record_sample_loss, manifest, sources)
+        return open_record(path, manifest, sources)
 
     return on_first_rank(begin)
 
 
 def online_recorder(
-    run: RunConfig, tokenizer, datasets: tuple, progress
-) -> tuple[OnlineRecorder | None, tuple]:
+    run: RunConfig, tokenizer: Tokenizer, datasets: Datasets, progress: RunProgress
+) -> tuple[OnlineRecorder | None, Datasets]:
     """The recorder of ``--record-mode online`` and the datasets with numbered samples; a collective call.
 
     ``progress`` of the run says for how many samples the order was drawn. Without
     ``--record-sample-loss``: None, and the datasets as they are.
     """
-    if run.rounds.record_sample_loss is None:
+    if (path := run.rounds.record_sample_loss) is None:
         return None, datasets
     train, *others = datasets
     if isinstance(train, RoundDataset):  # its samples are numbered, and it holds the first round's set
         base, samples = train.dataset, train.base_samples
     else:
+        assert train is not None and progress.training_set is not None  # a run that trains has them
         drawn = progress.training_set["samples"]
         if drawn != dataset_sizes(run)[0] or isinstance(train, Chained):
             raise DatasetError(
@@ -186,8 +195,8 @@ def online_recorder(
             )
         base, samples = train, min(drawn, len(train))
         train = NumberedDataset(train)
-    manifest = begin_record(run, tokenizer, base, samples, "online", {})
-    return OnlineRecorder(run.rounds.record_sample_loss, manifest), (train, *others)
+    manifest = begin_record(path, run, tokenizer, base, samples, "online", {})
+    return OnlineRecorder(path, manifest), (train, *others)
 
 
 def record_training_set(
@@ -207,25 +216,24 @@ def record_training_set(
     print_rank_0(settle_vocabulary(run, tokenizer))
     config = transformer_config(run)
     model = half_precision(build_model(config, run), config)
-    loaded = load_checkpoint(run.checkpoint.load, model=model, run=run, rng=False)
+    path, load = run.rounds.record_sample_loss, run.checkpoint.load
+    assert path is not None and load is not None  # recording_is_possible
+    loaded = load_checkpoint(load, model=model, run=run, rng=False)
     if loaded is None:
-        raise FileNotFoundError(
-            f"--load {run.checkpoint.load}: no checkpoint found; losses are of a trained model"
-        )
+        raise FileNotFoundError(f"--load {load}: no checkpoint found; losses are of a trained model")
     sizes = dataset_sizes(run)
     dataset = build_datasets(run, tokenizer, sizes)[0]
     samples = min(sizes[0], len(dataset))
-    manifest = begin_record(run, tokenizer, dataset, samples, "frozen", checkpoint_identity(loaded))
+    manifest = begin_record(path, run, tokenizer, dataset, samples, "frozen", checkpoint_identity(loaded))
     there = f", {manifest['recorded']:,} are there" if manifest["recorded"] else ""
     print_rank_0(f" recording the losses of {samples:,} samples with {loaded.path}{there}")
     note = watchdog.note if watchdog else lambda phase: None
     stopping = Stopping(run.but(exit_interval=None), signals or StopSignals())
-    done = _record_from(dataset, model, run, manifest, note, stopping)
-    path = record_paths(run.rounds.record_sample_loss).losses
-    print_rank_0(f" recorded {done:,} of {samples:,} losses in {path}")
+    done = _record_from(path, dataset, model, run, manifest, note, stopping)
+    print_rank_0(f" recorded {done:,} of {samples:,} losses in {record_paths(path).losses}")
 
 
-def checkpoint_identity(loaded) -> dict[str, Any]:
+def checkpoint_identity(loaded: LoadedState) -> dict[str, Any]:
     """Iteration and content of a checkpoint, wherever it lies: the sha256 of the file that lists it."""
     listings = (loaded.path / name for name in ("checksums.json", ".metadata", "metadata.json"))
     listing = next(path for path in listings if Path(path).is_file())
@@ -234,8 +242,9 @@ def checkpoint_identity(loaded) -> dict[str, Any]:
 
 @torch.no_grad()
 def _record_from(
-    dataset,
-    model: list,
+    path: str,
+    dataset: Samples,
+    model: list[nn.Module],
     run: RunConfig,
     manifest: dict[str, Any],
     note: Callable[[str], None],
@@ -245,7 +254,7 @@ def _record_from(
     done, samples = manifest["recorded"], manifest["samples"]
     losses = SampleLosses()
     counter = LossCounter(record=losses)
-    record = LossRecord(run.rounds.record_sample_loss, manifest) if losses.writes else None
+    record = LossRecord(path, manifest) if losses.writes else None
     group = pipeline_group(run)
     unit = run.samples_at_once * group
     span = Span(dataset, done, samples, unit)
@@ -261,7 +270,7 @@ def _record_from(
             forward_backward(iterators, model, run, counter, True, num_microbatches=microbatches)
             done = min(done + units * unit, samples)
             taken = losses.take()
-            if record is not None:
+            if record is not None and taken is not None:
                 record.write(*taken)
                 record.mark(done, force=done == samples)
             progress.add(done - progress.done)

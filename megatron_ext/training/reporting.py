@@ -6,7 +6,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from megatron.core.num_microbatches_calculator import get_current_running_global_batch_size
@@ -26,6 +26,7 @@ from megatron_ext.training.state import Evaluation, StepResult
 
 #: exp of a larger loss is no float.
 MOST_EXPONENT = 709.0
+T = TypeVar("T")
 
 
 @dataclass
@@ -71,7 +72,9 @@ class Reporter(Callback):
         self.window = _Window()
         self.skipped = self.bad = 0
         self.spikes = SpikeDetector()
-        self.metrics = self.boards = self.bar = None
+        self.metrics: LinesFile | None = None
+        self.boards: Boards | None = None
+        self.bar: tqdm[Any] | None = None
         if not self.active:
             return
         self.flops_per_token = run.model.flops_per_token(run.data.seq_length)
@@ -130,8 +133,8 @@ class Reporter(Callback):
         )
         if usual:
             self.say(f" WARNING: loss spike at iteration {report.iteration}: {report.lm_loss:.4f}, {usual}")
-        if report.iteration % self.run.logging.tensorboard_log_interval == 0:
-            self._to_boards(report, speed)
+        if self.boards is not None and report.iteration % self.run.logging.tensorboard_log_interval == 0:
+            self._to_boards(self.boards, report, speed)
         if self.bar:
             self.bar.update(1)
             self.bar.set_postfix_str(f"loss {report.lm_loss:.4f}, {speed['tokens_per_second']:.0f} tokens/s")
@@ -179,15 +182,16 @@ class Reporter(Callback):
 
     def times(self, timers: Timers, iteration: int) -> None:
         """Report Megatron-Core's timers of the schedule and the optimizer; a collective call."""
-        names: list = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(names, sorted(timers._timers))
-        names = sorted(set().union(*names))  # the stages of a pipeline have timers of their own
+        everyones: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everyones, sorted(timers._timers))
+        names = sorted(set().union(*everyones))  # the stages of a pipeline have timers of their own
         if not names:
             return
         if self.run.logging.log_timers_to_tensorboard:
             largest = timers._get_global_min_max_time(names, False, False, 1.0)
-            for name, (_, seconds) in largest.items() if self.boards else ():
-                self.boards.scalar(f"{name}-time", seconds, iteration)
+            if self.boards is not None:
+                for name, (_, seconds) in largest.items():
+                    self.boards.scalar(f"{name}-time", seconds, iteration)
         text = timers.get_all_timers_string(names, normalizer=self.run.logging.log_interval)
         if text:
             self.say(text)
@@ -235,9 +239,9 @@ class Reporter(Callback):
         line += f" number of nan iterations: {self.bad:3d} |"
         return line
 
-    def _to_boards(self, report: IterationReport, speed: dict[str, float]) -> None:
+    def _to_boards(self, boards: Boards, report: IterationReport, speed: dict[str, float]) -> None:
         run = self.run
-        values = {
+        values: dict[str, float | None] = {
             "learning-rate": report.learning_rate,
             "batch-size": report.global_batch_size,
             "lm loss": report.lm_loss,
@@ -251,8 +255,8 @@ class Reporter(Callback):
             else None,
         } | {_words(name).replace(" ", "-"): value for name, value in report.metrics.items()}
         for tag, value in values.items():
-            if _number(value) is not None:
-                self.boards.scalar(tag, value, report.iteration, report.consumed_samples)
+            if (number := _number(value)) is not None:
+                boards.scalar(tag, number, report.iteration, report.consumed_samples)
 
     def _write(self, record: dict[str, Any]) -> None:
         if self.metrics is not None:
@@ -281,6 +285,6 @@ def _words(name: str) -> str:
     return name.removesuffix("_in_grad").replace("_", " ")
 
 
-def _number(value: object) -> object:
+def _number(value: T) -> T | None:
     """JSON has no NaN."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -4,20 +4,22 @@ from megatron_ext.config import RunConfig
 from megatron_ext.data import DatasetError, build_datasets
 from megatron_ext.data.identity import identify, probe, require_same
 from megatron_ext.data.rounds.dataset import RoundDataset, RoundIndex, read_round
-from megatron_ext.data.views import Chained
+from megatron_ext.data.views import Chained, Samples
 from megatron_ext.platform.collective import on_every_rank, on_first_rank, print_rank_0
-from megatron_ext.training.data import dataset_sizes, samples_to_read, say_what_is_read
+from megatron_ext.tokenizer import Tokenizer
+from megatron_ext.training.data import Datasets, dataset_sizes, samples_to_read, say_what_is_read
+from megatron_ext.training.state import Progress
 
 
-def open_round(run: RunConfig, tokenizer) -> RoundIndex | None:
+def open_round(run: RunConfig, tokenizer: Tokenizer) -> RoundIndex | None:
     """The index of ``--round-index``, checked against the flags of this run; None without one.
 
     Raises:
         DatasetError: on every rank, if it is damaged or of another training set.
     """
-    if run.rounds.round_index is None:
+    if (path := run.rounds.round_index) is None:
         return None
-    index = on_every_rank(lambda: read_round(run.rounds.round_index))
+    index = on_every_rank(lambda: read_round(path))
 
     def check() -> None:
         described = index.manifest["dataset"]
@@ -37,7 +39,9 @@ def open_round(run: RunConfig, tokenizer) -> RoundIndex | None:
 _ADVICE = "Train with the data flags and the seed of the run that was recorded, or build a round for this one"
 
 
-def enter_round(progress, loaded_from: str | None, index: RoundIndex | None, run: RunConfig) -> bool:
+def enter_round(
+    progress: Progress, loaded_from: str | None, index: RoundIndex | None, run: RunConfig
+) -> bool:
     """Note in ``progress`` which round the run is in and how many samples were consumed before it.
 
     Returns whether it begins the round.
@@ -57,7 +61,7 @@ def enter_round(progress, loaded_from: str | None, index: RoundIndex | None, run
             f"the checkpoint in {loaded_from} was made in a round: give its --round-index, or --finetune to "
             "take its weights alone"
         )
-    if loaded_from is not None and run.rounds.round_schedule == "restart":
+    if loaded_from is not None and index is not None and run.rounds.round_schedule == "restart":
         raise DatasetError(
             f"the checkpoint in {loaded_from} is not of the round {index.path}. To begin the round from its "
             f"weights: --pretrained-checkpoint {loaded_from}, with a folder of the round's own in --load and "
@@ -77,7 +81,9 @@ def enter_round(progress, loaded_from: str | None, index: RoundIndex | None, run
     return True
 
 
-def build_round_datasets(run: RunConfig, tokenizer, progress, index: RoundIndex | None) -> tuple:
+def build_round_datasets(
+    run: RunConfig, tokenizer: Tokenizer, progress: Progress, index: RoundIndex | None
+) -> Datasets:
     """(train, valid, test) as build_datasets has them, with the round's samples to train on.
 
     The order of the samples depends on how many it was drawn for, so it is drawn for as many as when the run
@@ -91,6 +97,7 @@ def build_round_datasets(run: RunConfig, tokenizer, progress, index: RoundIndex 
         datasets = build_datasets(run, tokenizer, (0, *others))
         say_what_is_read(datasets, 0, run)
         return datasets
+    assert progress.training_set is not None  # settle wrote it
     drawn, wanted = progress.training_set["samples"], samples_to_read(progress, run)
     train, *rest = build_datasets(run, tokenizer, (drawn, *others))
     if index is None:
@@ -113,7 +120,7 @@ def build_round_datasets(run: RunConfig, tokenizer, progress, index: RoundIndex 
     return RoundDataset(train, index, wanted, run.init.seed), *rest
 
 
-def _prolonged(train, drawn: int, wanted: int, run: RunConfig, tokenizer):
+def _prolonged(train: Samples, drawn: int, wanted: int, run: RunConfig, tokenizer: Tokenizer) -> Samples:
     """A training set of at least ``wanted`` samples: its own, then those of further orders of the data.
 
     Megatron-Core shuffles all epochs together, so that with one more of them samples would come again that

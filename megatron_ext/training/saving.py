@@ -6,11 +6,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megatron.core.optimizer import MegatronOptimizer
+from torch import nn
+
 from megatron_ext.checkpoint import PendingSave, save_checkpoint
 from megatron_ext.config import RunConfig
 from megatron_ext.platform.collective import print_rank_0
 from megatron_ext.training.callbacks import Callback, State
+from megatron_ext.training.schedule import Schedule
 from megatron_ext.training.side import LinesFile
+from megatron_ext.training.state import Progress
 from megatron_ext.training.step import parameters_in_place
 
 
@@ -23,7 +28,14 @@ class Saver(Callback):
     save, or at the end of the run.
     """
 
-    def __init__(self, run: RunConfig, model: list, optimizer, scheduler, saved_at: int):
+    def __init__(
+        self,
+        run: RunConfig,
+        model: list[nn.Module],
+        optimizer: MegatronOptimizer,
+        scheduler: Schedule,
+        saved_at: int,
+    ) -> None:
         self.run, self.model, self.optimizer, self.scheduler = run, model, optimizer, scheduler
         self.saved_at = saved_at
         self.pending: PendingSave | None = None
@@ -36,10 +48,12 @@ class Saver(Callback):
         """Whether ``iteration`` is to be saved, and is not yet."""
         if not self.run.checkpoint.save or iteration == self.saved_at:
             return False
-        return last or iteration % self.run.checkpoint.save_interval == 0
+        interval = self.run.checkpoint.save_interval
+        return last or interval is not None and iteration % interval == 0
 
-    def save(self, progress) -> None:
+    def save(self, progress: Progress) -> None:
         """Write a checkpoint of ``progress``, a dataclass of plain values, and note it there."""
+        assert self.run.checkpoint.save is not None  # nothing is due without it
         self.finish()
         started = time.perf_counter()
         with parameters_in_place(self.model, self.run):

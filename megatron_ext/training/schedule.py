@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_ext.arguments.derive import running_batch
@@ -37,6 +38,9 @@ WAYS_OUT = (
 class Schedule(OptimizerParamScheduler):
     """Upstream's scheduler, which can go on from a checkpoint of a run with another batch."""
 
+    init_lr: float
+    lr_wsd_decay_style: str
+
     def restore(self, state: dict[str, Any], saved: Saved, run: RunConfig) -> None:
         """Go to where a checkpoint's schedule was.
 
@@ -63,7 +67,7 @@ class Schedule(OptimizerParamScheduler):
         self.step(increment=0)  # upstream sets the rates before it knows the weight decay
 
 
-def build_scheduler(optimizer, run: RunConfig) -> "Schedule":
+def build_scheduler(optimizer: MegatronOptimizer, run: RunConfig) -> "Schedule":
     """The schedule the flags describe."""
     return Schedule(
         optimizer,

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from megatron.core.optimizer import MegatronOptimizer
 from torch import nn
 
 from megatron_ext import platform
@@ -32,7 +33,7 @@ from megatron_ext.training.recording import OnlineRecorder, online_recorder
 from megatron_ext.training.reporting import Reporter
 from megatron_ext.training.rounds import build_round_datasets, enter_round, open_round
 from megatron_ext.training.saving import Saver
-from megatron_ext.training.schedule import build_scheduler, without_a_rate
+from megatron_ext.training.schedule import Schedule, build_scheduler, without_a_rate
 from megatron_ext.training.state import Progress
 
 
@@ -145,34 +146,35 @@ def claim_save_folder(run: RunConfig, progress: Progress, loaded_from: str | Non
         CheckpointError: on every rank, if --save holds checkpoints of later iterations than ``progress``,
             which does not come from there.
     """
-    if not run.checkpoint.save or run.validation.skip_train:
+    save = run.checkpoint.save
+    if not save or run.validation.skip_train:
         return
-    goes_on = loaded_from is not None and os.path.realpath(loaded_from) == os.path.realpath(
-        run.checkpoint.save
-    )
+    goes_on = loaded_from is not None and os.path.realpath(loaded_from) == os.path.realpath(save)
     if not goes_on:
         progress.checkpoints = []
 
     def look() -> None:
-        ahead = [i for i in list_iterations(run.checkpoint.save) if i > progress.iteration]
+        ahead = [i for i in list_iterations(save) if i > progress.iteration]
         if ahead and goes_on:
             print_rank_0(
                 f" going back to iteration {progress.iteration}: the checkpoints of {ahead} in "
-                f"{run.checkpoint.save} stay, each until this run has saved the same iteration"
+                f"{save} stay, each until this run has saved the same iteration"
             )
         elif ahead:
             raise CheckpointError(
                 f"it holds the checkpoints of {ahead}, which this run, starting at iteration "
-                f"{progress.iteration}, would replace; --load {run.checkpoint.save} goes on from them, and "
+                f"{progress.iteration}, would replace; --load {save} goes on from them, and "
                 "to start over give --save an empty or new folder"
             )
 
-    on_rank_0(f"use --save {run.checkpoint.save}", look)
+    on_rank_0(f"use --save {save}", look)
 
 
-def load(start: Start, run: RunConfig, model: list, optimizer, scheduler) -> None:
+def load(
+    start: Start, run: RunConfig, model: list[nn.Module], optimizer: MegatronOptimizer, scheduler: Schedule
+) -> None:
     """Load what the run begins with: a whole checkpoint, or its weights alone; a collective call."""
-    if start.checkpoint is None:
+    if start.checkpoint is None or start.folder is None:
         return
     load_checkpoint(
         start.folder,
@@ -185,6 +187,6 @@ def load(start: Start, run: RunConfig, model: list, optimizer, scheduler) -> Non
     )
 
 
-def count_parameters(model: list) -> int:
+def count_parameters(model: list[nn.Module]) -> int:
     """Number of parameters this rank holds."""
     return sum(parameter.numel() for chunk in model for parameter in chunk.parameters())

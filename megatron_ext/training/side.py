@@ -56,7 +56,7 @@ class LinesFile:
     again if it was removed; half a JSON object that a killed run left at its end is cut off.
     """
 
-    def __init__(self, path: str | os.PathLike, name: str):
+    def __init__(self, path: str | os.PathLike[str], name: str):
         self.path, self._side = Path(path), Side(f"{name} {path}")
         self._descriptor: int | None = None
         self._waiting: deque[bytes] = deque(maxlen=MOST_WAITING)
@@ -82,34 +82,35 @@ class LinesFile:
         try:
             if self._descriptor is not None and os.fstat(self._descriptor).st_nlink == 0:
                 self._close()
-            if self._descriptor is None:
-                self._open()
-            self._append(b"".join(self._waiting))
+            descriptor = self._open() if self._descriptor is None else self._descriptor
+            self._append(descriptor, b"".join(self._waiting))
         except OSError:
             self._close()
             raise
         self._waiting.clear()
 
-    def _open(self) -> None:
+    def _open(self) -> int:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        size = os.fstat(self._descriptor).st_size
-        end = os.pread(self._descriptor, _LONGEST_LINE, max(0, size - _LONGEST_LINE)) if size else b""
+        descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._descriptor = descriptor
+        size = os.fstat(descriptor).st_size
+        end = os.pread(descriptor, _LONGEST_LINE, max(0, size - _LONGEST_LINE)) if size else b""
         torn = end.rpartition(b"\n")[2]
         self._torn = bool(torn)
         if torn.startswith(b"{") and not _is_json(torn):
-            os.ftruncate(self._descriptor, size - len(torn))  # half a record, of a run that was killed
+            os.ftruncate(descriptor, size - len(torn))  # half a record, of a run that was killed
             self._torn = False
+        return descriptor
 
-    def _append(self, data: bytes) -> None:
-        size = os.fstat(self._descriptor).st_size
+    def _append(self, descriptor: int, data: bytes) -> None:
+        size = os.fstat(descriptor).st_size
         left = memoryview(b"\n" + data if self._torn else data)
         try:
             while left:
-                left = left[os.write(self._descriptor, left) :]
+                left = left[os.write(descriptor, left) :]
         except OSError:
             with contextlib.suppress(OSError):  # what is no file cannot be cut
-                os.ftruncate(self._descriptor, size)
+                os.ftruncate(descriptor, size)
             raise
         self._torn = False
 
@@ -175,19 +176,20 @@ def steady_streams() -> Iterator[None]:
     """Within it, and when Python ends after it, standard output and error cannot end the program."""
     open_missing_streams()
     streams = sys.stdout, sys.stderr
-    sys.stdout = SteadyStream(sys.stdout, "standard output")  # type: ignore
-    sys.stderr = SteadyStream(sys.stderr, "standard error")  # type: ignore
+    sys.stdout = SteadyStream(sys.stdout, "standard output")
+    sys.stderr = SteadyStream(sys.stderr, "standard error")
     try:
         yield
     finally:
-        sys.stdout.flush(), sys.stderr.flush()
+        sys.stdout.flush()
+        sys.stderr.flush()
         for stream in (sys.stdout, sys.stderr):
             if getattr(stream, "failing", False):
                 _silence(stream)
         sys.stdout, sys.stderr = streams
 
 
-def _silence(stream: TextIO) -> None:
+def _silence(stream: TextIO | SteadyStream) -> None:
     """Let what is left in a stream's buffer go nowhere: it would be the exit code of Python's end."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

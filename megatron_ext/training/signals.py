@@ -11,6 +11,7 @@ import threading
 import time
 import weakref
 from types import FrameType
+from typing import Any
 
 from megatron_ext.common.errors import Interrupted
 
@@ -40,7 +41,7 @@ class StopSignals:
         self.received: str | None = None
         self._received_at = 0.0
         self._in_set_up, self._interrupted, self._number = True, False, 0
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Any] = {}
         self._timer: threading.Timer | None = None
         launched = not {"LOCAL_RANK", "WORLD_SIZE", "SLURM_STEP_ID"}.isdisjoint(os.environ)
         self._same_request = SAME_REQUEST_SECONDS if launched else SAME_REQUEST_ALONE_SECONDS

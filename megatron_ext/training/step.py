@@ -3,10 +3,12 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_ext import platform
 from megatron_ext.config import RunConfig
@@ -14,14 +16,15 @@ from megatron_ext.platform.collective import max_over_ranks
 from megatron_ext.training import batch as batches
 from megatron_ext.training.bad_numbers import check_finite
 from megatron_ext.training.callbacks import Callbacks
+from megatron_ext.training.schedule import Schedule
 from megatron_ext.training.state import StepResult
 
 
 def train_step(
-    iterators: list[Iterator | None],
+    iterators: list[Iterator[dict[str, Any]] | None],
     model: list[nn.Module],
-    optimizer,
-    scheduler,
+    optimizer: MegatronOptimizer,
+    scheduler: Schedule,
     run: RunConfig,
     callbacks: Callbacks | None = None,
 ) -> StepResult:
@@ -56,13 +59,13 @@ def train_step(
 
 
 def forward_backward(
-    iterators: list[Iterator | None],
+    iterators: list[Iterator[dict[str, Any]] | None],
     model: list[nn.Module],
     run: RunConfig,
     counter: batches.LossCounter,
     forward_only: bool,
     num_microbatches: int | None = None,
-):
+) -> Tensor | None:
     """Run the pipeline schedule; returns the summed report of the last stage, None elsewhere."""
     reduced = get_forward_backward_func()(
         forward_step_func=partial(batches.forward_step, counter=counter),
@@ -77,7 +80,7 @@ def forward_backward(
 
 
 @contextmanager
-def parameters_in_place(model: list[nn.Module], run: RunConfig):
+def parameters_in_place(model: list[nn.Module], run: RunConfig) -> Iterator[None]:
     """Within it every parameter is whole: an overlapped gather of parameters is brought to its end."""
     overlapped = run.parallel.use_distributed_optimizer and run.parallel.overlap_param_gather
     if overlapped:
@@ -92,7 +95,7 @@ def parameters_in_place(model: list[nn.Module], run: RunConfig):
 
 
 @contextmanager
-def evaluation_mode(model: list[nn.Module]):
+def evaluation_mode(model: list[nn.Module]) -> Iterator[None]:
     """Dropout off within it."""
     for chunk in model:
         chunk.eval()

@@ -25,8 +25,8 @@ class Stopping:
     def reason(self, iteration: int) -> str | None:
         """Why all ranks stop now, or None; a collective call."""
         limit, received = self.run.training.exit_duration_in_mins, self.signals.received
-        overtime = limit is not None and time.time() - self.start > limit * 60
-        signalled, overtime = max_over_ranks([float(received is not None), float(overtime)])
+        late = limit is not None and time.time() - self.start > limit * 60
+        signalled, overtime = max_over_ranks([float(received is not None), float(late)])
         if signalled:
             return f"received {received or 'a signal on another rank'}"
         if overtime:

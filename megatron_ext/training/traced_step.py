@@ -87,7 +87,7 @@ def _groups() -> dict[str, list[int]]:
     return {name: get_process_group_ranks(group) for name, group in groups.items()}
 
 
-def _iterators(run: RunConfig, chunks: int) -> list[Iterator[dict] | None]:
+def _iterators(run: RunConfig, chunks: int) -> list[Iterator[dict[str, Any]] | None]:
     """Samples for each chunk that reads some."""
     stages = range(chunks) if chunks > 1 else [None]
     return [_samples(run) if needs_data(run, vp_stage=stage) else None for stage in stages]

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from torch.distributed import PrefixStore, Store
 
@@ -29,6 +30,7 @@ GRACE_SECONDS, SET_UP_GRACE_SECONDS = 10.0, 2.0
 REASON_SECONDS = 0.5
 #: What gloo, the key-value store and nccl say of a peer that has gone. Of nccl's errors no others: that two
 #: ranks have one GPU, or that CUDA has failed, is this rank's own trouble.
+T = TypeVar("T")
 _LOST_WORDS = (
     *("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe"),
     *("Timed out waiting", "timed out", "Wait timeout", "wait timeout", "has gone or does not answer"),
@@ -130,11 +132,11 @@ class Watchdog:
         old = self.position
         self.position = _Position(old.number + 1, phase, old.iteration if iteration is None else iteration)
 
-    def watch(self, iterator: Iterator | None) -> Iterator | None:
+    def watch(self, iterator: Iterator[T] | None) -> Iterator[T] | None:
         """``iterator``, with the wait for each of its items noted as a phase."""
         return None if iterator is None else self._noted(iterator)
 
-    def _noted(self, iterator: Iterator) -> Iterator:
+    def _noted(self, iterator: Iterator[T]) -> Iterator[T]:
         while True:
             phase = self.position.phase
             self.note("waiting for data")
@@ -167,6 +169,7 @@ class Watchdog:
         interval = min(5.0, self.patience / 4) if self.patience else 5.0
         with contextlib.suppress(RuntimeError):
             self._look()
+        assert self._lines is not None  # start made them
         while not self._ended.is_set():
             for rank in self._lines.wait(0.5 if self._reason else interval):
                 self._heard(f"rank {rank} was killed or does not answer")
