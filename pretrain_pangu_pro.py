@@ -43,7 +43,7 @@ def train(argv: list[str] | None, signals: StopSignals) -> None:
     from megatron_ext.training.setup import build_trainer
     from megatron_ext.training.watchdog import watching
 
-    store, losses = distributed.meet(run), run.rounds.record_sample_loss
+    store, losses = distributed.rendezvous_store(run), run.rounds.record_sample_loss
     with watching(run, store) as watchdog:
         distributed.initialize(run, store)
         frozen = losses and run.rounds.record_mode == "frozen"  # reads checkpoints, saves none

@@ -206,11 +206,11 @@ def _on_one_rank_of_fakes(stack: contextlib.ExitStack) -> None:
 def _with_kernels(stack: contextlib.ExitStack, variant: str, counting: Counting) -> None:
     """Let each part take the operators that it has in this variant on a GPU, and none of the CPU's."""
 
-    def takes(*tensors: Tensor) -> bool:
+    def supports(*tensors: Tensor) -> bool:
         return counting.here() in _TRITON[variant]
 
     stack.enter_context(launch.observed(counting.launched))
-    stack.enter_context(mock.patch.object(launch, "takes", takes))
+    stack.enter_context(mock.patch.object(launch, "supports", supports))
     stack.enter_context(mock.patch.object(fused, "_kernels", None))
     if variant != "plain":
         stack.enter_context(mock.patch.object(fused, "rms_norm", TorchRMSNorm.apply))
@@ -236,7 +236,7 @@ def _trainer(flags: str) -> tuple[Callable, list]:
     if not parallel_state.is_initialized():
         distributed.initialize(run)
     config = transformer_config(run)
-    model = wrap_for_training(build_model(config, run, drawn=False), config, ddp_config(run))
+    model = wrap_for_training(build_model(config, run, initialized=False), config, ddp_config(run))
     optimizer = build_optimizer(optimizer_config(run), model)
     scheduler = build_scheduler(optimizer, run)
     connect(model, optimizer, run)

@@ -136,7 +136,7 @@ def start(name: str, case: Case, args: argparse.Namespace, folder: Path) -> Cont
 
 
 def matmul_rate(dtype: torch.dtype, n: int = 1024, repeats: int = 12) -> float:
-    """Floating point operations a second of the best of some matmuls."""
+    """Floating point operations per second of the best of some matmuls."""
     a, b = (torch.rand(n, n).to(dtype) for _ in range(2))
     best = float("inf")
     for _ in range(repeats):

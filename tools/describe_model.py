@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Say how large a model is, how much work a token is, and what memory a device needs.
+"""Say how large a model is, how much work per token is, and what memory per device needs.
 
     python tools/describe_model.py --model-preset pangu-pi-1b-pro
     python tools/describe_model.py --model-preset 7b --tensor-model-parallel-size 2 --world-size 8 --bf16
@@ -19,7 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_ext.arguments import derive
+from megatron_ext.arguments import defaults
 from megatron_ext.arguments.parser import with_defaults
 from megatron_ext.arguments.validate import numbers
 from megatron_ext.common import command
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     values |= {"device": "cpu", "micro_batch_size": values["micro_batch_size"] or 1}
     run = RunConfig.of(values)
     run.process.world_size = tool.world_size
-    derive.before_rules(run)
+    defaults.before_rules(run)
     problems += _problems(run, tool)
     if problems:
         parser.error("; ".join(problems))
@@ -182,8 +182,8 @@ def _description_lines(summary: dict[str, Any]) -> list[str]:
         f"  {'total':<20}{total:>16,}",
         f"  embedding and head  {summary['embedding_and_head_share']:>25.2%}",
         "",
-        f"operations a token (forward and backward): {summary['flops_per_token'] / 1e9:.3f} GFLOP",
-        f"tokens a second of a device at --sustained-tflops: {summary['tokens_per_second_per_device']:,.0f}",
+        f"operations per token (forward and backward): {summary['flops_per_token'] / 1e9:.3f} GFLOP",
+        f"tokens per second and device at --sustained-tflops: {summary['tokens_per_second_per_device']:,.0f}",
         "",
         "memory of the fullest device (activations are an estimate)",
     ]

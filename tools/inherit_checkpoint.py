@@ -105,7 +105,7 @@ def _add_choice(g: argparse._ArgumentGroup) -> None:
 def _add_calibration(g: argparse._ArgumentGroup) -> None:
     g.add_argument("--data-path", nargs="+", metavar="PREFIX", help="datasets of the target's tokenizer")
     g.add_argument("--data-cache-path", metavar="DIR", help="where indices of datasets are kept")
-    g.add_argument("--seq-length", type=int, default=512, metavar="N", help="tokens a sample (default 512)")
+    g.add_argument("--seq-length", type=int, default=512, metavar="N", help="tokens per sample (default 512)")
     g.add_argument("--micro-batch-size", type=int, default=4, metavar="N", help="samples a pass (default 4)")
     g.add_argument(
         "--calibration-samples",
@@ -125,7 +125,7 @@ def _add_calibration(g: argparse._ArgumentGroup) -> None:
 
 def _add_learned(g: argparse._ArgumentGroup) -> None:
     g.add_argument("--mask-steps", type=int, default=100, metavar="N", help="at most (default 100)")
-    g.add_argument("--mask-batch-size", type=int, default=8, metavar="N", help="samples a step (default 8)")
+    g.add_argument("--mask-batch-size", type=int, default=8, metavar="N", help="samples per step (default 8)")
     g.add_argument("--mask-lr", type=float, default=0.03, metavar="X", help="rate, falls to 0 (default 0.03)")
     g.add_argument(
         "--mask-temperature",

@@ -202,7 +202,7 @@ def lines(summary: dict[str, Any]) -> list[str]:
         "time of a step (an estimate)",
         *(f"  {part:<18}{1000 * value:>9.1f} ms" for part, value in seconds.items()),
         f"  {'total':<18}{1000 * sum(seconds.values()):>9.1f} ms, "
-        f"{summary['tokens_per_second_per_device']:,.0f} tokens/s a device, "
+        f"{summary['tokens_per_second_per_device']:,.0f} tokens/s per device, "
         f"{sum(seconds.values()) * summary['iterations'] / 3600:,.1f} hours in all",
     ]
     found += trace_lines(summary["trace"]) if "trace" in summary else []

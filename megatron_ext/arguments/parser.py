@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NoReturn
 
-from megatron_ext.arguments import derive, from_checkpoint, refused, validate
+from megatron_ext.arguments import defaults, from_checkpoint, unsupported, validate
 from megatron_ext.config import RunConfig, options, sections
 from megatron_ext.config.flags import add_group, default_of
 from megatron_ext.config.presets import PRESETS, preset_values
@@ -96,7 +96,7 @@ def read_args(
     argv = sys.argv[1:] if argv is None else list(argv)
     namespace, unknown = make_parser().parse_known_args(argv)
     typed = vars(namespace)
-    problems = refused.problems(unknown)
+    problems = unsupported.problems(unknown)
     values = with_defaults(typed, problems)
     of_checkpoint, taken = from_checkpoint.take_model(values, typed)
     run = RunConfig.of(values)
@@ -134,13 +134,13 @@ def _complete(
     check_files: bool,
 ) -> None:
     """Fill in what follows from values, job and machine, and check all; ``problems`` are known already."""
-    derive.from_environment(run.process, world_size)
-    problems = problems + derive.device(run, device)
-    warnings = derive.before_rules(run)
+    defaults.from_environment(run.process, world_size)
+    problems = problems + defaults.device(run, device)
+    warnings = defaults.before_rules(run)
     problems += validate.problems(run, MappingProxyType(typed), check_files)
     if problems:
         raise CommandLineError(problems)
-    derive.after_rules(run)
+    defaults.after_rules(run)
     if run.process.rank == 0:
         for warning in warnings:
             print(f"WARNING: {warning}", file=sys.stderr)

@@ -182,7 +182,7 @@ class PendingSave:
         """Begin to copy the tensors, and then to write this rank's files; communicates nothing."""
         self._metadata = shard_plan.metadata
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        beside = platform.beside_computation()
+        beside = platform.side_stream()
         copying = self._copying = self._threads.submit(writer.snapshot, shard_plan, buffers, beside)
         self._job = self._threads.submit(lambda: self._write(copying.result(), common))
 

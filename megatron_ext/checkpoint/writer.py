@@ -109,7 +109,7 @@ def snapshot(
 
     Copies go into ``buffers`` where it has a fitting one, which must not be in use any more. Run in
     another thread, the tensors must not change before it returns; ``beside`` is of
-    platform.beside_computation, called where the tensors were computed.
+    platform.side_stream, called where the tensors were computed.
     """
     buffers = {} if buffers is None else buffers
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.arguments import derive, validate
+from megatron_ext.arguments import defaults, validate
 from megatron_ext.arguments.parser import with_defaults
 from megatron_ext.arguments.vocabulary import settle_vocabulary
 from megatron_ext.checkpoint import load_checkpoint, read_checkpoint_args, saved_args
@@ -70,14 +70,14 @@ def arguments(saved: Saved, load: str | Path, iteration: int | None = None) -> R
     values = with_defaults({}, [])
     values |= model_function.taken(saved, set(), (*saved_args.MODEL, *saved_args.TOKENIZER))
     run = RunConfig.of(values)
-    derive.from_environment(run.process, None)
-    problems = derive.device(run, None)
+    defaults.from_environment(run.process, None)
+    problems = defaults.device(run, None)
     run.parallel.tensor_model_parallel_size = run.process.world_size
     run.training.micro_batch_size = run.training.global_batch_size = 1
     run.checkpoint.load, run.checkpoint.ckpt_step = str(load), iteration
-    derive.before_rules(run)
+    defaults.before_rules(run)
     problems += validate.problems_of_model(run)
     if problems:
         raise ValueError(f"--load {load}: " + "; ".join(problems))
-    derive.after_rules(run)
+    defaults.after_rules(run)
     return run

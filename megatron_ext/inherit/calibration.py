@@ -25,7 +25,7 @@ from megatron_ext.training.batch import Batch
 
 def frozen_model(run: RunConfig) -> nn.Module:
     """The model that ``run`` describes, to be filled and run as it is."""
-    return build_model(transformer_config(run), run, drawn=False)[0].eval().requires_grad_(False)
+    return build_model(transformer_config(run), run, initialized=False)[0].eval().requires_grad_(False)
 
 
 def fill(model: nn.Module, get: Callable[[str], Tensor]) -> None:
@@ -117,7 +117,7 @@ def _summed(values: Tensor) -> Tensor:
 
 
 def read_documents(prefixes: Sequence[str], tokens: int) -> list[list[int]]:
-    """Documents of each dataset by lot, the same for every run; about ``tokens`` ids, at least one of each.
+    """Documents of each dataset at random, the same for every run; about ``tokens`` ids, one of each or more.
 
     Corpora lie in the order of their sources, so their first documents are of one kind.
     """

@@ -65,7 +65,7 @@ def draw(file, summary: dict, selection) -> None:
     _draw_channels(axes[1], summary, selection.choice)
     if learned:
         axes[2].plot(learned["losses"], linewidth=1)
-        axes[2].set(title="Learned masks", xlabel="step", ylabel="loss of the masked model, nats a token")
+        axes[2].set(title="Learned masks", xlabel="step", ylabel="loss of the masked model, nats per token")
     figure.tight_layout()
     figure.savefig(file, format="png", dpi=120)
     pyplot.close(figure)
@@ -129,7 +129,7 @@ def lines(summary: dict) -> list[str]:
         if name in summary:
             loss = summary[name]
             said.append(
-                f"{name.replace('_', ' ')}: {loss['nats']:.4f} nats a token, "
+                f"{name.replace('_', ' ')}: {loss['nats']:.4f} nats per token, "
                 f"{loss['bits_per_byte']:.4f} bits per byte ({loss['tokens']:,} tokens)"
             )
     said.append(f"{summary['seconds']} s, at most {summary['peak_memory_gib']} GiB of memory")

@@ -108,11 +108,11 @@ def target_tensor(
     weights = cut(key, source.get(from_key), choice, source.model, rows) if from_key in there else None
     size = target.without_padding.parameters()[key]
     if any(name in key for name in _PI) and (weights is None or weights.shape != size):
-        return grown(key, weights, size, lambda size: _drawn(key, size, seed))
+        return grown(key, weights, size, lambda size: _sampled(key, size, seed))
     return weights
 
 
-def _drawn(key: str, size: tuple[int, ...], seed: int) -> Tensor:
+def _sampled(key: str, size: tuple[int, ...], seed: int) -> Tensor:
     from megatron_ext.models.initialization import parameter_seed
 
     generator = torch.Generator().manual_seed(parameter_seed(seed, key))

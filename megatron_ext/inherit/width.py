@@ -55,7 +55,7 @@ def choose(scores: Scores, layers: Tensor, target: ModelConfig) -> Choice:
 
 
 def random(source: ModelConfig, seed: int) -> Scores:
-    """Scores without meaning: a choice by lot, the same for the same seed."""
+    """Scores without meaning: a choice at random, the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
     return Scores(*(torch.rand(size, generator=generator) for size in _sizes(source)))
 

@@ -20,9 +20,9 @@ from megatron_ext.kernels.fused import _kernels
 _WIDTH_UNIT = 16
 
 
-def takes(qkv: Tensor, head_width: int) -> bool:
+def supports(qkv: Tensor, head_width: int) -> bool:
     """Whether the kernel can take this projection."""
-    return fused.takes(qkv) and head_width % _WIDTH_UNIT == 0
+    return fused.supports(qkv) and head_width % _WIDTH_UNIT == 0
 
 
 def causal_attention_reference(
@@ -104,4 +104,4 @@ def causal_attention(
             f"causal_attention needs qkv [s, b, groups, (r + 2) d] and even rot <= d; got {shapes}"
         )
     arguments = (qkv, heads_per_group, head_width, freqs, scale)
-    return (_CausalAttention.apply if takes(qkv, head_width) else causal_attention_reference)(*arguments)
+    return (_CausalAttention.apply if supports(qkv, head_width) else causal_attention_reference)(*arguments)

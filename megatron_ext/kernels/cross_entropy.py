@@ -20,9 +20,9 @@ from megatron_ext.kernels.fused import _is_bf16, _kernels
 Group: TypeAlias = dist.ProcessGroup | None
 
 
-def takes(logits: Tensor) -> bool:
+def supports(logits: Tensor) -> bool:
     """Whether a kernel can take these: C++ on a CPU, Triton on a GPU."""
-    return fused.takes(logits) or launch.takes(logits)
+    return fused.supports(logits) or launch.supports(logits)
 
 
 def width_of_shard(columns: int, first: int, vocab_size: int | None) -> int:
@@ -79,12 +79,12 @@ def cross_entropy_stats(
         top = max_j l_j, total = sum_j exp(l_j - top), and the target's logit, 0 where another shard
         has it, -inf where it is padding; [rows] each, float32 (float64 for float64 logits).
     """
-    if not takes(logits):
+    if not supports(logits):
         return cross_entropy_stats_reference(logits, target, first, width)
     rows, columns = logits.shape
     width = columns if width is None else width
     logits, target = logits.contiguous(), target.contiguous()
-    if not fused.takes(logits):
+    if not fused.supports(logits):
         from megatron_ext.kernels import triton_cross_entropy
 
         return triton_cross_entropy.cross_entropy_stats(logits, target, first, width)
@@ -122,7 +122,7 @@ def cross_entropy_grad_(
     ``top`` and ``total`` are those of the whole vocabulary, ``grad`` the loss's gradient: [rows]. Columns
     from ``width`` on become 0.
     """
-    if not takes(logits) or not logits.is_contiguous():
+    if not supports(logits) or not logits.is_contiguous():
         column, ours = _columns(logits, target, first)
         wide = (logits.to(top.dtype) - top[:, None]).exp() * (grad / total)[:, None]
         wide[torch.arange(len(wide), device=wide.device), column] -= grad * ours
@@ -132,7 +132,7 @@ def cross_entropy_grad_(
     top, total, grad = (t.to(torch.float32).contiguous() for t in (top, total, grad))
     target = target.contiguous()
     torch.autograd.graph.increment_version(logits)  # written behind autograd's back
-    if not fused.takes(logits):
+    if not fused.supports(logits):
         from megatron_ext.kernels import triton_cross_entropy
 
         return triton_cross_entropy.cross_entropy_grad_(logits, target, first, top, total, grad, width)

@@ -40,7 +40,7 @@ def available() -> bool:
     return _kernels is not None
 
 
-def takes(*tensors: Tensor | None) -> bool:
+def supports(*tensors: Tensor | None) -> bool:
     """Whether the C++ kernels can take these: on the CPU, all float32 or all bfloat16."""
     given = [t for t in tensors if t is not None]
     dtype = given[0].dtype
@@ -133,9 +133,9 @@ def series_swiglu(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     if scale.shape != bias.shape or scale.dim() != 2 or 2 * scale.size(1) != x.size(-1) or not scale.size(0):
         shapes = ", ".join(str(tuple(t.shape)) for t in (x, scale, bias))
         raise ValueError(f"series_swiglu needs x [..., 2 f] and scale, bias [n, f]; got {shapes}")
-    if takes(x) and all(t.device.type == "cpu" and t.dtype in _STORAGE for t in (scale, bias)):
+    if supports(x) and all(t.device.type == "cpu" and t.dtype in _STORAGE for t in (scale, bias)):
         return _SeriesSwiGLU.apply(x, scale, bias)
-    if launch.takes(x, scale, bias):
+    if launch.supports(x, scale, bias):
         from megatron_ext.kernels import triton_activation
 
         return triton_activation.series_swiglu(x, scale, bias)
@@ -144,7 +144,7 @@ def series_swiglu(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
 
 def swiglu(x: Tensor) -> Tensor:
     """silu(gate) * up. x: [..., 2 * f], gate in the first half -> [..., f]."""
-    return _SeriesSwiGLU.apply(x, None, None) if takes(x) else swiglu_reference(x)
+    return _SeriesSwiGLU.apply(x, None, None) if supports(x) else swiglu_reference(x)
 
 
 # ---------------------------------------------------------------------------------------- RMSNorm
@@ -182,9 +182,9 @@ class _RMSNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension. x: [..., h], weight: [h]."""
-    if takes(x) and takes(weight):
+    if supports(x) and supports(weight):
         return _RMSNorm.apply(x, weight, eps)
-    if not _TORCH_FUSES_RMS_NORM and launch.takes(x, weight):
+    if not _TORCH_FUSES_RMS_NORM and launch.supports(x, weight):
         from megatron_ext.kernels import triton_norm
 
         if x.size(-1) <= triton_norm.WIDEST:
@@ -261,9 +261,9 @@ def apply_rope(t: Tensor, freqs: Tensor, *, inplace: bool = False) -> Tensor:
     if t.dim() != 4 or freqs.shape != (t.size(0), 1, 1, rot) or rot > t.size(3) or rot % 2:
         shapes = f"{tuple(t.shape)} and {tuple(freqs.shape)}"
         raise ValueError(f"apply_rope needs t [s, b, n, d] and freqs [s, 1, 1, even rot <= d]; got {shapes}")
-    if takes(t) and not (inplace and t.stride(-1) != 1):
+    if supports(t) and not (inplace and t.stride(-1) != 1):
         return _RoPE.apply(t, freqs, inplace)
-    if launch.takes(t) and not (inplace and t.stride(-1) != 1):
+    if launch.supports(t) and not (inplace and t.stride(-1) != 1):
         from megatron_ext.kernels import triton_rope
 
         return triton_rope.apply_rope(t, freqs, inplace=inplace)

@@ -40,7 +40,7 @@ def observed(observer: Callable[[Launch], bool]) -> Iterator[None]:
         _observer = before
 
 
-def takes(*tensors: Tensor) -> bool:
+def supports(*tensors: Tensor) -> bool:
     """Whether a Triton kernel can take these: floating, on a GPU, and Triton imports."""
     if not all(t.dtype in _STORAGE for t in tensors):
         return False

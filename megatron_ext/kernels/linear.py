@@ -34,7 +34,7 @@ def add_product_(total: Tensor, grad: Tensor, x: Tensor) -> Tensor:
 
     The sum over the rows does not depend on the number of threads.
     """
-    known = total.is_contiguous() and fused.takes(total, grad, x) and total.dtype == torch.float32
+    known = total.is_contiguous() and fused.supports(total, grad, x) and total.dtype == torch.float32
     if not known or x.size(1) % _COLUMNS_UNIT:
         return total.addmm_(grad.t(), x)
     grad, x = grad.detach().contiguous(), x.detach().contiguous()
@@ -101,7 +101,7 @@ def _forward_impl(
 ) -> Tensor:
     """Stands in for the method of that name of Megatron-Core's two linear layers, where it can."""
     plain = not sequence_parallel and grad_output_buffer is None and weight.requires_grad
-    if not (plain and weight.dtype == torch.float32 and fused.takes(input, weight)):
+    if not (plain and weight.dtype == torch.float32 and fused.supports(input, weight)):
         options = dict(grad_output_buffer=grad_output_buffer, wgrad_deferral_limit=wgrad_deferral_limit)
         return type(layer)._forward_impl(
             layer, input, weight, bias, gradient_accumulation_fusion, allreduce_dgrad, sequence_parallel,

@@ -14,7 +14,7 @@ from megatron_ext.kernels.fused import _kernels
 
 def _by_kernel(*lists: Sequence[Tensor]) -> bool:
     return all(
-        fused.takes(*tensors) and all(t.is_contiguous() for t in tensors) for tensors in lists if tensors
+        fused.supports(*tensors) and all(t.is_contiguous() for t in tensors) for tensors in lists if tensors
     )
 
 

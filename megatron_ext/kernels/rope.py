@@ -43,7 +43,7 @@ def split_and_rotate_reference(
 
 
 def split_and_rotate(qkv: Tensor, members: int, d: int, freqs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rotated queries, rotated keys and values of a joint projection; on a GPU (``launch.takes``).
+    """Rotated queries, rotated keys and values of a joint projection; on a GPU (``launch.supports``).
 
     **Uses the projection up**: one kernel each turns queries and keys where they lie, so attention saves
     the projection and no copy of it; only with several query heads a group the queries move. Backward

@@ -108,7 +108,9 @@ class AugmentedSelfAttention(SelfAttention):
         freqs = rotary_pos_emb[0] if isinstance(rotary_pos_emb, tuple) else rotary_pos_emb
         if plain and self._in_one_pass(hidden_states):
             output, bias = self._attend_in_one_pass(hidden_states, freqs)
-        elif plain and freqs is not None and self._on_the_joint_projection() and launch.takes(hidden_states):
+        elif (
+            plain and freqs is not None and self._on_the_joint_projection() and launch.supports(hidden_states)
+        ):
             output, bias = self._split_rotate_and_attend(hidden_states, freqs)
         else:
             output, bias = super().forward(
@@ -121,7 +123,7 @@ class AugmentedSelfAttention(SelfAttention):
     def _in_one_pass(self, hidden_states: Tensor) -> bool:
         """Whether rotation and attention can run as one kernel: on a CPU, without dropout."""
         return (
-            attention.takes(hidden_states, self.config.kv_channels)
+            attention.supports(hidden_states, self.config.kv_channels)
             and self._on_the_joint_projection()
             and not (self.training and self.core_attention.dropout)
         )

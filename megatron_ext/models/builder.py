@@ -16,13 +16,13 @@ from megatron_ext.models.layer_specs import block_spec
 
 
 def build_model(
-    config: PanguProConfig, run: RunConfig, parallel_output: bool = True, drawn: bool = True
+    config: PanguProConfig, run: RunConfig, parallel_output: bool = True, initialized: bool = True
 ) -> list[PanguModel]:
     """The model chunks of this rank: one, or one a virtual pipeline stage, initialised and in place.
 
     ``run`` gives what TransformerConfig does not hold: the padded vocabulary and how much of it takes part
     in the softmax (``arguments.vocabulary``), positions, tying. With
-    ``drawn`` False the weights are whatever lay in memory, for a model that is filled at once.
+    ``initialized`` False the weights are whatever lay in memory, for a model that is filled at once.
     """
     provide_weight_gradients()
     if platform.on_gpu():  # on a CPU a seam does it
@@ -34,7 +34,7 @@ def build_model(
     ]
     for chunk in chunks:
         mark_split_parameters(chunk)
-        if drawn:
+        if initialized:
             initialize(chunk, config, run.init.seed)
         sum_weight_gradients_in_place(chunk)
     return [chunk.to(platform.current_device()) for chunk in chunks]

@@ -30,7 +30,7 @@ class PanguModel(GPTModel):
         """Labels [b, s] and logits [s, b, v / tp] -> losses [b, s] in nats, fp32."""
         group = self.pg_collection.tp
         first = get_pg_rank(group) * logits.size(-1)
-        if self.config.cross_entropy_loss_fusion or not cross_entropy.takes(logits):
+        if self.config.cross_entropy_loss_fusion or not cross_entropy.supports(logits):
             width = cross_entropy.width_of_shard(logits.size(-1), first, self.softmax_vocab_size)
             return super().compute_language_model_loss(labels, cross_entropy.mask_padding_(logits, width))
         losses = cross_entropy.vocab_parallel_cross_entropy(

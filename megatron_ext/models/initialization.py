@@ -114,7 +114,7 @@ def initialize(model: nn.Module, config: PanguProConfig, seed: int) -> None:
     """
     rules = draws(config)
     for parameter, found in described(model):
-        drawn = [_drawn(shard, rules, seed) for shard in found]
+        drawn = [_sampled(shard, rules, seed) for shard in found]
         if drawn[0] is None:
             continue
         # As a whole: the halves of a parameter in FP8 are copies, not views.
@@ -126,7 +126,7 @@ def initialize(model: nn.Module, config: PanguProConfig, seed: int) -> None:
             parameter._high_precision_init_val = whole.clone(memory_format=torch.contiguous_format)
 
 
-def _drawn(shard: ShardedTensor, rules: dict[str, Draw | None], seed: int) -> torch.Tensor | None:
+def _sampled(shard: ShardedTensor, rules: dict[str, Draw | None], seed: int) -> torch.Tensor | None:
     """This rank's window of a parameter that is drawn at its full shape; None keeps what is there."""
     draw = _rule_for(shard.key, rules)
     if draw is None:

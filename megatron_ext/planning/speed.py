@@ -30,7 +30,7 @@ _DATA_SHEETS = (
 
 
 def data_sheet_flops(name: str, half: bool) -> float | None:
-    """Floating point operations a second of a GPU by its name, in half or single precision, if known."""
+    """Floating point operations per second of a GPU by its name, in half or single precision, if known."""
     said = re.split(r"[\s_-]+", name.upper())
     for words, in_half, in_single in _DATA_SHEETS:
         if set(words.upper().split()) <= set(said):
@@ -39,7 +39,7 @@ def data_sheet_flops(name: str, half: bool) -> float | None:
 
 
 def link_bytes_per_second(size: int = 64 << 20, times: int = 5) -> float:
-    """Bytes a second that an all-reduce between two processes sends one way; the best of a few."""
+    """Bytes per second that an all-reduce between two processes sends one way; the best of a few."""
     import torch.multiprocessing as mp
 
     with tempfile.TemporaryDirectory() as folder:
@@ -71,7 +71,7 @@ def _all_reduce(rank: int, store: str, size: int, times: int, result: "SimpleQue
 
 
 def disk_bytes_per_second(size: int = 64 << 20) -> float:
-    """Bytes a second written here and brought to the disk."""
+    """Bytes per second written here and brought to the disk."""
     block = os.urandom(size)
     with tempfile.NamedTemporaryFile(dir=".") as file:
         start = time.perf_counter()

@@ -167,7 +167,7 @@ def init_process_group(
         return
     if on_gpu():
         torch.cuda.set_device(local_rank)
-    store = rendezvous.meet(rank, world_size, timeout) if store is None else store
+    store = rendezvous.open_store(rank, world_size, timeout) if store is None else store
     backend = backend or default_backend()
     if "GLOO_SOCKET_IFNAME" not in os.environ:
         interface = network.gloo_interface(os.environ["MASTER_ADDR"])
@@ -183,7 +183,7 @@ def group_timeout(group: "torch.distributed.ProcessGroup") -> timedelta:
     return group._get_backend(current_device()).options._timeout
 
 
-def beside_computation() -> Callable[[], contextlib.AbstractContextManager[None]]:
+def side_stream() -> Callable[[], contextlib.AbstractContextManager[None]]:
     """For copies from the device in another thread: each is made within a context that this returns.
 
     They see what was computed until now, wait for nothing that is computed later, and are complete at

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 _LOOK_SECONDS = 0.05
 
 
-def meet(rank: int, world_size: int, timeout: timedelta) -> "torch.distributed.Store":
+def open_store(rank: int, world_size: int, timeout: timedelta) -> "torch.distributed.Store":
     """The store of the job, at MASTER_ADDR:MASTER_PORT, as only the processes of this start see it.
 
     torchrun's store outlives the processes that it starts again (--max-restarts), and with it all keys:

@@ -1,4 +1,4 @@
-"""The bytes that each token id stands for: what turns a loss in nats a token into bits per byte.
+"""The bytes that each token id stands for: what turns a loss in nats per token into bits per byte.
 
 Losses of two tokenizers cannot be compared, bits per byte can: the summed loss of a text in bits,
 divided by the bytes of that text (as nanochat's evaluate_bpb does it). By their bytes, too, the pieces of

@@ -22,8 +22,8 @@ MIN_COVERAGE, MAX_SHARE = 0.90, 0.20
 def curve(vocabulary: Vocabulary, counts: Counts, sizes: list[int]) -> list[dict[str, Any]]:
     """Coverage and fertility of each group at several vocabulary sizes, largest first.
 
-    Coverage: share of the full tokenizer's tokens whose piece stays. Fertility: tokens a byte, with a dropped
-    piece counted as the parts of its last merge, which comes close to encoding the text again.
+    Coverage: share of the full tokenizer's tokens whose piece stays. Fertility: tokens per byte, with
+    a dropped piece counted as the parts of its last merge, which comes close to encoding the text again.
     """
     original = counts.counts
     before = original.sum(axis=1).astype(np.float64)
@@ -105,7 +105,7 @@ def examples(
 def compare(
     old: NativeEncoder, new: NativeEncoder, documents: dict[str, list[str]]
 ) -> dict[str, dict[str, Any]]:
-    """Per group: tokens and bytes a token before and after, and documents that do not come back exactly."""
+    """Per group: tokens and bytes per token before and after, and documents that do not come back exactly."""
     result = {}
     for group, texts in documents.items():
         size = sum(len(text.encode()) for text in texts)
@@ -134,7 +134,7 @@ def write(report: dict[str, Any], folder: Path) -> None:
     write_aside(folder / "report.md", _markdown(report, drawn).encode())
 
 
-def _markdown(report: dict[str, Any], drawn: bool) -> str:
+def _markdown(report: dict[str, Any], initialized: bool) -> str:
     lines = [
         f"# {report['old_size']:,} -> {report['new_size']:,} pieces",
         "",
@@ -142,14 +142,14 @@ def _markdown(report: dict[str, Any], drawn: bool) -> str:
         f"Unreachable pieces: {report['unreachable_before']} before, {report['unreachable_after']} after.",
         "",
     ]
-    if drawn:
-        lines += ["![coverage and tokens a byte against vocabulary size](report.png)", ""]
+    if initialized:
+        lines += ["![coverage and tokens per byte against vocabulary size](report.png)", ""]
     recommended = report["recommended"]
     lines += [
         f"Recommended ({recommended['rule']}): **{recommended['vocab_size'] or 'no size fits both'}**.",
         "",
     ]
-    lines += ["| pieces | coverage | tokens a byte | embedding and head |", "| --- | --- | --- | --- |"]
+    lines += ["| pieces | coverage | tokens per byte | embedding and head |", "| --- | --- | --- | --- |"]
     for point in report["curve"]:
         share = f"{point['embedding_share']:.1%}" if "embedding_share" in point else ""
         row = (
@@ -166,7 +166,7 @@ def _markdown(report: dict[str, Any], drawn: bool) -> str:
             "",
             "## Held-out text",
             "",
-            "| group | bytes a token before | after | tokens | round trip |",
+            "| group | bytes per token before | after | tokens | round trip |",
         ]
         lines += ["| --- | --- | --- | --- | --- |"]
         for group, row in report["held_out"].items():
@@ -210,7 +210,7 @@ def _draw(report: dict[str, Any], path: Path) -> bool:
     for number, group in enumerate(list(points[0]["groups"])[:20]):
         fertility = [point["groups"][group]["tokens_per_byte"] for point in points]
         right.plot(sizes, fertility, ".-", label=group, linewidth=1, color=plt.cm.tab20(number))
-    right.set_ylabel("tokens a byte")
+    right.set_ylabel("tokens per byte")
     for axis in (left, right):
         axis.axvline(report["new_size"], color="grey", linestyle=":")
         axis.set_xlabel("pieces")

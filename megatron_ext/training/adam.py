@@ -117,7 +117,7 @@ def adam_update(
     """One Adam(W) step over lists of tensors, in place; ``step`` counts from 1.
 
     torch's fused kernels (ten times its foreach ones on a CPU). They read the step from one
-    tensor a parameter; all may be the same tensor, as it is only read.
+    tensor per parameter; all may be the same tensor, as it is only read.
     """
     kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
     step_tensor = torch.full((), float(step), device=params[0].device)

@@ -12,7 +12,7 @@ from torch import nn
 
 from megatron_ext.config import RunConfig
 from megatron_ext.data.loader import sample_numbers
-from megatron_ext.data.provenance import provenance
+from megatron_ext.data.trace_sample import trace_sample
 from megatron_ext.data.views import Samples
 from megatron_ext.models.builder import unwrap
 from megatron_ext.platform.collective import max_over_ranks, print_rank_0
@@ -126,5 +126,5 @@ class BadNumberPolicy(Callback):
             for number, batch in enumerate(numbers):
                 if (rank, number) in wanted:
                     place = {"data_parallel_rank": rank, "microbatch": number}
-                    found += [provenance(self.dataset, sample) | place for sample in batch]
+                    found += [trace_sample(self.dataset, sample) | place for sample in batch]
         return found

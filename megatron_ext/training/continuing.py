@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_ext.arguments.derive import iterations_left, running_batch
+from megatron_ext.arguments.defaults import iterations_left, running_batch
 from megatron_ext.checkpoint import CheckpointError, OpenedCheckpoint
 from megatron_ext.checkpoint.saved_args import run_of
 from megatron_ext.config import RunConfig

@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron.core import parallel_state
 
-from megatron_ext.arguments.derive import running_batch
+from megatron_ext.arguments.defaults import running_batch
 from megatron_ext.common.errors import RunError
 from megatron_ext.config import RunConfig
 from megatron_ext.data import build_data_loader

@@ -13,13 +13,13 @@ from megatron_ext.config import RunConfig
 from megatron_ext.platform import rendezvous
 
 
-def meet(run: RunConfig) -> Store:
+def rendezvous_store(run: RunConfig) -> Store:
     """Where the job's processes find each other: its key-value store.
 
     Raises LostProcess if they have not met within --distributed-timeout-minutes.
     """
     try:
-        return rendezvous.meet(run.process.rank, run.process.world_size, _timeout(run))
+        return rendezvous.open_store(run.process.rank, run.process.world_size, _timeout(run))
     except RuntimeError as error:
         raise LostProcess(f"the processes of the job have not found each other: {error}") from error
 

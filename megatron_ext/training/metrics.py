@@ -1,4 +1,4 @@
-"""How much work a step is, and how fast this machine can do it."""
+"""How much work per step is, and how fast this machine can do it."""
 
 import time
 from functools import cache
@@ -15,7 +15,7 @@ from megatron_ext.planning.speed import data_sheet_flops
 
 @cache
 def peak_flops(dtype: torch.dtype) -> float:
-    """Floating point operations a second of this device: a data sheet's for a GPU we know, else measured."""
+    """Floating point operations per second: the data sheet's for a GPU that is known, else measured."""
     known = None
     if platform.on_gpu():
         known = data_sheet_flops(platform.device_name(), dtype in (torch.bfloat16, torch.float16))

@@ -17,8 +17,8 @@ from tqdm import tqdm
 from megatron_ext import platform
 from megatron_ext.config import RunConfig
 from megatron_ext.platform.collective import is_last_rank
-from megatron_ext.training.boards import Boards
 from megatron_ext.training.callbacks import Callback, State
+from megatron_ext.training.metric_writers import MetricWriters
 from megatron_ext.training.metrics import params_norm, peak_flops
 from megatron_ext.training.side import LinesFile
 from megatron_ext.training.spikes import SpikeDetector
@@ -73,7 +73,7 @@ class Reporter(Callback):
         self.skipped = self.bad = 0
         self.spikes = SpikeDetector()
         self.metrics: LinesFile | None = None
-        self.boards: Boards | None = None
+        self.boards: MetricWriters | None = None
         self.bar: tqdm[Any] | None = None
         if not self.active:
             return
@@ -81,7 +81,7 @@ class Reporter(Callback):
         self.peak_flops = peak_flops(run.precision.params_dtype)
         if run.logging.metrics_file:
             self.metrics = LinesFile(run.logging.metrics_file, "--metrics-file").open()
-        self.boards = Boards(run)
+        self.boards = MetricWriters(run)
         if sys.stderr.isatty():
             self.bar = tqdm(
                 total=run.training.train_iters, initial=first_iteration, unit="it", dynamic_ncols=True
@@ -239,7 +239,7 @@ class Reporter(Callback):
         line += f" number of nan iterations: {self.bad:3d} |"
         return line
 
-    def _to_boards(self, boards: Boards, report: IterationReport, speed: dict[str, float]) -> None:
+    def _to_boards(self, boards: MetricWriters, report: IterationReport, speed: dict[str, float]) -> None:
         run = self.run
         values: dict[str, float | None] = {
             "learning-rate": report.learning_rate,

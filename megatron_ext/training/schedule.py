@@ -11,7 +11,7 @@ from typing import Any
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_ext.arguments.derive import running_batch
+from megatron_ext.arguments.defaults import running_batch
 from megatron_ext.checkpoint.saved_args import run_of
 from megatron_ext.common.errors import RunError
 from megatron_ext.config import RunConfig

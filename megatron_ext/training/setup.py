@@ -99,7 +99,7 @@ def callbacks(
 def warn_about_memory(run: RunConfig) -> None:
     """Say so before the start where the model, its optimizer and its activations look too large."""
     dtype, device = run.precision.params_dtype, platform.current_device()
-    kernels = cross_entropy.takes(torch.empty(0, dtype=dtype, device=device))
+    kernels = cross_entropy.supports(torch.empty(0, dtype=dtype, device=device))
     layout = replace(describe.layout_of(run), kernels=kernels)
     needed = sum(footprint.memory(run.model, layout).values()) / 2**30
     there = platform.device_memory_bytes() / 2**30

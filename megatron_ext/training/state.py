@@ -49,7 +49,7 @@ class StepResult:
 
 @dataclass
 class Evaluation:
-    """``lm_loss`` in nats a token, over so many ``tokens``; ``bits_per_byte`` of text.
+    """``lm_loss`` in nats per token, over so many ``tokens``; ``bits_per_byte`` of text.
 
     Bits per byte compare tokenizers. Special tokens stand for no text: their loss counts in ``lm_loss``
     only, as nanochat's evaluate_bpb does. Both are NaN on ranks that do not hold the loss, and where no

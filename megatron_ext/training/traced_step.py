@@ -44,7 +44,7 @@ class _BeforeUpdate(Callback):
 def _step(run: RunConfig, memory: fake.Memory) -> dict[str, Any]:
     """Build the model and train it for one step, looking at the memory in between."""
     config = transformer_config(run)
-    model = wrap_for_training(build_model(config, run, drawn=False), config, ddp_config(run))
+    model = wrap_for_training(build_model(config, run, initialized=False), config, ddp_config(run))
     built = memory.now
     optimizer = build_optimizer(optimizer_config(run), model)
     scheduler = build_scheduler(optimizer, run)

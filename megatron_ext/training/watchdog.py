@@ -22,7 +22,7 @@ from torch.distributed import PrefixStore, Store
 
 from megatron_ext.common.errors import Interrupted, LostProcess
 from megatron_ext.config import RunConfig
-from megatron_ext.training.lifelines import Lifelines
+from megatron_ext.training.peer_monitor import PeerMonitor
 
 #: A rank that was told of another's failure gets this long to end by itself; less before its first step.
 GRACE_SECONDS, SET_UP_GRACE_SECONDS = 10.0, 2.0
@@ -104,14 +104,14 @@ class Watchdog:
         self.on_launcher_gone: Callable[[], None] = lambda: None
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._alarms_answered, self._reported = 0, -1
-        self._lines: Lifelines | None = None
+        self._lines: PeerMonitor | None = None
         self._reason, self._told_at = "", 0.0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def start(self) -> None:
         """Begin to watch. Raises LostProcess or RuntimeError if rank 0 has gone before."""
-        self._lines = Lifelines(self.store, self.rank, self.world_size)
+        self._lines = PeerMonitor(self.store, self.rank, self.world_size)
         if self._lines.problem:
             self.say(
                 f"rank {self.rank}: no line to rank 0 ({self._lines.problem}): a process that is killed may "

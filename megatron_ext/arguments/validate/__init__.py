@@ -6,7 +6,16 @@ is asked and all problems are reported together; only a number that is out of ra
 size, is reported before the rules that calculate with it.
 """
 
-from megatron_ext.arguments.validate import amounts, effect, engine, files, layout, model, numbers, training
+from megatron_ext.arguments.validate import (
+    amounts,
+    dependencies,
+    engine,
+    files,
+    layout,
+    model,
+    numbers,
+    training,
+)
 from megatron_ext.arguments.validate.rule import Rule, Typed
 from megatron_ext.config import RunConfig
 
@@ -18,7 +27,7 @@ def problems(run: RunConfig, typed: Typed, check_files: bool = True) -> list[str
     rules = (
         (*model.RULES, *engine.RULES, *layout.RULES, *training.RULES, *amounts.RULES) if calculable else ()
     )
-    found += _ask((*effect.RULES, *rules, *files.RULES), run, typed)
+    found += _ask((*dependencies.RULES, *rules, *files.RULES), run, typed)
     if check_files:
         found += _ask(files.RULES_OF_THIS_MACHINE, run, typed)
     return found

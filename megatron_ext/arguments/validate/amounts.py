@@ -1,6 +1,6 @@
 """Rules against a run of nothing: no iteration, no training data, nothing to evaluate."""
 
-from megatron_ext.arguments.derive import iterations_left, running_batch
+from megatron_ext.arguments.defaults import iterations_left, running_batch
 from megatron_ext.arguments.validate.rule import Problems, Typed
 from megatron_ext.arguments.validate.training import rampup_reaches_the_batch
 from megatron_ext.config import RunConfig

@@ -1,6 +1,6 @@
 """Rules of the division of a model over processes."""
 
-from megatron_ext.arguments.derive import pipeline_layers
+from megatron_ext.arguments.defaults import pipeline_layers
 from megatron_ext.arguments.validate.rule import Problems, Typed
 from megatron_ext.config import RunConfig
 

@@ -99,7 +99,7 @@ def count_recorded(tokens: np.ndarray) -> int:
 
 
 def summarize(losses: np.ndarray, tokens: np.ndarray) -> dict[str, Any]:
-    """Tokens, mean loss a token (nats) over the finite losses, and the number of those that are not."""
+    """Tokens, mean loss per token (nats) over the finite losses, and the number of those that are not."""
     total, counted, bad = 0.0, 0, 0
     for start in range(0, len(losses), _BLOCK):
         values = losses[start : start + _BLOCK].astype(np.float64)

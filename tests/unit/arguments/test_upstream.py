@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ext.arguments import parse_args
-from megatron_ext.arguments.refused import known_to_upstream, spellings
+from megatron_ext.arguments.unsupported import known_to_upstream, spellings
 from megatron_ext.config import options
 from megatron_ext.config.flags import argparse_form, default_of
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_ext.arguments.parser import CommandLineError, read_args
-from megatron_ext.arguments.refused import known_to_upstream
+from megatron_ext.arguments.unsupported import known_to_upstream
 from megatron_ext.checkpoint.saved_args import arguments_of
 from megatron_ext.config import RunConfig, model_function, options
 from megatron_ext.config.model import ModelConfig

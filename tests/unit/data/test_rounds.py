@@ -10,12 +10,12 @@ import pytest
 
 from megatron_ext.data.identity import require_same
 from megatron_ext.data.indexed import DatasetError
-from megatron_ext.data.provenance import provenance
 from megatron_ext.data.rounds import forgetting
 from megatron_ext.data.rounds import sampling as drawing
 from megatron_ext.data.rounds.build_round import Groups, RoundOptions, build_round
 from megatron_ext.data.rounds.dataset import NumberedDataset, Permutation, RoundDataset, read_round
 from megatron_ext.data.rounds.loss_record import Losses, LossRecord, open_record, read_losses, record_paths
+from megatron_ext.data.trace_sample import trace_sample
 from tools import build_round as tool
 from tools import plot_forgetting
 
@@ -309,7 +309,7 @@ def test_provenance_looks_through_a_round(tmp_path):
     np.save(tmp_path / "plain.npy", np.ones(10, np.float32))
     build_round(tmp_path / "plain.npy", RoundOptions(rate=0.4), tmp_path / "round")
     dataset = RoundDataset(Letters(), read_round(tmp_path / "round"), samples=8, seed=1)
-    assert provenance(dataset, 6) == {"number": dataset[6]["sample_id"]}
+    assert trace_sample(dataset, 6) == {"number": dataset[6]["sample_id"]}
 
 
 def test_index_without_its_manifest_is_refused(tmp_path):

@@ -93,8 +93,8 @@ def test_model_uses_it_and_stays_the_same(single_process, monkeypatch, groups):
     kernel = attention.causal_attention
     monkeypatch.setattr(attention, "causal_attention", lambda *args: calls.append(args) or kernel(*args))
     found = []
-    for takes in (attention.takes, lambda *args: False):
-        monkeypatch.setattr(attention, "takes", takes)
+    for supports in (attention.supports, lambda *args: False):
+        monkeypatch.setattr(attention, "supports", supports)
         model.zero_grad()
         loss = model(ids, positions(ids), None, labels=ids.roll(-1, 1)).mean()
         loss.backward()

@@ -46,12 +46,12 @@ def test_a_cpu_needs_none(monkeypatch):
 
 @pytest.mark.parametrize("flag", ["--tensor-model-parallel-size", "--context-parallel-size"])
 def test_the_command_line_asks_for_it(gpu, flag):
-    from megatron_ext.arguments import derive
+    from megatron_ext.arguments import defaults
     from megatron_ext.arguments.parser import make_parser, with_defaults
     from megatron_ext.config import RunConfig
 
     typed = vars(make_parser().parse_args([flag, "2", "--deterministic-mode"]))
-    derive.device(RunConfig.of(with_defaults(typed, [])), None)
+    defaults.device(RunConfig.of(with_defaults(typed, [])), None)
     assert set(NAMES) <= set(environment.os.environ)
 
 
@@ -73,7 +73,7 @@ def test_gloo_is_bound_beside_nccl_too(monkeypatch):
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     store, minute = (
-        platform.rendezvous.meet(0, 1, platform.timedelta(minutes=1)),
+        platform.rendezvous.open_store(0, 1, platform.timedelta(minutes=1)),
         platform.timedelta(minutes=1),
     )
     with pytest.raises((RuntimeError, ValueError)):

@@ -42,7 +42,7 @@ def test_measured_speeds_are_taken(capsys):
 def test_text_names_every_part(capsys):
     assert plan_run.main(["--suggest", "--machine", "h200", "--world-size", "8", "--", *RUN, "1"]) == 0
     text = capsys.readouterr().out
-    for words in ("every flag is understood", "optimizer", "tokens/s a device", "layouts that fit", "  1."):
+    for words in ("every flag is understood", "optimizer", "tokens/s per device", "layouts that fit", "  1."):
         assert words in text
 
 

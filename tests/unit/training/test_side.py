@@ -11,7 +11,7 @@ import pytest
 
 from megatron_ext.config import RunConfig
 from megatron_ext.training import side
-from megatron_ext.training.boards import Boards
+from megatron_ext.training.metric_writers import MetricWriters
 from megatron_ext.training.side import LinesFile, Side
 
 
@@ -111,7 +111,7 @@ def test_a_device_that_takes_nothing(capsys):
 
 def test_a_board_whose_folder_is_removed_is_made_again(tmp_path, at_once, capsys):
     folder = tmp_path / "board"
-    boards = Boards(RunConfig.of(dict(tensorboard_queue_size=10, tensorboard_dir=str(folder))))
+    boards = MetricWriters(RunConfig.of(dict(tensorboard_queue_size=10, tensorboard_dir=str(folder))))
     boards.scalar("lm loss", 1.0, 1, 10)
     boards.boards[0][1].writer.flush()
     shutil.rmtree(folder)

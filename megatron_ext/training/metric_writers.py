@@ -10,7 +10,7 @@ from megatron_ext.config import RunConfig
 from megatron_ext.training.side import Side
 
 
-class Boards:
+class MetricWriters:
     """Writes scalars to whichever boards the flags name; none costs nothing.
 
     A board that fails is tried again later (side.py); the points in between are missing on it.

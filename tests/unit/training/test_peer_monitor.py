@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from megatron_ext.common.errors import LostProcess
-from megatron_ext.training import lifelines
-from megatron_ext.training.lifelines import Lifelines
+from megatron_ext.training import peer_monitor
+from megatron_ext.training.peer_monitor import PeerMonitor
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def store(monkeypatch):
     return torch.distributed.HashStore()
 
 
-def heard(lines: Lifelines) -> list[int]:
+def heard(lines: PeerMonitor) -> list[int]:
     """All that there is to hear now."""
     gone = []
     for _ in range(5):
@@ -30,7 +30,7 @@ def heard(lines: Lifelines) -> list[int]:
 @pytest.fixture
 def three(store):
     """The lines of three ranks, here all in one process."""
-    lines = [Lifelines(store, rank, 3) for rank in range(3)]
+    lines = [PeerMonitor(store, rank, 3) for rank in range(3)]
     assert [heard(end) for end in lines] == [[], [], []]
     yield lines
     for end in lines:
@@ -82,7 +82,7 @@ def test_a_stranger_says_nothing_that_counts(three, words):
     assert [heard(end) for end in three] == [[], [], []]
 
 
-def strangers(lines: Lifelines, count: int) -> list[socket.socket]:
+def strangers(lines: PeerMonitor, count: int) -> list[socket.socket]:
     """So many connections to the port that say nothing, taken in as they come."""
     there = []
     for _ in range(count):
@@ -96,19 +96,19 @@ def descriptors() -> int:
 
 
 def test_silent_strangers_use_up_nothing_and_keep_nobody_out(store, monkeypatch):
-    monkeypatch.setattr(lifelines, "_WINDOW_SECONDS", 0.0)
-    monkeypatch.setattr(lifelines, "MOST_STRANGERS", 8)
-    first, before = Lifelines(store, 0, 3), descriptors()
+    monkeypatch.setattr(peer_monitor, "_WINDOW_SECONDS", 0.0)
+    monkeypatch.setattr(peer_monitor, "MOST_STRANGERS", 8)
+    first, before = PeerMonitor(store, 0, 3), descriptors()
     there = strangers(first, 100)
     assert len(first._strangers) == 8 and descriptors() <= before + 100 + 8
-    second = Lifelines(store, 1, 3)
+    second = PeerMonitor(store, 1, 3)
     there += strangers(first, 20)
-    third = Lifelines(store, 2, 3)
+    third = PeerMonitor(store, 2, 3)
     for end in (first, second, third):
         assert heard(end) == []
     second.forget()
     assert heard(first) == [1] and heard(third) == [1]
-    monkeypatch.setattr(lifelines, "STRANGER_SECONDS", 0.0)
+    monkeypatch.setattr(peer_monitor, "STRANGER_SECONDS", 0.0)
     heard(first)
     assert first._strangers == []
     for end in (first, third, *there):
@@ -116,8 +116,8 @@ def test_silent_strangers_use_up_nothing_and_keep_nobody_out(store, monkeypatch)
 
 
 def test_a_flood_of_strangers_takes_no_core(store, monkeypatch):
-    monkeypatch.setattr(lifelines, "_AT_ONCE", 8)  # 80 a second
-    first, there, turns, end = Lifelines(store, 0, 2), [], 0, time.monotonic() + 1.0
+    monkeypatch.setattr(peer_monitor, "_AT_ONCE", 8)  # 80 a second
+    first, there, turns, end = PeerMonitor(store, 0, 2), [], 0, time.monotonic() + 1.0
     while time.monotonic() < end:
         stranger = socket.socket()
         stranger.setblocking(False)
@@ -132,7 +132,7 @@ def test_a_flood_of_strangers_takes_no_core(store, monkeypatch):
 
 def test_sixty_strangers_are_taken_in_without_waiting(store):
     """The port's queue is as long as there are ranks; one that finds it full tries again after a second."""
-    first, started = Lifelines(store, 0, 2), time.monotonic()
+    first, started = PeerMonitor(store, 0, 2), time.monotonic()
     there = strangers(first, 60)
     assert time.monotonic() - started < 1.0
     for line in (first, *there):
@@ -158,7 +158,7 @@ def test_without_descriptors_it_waits_for_some(store, three):
 
 
 def test_a_rank_that_was_taken_for_a_stranger_comes_again(store, monkeypatch):
-    first, second = Lifelines(store, 0, 2), Lifelines(store, 1, 2)
+    first, second = PeerMonitor(store, 0, 2), PeerMonitor(store, 1, 2)
     accepted, _ = first._listener.accept()
     accepted.close()  # before it was read
     assert heard(second) == [] and len(second._lines) == 1
@@ -169,13 +169,13 @@ def test_a_rank_that_was_taken_for_a_stranger_comes_again(store, monkeypatch):
 
 
 def test_a_rank_0_that_has_gone_before_is_an_error(store):
-    Lifelines(store, 0, 2).forget()
+    PeerMonitor(store, 0, 2).forget()
     with pytest.raises(LostProcess, match="rank 0 was killed"):
-        Lifelines(store, 1, 2)
+        PeerMonitor(store, 1, 2)
 
 
 def test_a_wait_is_ended_from_elsewhere(store):
-    lines = Lifelines(store, 0, 1)
+    lines = PeerMonitor(store, 0, 1)
     lines.wake()
     assert lines.wait(60) == []
     lines.close()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_ext.arguments.derive import iterations_left, running_batch
+from megatron_ext.arguments.defaults import iterations_left, running_batch
 from megatron_ext.arguments.parser import read_args
 from megatron_ext.config import RunConfig
 

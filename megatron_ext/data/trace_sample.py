@@ -9,7 +9,7 @@ from megatron_ext.data.rounds.dataset import NumberedDataset
 from megatron_ext.data.views import Chained, Samples
 
 
-def provenance(dataset: Samples, number: int) -> dict[str, Any]:
+def trace_sample(dataset: Samples, number: int) -> dict[str, Any]:
     """Where sample ``number`` of a dataset comes from.
 
     ``{"number"}`` (in a round, that in the first round's training set), and of a GPTDataset, alone or
@@ -17,14 +17,14 @@ def provenance(dataset: Samples, number: int) -> dict[str, Any]:
     that the sample has tokens of.
     """
     if isinstance(dataset, NumberedDataset):
-        return provenance(dataset.dataset, dataset.sample_id(number))
+        return trace_sample(dataset.dataset, dataset.sample_id(number))
     found: dict[str, Any] = {"number": int(number)}
     if isinstance(dataset, Chained):
         part, place = dataset.locate(number)
-        return provenance(part, place) | found
+        return trace_sample(part, place) | found
     if isinstance(dataset, BlendedDataset):
         part = dataset.datasets[int(dataset.dataset_index[number])]
-        return provenance(part, int(dataset.dataset_sample_index[number])) | found
+        return trace_sample(part, int(dataset.dataset_sample_index[number])) | found
     if isinstance(dataset, GPTDataset) and not isinstance(dataset, MockGPTDataset):
         place = int(dataset.shuffle_index[number])
         first, last = (int(dataset.sample_index[end][0]) for end in (place, place + 1))

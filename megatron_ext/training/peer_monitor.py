@@ -77,7 +77,7 @@ class _Line:
         return [message.decode(errors="replace").split() for message in whole]
 
 
-class Lifelines:
+class PeerMonitor:
     """The lines of this rank: of rank 0 to every other, of the others to rank 0.
 
     ``store`` is where the ranks meet; ``rank`` of ``world_size`` is this process. A line that cannot
@@ -245,7 +245,7 @@ class Lifelines:
         self._lines, self._strangers, self._listener = [], [], None
 
 
-_open_lines: weakref.WeakSet[Lifelines] = weakref.WeakSet()
+_open_lines: weakref.WeakSet[PeerMonitor] = weakref.WeakSet()
 
 
 def _forget_in_child() -> None:
