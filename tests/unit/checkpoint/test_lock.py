@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import gc
 import os
 import signal
 import socket
@@ -19,6 +20,7 @@ from tests.helpers.training import _pretrain, flags
 def holder(tmp_path):
     """The process id of one that holds the lock on ``tmp_path``, and has a child that lives longer."""
     reads, writes = os.pipe()
+    gc.disable()  # in a fork the collector would end what threads hold that are not there
     pid = os.fork()
     if pid == 0:
         os.setsid()
@@ -28,6 +30,7 @@ def holder(tmp_path):
             os.write(writes, b"held")
         time.sleep(60)
         os._exit(0)
+    gc.enable()
     assert os.read(reads, 4) == b"held"
     yield pid
     os.killpg(pid, signal.SIGKILL)
