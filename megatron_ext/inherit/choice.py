@@ -20,7 +20,7 @@ class Choice:
     groups: Tensor  # [L', g']
     bottleneck: Tensor  # [L', b'], units of the augmented shortcuts; b' = 0 where the source has none
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
             if not (value.diff(dim=-1) > 0).all():

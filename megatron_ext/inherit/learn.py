@@ -14,6 +14,7 @@ from (docs/inheritance.md). At 1/2 the slope is what the unit is worth, for a lo
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -58,12 +59,12 @@ class Learned:
     seconds: float = 0.0
     losses: list[float] = field(default_factory=list)
 
-    def state(self) -> dict:
+    def state(self) -> dict[str, Any]:
         """Plain values and tensors, which load without unpickling anything else."""
         plain = {name: getattr(self, name) for name in _COUNTERS}
         return plain | {"logits": {name: value.detach() for name, value in self.logits.items()}}
 
-    def restore(self, state: dict) -> None:
+    def restore(self, state: dict[str, Any]) -> None:
         """Continue from what :meth:`state` gave."""
         for name in _COUNTERS:
             setattr(self, name, state[name])

@@ -5,12 +5,14 @@ masks of 1 that ask for gradients, dL/dmask is the first-order effect of a unit 
 With masks between both it is what learned masks train.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.inherit.choice import Choice
@@ -60,7 +62,7 @@ def attached(model: nn.Module, masks: Masks, hidden_kept: int | None = None) -> 
     """
     with ExitStack() as stack:
 
-        def hook(handle) -> None:
+        def hook(handle: RemovableHandle) -> None:
             stack.callback(handle.remove)
 
         hook(model.embedding.register_forward_hook(lambda _, __, out: out * masks.hidden.to(out)))
@@ -71,18 +73,18 @@ def attached(model: nn.Module, masks: Masks, hidden_kept: int | None = None) -> 
         yield
 
 
-def _hook_layer(hook, index: int, layer: nn.Module, masks: Masks) -> None:
+def _hook_layer(hook: Callable[[RemovableHandle], None], index: int, layer: nn.Module, masks: Masks) -> None:
     """Mask one layer's groups and FFN channels where they enter a matmul, and what it writes."""
 
-    def written(_, __, output):
+    def written(_: nn.Module, __: Any, output: Any) -> Any:
         value, bias = output
         return value * (masks.hidden * masks.layers[index]).to(value), bias
 
-    def groups(_, inputs):
+    def groups(_: nn.Module, inputs: Any) -> Any:
         mask = masks.groups[index].to(inputs[0])
         return inputs[0] * mask.repeat_interleave(inputs[0].size(-1) // mask.numel()), *inputs[1:]
 
-    def ffn(_, inputs):
+    def ffn(_: nn.Module, inputs: Any) -> Any:
         return inputs[0] * masks.ffn[index].to(inputs[0]), *inputs[1:]
 
     hook(layer.self_attention.linear_proj.register_forward_pre_hook(groups))

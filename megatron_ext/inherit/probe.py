@@ -72,12 +72,12 @@ class Probe:
         self.ranks = self.run.parallel.data_parallel_size
         self.dataset = build_datasets(self.run, self.tokenizer, (self._samples(), 0, 0))[0]
         self.documents = read_documents(
-            options.data_path, options.calibration_samples * options.seq_length + 1
+            options.data_path or [], options.calibration_samples * options.seq_length + 1
         )
         self.windows = Windows.of(self.documents, options.seq_length)
         if not self.windows.counted.any():
             raise ValueError(
-                f"--data-path {' '.join(options.data_path)}: has no two tokens to measure a loss on"
+                f"--data-path {' '.join(options.data_path or [])}: has no two tokens to measure a loss on"
             )
         self.losses = {}
         if rows is not None:
@@ -88,8 +88,10 @@ class Probe:
 
     def _loss_of_source(self, source: Source) -> Loss:
         """The loss of the source on the same text in its own ids; its model is given up afterwards."""
-        tokenizer = tokenizer_of(source.tokenizer)
-        model = frozen_model(self._configuration(source.model, source.tokenizer, with_data=False))
+        files = source.tokenizer
+        assert files is not None  # rows of its vocabulary were matched with the target's
+        tokenizer = tokenizer_of(files)
+        model = frozen_model(self._configuration(source.model, files, with_data=False))
         fill(model, source.get)
         windows = Windows.of(translated(self.documents, self.tokenizer, tokenizer), self.options.seq_length)
         return mean_loss(model, windows, self.options.micro_batch_size, tokenizer.token_bytes())
@@ -148,9 +150,11 @@ class Probe:
         loader = iter(build_data_loader(self.dataset, self.run, consumed))
         while True:
             try:
-                yield next_batch(loader)
+                batch = next_batch(loader)
             except StopIteration:
                 return
+            assert batch is not None  # only a stage of a pipeline that reads no data has none
+            yield batch
 
     def loss_of_checkpoint(self, save: str, target: ModelConfig, files: TokenizerFiles) -> Loss:
         """The loss of a checkpoint on the same text; the source's model is given up first."""

@@ -3,6 +3,7 @@
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ import torch
 from megatron_ext.common.files import write_aside, write_json
 from megatron_ext.common.progress import Progress
 from megatron_ext.config.model import ModelConfig
+from megatron_ext.inherit.choice import Choice
 
 
 def progress(what: str, total: int | None) -> Progress:
@@ -41,7 +43,7 @@ def facts(model: ModelConfig, dtype: torch.dtype) -> dict[str, object]:
     }
 
 
-def write(folder: Path, summary: dict, selection) -> None:
+def write(folder: Path, summary: dict[str, Any], selection: Any) -> None:
     """report.json, choice.npz (the indices kept) and, where matplotlib is installed, report.png."""
     folder.mkdir(parents=True, exist_ok=True)
     write_aside(folder / "choice.npz", lambda file: np.savez_compressed(file, **selection.choice.arrays()))
@@ -55,7 +57,7 @@ def write(folder: Path, summary: dict, selection) -> None:
     write_json(folder / "report.json", summary)
 
 
-def draw(file, summary: dict, selection) -> None:
+def draw(file: Any, summary: dict[str, Any], selection: Any) -> None:
     """Layers with what they are worth, the channels kept, and the masks' training where there was one."""
     from matplotlib import pyplot
 
@@ -71,7 +73,7 @@ def draw(file, summary: dict, selection) -> None:
     pyplot.close(figure)
 
 
-def _draw_layers(axis, summary: dict) -> None:
+def _draw_layers(axis: Any, summary: dict[str, Any]) -> None:
     depth, count = summary["depth"], summary["source"]["num_layers"]
     kept = np.isin(np.arange(count), depth["kept"])
     heights, label = np.where(kept, 1.0, 0.0), "kept"
@@ -84,7 +86,7 @@ def _draw_layers(axis, summary: dict) -> None:
     axis.set(title=f"Layers: {depth['policy']} (blue is kept)", xlabel="layer of the source", ylabel=label)
 
 
-def _draw_channels(axis, summary: dict, choice) -> None:
+def _draw_channels(axis: Any, summary: dict[str, Any], choice: Choice) -> None:
     """A line for the residual stream and one for each layer's FFN: how densely channels are kept."""
     source, bins = summary["source"], 128
     rows = [_density(choice.hidden.numpy(), source["hidden_size"], bins)]
@@ -106,7 +108,7 @@ def _density(kept: np.ndarray, count: int, bins: int) -> np.ndarray:
     return np.repeat(share, -(-bins // len(share)))[:bins]
 
 
-def lines(summary: dict) -> list[str]:
+def lines(summary: dict[str, Any]) -> list[str]:
     """The report in a few lines of text."""
     source, target, vocabulary = (summary[name] for name in ("source", "target", "vocabulary"))
     said = [

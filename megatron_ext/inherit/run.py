@@ -3,6 +3,7 @@
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ _PI = (".series_activation.", ".augmented_shortcut.")
 _INIT_STD = 0.02
 
 
-def inherit(options: InheritOptions) -> dict:
+def inherit(options: InheritOptions) -> dict[str, Any]:
     """Make the target's checkpoint in ``options.save``; returns the report.
 
     Raises:
@@ -86,7 +87,7 @@ def _target_tokenizer(options: InheritOptions, source: Source) -> tuple[Tokenize
     return files, match_tokenizers(tokenizer_of(files), tokenizer_of(source.tokenizer))
 
 
-def _probe(options: InheritOptions, source: Source, files: TokenizerFiles | None, rows: Rows | None):
+def _probe(options: InheritOptions, source: Source, files: TokenizerFiles | None, rows: Rows | None) -> Any:
     """What runs the source on text; None without --data-path."""
     if not options.data_path:
         return None
@@ -119,7 +120,14 @@ def _sampled(key: str, size: tuple[int, ...], seed: int) -> Tensor:
     return nn.init.normal_(torch.empty(size), std=_INIT_STD, generator=generator)
 
 
-def _write(options: InheritOptions, source: Source, target: ModelConfig, files, rows, choice: Choice) -> None:
+def _write(
+    options: InheritOptions,
+    source: Source,
+    target: ModelConfig,
+    files: TokenizerFiles | None,
+    rows: Rows | None,
+    choice: Choice,
+) -> None:
     """Let the first rank write the checkpoint, tensor by tensor; raises on all ranks if it could not."""
 
     def write() -> None:
@@ -137,10 +145,10 @@ def _write(options: InheritOptions, source: Source, target: ModelConfig, files, 
         write()
 
 
-def _summary(source: Source, target: ModelConfig, rows: Rows | None, selection: Selection) -> dict:
+def _summary(source: Source, target: ModelConfig, rows: Rows | None, selection: Selection) -> dict[str, Any]:
     """The report's numbers."""
 
-    def told(model: ModelConfig) -> dict:
+    def told(model: ModelConfig) -> dict[str, Any]:
         return report.facts(model, source.dtype) | {"parameters": model.without_padding.num_parameters}
 
     return {
@@ -151,7 +159,7 @@ def _summary(source: Source, target: ModelConfig, rows: Rows | None, selection: 
     }
 
 
-def _vocabulary(size: int, rows: Rows | None) -> dict:
+def _vocabulary(size: int, rows: Rows | None) -> dict[str, Any]:
     if rows is None:
         return {"copied": size, "averaged": 0, "dropped": 0}
     copied = rows.counts == 1

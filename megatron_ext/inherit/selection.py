@@ -1,6 +1,7 @@
 """From the flags to a choice: which layers, then which channels and groups."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,11 +22,11 @@ class Selection:
     width_criterion: str
     choice: Choice
     losses_without: Tensor | None = None  # [L], if the layers were measured
-    learned: dict | None = None
+    learned: dict[str, Any] | None = None
     """Steps, tokens, seconds, losses of the masks' training."""
     scores: Scores | None = field(default=None, repr=False)
 
-    def summary(self) -> dict:
+    def summary(self) -> dict[str, Any]:
         """For the report."""
         layers = {"policy": self.depth_policy, "kept": self.choice.layers.tolist()}
         if self.losses_without is not None:
@@ -41,7 +42,7 @@ class Selection:
         return summary | ({"learned": self.learned} if self.learned else {})
 
 
-def select(options: InheritOptions, source: Source, target: ModelConfig, probe) -> Selection:
+def select(options: InheritOptions, source: Source, target: ModelConfig, probe: Any) -> Selection:
     """Choose as the flags say; ``probe`` runs the source on text, None where no flag needs it."""
     losses = None
     if options.depth_policy in ("importance", "learned"):
@@ -56,13 +57,13 @@ def select(options: InheritOptions, source: Source, target: ModelConfig, probe) 
 
 def _layers(options: InheritOptions, layers: int, keep: int, losses: Tensor | None) -> Tensor:
     if options.depth_policy == "list":
-        return depth.listed(options.layers, layers, keep)
+        return depth.listed(options.layers or [], layers, keep)
     if options.depth_policy in ("importance", "learned"):
         return depth.by_importance(losses, keep)
     return {"ends": depth.ends, "uniform": depth.uniform}[options.depth_policy](layers, keep)
 
 
-def _losses_without(probe) -> Tensor:
+def _losses_without(probe: Any) -> Tensor:
     from megatron_ext.inherit.importance import losses_without_each_layer
 
     with report.progress("skipping layers", probe.config.num_layers) as progress:
@@ -74,7 +75,7 @@ def _losses_without(probe) -> Tensor:
         )
 
 
-def _scores(options: InheritOptions, source: Source, probe, layers: Tensor) -> Scores:
+def _scores(options: InheritOptions, source: Source, probe: Any, layers: Tensor) -> Scores:
     """The scores of the criteria that are no training."""
     if options.width_criterion == "random":
         return width.random(source.model, options.seed)
@@ -85,7 +86,7 @@ def _scores(options: InheritOptions, source: Source, probe, layers: Tensor) -> S
     return _taylor(source, probe, layers)
 
 
-def _taylor(source: Source, probe, layers: Tensor) -> Scores:
+def _taylor(source: Source, probe: Any, layers: Tensor) -> Scores:
     """First-order scores with the layers that go switched off; of bottleneck units the l2."""
     from megatron_ext.inherit.importance import taylor
 
@@ -100,7 +101,12 @@ def _bottleneck(source: Source) -> Tensor:
 
 
 def _learned(
-    options: InheritOptions, source: Source, target: ModelConfig, probe, layers: Tensor, losses: Tensor | None
+    options: InheritOptions,
+    source: Source,
+    target: ModelConfig,
+    probe: Any,
+    layers: Tensor,
+    losses: Tensor | None,
 ) -> Selection:
     """Masks trained from where the first-order scores stand."""
     from megatron_ext.inherit import learn

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from megatron_ext.interchange.target import write_checkpoint
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def convert(options: ConvertOptions, quiet: bool = False) -> dict:
+def convert(options: ConvertOptions, quiet: bool = False) -> dict[str, Any]:
     """Open, convert tensor by tensor, write; the summary of what was done.
 
     Raises:

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,7 +25,7 @@ from megatron_ext.interchange import hf_pangu_pi
 from megatron_ext.interchange.errors import InterchangeError
 from megatron_ext.interchange.hf_config import write_config
 from megatron_ext.interchange.hf_tokenizer import SpecialIds, require_same_tokenizer, write_tokenizer
-from megatron_ext.interchange.mapping import Architecture, architecture_named, architecture_of
+from megatron_ext.interchange.mapping import Architecture, Entry, architecture_named, architecture_of
 from megatron_ext.interchange.model_card import model_card
 from megatron_ext.interchange.numbers import to_format
 from megatron_ext.interchange.tokenizer_files import TokenizerFiles
@@ -107,11 +108,11 @@ def _write_weights(
 ) -> None:
     """``model.safetensors``, or several files of it and their index."""
     shards = list(_shards(kind, model, dtype, shard_bytes))
-    names = {}
+    names: dict[str, str] = {}
     for number, entries in enumerate(shards, 1):
         one = len(shards) == 1
         file = "model.safetensors" if one else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for entry in entries:
             tensor = to_format(entry.ours, get(entry.ours), dtype)
             parts = entry.layout.split(tensor, model)
@@ -158,9 +159,12 @@ def _said(model: ModelConfig) -> dict[str, object]:
     return model.effective() | sizes
 
 
-def _shards(kind: Architecture, model: ModelConfig, dtype: torch.dtype, shard_bytes: int) -> Iterator[list]:
+def _shards(
+    kind: Architecture, model: ModelConfig, dtype: torch.dtype, shard_bytes: int
+) -> Iterator[list[Entry]]:
     """The entries of each file."""
-    sizes, entries, used = model.without_padding.parameters(), [], 0
+    sizes, used = model.without_padding.parameters(), 0
+    entries: list[Entry] = []
     for entry in kind.entries_of(model):
         size = math.prod(sizes[entry.ours]) * dtype.itemsize
         if entries and used + size > shard_bytes:
@@ -171,7 +175,9 @@ def _shards(kind: Architecture, model: ModelConfig, dtype: torch.dtype, shard_by
     yield entries
 
 
-def _write_texts(folder: Path, model: ModelConfig, config: dict, special: SpecialIds, origin: str) -> None:
+def _write_texts(
+    folder: Path, model: ModelConfig, config: dict[str, Any], special: SpecialIds, origin: str
+) -> None:
     """Configuration, generation settings, the code of the pi modules, the model card."""
     write_json(folder / "config.json", config | special.of_config())
     if not (folder / "generation_config.json").exists():
@@ -194,6 +200,6 @@ def _seal(folder: Path) -> None:
     fsync_dir(folder)
 
 
-def write_json(path: Path, content: dict) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
     """A JSON file for people to read."""
     write_durably(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())

@@ -27,7 +27,7 @@ _WITHOUT_EFFECT = {
     "partial_rotary_factor": (1.0, 1),
 }
 #: What transformers takes for a setting that is not there, where the architectures differ or it matters.
-_DEFAULTS: dict[str, dict[str, object]] = {
+_DEFAULTS: dict[str, dict[str, Any]] = {
     "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
     "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "use_sliding_window": False},
 }
@@ -39,7 +39,7 @@ _SWITCHES = ("tie_word_embeddings", "qkv_bias", "attention_bias", "use_sliding_w
 _MOST = 1 << 24
 
 
-def read_model(config: dict) -> ModelConfig:
+def read_model(config: dict[str, Any]) -> ModelConfig:
     """The model that ``config`` describes.
 
     ``max_position_embeddings`` stops at a sliding window, up to which attention is full. What ``config``
@@ -79,7 +79,7 @@ def read_model(config: dict) -> ModelConfig:
     )
 
 
-def _problems(config: dict, model_type: str) -> Iterator[str]:
+def _problems(config: dict[str, Any], model_type: str) -> Iterator[str]:
     """What keeps ``config`` from being a model here."""
     yield from _wrong_types(config)
     for name, values in _WITHOUT_EFFECT.items():
@@ -98,7 +98,7 @@ def _problems(config: dict, model_type: str) -> Iterator[str]:
         yield from _rotary_problems(_rotary(config))
 
 
-def _wrong_types(config: dict) -> Iterator[str]:
+def _wrong_types(config: dict[str, Any]) -> Iterator[str]:
     """Settings that are no numbers, or numbers that no model has."""
     for name in (*_NEEDED, *_MAY_BE_NULL, *_OUR_SIZES):
         value = config.get(name) if name in (*_NEEDED, *_MAY_BE_NULL) else config.get(name, 1)
@@ -118,10 +118,10 @@ def _wrong_types(config: dict) -> Iterator[str]:
 
 
 def _is_real(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _rotary(config: dict) -> dict:
+def _rotary(config: dict[str, Any]) -> dict[str, Any]:
     """``rope_theta``, ``rope_type`` and what the type needs, from transformers 5's ``rope_parameters`` or the
     older ``rope_theta`` and ``rope_scaling``.
     """
@@ -133,11 +133,13 @@ def _rotary(config: dict) -> dict:
     }
 
 
-def _rotary_type(settings: dict) -> object:
+def _rotary_type(settings: dict[str, Any]) -> object:
     return settings.get("rope_type") or settings.get("type")
 
 
-def _rotary_contradictions(config: dict, parameters: dict, scaling: dict) -> Iterator[str]:
+def _rotary_contradictions(
+    config: dict[str, Any], parameters: dict[str, Any], scaling: dict[str, Any]
+) -> Iterator[str]:
     """What the two places of the rotary settings, and the one of the base, say differently."""
     types = {str(kind) for kind in map(_rotary_type, (parameters, scaling)) if kind}
     if len(types) > 1:
@@ -152,7 +154,7 @@ def _rotary_contradictions(config: dict, parameters: dict, scaling: dict) -> Ite
         yield f"rope_theta is said twice and differs: {' and '.join(map(repr, told))}"
 
 
-def _rotary_problems(rotary: dict) -> Iterator[str]:
+def _rotary_problems(rotary: dict[str, Any]) -> Iterator[str]:
     base, kind = rotary["rope_theta"], rotary["rope_type"]
     if kind not in (*_PLAIN_ROTARY, "llama3"):
         known = ", ".join((*_PLAIN_ROTARY, "llama3"))
@@ -170,12 +172,12 @@ def _rotary_problems(rotary: dict) -> Iterator[str]:
         yield f"factor {rotary.get('factor')!r} of llama3's rotary scaling is not a number from 1"
 
 
-def _window(config: dict) -> int | None:
+def _window(config: dict[str, Any]) -> int | None:
     """The sliding window of a model that slides one."""
     return config.get("sliding_window") if config.get("use_sliding_window") is not False else None
 
 
-def write_config(model: ModelConfig, dtype: torch.dtype, model_type: str | None = None) -> dict:
+def write_config(model: ModelConfig, dtype: torch.dtype, model_type: str | None = None) -> dict[str, Any]:
     """``config.json`` of ``model`` as the architecture of that ``model_type``, the plainest by default.
 
     Raises InterchangeError if the model is not Llama-like, or the architecture has no place for it.
@@ -212,14 +214,14 @@ def write_config(model: ModelConfig, dtype: torch.dtype, model_type: str | None 
     return config | _of_its_own(model, architecture.model_type)
 
 
-def _rotary_scaling(model: ModelConfig) -> dict:
+def _rotary_scaling(model: ModelConfig) -> dict[str, Any]:
     """The type of rotary embedding and its numbers."""
     if not model.use_rope_scaling:
         return {"rope_type": "default"}
     return {"rope_type": "llama3", "factor": model.rope_scaling_factor, **_LLAMA3_ROTARY}
 
 
-def _of_its_own(model: ModelConfig, model_type: str) -> dict:
+def _of_its_own(model: ModelConfig, model_type: str) -> dict[str, Any]:
     """The settings that only one architecture has."""
     if model_type == "pangu_pi":
         return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,7 +114,7 @@ class HuggingFaceSource(Source):
             tokenizer_files.require_fit(tokenizer, self.model.vocab_size, self.path)
         return tokenizer
 
-    def _contradictions(self, config: dict) -> Iterator[str]:
+    def _contradictions(self, config: dict[str, Any]) -> Iterator[str]:
         """Where the end of a text is another id than the tokenizer's."""
         eos = special_ids(self.tokenizer).eos if self.tokenizer else None
         for name, said in (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_ext.interchange.errors import InterchangeError
 from megatron_ext.interchange.json_file import read_object
@@ -20,11 +21,11 @@ class SpecialIds:
     pad: int | None = None
     has_tokenizer: bool = False
 
-    def of_config(self) -> dict:
+    def of_config(self) -> dict[str, Any]:
         """For ``config.json``; None is said too, for transformers has defaults of its own."""
         return {"bos_token_id": self.bos, "eos_token_id": self.eos, "pad_token_id": self.pad}
 
-    def of_generation(self) -> dict:
+    def of_generation(self) -> dict[str, Any]:
         """For ``generation_config.json``; a batch is padded with the end of a text where nothing else is."""
         pad = self.eos if self.pad is None else self.pad
         ids = {"bos_token_id": self.bos, "eos_token_id": self.eos, "pad_token_id": pad}
@@ -79,7 +80,7 @@ def require_same_tokenizer(tokenizer: TokenizerFiles | None, folder: Path, model
         )
 
 
-def _as_transformers_reads(folder: Path, known: bool = True):
+def _as_transformers_reads(folder: Path, known: bool = True) -> Any:
     """The tokenizer of a folder; ``known``: transformers knows the model that lies there."""
     from transformers import AutoTokenizer, PretrainedConfig
 
@@ -92,13 +93,13 @@ def _as_transformers_reads(folder: Path, known: bool = True):
         raise InterchangeError(f"{folder}: transformers cannot load its tokenizer: {error}") from error
 
 
-def _backend(tokenizer) -> str:
+def _backend(tokenizer: Any) -> str:
     """What decides a tokenizer's ids: its backend, or where there is none its class."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return type(tokenizer).__name__ if backend is None else backend.to_str()
 
 
-def _difference(model: Path, back) -> str | None:
+def _difference(model: Path, back: Any) -> str | None:
     """A text that transformers encodes otherwise than a SentencePiece model does; None if there is none."""
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
@@ -120,8 +121,8 @@ def special_ids(tokenizer: TokenizerFiles) -> SpecialIds:
         from megatron_ext.tokenizer.build import SentencePieceTokenizer
 
         built = SentencePieceTokenizer(tokenizer.model)
-        ids = [token if token >= 0 else None for token in (built.bos, built.eos, built.pad)]
-        return SpecialIds(*ids, has_tokenizer=True)
+        bos, eos, pad = (token if token >= 0 else None for token in (built.bos, built.eos, built.pad))
+        return SpecialIds(bos, eos, pad, has_tokenizer=True)
     folder = tokenizer.model
     names, known = read_object(folder / "tokenizer_config.json", missing={}), known_tokens(folder)
     if "added_tokens_decoder" not in names:  # transformers looks at the older file only then

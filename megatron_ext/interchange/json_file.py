@@ -13,7 +13,7 @@ from megatron_ext.interchange.errors import InterchangeError
 MOST_BYTES = 64 << 20
 
 
-def read_object(path: Path, missing: dict | None = None) -> dict[str, Any]:
+def read_object(path: Path, missing: dict[str, Any] | None = None) -> dict[str, Any]:
     """The JSON object in a file; ``missing``, if given, where there is no such file.
 
     Raises:

@@ -69,7 +69,9 @@ class MegatronSource(Source):
             tokenizer_files.require_fit(self.tokenizer, self.model.vocab_size, folder)
         self.origin = f"a checkpoint of iteration {self.iteration}"
 
-    def _find_tokenizer(self, given, saved_sha256: str | None) -> tokenizer_files.TokenizerFiles | None:
+    def _find_tokenizer(
+        self, given: str | Path | None, saved_sha256: str | None
+    ) -> tokenizer_files.TokenizerFiles | None:
         """The tokenizer given, or the one that the args name if it is still the same."""
         if given is None:
             found = tokenizer_files.of_saved(self.saved)

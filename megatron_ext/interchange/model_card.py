@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.interchange.hf_tokenizer import SpecialIds
 
@@ -40,7 +42,7 @@ SHA-256 of the files that decide what the model says.
 """
 
 
-def model_card(model: ModelConfig, config: dict, special: SpecialIds, origin: str) -> str:
+def model_card(model: ModelConfig, config: dict[str, Any], special: SpecialIds, origin: str) -> str:
     """Markdown: what the model is, how to load it, its shape."""
     pi = config["model_type"] == "pangu_pi"
     head = _HEADER.format(
@@ -57,7 +59,7 @@ def model_card(model: ModelConfig, config: dict, special: SpecialIds, origin: st
     return head + "".join(rows) + _FOOTER
 
 
-def _facts(model: ModelConfig, config: dict) -> dict[str, object]:
+def _facts(model: ModelConfig, config: dict[str, Any]) -> dict[str, object]:
     facts = {
         "layers": model.num_layers,
         "hidden channels": model.hidden_size,

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -49,6 +49,7 @@ _WITH_EXTRA_STATE = (
     "mlp.linear_fc1",
     "mlp.linear_fc2",
 )
+Item = tuple[WriteItem, Tensor | io.BytesIO]
 
 
 def write_checkpoint(
@@ -180,7 +181,9 @@ def _with_padding(tensor: Tensor, model: ModelConfig) -> Tensor:
     return rows
 
 
-def _write_tensors(folder: Path, layers: int, tensors: Iterator[tuple[str, Tensor]]) -> dict[str, dict]:
+def _write_tensors(
+    folder: Path, layers: int, tensors: Iterator[tuple[str, Tensor]]
+) -> dict[str, dict[str, Any]]:
     """Write the ``*.distcp`` files and ``.metadata``; returns their entries for ``checksums.json``."""
     written = writer.Written({}, {})
     described: dict[str, Any] = {}
@@ -194,18 +197,16 @@ def _write_tensors(folder: Path, layers: int, tensors: Iterator[tuple[str, Tenso
     return written.files | {".metadata": describe(metadata)}
 
 
-def _one_file(first: tuple, items: Iterator[tuple]) -> Iterator[tuple]:
+def _one_file(first: Item, items: Iterator[Item]) -> Iterator[Item]:
     """``first`` and those that follow it, until there is enough for a file."""
-    size, pair = 0, first
+    size, pair = 0, cast("Item | None", first)
     while pair is not None:
         yield pair
         size += writer.size_of(pair[1])
         pair = next(items, None) if size < _FILE_BYTES else None
 
 
-def _items(
-    layers: int, tensors: Iterator[tuple[str, Tensor]], described: dict[str, Any]
-) -> Iterator[tuple[WriteItem, Tensor | io.BytesIO]]:
+def _items(layers: int, tensors: Iterator[tuple[str, Tensor]], described: dict[str, Any]) -> Iterator[Item]:
     """What is written, with its entry in ``described``: a layer's tensors are slices of stacked ones."""
     for key, tensor in tensors:
         offset = torch.Size([0] * tensor.dim())

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_ext.config.model_function import Saved
 from megatron_ext.interchange.errors import InterchangeError
@@ -214,7 +215,7 @@ def _descriptions(folder: Path) -> Iterator[tuple[Path, list[tuple[object, objec
             raise InterchangeError(f"{path} does not describe a tokenizer: {error!r}") from error
 
 
-def _of_description(content: dict) -> Iterator[tuple[object, object]]:
+def _of_description(content: dict[str, Any]) -> Iterator[tuple[object, object]]:
     """Of ``tokenizer.json``: the model's vocabulary, of a unigram model a list, and the added tokens."""
     vocabulary = content["model"]["vocab"] if content else {}
     if isinstance(vocabulary, list):
@@ -223,13 +224,13 @@ def _of_description(content: dict) -> Iterator[tuple[object, object]]:
     yield from ((token["content"], token["id"]) for token in content.get("added_tokens") or ())
 
 
-def _of_config(content: dict) -> Iterator[tuple[object, object]]:
+def _of_config(content: dict[str, Any]) -> Iterator[tuple[object, object]]:
     """Of ``tokenizer_config.json``."""
     for number, token in (content.get("added_tokens_decoder") or {}).items():
         yield token["content"], int(number)
 
 
-_TOKENS_OF: dict[str, Callable[[dict], Iterable[tuple[object, object]]]] = {
+_TOKENS_OF: dict[str, Callable[[dict[str, Any]], Iterable[tuple[object, object]]]] = {
     "tokenizer.json": _of_description,
     "vocab.json": dict.items,
     "added_tokens.json": dict.items,

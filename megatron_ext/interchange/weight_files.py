@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -102,7 +103,7 @@ def _read_index(path: Path, suffix: str) -> dict[str, str]:
     return dict(places)
 
 
-def _open_safetensors(path: Path):
+def _open_safetensors(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -144,7 +145,7 @@ def _is_stored(tensor: object) -> bool:
     )
 
 
-def _describe(path: Path, tensors) -> Iterator[tuple[str, tuple[torch.Size, torch.dtype]]]:
+def _describe(path: Path, tensors: Any) -> Iterator[tuple[str, tuple[torch.Size, torch.dtype]]]:
     """Name -> size and dtype of each tensor in one file; raises for numbers that are not floating point."""
     for name in tensors.keys():  # noqa: SIM118 (not a dict)
         if isinstance(tensors, _Pickled):

@@ -17,12 +17,12 @@ class PanguPiConfig(LlamaConfig):
 
     def __init__(
         self,
-        series_activation_order=0,
-        augmented_shortcuts=0,
-        augmented_shortcut_reduction=32,
-        qkv_bias=False,
-        **kwargs,
-    ):
+        series_activation_order: int = 0,
+        augmented_shortcuts: int = 0,
+        augmented_shortcut_reduction: int = 32,
+        qkv_bias: bool = False,
+        **kwargs: object,
+    ) -> None:
         self.series_activation_order = series_activation_order
         self.augmented_shortcuts = augmented_shortcuts
         self.augmented_shortcut_reduction = augmented_shortcut_reduction

@@ -78,7 +78,7 @@ class PanguPiAttention(LlamaAttention):
         if config.augmented_shortcuts:
             self.augmented_shortcut = PanguPiAugmentedShortcut(config)
 
-    def forward(self, hidden_states: torch.Tensor, *args, **kwargs):
+    def forward(self, hidden_states: torch.Tensor, *args: object, **kwargs: object) -> tuple[object, ...]:
         """[b, s, h] -> [b, s, h] and whatever else Llama's attention returns."""
         output, *rest = super().forward(hidden_states, *args, **kwargs)
         if self.config.augmented_shortcuts:
