@@ -10,7 +10,7 @@ import torch  # noqa: E402
 
 from megatron_ext.checkpoint import load_checkpoint  # noqa: E402
 from megatron_ext.inference import load_for_inference  # noqa: E402
-from megatron_ext.inherit.calibration import Windows, mean_loss, read_documents  # noqa: E402
+from megatron_ext.inherit.calibration import TokenWindows, mean_loss, read_documents  # noqa: E402
 from megatron_ext.models.builder import build_model  # noqa: E402
 from megatron_ext.models.config import transformer_config  # noqa: E402
 
@@ -29,7 +29,7 @@ class HeldOut:
             str(trained), bf16=False, params_dtype=torch.float32
         )
         self.token_bytes = tokenizer.token_bytes()
-        self.windows = Windows.of(read_documents([str(prefix)], 1 << 40), length)
+        self.windows = TokenWindows.of(read_documents([str(prefix)], 1 << 40), length)
 
     def of_checkpoint(self, folder: Path, iteration: int) -> float:
         """The loss of a checkpoint's weights."""

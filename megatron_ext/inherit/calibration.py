@@ -43,7 +43,7 @@ def forward(model: nn.Module, batch: Batch) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Windows:
+class TokenWindows:
     """Text in windows of ``length`` tokens, each token predicted once but the first of all.
 
     ``tokens`` [n, length + 1]: the windows overlap by the token that one predicts and the next reads.
@@ -54,7 +54,7 @@ class Windows:
     counted: np.ndarray
 
     @classmethod
-    def of(cls, documents: Sequence[Sequence[int]], length: int) -> "Windows":
+    def of(cls, documents: Sequence[Sequence[int]], length: int) -> "TokenWindows":
         """The documents, each with its end, one after the other."""
         ids = np.concatenate([np.asarray(document, dtype=np.int64) for document in documents])
         count = max(1, math.ceil((len(ids) - 1) / length))
@@ -84,7 +84,7 @@ class Loss:
 
 
 @torch.no_grad()
-def mean_loss(model: nn.Module, windows: Windows, size: int, token_bytes: np.ndarray) -> Loss:
+def mean_loss(model: nn.Module, windows: TokenWindows, size: int, token_bytes: np.ndarray) -> Loss:
     """The loss over all windows, ``size`` at a time; a collective call."""
     rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     bytes_of = torch.as_tensor(token_bytes, device=platform.current_device())

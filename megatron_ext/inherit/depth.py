@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from megatron_ext.inherit.choice import top
+from megatron_ext.inherit.selection import top
 
 
 def ends(layers: int, keep: int) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from megatron_ext.config.model import ModelConfig
-from megatron_ext.inherit.choice import Choice
+from megatron_ext.inherit.selection import Selection
 
 
 @dataclass
@@ -38,15 +38,15 @@ class Masks:
         return cls(*(torch.ones(size, device=device) for size in (*sizes, (layers,))))
 
     @classmethod
-    def of(cls, choice: Choice, source: ModelConfig) -> "Masks":
-        """What ``choice`` keeps of ``source`` is on."""
+    def of(cls, selection: Selection, source: ModelConfig) -> "Masks":
+        """What ``selection`` keeps of ``source`` is on."""
         masks = cls.ones(source)
         for mask in vars(masks).values():
             mask.zero_()
-        masks.hidden[choice.hidden] = 1.0
-        masks.layers[choice.layers] = 1.0
-        masks.ffn[choice.layers[:, None], choice.ffn] = 1.0
-        masks.groups[choice.layers[:, None], choice.groups] = 1.0
+        masks.hidden[selection.hidden] = 1.0
+        masks.layers[selection.layers] = 1.0
+        masks.ffn[selection.layers[:, None], selection.ffn] = 1.0
+        masks.groups[selection.layers[:, None], selection.groups] = 1.0
         return masks
 
 

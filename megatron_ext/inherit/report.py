@@ -11,7 +11,7 @@ import torch
 from megatron_ext.common.files import write_aside, write_json
 from megatron_ext.common.progress import Progress
 from megatron_ext.config.model import ModelConfig
-from megatron_ext.inherit.choice import Choice
+from megatron_ext.inherit.selection import Selection
 
 
 def progress(what: str, total: int | None) -> Progress:
@@ -43,28 +43,28 @@ def facts(model: ModelConfig, dtype: torch.dtype) -> dict[str, object]:
     }
 
 
-def write(folder: Path, summary: dict[str, Any], selection: Any) -> None:
+def write(folder: Path, summary: dict[str, Any], result: Any) -> None:
     """report.json, choice.npz (the indices kept) and, where matplotlib is installed, report.png."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_aside(folder / "choice.npz", lambda file: np.savez_compressed(file, **selection.choice.arrays()))
+    write_aside(folder / "choice.npz", lambda file: np.savez_compressed(file, **result.selection.arrays()))
     try:
         import matplotlib
     except ImportError:
         print("report.png is left out: it needs pip install matplotlib", file=sys.stderr)
     else:
         matplotlib.use("Agg")
-        write_aside(folder / "report.png", lambda file: draw(file, summary, selection))
+        write_aside(folder / "report.png", lambda file: draw(file, summary, result))
     write_json(folder / "report.json", summary)
 
 
-def draw(file: Any, summary: dict[str, Any], selection: Any) -> None:
+def draw(file: Any, summary: dict[str, Any], result: Any) -> None:
     """Layers with what they are worth, the channels kept, and the masks' training where there was one."""
     from matplotlib import pyplot
 
     learned = summary.get("learned")
     figure, axes = pyplot.subplots(1, 3 if learned else 2, figsize=(15 if learned else 10, 4.2))
     _draw_layers(axes[0], summary)
-    _draw_channels(axes[1], summary, selection.choice)
+    _draw_channels(axes[1], summary, result.selection)
     if learned:
         axes[2].plot(learned["losses"], linewidth=1)
         axes[2].set(title="Learned masks", xlabel="step", ylabel="loss of the masked model, nats per token")
@@ -86,15 +86,15 @@ def _draw_layers(axis: Any, summary: dict[str, Any]) -> None:
     axis.set(title=f"Layers: {depth['policy']} (blue is kept)", xlabel="layer of the source", ylabel=label)
 
 
-def _draw_channels(axis: Any, summary: dict[str, Any], choice: Choice) -> None:
+def _draw_channels(axis: Any, summary: dict[str, Any], selection: Selection) -> None:
     """A line for the residual stream and one for each layer's FFN: how densely channels are kept."""
     source, bins = summary["source"], 128
-    rows = [_density(choice.hidden.numpy(), source["hidden_size"], bins)]
-    rows += [_density(ffn.numpy(), source["ffn_hidden_size"], bins) for ffn in choice.ffn]
+    rows = [_density(selection.hidden.numpy(), source["hidden_size"], bins)]
+    rows += [_density(ffn.numpy(), source["ffn_hidden_size"], bins) for ffn in selection.ffn]
     picture = axis.imshow(
         np.stack(rows), aspect="auto", cmap="Blues", vmin=0, vmax=1, extent=(0, 1, len(rows), 0)
     )
-    names = ["hidden", *(f"layer {layer}" for layer in choice.layers.tolist())]
+    names = ["hidden", *(f"layer {layer}" for layer in selection.layers.tolist())]
     axis.set_yticks(np.arange(len(rows)) + 0.5, names, fontsize=7)
     criterion = summary["width"]["criterion"]
     axis.set(title=f"Channels: {criterion}", xlabel="position among the source's channels")
@@ -123,7 +123,7 @@ def lines(summary: dict[str, Any]) -> list[str]:
     ]
     if "learned" in summary:
         learned = summary["learned"]
-        early = ", the choice had come to rest" if learned["stopped_early"] else ""
+        early = ", the selection had stopped changing" if learned["stopped_early"] else ""
         said.append(
             f"masks: {learned['step']} steps, {learned['tokens']:,} tokens, {learned['seconds']:.1f} s{early}"
         )

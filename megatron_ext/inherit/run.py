@@ -13,9 +13,9 @@ from megatron_ext.checkpoint import folders
 from megatron_ext.checkpoint.errors import on_rank_0
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.inherit import report
-from megatron_ext.inherit.choice import Choice
 from megatron_ext.inherit.options import InheritOptions
-from megatron_ext.inherit.selection import Selection, select
+from megatron_ext.inherit.select import SelectionResult, select
+from megatron_ext.inherit.selection import Selection
 from megatron_ext.inherit.slicing import cut, grown, source_key
 from megatron_ext.inherit.target import InheritanceError, target_model
 from megatron_ext.inherit.vocabulary import Rows, match_tokenizers
@@ -53,18 +53,20 @@ def inherit(options: InheritOptions) -> dict[str, Any]:
     files, rows = _target_tokenizer(options, source)
     vocab_size = source.model.vocab_size if rows is None else len(rows)
     target = target_model(options, source.model, vocab_size)
-    probe = _probe(options, source, files, rows)
-    selection = select(options, source, target, probe)
-    _write(options, source, target, files, rows, selection.choice)
+    calibration = _calibration(options, source, files, rows)
+    result = select(options, source, target, calibration)
+    _write(options, source, target, files, rows, result.selection)
     losses = {}
-    if probe is not None:
-        losses = probe.losses | {"loss_after": probe.loss_of_checkpoint(options.save, target, files)}
-    summary = _summary(source, target, rows, selection)
+    if calibration is not None:
+        losses = calibration.losses | {
+            "loss_after": calibration.loss_of_checkpoint(options.save, target, files)
+        }
+    summary = _summary(source, target, rows, result)
     summary |= {name: vars(loss) for name, loss in losses.items()}
     summary["seconds"] = round(time.perf_counter() - started, 2)
     summary["peak_memory_gib"] = round(platform.max_resident_bytes() / 2**30, 3)
     if rank() == 0:
-        report.write(Path(options.report or Path(options.save) / "inheritance"), summary, selection)
+        report.write(Path(options.report or Path(options.save) / "inheritance"), summary, result)
     return summary
 
 
@@ -79,7 +81,7 @@ def _target_tokenizer(options: InheritOptions, source: Source) -> tuple[Tokenize
                 "--target-tokenizer-model"
             ]
         )
-    from megatron_ext.inherit.probe import tokenizer_of
+    from megatron_ext.inherit.calibration_run import tokenizer_of
 
     files = tokenizer_files.of_path(options.target_tokenizer_model)
     if files.sha256 == source.tokenizer.sha256:
@@ -87,26 +89,28 @@ def _target_tokenizer(options: InheritOptions, source: Source) -> tuple[Tokenize
     return files, match_tokenizers(tokenizer_of(files), tokenizer_of(source.tokenizer))
 
 
-def _probe(options: InheritOptions, source: Source, files: TokenizerFiles | None, rows: Rows | None) -> Any:
+def _calibration(
+    options: InheritOptions, source: Source, files: TokenizerFiles | None, rows: Rows | None
+) -> Any:
     """What runs the source on text; None without --data-path."""
     if not options.data_path:
         return None
     if files is None:
         raise InheritanceError([f"{source.path} does not say where its tokenizer is: give --tokenizer-model"])
-    from megatron_ext.inherit.probe import Probe
+    from megatron_ext.inherit.calibration_run import CalibrationRun
 
-    return Probe(options, source, files, rows)
+    return CalibrationRun(options, source, files, rows)
 
 
 def target_tensor(
-    key: str, source: Source, target: ModelConfig, choice: Choice, rows: Rows | None, seed: int
+    key: str, source: Source, target: ModelConfig, selection: Selection, rows: Rows | None, seed: int
 ) -> Tensor:
     """One tensor of the target, by its name in checkpoints."""
-    from_key = source_key(key, choice)
+    from_key = source_key(key, selection)
     there = source.model.parameters()
     if key == "output_layer.weight" and key not in there:  # the source ties it to the embedding
         from_key = "embedding.word_embeddings.weight"
-    weights = cut(key, source.get(from_key), choice, source.model, rows) if from_key in there else None
+    weights = cut(key, source.get(from_key), selection, source.model, rows) if from_key in there else None
     size = target.without_padding.parameters()[key]
     if any(name in key for name in _PI) and (weights is None or weights.shape != size):
         return grown(key, weights, size, lambda size: _sampled(key, size, seed))
@@ -126,7 +130,7 @@ def _write(
     target: ModelConfig,
     files: TokenizerFiles | None,
     rows: Rows | None,
-    choice: Choice,
+    selection: Selection,
 ) -> None:
     """Let the first rank write the checkpoint, tensor by tensor; raises on all ranks if it could not."""
 
@@ -135,7 +139,7 @@ def _write(
 
             def tensor(key: str) -> Tensor:
                 progress.add(text=key)
-                return target_tensor(key, source, target, choice, rows, options.seed)
+                return target_tensor(key, source, target, selection, rows, options.seed)
 
             write_checkpoint(options.save, target, source.dtype, tensor, tokenizer=files)
 
@@ -145,7 +149,9 @@ def _write(
         write()
 
 
-def _summary(source: Source, target: ModelConfig, rows: Rows | None, selection: Selection) -> dict[str, Any]:
+def _summary(
+    source: Source, target: ModelConfig, rows: Rows | None, result: SelectionResult
+) -> dict[str, Any]:
     """The report's numbers."""
 
     def told(model: ModelConfig) -> dict[str, Any]:
@@ -155,7 +161,7 @@ def _summary(source: Source, target: ModelConfig, rows: Rows | None, selection: 
         "source": {"path": str(source.path), "description": source.description} | told(source.model),
         "target": told(target),
         "vocabulary": _vocabulary(source.model.vocab_size, rows),
-        **selection.summary(),
+        **result.summary(),
     }
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.inherit.axes import Axis, axes_of, entries, layer_of
-from megatron_ext.inherit.choice import Choice
+from megatron_ext.inherit.selection import Selection
 from megatron_ext.inherit.vocabulary import Rows
 
 _UNITS = {
@@ -19,15 +19,17 @@ _UNITS = {
 }
 
 
-def source_key(target_key: str, choice: Choice) -> str:
+def source_key(target_key: str, selection: Selection) -> str:
     """The source's name of a target's tensor: its layer is another one."""
     layer = layer_of(target_key)
     if layer is None:
         return target_key
-    return target_key.replace(f".layers.{layer}.", f".layers.{int(choice.layers[layer])}.", 1)
+    return target_key.replace(f".layers.{layer}.", f".layers.{int(selection.layers[layer])}.", 1)
 
 
-def cut(target_key: str, weights: Tensor, choice: Choice, source: ModelConfig, rows: Rows | None) -> Tensor:
+def cut(
+    target_key: str, weights: Tensor, selection: Selection, source: ModelConfig, rows: Rows | None
+) -> Tensor:
     """The target's tensor ``target_key`` from the source's, a tensor of its own.
 
     ``rows`` says which rows of the vocabulary to take; None takes all. Values are copied bit for bit, but
@@ -38,7 +40,7 @@ def cut(target_key: str, weights: Tensor, choice: Choice, source: ModelConfig, r
         if axis is Axis.VOCABULARY:
             weights = weights if rows is None else rows.take(weights)
         elif axis is not Axis.TERM:
-            units = choice.hidden if axis is Axis.HIDDEN else getattr(choice, _UNITS[axis])[layer]
+            units = selection.hidden if axis is Axis.HIDDEN else getattr(selection, _UNITS[axis])[layer]
             weights = weights.index_select(number, entries(axis, units, source))
     return weights.clone(memory_format=torch.contiguous_format)
 

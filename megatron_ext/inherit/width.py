@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.inherit.axes import Axis, axes_of, layer_of, unit_sums
-from megatron_ext.inherit.choice import Choice, top
+from megatron_ext.inherit.selection import Selection, top
 
 #: Whose score the entries of an axis add to; the vocabulary is chosen by its tokenizer.
 _SCORED = {
@@ -42,10 +42,10 @@ def _sizes(source: ModelConfig) -> list[tuple[int, ...]]:
     return [(source.hidden_size,), *((layers, count) for count in per_layer)]
 
 
-def choose(scores: Scores, layers: Tensor, target: ModelConfig) -> Choice:
+def select(scores: Scores, layers: Tensor, target: ModelConfig) -> Selection:
     """The best units of the layers that are kept."""
     available = scores.bottleneck.size(1)
-    return Choice(
+    return Selection(
         layers=layers,
         hidden=top(scores.hidden, target.hidden_size),
         ffn=top(scores.ffn[layers], target.ffn_hidden_size),
@@ -55,7 +55,7 @@ def choose(scores: Scores, layers: Tensor, target: ModelConfig) -> Choice:
 
 
 def random(source: ModelConfig, seed: int) -> Scores:
-    """Scores without meaning: a choice at random, the same for the same seed."""
+    """Scores without meaning: a selection at random, the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
     return Scores(*(torch.rand(size, generator=generator) for size in _sizes(source)))
 

@@ -13,7 +13,7 @@ INSTALL = f"pip install --no-build-isolation 'transformer-engine[pytorch]{ACCEPT
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Fp8Recipe:
     """What a way to scale FP8 needs (transformer_engine/pytorch/quantization.py, check_recipe_support).
 
     ``rows`` and ``columns``: of what those of every matrix are multiples. Scaling by tensor asks for
@@ -30,10 +30,10 @@ class Recipe:
 
 
 RECIPES = {
-    "delayed": Recipe((8, 9), "Ada, Hopper or newer", 16, 16),
-    "tensorwise": Recipe((8, 9), "Ada, Hopper or newer", 16, 16),
-    "blockwise": Recipe((9, 0), "Hopper or newer", 128, 128, cuda=(12, 9)),
-    "mxfp8": Recipe((10, 0), "data centre Blackwell", 32, 32, below=(12, 0)),
+    "delayed": Fp8Recipe((8, 9), "Ada, Hopper or newer", 16, 16),
+    "tensorwise": Fp8Recipe((8, 9), "Ada, Hopper or newer", 16, 16),
+    "blockwise": Fp8Recipe((9, 0), "Hopper or newer", 128, 128, cuda=(12, 9)),
+    "mxfp8": Fp8Recipe((10, 0), "data centre Blackwell", 32, 32, below=(12, 0)),
 }
 
 

@@ -79,7 +79,7 @@ def converted(load: Path) -> None:
 
 
 def inherited(load: Path) -> None:
-    from megatron_ext.inherit.probe import tokenizer_of
+    from megatron_ext.inherit.calibration_run import tokenizer_of
 
     tokenizer_of(open_source(load).tokenizer)
 

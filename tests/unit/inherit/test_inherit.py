@@ -13,8 +13,8 @@ import torch
 from megatron_ext.checkpoint import load_checkpoint
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.data.indexed import write_index
-from megatron_ext.inherit.choice import Choice
 from megatron_ext.inherit.options import InheritOptions
+from megatron_ext.inherit.selection import Selection
 from megatron_ext.inherit.slicing import cut, source_key
 from megatron_ext.inherit.target import target_model
 from megatron_ext.interchange.open import open_source
@@ -87,13 +87,15 @@ def test_slices_a_checkpoint_and_its_vocabulary(folder, tmp_path, capsys):
     assert (save / "inheritance" / "report.png").stat().st_size > 10_000
 
     kept = np.load(save / "inheritance" / "choice.npz")
-    choice = Choice(**{name: torch.from_numpy(kept[name]) for name in kept.files})
+    selection = Selection(**{name: torch.from_numpy(kept[name]) for name in kept.files})
     full, small, source = values(folder / "source"), values(save), open_source(folder / "source").model
     for key, value in small.items():
         if key not in ("embedding.word_embeddings.weight", "output_layer.weight"):
-            assert torch.equal(value, cut(key, full[source_key(key, choice)], choice, source, None)), key
+            assert torch.equal(value, cut(key, full[source_key(key, selection)], selection, source, None)), (
+                key
+            )
     big, little = (NativeEncoder(str(folder / f"{name}.model")).processor for name in ("big", "small"))
-    rows = full["output_layer.weight"][:, choice.hidden]
+    rows = full["output_layer.weight"][:, selection.hidden]
     for i, row in enumerate(small["output_layer.weight"]):
         if (there := big.piece_to_id(little.id_to_piece(i))) != big.unk_id() or i == little.unk_id():
             assert torch.equal(row, rows[there])
@@ -229,7 +231,7 @@ def test_ranks_share_the_text(folder, tmp_path, pool):
 
 
 def test_masks_resume_from_their_state(folder, tmp_path, pool):
-    """Stopped after its steps and asked again, nothing is trained; another recipe's state is refused."""
+    """Stopped after its steps and asked again, nothing is trained; another training's state is refused."""
     state = ["--mask-state", str(tmp_path / "state")]
     pool.run(1, calibrated, str(folder), str(tmp_path / "a"), LEARNED + state, timeout=200)
     pool.run(1, calibrated, str(folder), str(tmp_path / "b"), LEARNED + state, timeout=200)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_ext.inherit.choice import Choice
 from megatron_ext.inherit.masks import Masks, attached
+from megatron_ext.inherit.selection import Selection
 from megatron_ext.inherit.slicing import grown
 from megatron_ext.inherit.vocabulary import Rows
 from tests.unit.inherit import toy
@@ -51,26 +51,26 @@ def random_models(seed: int):
 @pytest.mark.parametrize("seed", range(10))
 def test_sliced_equals_masked(seed):
     source, target = random_models(seed)
-    choice = toy.random_choice(source, target, seed)
+    selection = toy.random_selection(source, target, seed)
     full = toy.model(source, seed)
     keep = np.random.default_rng(seed).permutation(source.vocab_size)  # also in another order
-    small = toy.sliced(full, source, target, choice, Rows.of([[i] for i in keep]))
+    small = toy.sliced(full, source, target, selection, Rows.of([[i] for i in keep]))
 
     ids = torch.randint(0, source.vocab_size, (2, 17), generator=torch.Generator().manual_seed(seed))
     before = toy.logits(full, torch.from_numpy(keep)[ids])
-    drop_bottleneck(full, choice)
-    with attached(full, Masks.of(choice, source), hidden_kept=target.hidden_size):
+    drop_bottleneck(full, selection)
+    with attached(full, Masks.of(selection, source), hidden_kept=target.hidden_size):
         masked = toy.logits(full, torch.from_numpy(keep)[ids])
     torch.testing.assert_close(toy.logits(small, ids), masked[..., keep], atol=1e-5, rtol=1e-5)
     if source != target:
-        assert (before - masked).abs().max() > 1e-3, "the choice must have mattered"
+        assert (before - masked).abs().max() > 1e-3, "the selection must have mattered"
 
 
 def test_masks_leave_the_model_as_it_was():
     source = toy.config()
     full, ids = toy.model(source), torch.arange(12)[None]
     before = toy.logits(full, ids)
-    with attached(full, Masks.of(toy.random_choice(source, source, 0), source), hidden_kept=7):
+    with attached(full, Masks.of(toy.random_selection(source, source, 0), source), hidden_kept=7):
         assert not torch.equal(toy.logits(full, ids), before)
     assert torch.equal(toy.logits(full, ids), before)
 
@@ -97,16 +97,16 @@ def test_new_pi_modules_start_as_the_identity(order, shortcuts):
 def test_a_choice_is_ascending():
     empty = torch.zeros(1, 0, dtype=torch.int64)
     with pytest.raises(ValueError, match="hidden must be ascending"):
-        Choice(torch.tensor([0]), torch.tensor([3, 3]), empty, empty, empty)
+        Selection(torch.tensor([0]), torch.tensor([3, 3]), empty, empty, empty)
 
 
 @torch.no_grad()
-def drop_bottleneck(model: nn.Module, choice: Choice) -> None:
-    """Zero the ``up`` weights of the shortcut units that ``choice`` drops, in place."""
-    if not choice.bottleneck.size(1):
+def drop_bottleneck(model: nn.Module, selection: Selection) -> None:
+    """Zero the ``up`` weights of the shortcut units that ``selection`` drops, in place."""
+    if not selection.bottleneck.size(1):
         return
-    for row, index in enumerate(choice.layers.tolist()):
+    for row, index in enumerate(selection.layers.tolist()):
         up = model.decoder.layers[index].self_attention.augmented_shortcut.up
         dropped = torch.ones(up.size(1), dtype=torch.bool, device=up.device)
-        dropped[choice.bottleneck[row]] = False
+        dropped[selection.bottleneck[row]] = False
         up[:, dropped] = 0

@@ -5,7 +5,7 @@ import torch
 from megatron_ext.arguments.parser import configured
 from megatron_ext.config import RunConfig
 from megatron_ext.config.model import ModelConfig
-from megatron_ext.inherit.choice import Choice
+from megatron_ext.inherit.selection import Selection
 from megatron_ext.inherit.slicing import cut, source_key
 from megatron_ext.inherit.vocabulary import Rows
 from megatron_ext.interchange.llama import llama_like
@@ -81,7 +81,7 @@ def load(into, values: dict[str, torch.Tensor]) -> None:
         parameter.copy_(values[name])
 
 
-def random_choice(source: ModelConfig, target: ModelConfig, seed: int) -> Choice:
+def random_selection(source: ModelConfig, target: ModelConfig, seed: int) -> Selection:
     """Any units of any layers."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -90,7 +90,7 @@ def random_choice(source: ModelConfig, target: ModelConfig, seed: int) -> Choice
         return order[..., :keep].sort(-1).values
 
     layers = target.num_layers
-    return Choice(
+    return Selection(
         layers=draw(source.num_layers, layers),
         hidden=draw(source.hidden_size, target.hidden_size),
         ffn=draw(source.ffn_hidden_size, target.ffn_hidden_size, layers),
@@ -99,10 +99,14 @@ def random_choice(source: ModelConfig, target: ModelConfig, seed: int) -> Choice
     )
 
 
-def sliced(of_model, source: ModelConfig, target: ModelConfig, choice: Choice, rows: Rows | None = None):
+def sliced(
+    of_model, source: ModelConfig, target: ModelConfig, selection: Selection, rows: Rows | None = None
+):
     """The target's model, cut out of the source's."""
     full, small = tensors(of_model), model(target)
-    values = {key: cut(key, full[source_key(key, choice)], choice, source, rows) for key in tensors(small)}
+    values = {
+        key: cut(key, full[source_key(key, selection)], selection, source, rows) for key in tensors(small)
+    }
     load(small, values)
     return small
 

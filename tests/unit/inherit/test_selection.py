@@ -7,7 +7,7 @@ import torch
 
 from megatron_ext.inherit import axes, depth, width
 from megatron_ext.inherit.axes import Axis
-from megatron_ext.inherit.choice import top
+from megatron_ext.inherit.selection import top
 from megatron_ext.inherit.vocabulary import Piece, Rows, match, match_tokenizers, pieces
 from megatron_ext.tokenizer.build import HuggingFaceTokenizer, SentencePieceTokenizer
 from tests.unit.inherit import toy

@@ -22,14 +22,14 @@ from torch import Tensor, nn
 
 from megatron_ext import platform
 from megatron_ext.inherit.calibration import average, forward
-from megatron_ext.inherit.choice import top
 from megatron_ext.inherit.masks import Masks, attached
 from megatron_ext.inherit.options import InheritOptions
+from megatron_ext.inherit.selection import top
 from megatron_ext.training.batch import Batch
 
 
 @dataclass(frozen=True)
-class Recipe:
+class MaskTraining:
     """How masks are trained."""
 
     steps: int = 100
@@ -49,7 +49,7 @@ class Recipe:
 
 
 @dataclass
-class Learned:
+class MaskState:
     """Where the training stands; what ``save`` writes and ``load`` reads."""
 
     logits: dict[str, Tensor]
@@ -76,17 +76,17 @@ class Learned:
 _COUNTERS = ("step", "unchanged", "tokens", "seconds", "losses")
 
 
-def begin(start: Masks, settled: Collection[str] = ()) -> Learned:
+def begin(start: Masks, settled: Collection[str] = ()) -> MaskState:
     """Logits from the ranks of first scores: a unit's share of those below it, as a normal quantile.
 
     Ranks have the same spread for every kind of unit, whatever the unit of the score, so one learning
-    rate and one temperature fit all. The masks named in ``settled`` stay at the first scores' choice.
+    rate and one temperature fit all. The masks named in ``settled`` stay as the first scores selected them.
     """
     device = platform.current_device()
     logits = {name: _normal_ranks(score).float().to(device) for name, score in vars(start).items()}
     for name, value in logits.items():
         value.requires_grad_(name not in settled)
-    return Learned(logits)
+    return MaskState(logits)
 
 
 def _normal_ranks(scores: Tensor) -> Tensor:
@@ -118,12 +118,12 @@ _FAR, _HALVINGS = 20.0, 40
 def train(
     model: nn.Module,
     counts: dict[str, int],
-    learned: Learned,
+    state: MaskState,
     steps: Callable[[int], Iterator[list[Batch]]],
-    recipe: Recipe,
-    note: Callable[[Learned], None],
+    training: MaskTraining,
+    note: Callable[[MaskState], None],
 ) -> None:
-    """Train the logits in place until the recipe's steps are done or the choice has come to rest.
+    """Train the logits in place for its steps, or until the selection stops changing.
 
     Args:
         model: the source, frozen.
@@ -131,48 +131,48 @@ def train(
         steps: step -> this rank's microbatches of each step from there on.
         note: hears of every step done; where progress is shown and states are saved.
 
-    It stops early when the choice has been the same for ``patience`` steps. A collective
+    It stops early when the selection has been the same for ``patience`` steps. A collective
     call; all ranks end with the same logits, bit for bit.
     """
-    masks = Masks(**learned.logits)
-    before = choice_of(learned, counts)
+    masks = Masks(**state.logits)
+    before = selection_of(state, counts)
     with attached(model, masks, hidden_kept=counts["hidden"]):
-        for microbatches in steps(learned.step):
-            if learned.step >= recipe.steps or learned.unchanged >= recipe.patience:
+        for microbatches in steps(state.step):
+            if state.step >= training.steps or state.unchanged >= training.patience:
                 return
             started = time.perf_counter()
-            loss = _step(model, masks, counts, learned, microbatches, recipe)
-            learned.losses.append(average(loss).item())
-            learned.step += 1
-            now = choice_of(learned, counts)
+            loss = _step(model, masks, counts, state, microbatches, training)
+            state.losses.append(average(loss).item())
+            state.step += 1
+            now = selection_of(state, counts)
             same = all(torch.equal(now[name], before[name]) for name in now)
-            learned.unchanged, before = learned.unchanged + 1 if same else 0, now
-            learned.seconds += time.perf_counter() - started
-            note(learned)
+            state.unchanged, before = state.unchanged + 1 if same else 0, now
+            state.seconds += time.perf_counter() - started
+            note(state)
 
 
 def _step(
     model: nn.Module,
     masks: Masks,
     counts: dict[str, int],
-    learned: Learned,
+    state: MaskState,
     microbatches: list[Batch],
-    recipe: Recipe,
+    training: MaskTraining,
 ) -> Tensor:
     """One update of the logits; the mean loss of this rank's microbatches, float64."""
-    temperature = recipe.temperature_at(learned.step)
+    temperature = training.temperature_at(state.step)
     loss = torch.zeros((), dtype=torch.float64)
     for batch in microbatches:
-        for name, logits in learned.logits.items():
+        for name, logits in state.logits.items():
             free, count = logits.requires_grad, counts[name]
             setattr(masks, name, relaxed(logits, count, temperature) if free else hard(logits, count))
         part = forward(model, batch).sum() / batch.loss_mask.sum() / len(microbatches)
         part.backward()
         loss += part.item()
-        learned.tokens += batch.tokens.numel() * parallel_state.get_data_parallel_world_size()
-    for logits in learned.logits.values():
+        state.tokens += batch.tokens.numel() * parallel_state.get_data_parallel_world_size()
+    for logits in state.logits.values():
         if logits.grad is not None:
-            _descend(logits, average(logits.grad), recipe.rate_at(learned.step))
+            _descend(logits, average(logits.grad), training.rate_at(state.step))
     return loss
 
 
@@ -191,14 +191,14 @@ def hard(logits: Tensor, count: int) -> Tensor:
     return torch.zeros_like(logits).scatter_(-1, top(logits.detach(), count), 1.0)
 
 
-def choice_of(learned: Learned, counts: dict[str, int]) -> dict[str, Tensor]:
+def selection_of(state: MaskState, counts: dict[str, int]) -> dict[str, Tensor]:
     """The units that the logits keep, by mask; ascending indices on the CPU."""
-    return {name: top(logits.detach().cpu(), counts[name]) for name, logits in learned.logits.items()}
+    return {name: top(logits.detach().cpu(), counts[name]) for name, logits in state.logits.items()}
 
 
-def recipe_from(options: InheritOptions) -> Recipe:
-    """The recipe that the tool's flags give."""
-    return Recipe(
+def training_from(options: InheritOptions) -> MaskTraining:
+    """The training that the tool's flags give."""
+    return MaskTraining(
         steps=options.mask_steps,
         learning_rate=options.mask_lr,
         temperature=(options.mask_temperature[0], options.mask_temperature[1]),

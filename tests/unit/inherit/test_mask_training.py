@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_ext.inherit import learn
-from megatron_ext.inherit.calibration import Windows, forward, mean_loss
+from megatron_ext.inherit import mask_training
+from megatron_ext.inherit.calibration import TokenWindows, forward, mean_loss
 from megatron_ext.inherit.importance import losses_without_each_layer, taylor
 from megatron_ext.inherit.masks import Masks, attached
 from tests.unit.inherit import toy
@@ -17,9 +17,9 @@ SOURCE = toy.config()
 COUNTS = {"hidden": 24, "ffn": 30, "groups": 2, "layers": 3}
 
 
-def windows(count: int = 6, length: int = 16) -> Windows:
+def windows(count: int = 6, length: int = 16) -> TokenWindows:
     ids = np.random.default_rng(0).integers(0, 100, count * length + 1)
-    return Windows.of([ids.tolist()], length)
+    return TokenWindows.of([ids.tolist()], length)
 
 
 def frozen():
@@ -29,7 +29,7 @@ def frozen():
 def test_windows_predict_every_token_once():
     text = windows(3, 4)
     assert text.tokens.shape == (3, 5) and text.counted.all()
-    short = Windows.of([[5, 6], [7]], 4)
+    short = TokenWindows.of([[5, 6], [7]], 4)
     assert short.tokens.tolist() == [[5, 6, 7, 0, 0]] and short.counted.tolist() == [
         [True, True, False, False]
     ]
@@ -56,8 +56,8 @@ def test_skipping_a_layer_is_a_model_without_it():
         model, SOURCE, lambda: mean_loss(model, text, 6, bytes_of).nats, seen.append
     )
     shorter = dataclasses.replace(SOURCE, num_layers=2)
-    choice = dataclasses.replace(toy.random_choice(SOURCE, SOURCE, 0), layers=torch.tensor([0, 2]))
-    small = toy.sliced(model, SOURCE, shorter, choice)
+    selection = dataclasses.replace(toy.random_selection(SOURCE, SOURCE, 0), layers=torch.tensor([0, 2]))
+    small = toy.sliced(model, SOURCE, shorter, selection)
     assert losses[1].item() == pytest.approx(mean_loss(small, text, 6, bytes_of).nats, rel=1e-5)
     assert seen == [0, 1, 2]
 
@@ -81,61 +81,68 @@ def test_taylor_is_the_slope_of_the_loss():
 @pytest.mark.parametrize("temperature", [1.0, 0.3, 0.01])
 def test_relaxed_masks_sum_to_the_count(temperature):
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
-    mask = learn.relaxed(logits, 20, temperature)
+    mask = mask_training.relaxed(logits, 20, temperature)
     torch.testing.assert_close(mask.sum(-1), torch.full((3,), 20.0), rtol=1e-4, atol=1e-4)
     assert torch.equal(mask.argsort(stable=True), logits.argsort(stable=True)) or temperature < 0.1
     (mask * torch.arange(1, 51)).sum().backward()
     assert (logits.grad >= 0).all() and (logits.grad > 0).any()
-    assert learn.relaxed(logits, 50, temperature).eq(1).all()
+    assert mask_training.relaxed(logits, 50, temperature).eq(1).all()
 
 
 def test_cold_masks_are_hard():
     logits = torch.arange(50.0).expand(2, 50)
-    torch.testing.assert_close(learn.relaxed(logits, 20, 0.01), learn.hard(logits, 20))
-    assert learn.hard(logits, 20).sum(-1).tolist() == [20.0, 20.0]
+    torch.testing.assert_close(mask_training.relaxed(logits, 20, 0.01), mask_training.hard(logits, 20))
+    assert mask_training.hard(logits, 20).sum(-1).tolist() == [20.0, 20.0]
 
 
-def trained(recipe: learn.Recipe, stop: int | None = None, state: dict | None = None) -> learn.Learned:
+def trained(
+    training: mask_training.MaskTraining, stop: int | None = None, state: dict | None = None
+) -> mask_training.MaskState:
     """Masks of the toy after ``stop`` steps, from ``state`` if it is given."""
     model, batches = frozen(), list(windows(12).batches(4))
     first = taylor(model, SOURCE, torch.arange(3), batches)
-    learned = learn.begin(first)
+    learned = mask_training.begin(first)
     if state is not None:
         learned.restore(state)
 
     def steps(start: int):
-        for step in range(start, recipe.steps if stop is None else stop):
+        for step in range(start, training.steps if stop is None else stop):
             yield [batches[step % 3], batches[(step + 1) % 3]]
 
-    learn.train(model, COUNTS, learned, steps, recipe, lambda now: None)
+    mask_training.train(model, COUNTS, learned, steps, training, lambda now: None)
     return learned
 
 
 def test_masks_learn_resume_and_repeat():
-    recipe = learn.Recipe(steps=40, patience=100, learning_rate=0.1)
-    whole, again = trained(recipe), trained(recipe)
+    training = mask_training.MaskTraining(steps=40, patience=100, learning_rate=0.1)
+    whole, again = trained(training), trained(training)
     assert whole.step == 40 and whole.losses == again.losses
-    resumed = trained(recipe, state=trained(recipe, stop=15).state())
+    resumed = trained(training, state=trained(training, stop=15).state())
     assert resumed.losses == whole.losses and resumed.tokens == whole.tokens == 40 * 8 * 16
     for name, logits in whole.logits.items():
         assert torch.equal(logits, resumed.logits[name])
     assert np.mean(whole.losses[-8:]) < np.mean(whole.losses[:8]) - 0.05
 
 
-def kept(learned: learn.Learned) -> float:
+def kept(learned: mask_training.MaskState) -> float:
     """The loss of the source with the units that the logits keep, and no others."""
     model = frozen()
-    masks = Masks(**{name: learn.hard(logits, COUNTS[name]) for name, logits in learned.logits.items()})
+    masks = Masks(
+        **{name: mask_training.hard(logits, COUNTS[name]) for name, logits in learned.logits.items()}
+    )
     with attached(model, masks, hidden_kept=COUNTS["hidden"]):
         return mean_loss(model, windows(12), 6, np.ones(128, dtype=np.int32)).nats
 
 
 def test_the_choice_gets_better():
     """On the text that it was trained on, against the first scores that it started from."""
-    first = trained(learn.Recipe(steps=40), stop=0)
-    assert kept(trained(learn.Recipe(steps=40, patience=100, learning_rate=0.1))) < kept(first) - 0.05
+    first = trained(mask_training.MaskTraining(steps=40), stop=0)
+    assert (
+        kept(trained(mask_training.MaskTraining(steps=40, patience=100, learning_rate=0.1)))
+        < kept(first) - 0.05
+    )
 
 
 def test_masks_stop_when_the_choice_rests():
-    still = trained(learn.Recipe(steps=40, patience=5, learning_rate=1e-9))
+    still = trained(mask_training.MaskTraining(steps=40, patience=5, learning_rate=1e-9))
     assert still.step == 5

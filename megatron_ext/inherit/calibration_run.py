@@ -18,7 +18,7 @@ from megatron_ext.data import build_data_loader, build_datasets
 from megatron_ext.inherit.axes import Axis, axes_of
 from megatron_ext.inherit.calibration import (
     Loss,
-    Windows,
+    TokenWindows,
     fill,
     frozen_model,
     mean_loss,
@@ -43,7 +43,7 @@ def tokenizer_of(files: TokenizerFiles) -> Tokenizer:
     )
 
 
-class Probe:
+class CalibrationRun:
     """Runs the source, frozen, on windows of text and on streams of samples; every call is collective.
 
     The vocabulary is the target's from the start: the tokenizer settles it, and text in its ids is what
@@ -74,7 +74,7 @@ class Probe:
         self.documents = read_documents(
             options.data_path or [], options.calibration_samples * options.seq_length + 1
         )
-        self.windows = Windows.of(self.documents, options.seq_length)
+        self.windows = TokenWindows.of(self.documents, options.seq_length)
         if not self.windows.counted.any():
             raise ValueError(
                 f"--data-path {' '.join(options.data_path or [])}: has no two tokens to measure a loss on"
@@ -93,7 +93,9 @@ class Probe:
         tokenizer = tokenizer_of(files)
         model = frozen_model(self._configuration(source.model, files, with_data=False))
         fill(model, source.get)
-        windows = Windows.of(translated(self.documents, self.tokenizer, tokenizer), self.options.seq_length)
+        windows = TokenWindows.of(
+            translated(self.documents, self.tokenizer, tokenizer), self.options.seq_length
+        )
         return mean_loss(model, windows, self.options.micro_batch_size, tokenizer.token_bytes())
 
     def _samples(self) -> int:

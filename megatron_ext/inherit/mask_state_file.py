@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from megatron_ext.common.files import write_aside
-from megatron_ext.inherit.learn import Learned, Recipe
+from megatron_ext.inherit.mask_training import MaskState, MaskTraining
 from megatron_ext.inherit.report import facts
 from megatron_ext.interchange.source import Source
 
@@ -20,20 +20,20 @@ class StateFile:
 
     Args:
         path: None saves nothing.
-        recipe, counts, source: what the state belongs to; another's state is refused.
+        training, counts, source: what the state belongs to; another's state is refused.
     """
 
-    def __init__(self, path: str | None, recipe: Recipe, counts: dict[str, int], source: Source):
+    def __init__(self, path: str | None, training: MaskTraining, counts: dict[str, int], source: Source):
         self.path = None if path is None else Path(path)
         of = {name: str(value) for name, value in facts(source.model, source.dtype).items()}
         self.identity = {
-            "recipe": dataclasses.asdict(recipe),
+            "training": dataclasses.asdict(training),
             "counts": counts,
             "source": of | {"iteration": source.iteration},
         }
         self.saved = time.monotonic()
 
-    def resume(self, learned: Learned) -> None:
+    def resume(self, state: MaskState) -> None:
         """Go on from the file if it is there.
 
         Raises:
@@ -43,7 +43,7 @@ class StateFile:
             return
         try:
             content = torch.load(self.path, weights_only=True)
-            identity, state = content["identity"], content["state"]
+            identity, stored = content["identity"], content["state"]
         except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
             raise ValueError(
                 f"--mask-state {self.path}: not a state of learned masks ({type(error).__name__}); "
@@ -55,13 +55,13 @@ class StateFile:
                 f"--mask-state {self.path}: made with another {' and '.join(differ)}; give the same flags, "
                 "or another file"
             )
-        learned.restore(state)
+        state.restore(stored)
 
-    def save(self, learned: Learned, always: bool = False) -> None:
+    def save(self, state: MaskState, always: bool = False) -> None:
         """Write the state, once a minute unless ``always``."""
         due = always or time.monotonic() - self.saved >= SECONDS_BETWEEN_SAVES
         if self.path is None or not due or torch.distributed.get_rank():
             return
-        content = {"identity": self.identity, "state": learned.state()}
+        content = {"identity": self.identity, "state": state.state()}
         write_aside(self.path, lambda file: torch.save(content, file))
         self.saved = time.monotonic()
