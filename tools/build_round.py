@@ -24,34 +24,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megatron_ext.common import command
 from megatron_ext.data.rounds import round_report
 from megatron_ext.data.rounds.build_round import RoundOptions, build_round
-from megatron_ext.data.rounds.dataset import ORDERS, round_paths
+from megatron_ext.data.rounds.dataset import round_paths
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = command.parser(__doc__)
+    p = command.parser(__doc__, options=RoundOptions)
     p.add_argument(
         "--losses", required=True, metavar="PATH", help="written by --record-sample-loss, or an .npy"
     )
-    p.add_argument("--rate", type=float, required=True, metavar="X", help="share of the groups to draw")
     p.add_argument("--output", required=True, metavar="PATH", help="the .npy to write")
-    p.add_argument(
-        "--group-size", type=int, default=1, metavar="N", help="samples drawn together (default: 1)"
-    )
-    p.add_argument(
-        "--temperature", type=float, default=1.0, metavar="T", help="of the softmax (default: 1.0)"
-    )
-    p.add_argument("--seed", type=int, default=1234, metavar="N", help="of the draw (default: 1234)")
-    p.add_argument(
-        "--rounds-seen", type=int, default=1, metavar="N", help="rounds trained so far (default: 1)"
-    )
-    p.add_argument("--per-source", action="store_true", help="keep the shares of a blend as they are")
-    p.add_argument(
-        "--order",
-        choices=ORDERS,
-        default="shuffled",
-        help="in which training takes the samples: shuffled, each epoch anew (default), or training order",
-    )
     p.add_argument("--no-plot", action="store_true", help="draw no picture")
     p.add_argument("--json", action="store_true", help="print the summary as one JSON object")
     return p

@@ -12,7 +12,6 @@ exact; memory counts weights, gradients, optimizer state, and the activations th
 import argparse
 import dataclasses
 import json
-import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,8 @@ from megatron_ext.arguments import defaults
 from megatron_ext.arguments.parser import with_defaults
 from megatron_ext.arguments.validate import numbers
 from megatron_ext.common import command
+from megatron_ext.common.flags import add_group, flag, wrong_fields
 from megatron_ext.config import RunConfig, describe, footprint, options
-from megatron_ext.config.flags import add_group
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.presets import PRESETS
 
@@ -45,21 +44,30 @@ LAYOUT_FLAGS = (
 class Options:
     """What this tool adds to the trainer's flags."""
 
-    design: bool
-    params: float | None
-    world_size: int
-    sustained_tflops: float
-    json: bool
+    design: bool = flag(False, section="this tool")
+    """List shapes of --params parameters."""
+
+    params: float | None = flag(None, above=0)
+    """Parameters for --design, such as 1.0e9."""
+
+    world_size: int = flag(1, minimum=1)
+    """Processes."""
+
+    sustained_tflops: float = flag(100.0, above=0)
+    """TFLOP/s of a device that training sustains, for tokens per second."""
+
+    json: bool = False
+    """Print one JSON object."""
 
 
 @command.tool
 def main(argv: list[str] | None = None) -> int:
     """Run; returns the exit code."""
     parser = make_parser()
-    typed = vars(parser.parse_args(argv))
+    namespace = parser.parse_args(argv)
+    tool = command.made(Options, namespace)
+    typed = {name: value for name, value in vars(namespace).items() if name not in vars(tool)}
     problems: list[str] = []
-    own = {name: typed.pop(name) for name in ("design", "params", "world_size", "sustained_tflops", "json")}
-    tool = Options(**own)
     values = with_defaults(typed, problems)
     values |= {"device": "cpu", "micro_batch_size": values["micro_batch_size"] or 1}
     run = RunConfig.of(values)
@@ -76,33 +84,15 @@ def main(argv: list[str] | None = None) -> int:
 def make_parser() -> argparse.ArgumentParser:
     """The shape and layout flags of the trainer, and what this tool adds."""
     usage = "%(prog)s --model-preset NAME [flags]  |  %(prog)s --design --params X --vocab-size N"
-    parser = command.parser(__doc__, usage)
-    tool = parser.add_argument_group("this tool")
-    tool.add_argument("--design", action="store_true", help="list shapes of --params parameters")
-    tool.add_argument("--params", type=float, metavar="X", help="parameters for --design, such as 1.0e9")
-    tool.add_argument("--world-size", type=int, default=1, metavar="N", help="processes (default: 1)")
-    tool.add_argument(
-        "--sustained-tflops",
-        type=float,
-        default=100.0,
-        metavar="X",
-        help="TFLOP/s of a device that training sustains, for tokens per second (default: 100)",
-    )
-    tool.add_argument("--json", action="store_true", help="print one JSON object")
+    parser = command.parser(__doc__, usage, Options)
     add_group(parser, "model, as for pretrain_pangu_pro.py", [options()[name] for name in SHAPE_FLAGS])
     add_group(parser, "layout, as for pretrain_pangu_pro.py", [options()[name] for name in LAYOUT_FLAGS])
     return parser
 
 
 def _problems(run: RunConfig, tool: Options) -> list[str]:
-    if wrong := list(numbers.values_are_possible(run, {})):
+    if wrong := [*wrong_fields(tool), *numbers.values_are_possible(run, {})]:
         return wrong
-    if not 0 < tool.sustained_tflops < math.inf:
-        return [f"--sustained-tflops {tool.sustained_tflops}: must be above 0"]
-    if tool.world_size < 1:
-        return [f"--world-size {tool.world_size}: must be at least 1"]
-    if tool.params is not None and not 0 < tool.params < math.inf:
-        return [f"--params {tool.params}: must be above 0"]
     if tool.design:
         return (
             [] if tool.params and run.tokenizer.vocab_size else ["--design needs --params and --vocab-size"]

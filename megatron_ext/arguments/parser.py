@@ -10,8 +10,8 @@ from types import MappingProxyType
 from typing import Any, NoReturn
 
 from megatron_ext.arguments import defaults, from_checkpoint, unsupported, validate
+from megatron_ext.common.flags import add_group, default_of
 from megatron_ext.config import RunConfig, options, sections
-from megatron_ext.config.flags import add_group, default_of
 from megatron_ext.config.presets import PRESETS, preset_values
 from megatron_ext.platform import Device
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+from megatron_ext.common.flags import argparse_form
 from megatron_ext.config import options
-from megatron_ext.config.flags import argparse_form
 
 UPSTREAM = "Megatron-LM 0.16.1"
 

@@ -26,6 +26,7 @@ from types import TracebackType
 from typing import Any, Protocol, TypeVar, cast
 
 from megatron_ext.common.errors import RunError
+from megatron_ext.common.flags import add_flags
 
 #: What can be wrong with files, flags and machines. MemoryError: what was asked for is too large.
 EXPECTED = (ValueError, OSError, RunError, MemoryError)
@@ -91,14 +92,22 @@ def message(error: BaseException) -> str:
     return said if len(said) <= _LONGEST else f"{said[:_LONGEST]} ..."
 
 
-def parser(description: str | None, usage: str | None = None) -> argparse.ArgumentParser:
-    """A parser whose help is the tool's docstring as it stands, and that takes no abbreviated flags."""
-    return argparse.ArgumentParser(
+def parser(
+    description: str | None, usage: str | None = None, options: type | None = None
+) -> argparse.ArgumentParser:
+    """A parser whose help is the tool's docstring as it stands, and that takes no abbreviated flags.
+
+    ``options``: a dataclass whose fields are flags (``flags.py``).
+    """
+    made = argparse.ArgumentParser(
         usage=usage,
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    if options is not None:
+        add_flags(made, options)
+    return made
 
 
 def read(

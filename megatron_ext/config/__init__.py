@@ -2,7 +2,7 @@
 
 from functools import cache
 
-from megatron_ext.config.flags import Option, own_options, spelled
+from megatron_ext.common.flags import Option, own_options, spelled
 from megatron_ext.config.run import RunConfig, concerns
 
 __all__ = ["Option", "RunConfig", "flag_of", "options", "sections"]

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_ext.config.flags import derived, flag
+from megatron_ext.common.flags import derived, flag
 from megatron_ext.config.needs import A_MODEL_FILE, DATA, GOES_ON, HUGGING_FACE, RECORDING, ROUND, SPLIT
 
 BLEND: dict[str, Any] = {"nargs": "*", "metavar": "[WEIGHT] PREFIX", "type": str}

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Literal
 
-from megatron_ext.config.flags import Option, derived, fits, flag, own_options, spelled, wrong
+from megatron_ext.common.flags import Option, derived, fits, flag, own_options, spelled, wrong
 from megatron_ext.config.needs import GROUPED, ROPE_SCALING, ROTARY, SHORTCUTS
 
 #: Settled by the tokenizer and the layout, not by the model's function.

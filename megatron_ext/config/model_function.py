@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
+from megatron_ext.common.flags import default_of, own_options
 from megatron_ext.config import flag_of, options
-from megatron_ext.config.flags import default_of, own_options
 from megatron_ext.config.model import ModelConfig
 
 #: What a checkpoint says of the run that saved it, by the names of Megatron-LM's arguments.

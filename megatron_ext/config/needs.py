@@ -1,6 +1,6 @@
 """What a flag needs to have an effect: the conditions that fields name (``flag(..., needs=[...])``)."""
 
-from megatron_ext.config.flags import Need
+from megatron_ext.common.flags import Need
 
 GROUPED = Need("--group-query-attention", lambda run: run.model.group_query_attention)
 ROTARY = Need("--position-embedding-type rope", lambda run: run.model.position_embedding_type == "rope")

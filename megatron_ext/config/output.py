@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_ext.config.flags import flag
+from megatron_ext.common.flags import flag
 from megatron_ext.config.needs import (
     GPU,
     LOAD,

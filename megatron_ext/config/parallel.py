@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_ext.config.flags import derived, flag
+from megatron_ext.common.flags import derived, flag
 from megatron_ext.config.needs import BF16, CONTEXT, INTERLEAVED, OVERLAP, PIPELINE
 
 

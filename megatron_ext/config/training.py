@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from signal import Signals
 from typing import Literal
 
-from megatron_ext.config.flags import derived, flag
+from megatron_ext.common.flags import derived, flag
 from megatron_ext.config.needs import ADAM, CHECKED, GPU, LOAD, MANUAL_GC, SGD, WSD
 
 

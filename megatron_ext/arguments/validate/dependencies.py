@@ -1,8 +1,8 @@
 """A flag that was typed and cannot take effect is an error, never ignored."""
 
 from megatron_ext.arguments.validate.rule import Problems, Typed
+from megatron_ext.common.flags import Need
 from megatron_ext.config import RunConfig, flag_of, options
-from megatron_ext.config.flags import Need
 
 
 def flags_take_effect(run: RunConfig, typed: Typed) -> Problems:

@@ -1,8 +1,8 @@
 """Sizes that must be given, and ranges of numbers."""
 
 from megatron_ext.arguments.validate.rule import Problems, Typed
+from megatron_ext.common.flags import wrong
 from megatron_ext.config import RunConfig, flag_of, options
-from megatron_ext.config.flags import wrong
 from megatron_ext.config.presets import PRESETS
 
 REQUIRED = ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "max_position_embeddings")

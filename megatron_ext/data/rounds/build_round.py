@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from megatron_ext.common.files import (
     write_aside,
     write_json,
 )
+from megatron_ext.common.flags import flag, wrong_fields
 from megatron_ext.common.progress import Progress
 from megatron_ext.data.indexed import DatasetError
 from megatron_ext.data.rounds import sampling as drawing
@@ -34,23 +35,30 @@ FINE_BINS = 6000
 NAMED = 10
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RoundOptions:
-    """What is drawn: ``rate`` in (0, 1] of the groups of ``group_size`` samples, at ``temperature``.
+    """How the samples of a round are drawn; each field is a flag of tools/build_round.py."""
 
-    ``rounds_seen`` rounds were trained before; it enters the seed, so that each round is drawn anew.
-    ``per_source`` draws the rate from every source of a blend by itself, so that the blend's shares
-    stay. ``order``: whether training takes the samples ``shuffled``, each epoch anew, or in
-    ``training`` order.
-    """
+    rate: float = flag(above=0, maximum=1)
+    """Share of the groups to draw."""
 
-    rate: float
-    group_size: int = 1
-    temperature: float = 1.0
-    seed: int = 1234
-    rounds_seen: int = 1
+    group_size: int = flag(1, minimum=1, below=2**53)
+    """Samples drawn together."""
+
+    temperature: float = flag(1.0, minimum=1e-9, maximum=1e9)
+    """Temperature of the softmax."""
+
+    seed: int = flag(1234, minimum=0)
+    """Seed of the draw."""
+
+    rounds_seen: int = flag(1, minimum=1)
+    """Rounds trained so far; enters the seed, so that each round is drawn anew."""
+
     per_source: bool = False
-    order: str = "shuffled"
+    """Draw the rate from every source of a blend by itself, so that the blend's shares stay."""
+
+    order: Literal["shuffled", "training"] = "shuffled"
+    """Order in which training takes the samples: shuffled, each epoch anew, or training order."""
 
     @property
     def key(self) -> tuple[int, ...]:
@@ -58,16 +66,7 @@ class RoundOptions:
 
     def problems(self) -> list[str]:
         """What is wrong with the numbers, by the names of the flags."""
-        rules = {
-            f"--rate {self.rate:g}: must be above 0 and at most 1": 0 < self.rate <= 1,
-            f"--temperature {self.temperature:g}: must be from 1e-9 to 1e9": 1e-9 <= self.temperature <= 1e9,
-            f"--group-size {self.group_size}: must be at least 1, and below 2^53": 0
-            < self.group_size
-            < 2**53,
-            f"--seed {self.seed}: must not be negative": self.seed >= 0,
-            f"--rounds-seen {self.rounds_seen}: must be at least 1": self.rounds_seen >= 1,
-        }
-        return [problem for problem, holds in rules.items() if not holds]
+        return list(wrong_fields(self))
 
 
 @dataclass

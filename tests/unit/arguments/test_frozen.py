@@ -14,8 +14,8 @@ if __name__ == "__main__":
     sys.path.insert(0, str(REPOSITORY))
 
 from megatron_ext.arguments.parser import make_parser, read_args  # noqa: E402
+from megatron_ext.common.flags import default_of  # noqa: E402
 from megatron_ext.config import options  # noqa: E402
-from megatron_ext.config.flags import default_of  # noqa: E402
 
 FROZEN = Path(__file__).with_name("flags.json")
 SMALLEST = (

@@ -8,8 +8,8 @@ import pytest
 
 from megatron_ext.arguments import parse_args
 from megatron_ext.arguments.unsupported import known_to_upstream, spellings
+from megatron_ext.common.flags import argparse_form, default_of
 from megatron_ext.config import options
-from megatron_ext.config.flags import argparse_form, default_of
 
 #: Where the list shows the field's own default, not the flag's, or where we choose another.
 OTHER_DEFAULTS = {

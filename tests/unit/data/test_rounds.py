@@ -182,7 +182,7 @@ def test_plain_losses(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [(["--rate", "0"], "--rate"), (["--rate", "1.5"], "--rate"), (["--rate", "nan"], "--rate"),
-     (["--rate", "0.5", "--temperature", "0", "--group-size", "0"], "--temperature 0.*--group-size 0")],
+     (["--rate", "0.5", "--temperature", "0", "--group-size", "0"], "--group-size 0.*--temperature 0")],
 )  # fmt: skip
 def test_bad_usage(tmp_path, capsys, words, message):
     with pytest.raises(SystemExit) as left:

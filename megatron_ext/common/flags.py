@@ -8,7 +8,7 @@ A field gives the flag as Megatron-LM's own factory does (megatron/training/argu
 - ``metadata["argparse_meta"]`` overrides any of it, ``arg_names`` the spelling;
 - the string under the field is the help.
 
-Beside it stand what a value must be (``Range``) and what it needs to have an effect (``Need``).
+A field also says which values are allowed (``Range``) and what it needs to have an effect (``Need``).
 """
 
 import argparse
@@ -52,13 +52,17 @@ class Range:
         )
 
     def __str__(self) -> str:
-        if self.maximum is not None:
+        if self.minimum is not None and self.maximum is not None:
             return f"between {self.minimum} and {self.maximum}"
-        if self.below is not None:
-            return f"at least {self.minimum} and below {self.below}"
-        if self.above is not None:
-            return f"above {self.above}"
-        return f"{self.minimum} or more" if self.minimum == 0 else f"at least {self.minimum}"
+        if self.minimum == 0 and self.below is None:
+            return "0 or more"
+        limits = {
+            "at least": self.minimum,
+            "above": self.above,
+            "at most": self.maximum,
+            "below": self.below,
+        }
+        return " and ".join(f"{word} {limit}" for word, limit in limits.items() if limit is not None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +77,7 @@ class Option:
     range: Range | None = None
     needs: Sequence[Need] = ()
     refused: Sequence[str] = ()
+    section: str | None = None
 
 
 class Offered(tuple[Any, ...]):
@@ -85,7 +90,7 @@ class Offered(tuple[Any, ...]):
 
 
 def flag(
-    value: Any,
+    value: Any = dataclasses.MISSING,
     *names: str,
     minimum: float | None = None,
     maximum: float | None = None,
@@ -93,11 +98,13 @@ def flag(
     below: float | None = None,
     needs: Sequence[Need] = (),
     refused: Sequence[str] = (),
+    section: str | None = None,
     **argparse_meta: Any,
 ) -> Any:
     """A dataclass field whose flag has a range or needs, or differs from what its name and annotation say.
 
-    ``refused``: values that Megatron-LM has and a rule refuses here; ``--help`` does not offer them.
+    Without a value, the flag must be typed. ``refused``: values that Megatron-LM has and a rule refuses
+    here; ``--help`` does not offer them. ``section``: the title in ``--help`` of this field and the next.
     """
     if names:
         argparse_meta["arg_names"] = list(names)
@@ -108,7 +115,10 @@ def flag(
         "range": allowed,
         "needs": tuple(needs),
         "refused": tuple(refused),
+        "section": section,
     }
+    if value is dataclasses.MISSING:
+        return dataclasses.field(metadata=metadata)
     if isinstance(value, list):
         return dataclasses.field(default_factory=value.copy, metadata=metadata)
     return dataclasses.field(default=value, metadata=metadata)
@@ -135,6 +145,7 @@ def own_options(cls: Any) -> list[Option]:
             f.metadata.get("range"),
             f.metadata.get("needs", ()),
             f.metadata.get("refused", ()),
+            f.metadata.get("section"),
         )
         for f in dataclasses.fields(cls)
         if not f.metadata.get("derived")
@@ -145,8 +156,21 @@ def add_group(parser: argparse.ArgumentParser, title: str, options: Iterable[Opt
     """Add one titled section of flags; defaults are shown in the help and kept by the caller."""
     group = parser.add_argument_group(title)
     for option in options:
-        names, keywords = argparse_form(option)
-        group.add_argument(*names, dest=option.name, **keywords)
+        _add(group, option)
+
+
+def add_flags(parser: argparse.ArgumentParser, cls: Any) -> None:
+    """Add the flags of a dataclass, in the sections that its fields begin."""
+    group: argparse._ActionsContainer = parser
+    for option in own_options(cls):
+        if option.section is not None:
+            group = parser.add_argument_group(option.section)
+        _add(group, option)
+
+
+def _add(group: argparse._ActionsContainer, option: Option) -> None:
+    names, keywords = argparse_form(option)
+    group.add_argument(*names, dest=option.name, **keywords)
 
 
 def argparse_form(option: Option) -> tuple[list[str], dict[str, Any]]:
@@ -167,6 +191,8 @@ def argparse_form(option: Option) -> tuple[list[str], dict[str, Any]]:
         keywords, on = {} if "type" in meta else _value_form(option.annotation), [spelled]
     names = meta.pop("arg_names", on)
     keywords.update(meta)
+    if default is dataclasses.MISSING:
+        keywords["required"] = True
     if option.refused:
         offered = Offered(choice for choice in keywords["choices"] if choice not in option.refused)
         offered.refused = option.refused
@@ -194,6 +220,13 @@ def wrong(option: Option, value: Any) -> Iterator[str]:
         yield f"{spelled(option)} {value!r}: must be {kind(option.annotation)}"
     elif option.range is not None and not option.range.holds(value):
         yield f"{spelled(option)} {value}: must be {option.range}"
+
+
+def wrong_fields(instance: Any) -> Iterator[str]:
+    """What is wrong with each value of a dataclass of flags by itself."""
+    cls: Any = type(instance)
+    for option in own_options(cls):
+        yield from wrong(option, getattr(instance, option.name))
 
 
 def fits(value: Any, annotation: Any) -> bool:
@@ -227,7 +260,7 @@ def kind(annotation: Any) -> str:
 def _help(option: Option, default: Any, keywords: dict[str, Any]) -> str:
     """The field's docstring, its default, and what else has to be given."""
     notes = []
-    if "action" not in keywords:
+    if "action" not in keywords and default is not dataclasses.MISSING:
         shown = "none" if default is None or default == [] else getattr(default, "name", default)
         notes = [f"default: {' '.join(map(str, shown)) if isinstance(shown, list) else shown}"]
     notes += [f"needs {need.flags}" for need in option.needs]

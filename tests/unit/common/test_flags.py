@@ -1,6 +1,7 @@
 """Flags that are made from dataclass fields."""
 
 import argparse
+import math
 import subprocess
 import sys
 from dataclasses import MISSING, dataclass, fields
@@ -9,14 +10,16 @@ from typing import Literal
 import pytest
 
 from megatron_ext.arguments.parser import CommandLineError, read_args
-from megatron_ext.config import options
-from megatron_ext.config.flags import (
+from megatron_ext.common.flags import (
     Option,
+    add_flags,
     add_group,
     flag,
     own_options,
     spelled,
+    wrong_fields,
 )
+from megatron_ext.config import options
 
 RUN = """--model-preset tiny --bf16 --mock-data --lr 1e-3 --train-iters 10 --micro-batch-size 2
     --vocab-size 99 --load somewhere --fp8-format hybrid --fp4-format e2m1"""
@@ -121,3 +124,34 @@ def test_each_refused_value_has_its_rule():
             with pytest.raises(CommandLineError) as refusal:
                 read_args(line.split(), world_size=1, device="cuda")
             assert any(value in problem for problem in refusal.value.problems), (option.name, value)
+
+
+@dataclass(kw_only=True)
+class Sections:
+    """What a tool's options may have beyond the trainer's."""
+
+    load: str = flag(section="source")
+    """Where from."""
+
+    rate: float = flag(0.5, above=0, maximum=1, section="choice")
+    """Share."""
+
+    pair: list[float] = flag([0.3, 0.1], nargs=2)
+    """Start and end."""
+
+
+def test_fields_begin_sections_and_can_be_required(capsys):
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    add_flags(parser, Sections)
+    text = " ".join(parser.format_help().split())
+    assert "source: --load TEXT Where from choice: --rate X Share (default: 0.5) --pair X X" in text
+    assert vars(parser.parse_args(["--load", "a", "--pair", "2", "1"])) == {"load": "a", "pair": [2.0, 1.0]}
+    with pytest.raises(SystemExit):
+        parser.parse_args([])
+    assert "required: --load" in capsys.readouterr().err
+
+
+def test_values_out_of_range_are_named():
+    assert list(wrong_fields(Sections(load="a"))) == []
+    wrong = "--rate 1.5: must be above 0 and at most 1", "--pair [0.3, inf]: must be of its type"
+    assert tuple(wrong_fields(Sections(load="a", rate=1.5, pair=[0.3, math.inf]))) == wrong
