@@ -14,12 +14,11 @@ from megatron_ext import platform
 from megatron_ext.common.progress import Progress
 from megatron_ext.interchange.errors import InterchangeError
 from megatron_ext.interchange.export import SHARD_BYTES, export_folder
+from megatron_ext.interchange.numbers import DTYPES
 from megatron_ext.interchange.open import open_source
 from megatron_ext.interchange.options import ConvertOptions
 from megatron_ext.interchange.source import Source
 from megatron_ext.interchange.target import write_checkpoint
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def convert(options: ConvertOptions, quiet: bool = False) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from megatron_ext.interchange.errors import InterchangeError
 
+#: The formats that a flag can name.
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 #: Share of a tensor's norm that rounding may take; bf16, the coarsest format, takes 0.2 % of a number.
 _MOST_LOST = 0.01
 _BLOCK = 1 << 24
