@@ -5,7 +5,7 @@ import os
 import sys
 import textwrap
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NoReturn
 
@@ -87,15 +87,18 @@ def read_args(
     world_size: int | None = None,
     device: Device | None = None,
     check_files: bool = True,
+    change: Callable[[dict[str, Any]], dict[str, Any]] = dict,
 ) -> RunConfig:
     """:func:`parse_args` for callers that want the problems as an exception.
+
+    ``change`` gets the typed values by name, and gives those to use.
 
     Raises:
         CommandLineError: with every problem of the command line.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     namespace, unknown = make_parser().parse_known_args(argv)
-    typed = vars(namespace)
+    typed = change(vars(namespace))
     problems = unsupported.problems(unknown)
     values = with_defaults(typed, problems)
     of_checkpoint, taken = from_checkpoint.take_model(values, typed)
