@@ -6,7 +6,7 @@ from signal import Signals
 from typing import Literal
 
 from megatron_ext.common.flags import derived, flag
-from megatron_ext.config.needs import ADAM, CHECKED, GPU, LOAD, MANUAL_GC, SGD, WSD
+from megatron_ext.config.needs import ADAM, CHECKED, GPU, LOAD, MANUAL_GC, MUON, SGD, WSD
 
 
 def signal_by_name(name: str) -> Signals:
@@ -91,8 +91,9 @@ class TrainingConfig:
 class OptimizerConfig:
     """Optimizer and regularization."""
 
-    optimizer: Literal["adam", "sgd", "muon", "dist_muon"] = flag("adam", refused=["muon", "dist_muon"])
-    """Optimizer; adam is AdamW."""
+    optimizer: Literal["adam", "sgd", "muon", "dist_muon"] = "adam"
+    """Optimizer; adam is AdamW. muon is for hidden matrices and leaves the others to AdamW; dist_muon
+    shares its state and work among data parallel ranks."""
 
     weight_decay: float = flag(0.01, minimum=0)
     """Weight decay of matrices; norms and biases have none."""
@@ -120,6 +121,35 @@ class OptimizerConfig:
 
     sgd_momentum: float = flag(0.9, minimum=0, below=1, needs=[SGD])
     """Momentum of sgd."""
+
+    muon_momentum: float = flag(0.9, minimum=0, below=1, needs=[MUON])
+    """Momentum of muon."""
+
+    muon_use_nesterov: bool = flag(False, needs=[MUON])
+    """Take muon's momentum a step ahead, as its authors do."""
+
+    muon_split_qkv: bool = flag(True, "--muon-no-split-qkv", needs=[MUON])
+    """Orthogonalize the joint projection of query, key and value as one matrix, not as three."""
+
+    muon_scale_mode: Literal["spectral", "unit_rms_norm", "shape_scaling"] = flag("spectral", needs=[MUON])
+    """Factor of muon's updates by the shape of the matrix: sqrt(max(rows, columns)), sqrt(rows / columns),
+    or sqrt(max(1, rows / columns))."""
+
+    muon_extra_scale_factor: float = flag(1.0, above=0, needs=[MUON])
+    """One more factor of muon's updates; with spectral, 0.2 makes them as large as AdamW's."""
+
+    muon_num_ns_steps: int = flag(5, minimum=1, maximum=99, needs=[MUON])
+    """Newton-Schulz iterations of muon."""
+
+    muon_tp_mode: Literal["blockwise", "duplicated", "distributed"] = flag(
+        "duplicated", refused=["distributed"], needs=[MUON]
+    )
+    """What muon orthogonalizes under tensor parallelism: the whole matrix on every rank (duplicated), so that
+    no update depends on the layout, or each rank's shard by itself (blockwise, Megatron-LM's default)."""
+
+    @property
+    def is_muon(self) -> bool:
+        return self.optimizer in ("muon", "dist_muon")
 
 
 @dataclass(kw_only=True)

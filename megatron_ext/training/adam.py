@@ -57,23 +57,28 @@ class FusedAdam(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
-            params = [p for p in group["params"] if p.grad is not None and p.numel() > 0]
-            if params:
-                adam_update(
-                    params,
-                    [p.grad for p in params],
-                    [self._moment(p, "exp_avg") for p in params],
-                    [self._moment(p, "exp_avg_sq") for p in params],
-                    step=group["step"],
-                    lr=group["lr"],
-                    betas=group["betas"],
-                    eps=group["eps"],
-                    weight_decay=group["weight_decay"],
-                    decoupled=self.adam_w_mode,
-                )
+            self.update(group)
         return loss
 
-    def _moment(self, param: Tensor, name: str) -> Tensor:
+    def update(self, group: dict[str, Any]) -> None:
+        """Update the parameters of one group; its step is counted already."""
+        params = [p for p in group["params"] if p.grad is not None and p.numel() > 0]
+        if params:
+            adam_update(
+                params,
+                [p.grad for p in params],
+                [self.moment(p, "exp_avg") for p in params],
+                [self.moment(p, "exp_avg_sq") for p in params],
+                step=group["step"],
+                lr=group["lr"],
+                betas=group["betas"],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                decoupled=self.adam_w_mode,
+            )
+
+    def moment(self, param: Tensor, name: str) -> Tensor:
+        """A tensor of the parameter's state, zero at first."""
         state = self.state[param]
         if name not in state:
             state[name] = torch.zeros_like(param, requires_grad=False)

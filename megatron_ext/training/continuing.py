@@ -109,7 +109,8 @@ def _refuse(name: str, before: OpenedCheckpoint, run: RunConfig, changed: list[s
     if rates and not run.checkpoint.no_load_optim and (found := schedule.conflicts(rates, saved, run)):
         problems.append(f"another schedule ({'; '.join(found)}): {schedule.WAYS_OUT}")
     theirs, ours = saved.get("optimizer"), run.optimizer.optimizer
-    if rates and not run.checkpoint.no_load_optim and theirs not in (None, ours):
+    same = theirs in (None, ours) or {theirs, ours} == {"muon", "dist_muon"}
+    if rates and not run.checkpoint.no_load_optim and not same:
         problems.append(
             f"another optimizer (--optimizer: {theirs} there, {ours} here), which has no use for its state: "
             "--no-load-optim starts with a new one"

@@ -59,9 +59,17 @@ def rampup_reaches_the_batch(run: RunConfig, typed: Typed) -> Problems:
         )
 
 
-def optimizer_is_supported(run: RunConfig, typed: Typed) -> Problems:
-    if run.optimizer.optimizer not in ("adam", "sgd"):
-        yield f"--optimizer {run.optimizer.optimizer} is not supported here; use adam or sgd"
+def muon_is_possible(run: RunConfig, typed: Typed) -> Problems:
+    """What Megatron-Core's Muon refuses too, and what is not here."""
+    name = f"--optimizer {run.optimizer.optimizer}"
+    if not run.optimizer.is_muon:
+        return
+    if run.parallel.use_distributed_optimizer:
+        yield f"{name} needs whole matrices and --use-distributed-optimizer cuts them: --optimizer dist_muon"
+    if run.precision.fp16:
+        yield f"{name} cannot take --fp16: use --bf16 or fp32"
+    if run.optimizer.muon_tp_mode == "distributed":
+        yield "--muon-tp-mode distributed is not supported here; duplicated computes the same update"
 
 
 def rates_are_ordered(run: RunConfig, typed: Typed) -> Problems:
@@ -190,7 +198,7 @@ RULES = (
     units_agree,
     batch_is_divisible,
     rampup_reaches_the_batch,
-    optimizer_is_supported,
+    muon_is_possible,
     rates_are_ordered,
     warmup_is_given_once,
     warmup_ends_before_the_decay,

@@ -21,6 +21,7 @@ OTHER_DEFAULTS = {
     "--local-rank": None,  # taken from the environment
     "--distributed-backend": None,  # found
     "--transformer-impl": None,  # found
+    "--muon-tp-mode": "duplicated",  # so that the update does not depend on the layout
 }
 
 
