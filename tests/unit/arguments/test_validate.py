@@ -68,7 +68,7 @@ BROKEN = [
     ("--lr-wsd-decay-iters 3", 1, "--lr-wsd-decay-iters cannot take effect: needs --lr-decay-style WSD"),
     ("--start-weight-decay .1", 1, "--start-weight-decay cannot take effect"),
     ("--weight-decay-incr-style linear --start-weight-decay .1", 1, "needs --end-weight-decay"),
-    ("--optimizer muon", 1, "--optimizer muon is not supported here"),
+    ("--optimizer muon --muon-tp-mode distributed", 1, "--muon-tp-mode distributed is not supported here"),
     ("--adam-beta1 .8 --optimizer sgd", 1, "--adam-beta1 cannot take effect"),
     ("--adam-beta2 1", 1, "--adam-beta2 1.0: must be at least 0 and below 1"),
     ("--lr nan", 1, "--lr nan"),
