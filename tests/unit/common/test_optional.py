@@ -98,7 +98,7 @@ def test_packages_for_gpus_are_not_there_on_a_cpu(tmp_path):
 
 @pytest.mark.parametrize("problem", [None, "2.8 is too old"])
 def test_an_engine_with_a_problem_is_not_there_on_a_gpu(monkeypatch, problem):
-    monkeypatch.setattr(platform, "_device_type", None)
+    monkeypatch.setattr(platform.device, "_device_type", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(engine, "problem", lambda on_gpu: problem)
     monkeypatch.delitem(sys.modules, "transformer_engine", raising=False)

@@ -1,5 +1,7 @@
 """Variables of CUDA's libraries: set where nobody has set them, complained of where they are wrong."""
 
+from datetime import timedelta
+
 import pytest
 
 from megatron_ext import platform
@@ -18,7 +20,7 @@ def bare(monkeypatch):
 @pytest.fixture
 def gpu(monkeypatch):
     """A process that has settled on a GPU: nothing is computed here."""
-    monkeypatch.setattr(platform, "_device_type", "cuda")
+    monkeypatch.setattr(platform.device, "_device_type", "cuda")
 
 
 def test_layers_that_are_split_get_one_queue():
@@ -73,8 +75,8 @@ def test_gloo_is_bound_beside_nccl_too(monkeypatch):
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     store, minute = (
-        platform.rendezvous.open_store(0, 1, platform.timedelta(minutes=1)),
-        platform.timedelta(minutes=1),
+        platform.rendezvous.open_store(0, 1, timedelta(minutes=1)),
+        timedelta(minutes=1),
     )
     with pytest.raises((RuntimeError, ValueError)):
         platform.init_process_group("nccl", 0, 1, 0, minute, store)

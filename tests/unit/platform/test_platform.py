@@ -83,9 +83,9 @@ def refusal_of(device: str) -> str:
 def test_refusals(monkeypatch):
     assert "already runs on cpu" in refusal_of("cuda")
     assert "must be auto, cpu or cuda" in refusal_of("tpu")
-    monkeypatch.setattr(platform, "_device_type", None)
+    monkeypatch.setattr(platform.device, "_device_type", None)
     assert "torch sees no GPU" in refusal_of("cuda")
     monkeypatch.setattr(loader, "imported_too_early", lambda: ["megatron.core.utils"])
     assert "megatron.core.utils was imported before megatron_ext" in refusal_of("cpu")
-    monkeypatch.setattr(platform.importlib.metadata, "version", lambda name: "0.99.0")
+    monkeypatch.setattr(platform.device.importlib.metadata, "version", lambda name: "0.99.0")
     assert "megatron-core 0.99.0 is installed, but this version was tested with 0.16.1" in refusal_of("cpu")
