@@ -43,8 +43,8 @@ def train(argv: list[str] | None, signals: StopSignals) -> None:
     from megatron_ext.training.setup import build_trainer
     from megatron_ext.training.watchdog import watching
 
-    store, losses = distributed.rendezvous_store(run), run.rounds.record_sample_loss
-    with watching(run, store) as watchdog:
+    store, losses = distributed.rendezvous_store(run.process), run.rounds.record_sample_loss
+    with watching(run.process, store) as watchdog:
         distributed.initialize(run, store)
         frozen = losses and run.rounds.record_mode == "frozen"  # reads checkpoints, saves none
         with only_recording_in(losses), only_run_in(None if frozen else run.checkpoint.save):
@@ -53,7 +53,7 @@ def train(argv: list[str] | None, signals: StopSignals) -> None:
             else:
                 trainer = build_trainer(run)
                 print_rank_0(f" set up in {time.time() - START:.1f} s")
-                distributed.shorten_timeout(run)
+                distributed.shorten_timeout(run.process)
                 trainer.train(watchdog, signals)
     distributed.finalize()
 

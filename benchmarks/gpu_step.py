@@ -227,7 +227,7 @@ def trainer_step(options: argparse.Namespace, case: dict):
     chunks = [stock_model(config, run)] if case["contender"] == "stock" else build_model(config, run)
     model = wrap_for_training(chunks, config, ddp_config(run))
     optimizer = build_optimizer(optimizer_config(run), model)
-    scheduler = build_scheduler(optimizer, run)
+    scheduler = build_scheduler(optimizer, run.schedule, run.optimizer)
     connect(model, optimizer, run)
     model[0].train()
 

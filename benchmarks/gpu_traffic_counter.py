@@ -238,7 +238,7 @@ def _trainer(flags: str) -> tuple[Callable, list]:
     config = transformer_config(run)
     model = wrap_for_training(build_model(config, run, initialized=False), config, ddp_config(run))
     optimizer = build_optimizer(optimizer_config(run), model)
-    scheduler = build_scheduler(optimizer, run)
+    scheduler = build_scheduler(optimizer, run.schedule, run.optimizer)
     connect(model, optimizer, run)
     ids = torch.zeros(run.training.micro_batch_size, run.data.seq_length, dtype=torch.long)
     batch = {"tokens": ids, "labels": ids, "loss_mask": torch.ones(ids.shape), "position_ids": ids}

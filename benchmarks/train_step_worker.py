@@ -140,7 +140,7 @@ def megatron(case: argparse.Namespace, extra: str, stock: bool = False) -> tuple
     # Without Transformer Engine and Apex, Megatron-Core takes torch's AdamW.
     build = get_megatron_optimizer if stock else build_optimizer
     optimizer = build(optimizer_config(run), model)
-    scheduler = build_scheduler(optimizer, run)
+    scheduler = build_scheduler(optimizer, run.schedule, run.optimizer)
     connect(model, optimizer, run)
     model[0].train()
     iterator = (as_sample(ids) for ids in samples(case, run.data.seq_length))

@@ -23,7 +23,9 @@ from megatron_ext import platform
 from megatron_ext.checkpoint.errors import CheckpointError
 from megatron_ext.checkpoint.saved_args import arguments_of, plain
 from megatron_ext.config import RunConfig, model_function
+from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.model_function import Saved
+from megatron_ext.config.output import CheckpointConfig
 from megatron_ext.models.builder import unwrap
 
 logger = logging.getLogger(__name__)
@@ -41,7 +43,7 @@ class Scheduler(Protocol):
     def restore(self, state: dict[str, Any], saved: Saved, run: RunConfig) -> None: ...
 
 
-def content_metadata(optimizer: MegatronOptimizer | None, run: RunConfig) -> dict[str, Any]:
+def content_metadata(optimizer: MegatronOptimizer | None, config: CheckpointConfig) -> dict[str, Any]:
     """How tensors are laid out in the checkpoint; upstream's keys."""
     metadata: dict[str, Any] = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
     if optimizer is not None and any(
@@ -49,7 +51,7 @@ def content_metadata(optimizer: MegatronOptimizer | None, run: RunConfig) -> dic
     ):
         metadata["distrib_optim_sharding_type"] = "fully_reshardable"
         name = "distrib_optim_fully_reshardable_mem_efficient"
-        metadata[name] = run.checkpoint.distrib_optim_fully_reshardable_mem_efficient
+        metadata[name] = config.distrib_optim_fully_reshardable_mem_efficient
     return metadata
 
 
@@ -168,7 +170,7 @@ def run_state_of(common: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
-def require_same_function(saved: Saved | None, run: RunConfig, path: Path) -> None:
+def require_same_function(saved: Saved | None, model: ModelConfig, path: Path) -> None:
     """Raise CheckpointError, naming every flag that differs, if the model is not the checkpoint's.
 
     Not its sizes alone: all that decides what it computes. A checkpoint without arguments says nothing.
@@ -176,14 +178,13 @@ def require_same_function(saved: Saved | None, run: RunConfig, path: Path) -> No
     if not saved or "num_layers" not in saved:
         if torch.distributed.get_rank() == 0:
             logger.warning("%s holds no arguments: whether it is of the same model is not known", path)
-    elif found := model_function.differences(saved, run.model):
+    elif found := model_function.differences(saved, model):
         raise CheckpointError(f"{path} holds another model: " + "; ".join(found))
 
 
-def require_same_tokenizer(common: dict[str, Any], run: RunConfig, path: Path) -> None:
-    """Raise CheckpointError if the checkpoint was trained on the ids of another tokenizer."""
+def require_same_tokenizer(common: dict[str, Any], ours: str | None, path: Path) -> None:
+    """Raise CheckpointError if the checkpoint was trained with another tokenizer than the sha256 ``ours``."""
     theirs = common.get("pangu_pro", {}).get("tokenizer_sha256")
-    ours = run.tokenizer.tokenizer_sha256
     if theirs and ours and theirs != ours:
         raise CheckpointError(
             f"{path} was trained with another tokenizer (sha256 {theirs[:12]}..., not {ours[:12]}...): "

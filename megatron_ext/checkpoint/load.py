@@ -85,7 +85,7 @@ def open_checkpoint(
     Returns None, and raises, as load_checkpoint does where there is none or none is whole.
     """
     wanted = iteration if iteration is not None else run.checkpoint.ckpt_step
-    found = _find(Path(load_dir), run, wanted)
+    found = _find(Path(load_dir), wanted, outputs_of(run))
     if found is None:
         return None
     folder, number, before = found
@@ -129,9 +129,9 @@ def load_checkpoint(
     finetune = run.checkpoint.finetune if finetune is None else finetune
 
     def check() -> None:
-        content.require_same_function(common.get("args"), run, folder)
+        content.require_same_function(common.get("args"), run.model, folder)
         if not finetune:
-            content.require_same_tokenizer(common, run, folder)
+            content.require_same_tokenizer(common, run.tokenizer.tokenizer_sha256, folder)
 
     together(f"load {folder}", check)
     parts = _Parts(model, optimizer, scheduler, run, common, set(metadata.state_dict_metadata), finetune, rng)
@@ -179,9 +179,9 @@ def read_checkpoint_args(
     return None
 
 
-def _find(load_dir: Path, run: RunConfig, wanted: int | None) -> tuple[Path, int, list[int]] | None:
+def _find(load_dir: Path, wanted: int | None, outputs: list[Path]) -> tuple[Path, int, list[int]] | None:
     """Folder and iteration of the newest whole checkpoint, and those before it in its run; collective."""
-    found = on_rank_0(f"look into {load_dir}", lambda: find(load_dir, wanted, outputs_of(run)))
+    found = on_rank_0(f"look into {load_dir}", lambda: find(load_dir, wanted, outputs))
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     for note in found.notes if rank == 0 else ():
         logger.warning(note)

@@ -30,6 +30,7 @@ from megatron_ext.checkpoint.folders import Retain
 from megatron_ext.checkpoint.integrity import CHECKSUMS, describe, marker
 from megatron_ext.checkpoint.lock import saving_into
 from megatron_ext.config import RunConfig
+from megatron_ext.config.output import CheckpointConfig
 from megatron_ext.platform.collective import gather
 
 logger = logging.getLogger(__name__)
@@ -86,9 +87,10 @@ def save_checkpoint(
         before = pending.prepare(run_state.get("checkpoints"))
         run_state = run_state | {"checkpoints": before}
         state = content.common_part(iteration, run_state, run, scheduler)
-        state |= _sharded_part(model, optimizer, run, rng_states)
+        state |= _sharded_part(model, optimizer, run.checkpoint, rng_states)
         sharded, common = save_preprocess(state, preprocess_common_before_consistancy_check=lambda common: {})
-        _divide_among_replicas(sharded, run)
+        if run.checkpoint.ckpt_fully_parallel_save:
+            _divide_among_replicas(sharded)
         shard_plan = writer.plan(sharded)
         # The common part is serialised now, as the scheduler's and optimizer's values move on.
         if async_save:
@@ -105,26 +107,26 @@ def save_checkpoint(
 
 
 def _sharded_part(
-    model: list[nn.Module], optimizer: MegatronOptimizer | None, run: RunConfig, rng_states: bool
+    model: list[nn.Module], optimizer: MegatronOptimizer | None, config: CheckpointConfig, rng_states: bool
 ) -> dict[str, Any]:
-    if run.checkpoint.no_save_optim:
+    if config.no_save_optim:
         optimizer = None
-    metadata = content.content_metadata(optimizer, run)
+    metadata = content.content_metadata(optimizer, config)
     state = content.model_part(model, metadata)
     if optimizer is not None and not getattr(optimizer, "is_stub_optimizer", False):
         content.make_state(optimizer)
         with torch.no_grad():
             state["optimizer"] = optimizer.sharded_state_dict(dict(state), metadata=metadata)
-    if rng_states and not run.checkpoint.no_save_rng:
+    if rng_states and not config.no_save_rng:
         state["rng_state"] = content.rng_object(content.gather_rng())
     force_all_tensors_to_non_fp8(state)  # a checkpoint is read without Transformer Engine too
     return state | {"content_metadata": metadata}
 
 
-def _divide_among_replicas(sharded: dict[str, Any], run: RunConfig) -> None:
+def _divide_among_replicas(sharded: dict[str, Any]) -> None:
     """Let each data parallel rank write a share of what they all hold; collective."""
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    if group.size() == 1 or not run.checkpoint.ckpt_fully_parallel_save:
+    if group.size() == 1:
         return
     shares = determine_main_replica_uniform_distribution(sharded, group)
     distribute_main_replicas_with_precomputed_distribution(sharded, group, shares)

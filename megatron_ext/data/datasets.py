@@ -22,7 +22,7 @@ from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.core.datasets.utils import Split, get_blend_from_list
 
 from megatron_ext.config import RunConfig
-from megatron_ext.config.data import is_number
+from megatron_ext.config.data import DataConfig, is_number
 from megatron_ext.data import index_cache
 from megatron_ext.data.gpt import GPTDataset, MockGPTDataset
 from megatron_ext.data.indexed import DatasetError, Index
@@ -88,7 +88,7 @@ def _leave_out(config: GPTDatasetConfig, split: Split) -> None:
 
 def dataset_config(run: RunConfig, tokenizer: TokenizerLike) -> GPTDatasetConfig:
     """The configuration that Megatron-LM's core_gpt_dataset_config_from_args makes of the flags."""
-    blend, blend_per_split = blends(run)
+    blend, blend_per_split = blends(run.data)
     if not run.data.mock_data and not blend and not any(blend_per_split or ()):
         # Megatron-Core would train on made-up data.
         named = run.data.data_args_path or run.data.per_split_data_args_path
@@ -112,22 +112,22 @@ def dataset_config(run: RunConfig, tokenizer: TokenizerLike) -> GPTDatasetConfig
     )
 
 
-def blends(run: RunConfig) -> tuple[Blend | None, list[Blend | None] | None]:
+def blends(data: DataConfig) -> tuple[Blend | None, list[Blend | None] | None]:
     """(blend to be split, blends of each split) from the flags; at most one is not None.
 
     Raises:
         DatasetError: a file of arguments cannot be read or has another form.
     """
-    if run.data.mock_data:
+    if data.mock_data:
         return None, None
-    words = run.data.data_path
-    if run.data.data_args_path:
-        words = _read_text(run.data.data_args_path).split()
+    words = data.data_path
+    if data.data_args_path:
+        words = _read_text(data.data_args_path).split()
     if words is not None:
-        return _blend(words, "--data-args-path" if run.data.data_args_path else "--data-path"), None
-    per_split = [run.data.train_data_path, run.data.valid_data_path, run.data.test_data_path]
-    if run.data.per_split_data_args_path:
-        per_split = _read_per_split(run.data.per_split_data_args_path)
+        return _blend(words, "--data-args-path" if data.data_args_path else "--data-path"), None
+    per_split = [data.train_data_path, data.valid_data_path, data.test_data_path]
+    if data.per_split_data_args_path:
+        per_split = _read_per_split(data.per_split_data_args_path)
     names = ("train", "valid", "test")
     return None, [_blend(w, f"--{n}-data-path") for w, n in zip(per_split, names, strict=True)]
 

@@ -29,9 +29,13 @@ def build_data_loader(dataset: Dataset, run: RunConfig, consumed_samples: int, r
         A loader of dicts: the dataset's samples stacked along a new first axis of
         ``micro_batch_size``. With "single" it ends when the dataset does.
     """
+    size = run.parallel.data_parallel_size
+    if parallel_state.model_parallel_is_initialized():
+        rank = parallel_state.get_data_parallel_rank()
+        size = parallel_state.get_data_parallel_world_size()
     return DataLoader(
         dataset,
-        batch_sampler=_sampler(dataset, run, consumed_samples, *_data_parallel(run, rank)),
+        batch_sampler=_sampler(dataset, run, consumed_samples, rank, size),
         num_workers=run.data.num_workers,
         worker_init_fn=_leave_signals_to_trainer,
         # Its own, because an iterator draws a seed: from the default generator that would be one
@@ -53,12 +57,6 @@ def _sampler(
 ) -> SequentialSampler | CyclicSampler:
     kind = SAMPLERS[run.data.dataloader_type or "single"]
     return kind(len(dataset), consumed_samples, run.training.micro_batch_size, rank, size)
-
-
-def _data_parallel(run: RunConfig, rank: int) -> tuple[int, int]:
-    if parallel_state.model_parallel_is_initialized():
-        return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    return rank, run.parallel.data_parallel_size
 
 
 def _leave_signals_to_trainer(_worker: int) -> None:

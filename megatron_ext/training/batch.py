@@ -10,7 +10,7 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from megatron_ext import platform
-from megatron_ext.config import RunConfig
+from megatron_ext.config.data import DataConfig
 
 
 @dataclass
@@ -60,10 +60,10 @@ def of_context_rank(batch: Batch, rank: int, size: int) -> Batch:
     return replace(batch, **changes)
 
 
-def needs_data(run: RunConfig, vp_stage: int | None = None) -> bool:
+def needs_data(data: DataConfig, vp_stage: int | None = None) -> bool:
     """Whether this pipeline stage reads samples: the ends do, and all do if masks follow documents."""
     return (
-        run.data.reset_attention_mask
+        data.reset_attention_mask
         or parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
         or parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
     )

@@ -72,7 +72,7 @@ def settle(
         run.training.train_iters = progress.iteration + left
     if run.validation.skip_train:
         return
-    samples = dataset_sizes(run)[0] if index is None else index.manifest["samples"]
+    samples = dataset_sizes(run.training, run.validation)[0] if index is None else index.manifest["samples"]
     ours = on_first_rank(lambda: identify(run, tokenizer, samples))
     ours |= {"mock": bool(run.data.mock_data), "dataloader_type": run.data.dataloader_type}
     before = start.checkpoint if start.goes_on and progress.consumed_train_samples > 0 else None

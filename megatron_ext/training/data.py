@@ -9,6 +9,9 @@ from megatron.core import parallel_state
 from megatron_ext.arguments.defaults import running_batch
 from megatron_ext.common.errors import RunError
 from megatron_ext.config import RunConfig
+from megatron_ext.config.data import ValidationConfig
+from megatron_ext.config.parallel import ParallelConfig
+from megatron_ext.config.training import TrainingConfig
 from megatron_ext.data import build_data_loader
 from megatron_ext.data.amounts import epochs, without_a_sample
 from megatron_ext.data.views import Endless, Samples, Span
@@ -24,21 +27,21 @@ class OutOfData(RunError):
     """The dataset ended before the run did."""
 
 
-def dataset_sizes(run: RunConfig) -> tuple[int, int | None, int | None]:
+def dataset_sizes(
+    training: TrainingConfig, validation: ValidationConfig
+) -> tuple[int, int | None, int | None]:
     """Samples of the training, validation and test sets, counted as Megatron-LM counts them.
 
     The number enters the index of a dataset (its epochs and shuffles), so it has to be upstream's
     for the same samples to come in the same order (training.py:get_train_valid_test_num_samples).
     """
-    train = run.training.train_samples or run.training.train_iters * run.training.global_batch_size
-    rounds = (
-        run.training.train_iters // run.validation.eval_interval + 1 if run.validation.eval_interval else 1
-    )
-    if run.validation.skip_train:
-        rounds = 1
-    batch = run.validation.eval_iters * run.training.global_batch_size
-    # None draws the whole set once.
-    return (train, None, None) if run.validation.full_validation else (train, rounds * batch, batch)
+    train = training.train_samples or training.train_iters * training.global_batch_size
+    evaluations = 1
+    if validation.eval_interval and not validation.skip_train:
+        evaluations = training.train_iters // validation.eval_interval + 1
+    batch = validation.eval_iters * training.global_batch_size
+    # None samples the whole set once.
+    return (train, None, None) if validation.full_validation else (train, evaluations * batch, batch)
 
 
 def samples_to_read(progress: Progress, run: RunConfig) -> int:
@@ -101,7 +104,7 @@ def chunk_iterators(
     if dataset is None:
         return [None] * (stages or 1)
     return [
-        _microbatches(dataset, run, consumed_samples) if needs_data(run, stage) else None
+        _microbatches(dataset, run, consumed_samples) if needs_data(run.data, stage) else None
         for stage in (range(stages) if stages else [None])
     ]
 
@@ -129,10 +132,10 @@ def validation_iterators(
     return chunk_iterators(dataset, run, consumed_samples)
 
 
-def pipeline_group(run: RunConfig) -> int:
-    """What the number of microbatches in a pass through an interleaved pipeline is a multiple of."""
-    stages = run.parallel.pipeline_model_parallel_size
-    return math.lcm(stages, run.parallel.microbatch_group_size_per_vp_stage or stages)
+def pipeline_group(parallel: ParallelConfig) -> int:
+    """The number of microbatches in a pass through an interleaved pipeline is a multiple of this."""
+    stages = parallel.pipeline_model_parallel_size
+    return math.lcm(stages, parallel.microbatch_group_size_per_vp_stage or stages)
 
 
 def whole_set(dataset: Samples, run: RunConfig) -> tuple[list[Iterator[dict[str, Any]] | None], list[int]]:
@@ -141,7 +144,7 @@ def whole_set(dataset: Samples, run: RunConfig) -> tuple[list[Iterator[dict[str,
     The last microbatches are filled up with what does not count, so that neither the layout nor the batch
     decides what is looked at.
     """
-    group, unit = pipeline_group(run), run.samples_at_once
+    group, unit = pipeline_group(run.parallel), run.samples_at_once
     span = Span(dataset, 0, len(dataset), unit * group)
     most = max(1, run.training.global_batch_size // unit // group) * group
     count = len(span) // unit

@@ -10,16 +10,17 @@ from torch.distributed import Store
 from megatron_ext import platform
 from megatron_ext.common.errors import LostProcess
 from megatron_ext.config import RunConfig
+from megatron_ext.config.parallel import ProcessConfig
 from megatron_ext.platform import rendezvous
 
 
-def rendezvous_store(run: RunConfig) -> Store:
+def rendezvous_store(process: ProcessConfig) -> Store:
     """Where the job's processes find each other: its key-value store.
 
     Raises LostProcess if they have not met within --distributed-timeout-minutes.
     """
     try:
-        return rendezvous.open_store(run.process.rank, run.process.world_size, _timeout(run))
+        return rendezvous.open_store(process.rank, process.world_size, _timeout(process))
     except RuntimeError as error:
         raise LostProcess(f"the processes of the job have not found each other: {error}") from error
 
@@ -32,7 +33,7 @@ def initialize(run: RunConfig, store: Store | None = None) -> None:
         run.process.rank,
         run.process.world_size,
         run.process.local_rank or 0,
-        _timeout(run),
+        _timeout(run.process),
         store,
     )
     parallel_state.initialize_model_parallel(
@@ -53,16 +54,14 @@ def initialize(run: RunConfig, store: Store | None = None) -> None:
     )
 
 
-def _timeout(run: RunConfig) -> timedelta:
-    return timedelta(minutes=run.process.distributed_timeout_minutes)
+def _timeout(process: ProcessConfig) -> timedelta:
+    return timedelta(minutes=process.distributed_timeout_minutes)
 
 
-def shorten_timeout(run: RunConfig) -> None:
+def shorten_timeout(process: ProcessConfig) -> None:
     """From here on a collective fails after --distributed-timeout-seconds-after-init; a collective call."""
-    if run.process.distributed_timeout_seconds_after_init:
-        parallel_state.update_pg_timeout(
-            timedelta(seconds=run.process.distributed_timeout_seconds_after_init)
-        )
+    if process.distributed_timeout_seconds_after_init:
+        parallel_state.update_pg_timeout(timedelta(seconds=process.distributed_timeout_seconds_after_init))
 
 
 def seed(run: RunConfig) -> None:

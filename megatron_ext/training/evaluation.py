@@ -29,7 +29,7 @@ def evaluate(
     """
     counter = LossCounter(token_bytes=token_bytes)
     total = torch.zeros(4, dtype=torch.float64)
-    with parameters_in_place(model, run), evaluation_mode(model):
+    with parameters_in_place(model, run.parallel), evaluation_mode(model):
         for num_microbatches in passes:
             if stop():
                 return None

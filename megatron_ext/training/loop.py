@@ -42,7 +42,7 @@ class Trainer(State):
         connect(self.model, self.optimizer, run)
         for chunk in self.model:
             chunk.train()
-        self.stopping = Stopping(run, signals)
+        self.stopping = Stopping(run.training, signals)
         self.note: Callable[..., None] = watchdog.note if watchdog else lambda *phase: None
         self.watched: Callable[[Any], Any] = watchdog.watch if watchdog else lambda iterator: iterator
         if watchdog:

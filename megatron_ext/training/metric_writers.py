@@ -6,22 +6,25 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from megatron_ext.config import RunConfig
+from megatron_ext.config.output import LoggingConfig
 from megatron_ext.training.side import Side
 
 
 class MetricWriters:
-    """Writes scalars to whichever boards the flags name; none costs nothing.
+    """Writes scalars to the boards that the flags name; without one it costs nothing.
 
-    A board that fails is tried again later (side.py); the points in between are missing on it.
+    ``arguments`` of the run are written to each board once. A board that fails is retried later (side.py);
+    it misses the points in between.
     """
 
-    def __init__(self, run: RunConfig):
+    def __init__(self, config: LoggingConfig, arguments: dict[str, Any]):
         self.boards: list[tuple[Side, Any]] = []
-        if run.logging.tensorboard_dir:
-            self.boards.append((Side(f"--tensorboard-dir {run.logging.tensorboard_dir}"), _TensorBoard(run)))
-        if run.logging.wandb_project:
-            self.boards.append((Side(f"--wandb-project {run.logging.wandb_project}"), _WeightsAndBiases(run)))
+        if config.tensorboard_dir:
+            board: Any = _TensorBoard(config, arguments)
+            self.boards.append((Side(f"--tensorboard-dir {config.tensorboard_dir}"), board))
+        if config.wandb_project:
+            board = _WeightsAndBiases(config, arguments)
+            self.boards.append((Side(f"--wandb-project {config.wandb_project}"), board))
         for side, board in self.boards:
             side.attempt(board.connect)
 
@@ -29,7 +32,7 @@ class MetricWriters:
         return bool(self.boards)
 
     def scalar(self, tag: str, value: float, iteration: int, samples: int | None = None) -> None:
-        """One point against iterations, and, on TensorBoard, one against samples where they are given."""
+        """Write a point against iterations and, on TensorBoard, against ``samples`` where given."""
         for side, board in self.boards:
             side.attempt(partial(board.write, tag, value, iteration, samples))
 
@@ -40,20 +43,20 @@ class MetricWriters:
 
 
 class _TensorBoard:
-    def __init__(self, run: RunConfig):
-        # Imported here: it costs a second, and most short runs do without.
+    def __init__(self, config: LoggingConfig, arguments: dict[str, Any]):
+        # Imported here: it costs a second, and most short runs do not need it.
         from torch.utils.tensorboard import SummaryWriter
 
-        self.run, self.make = run, SummaryWriter
+        self.config, self.arguments, self.make = config, arguments, SummaryWriter
         self.writer: Any = None
         self._hook = threading.excepthook
         threading.excepthook = self._errors_of_threads
 
     def connect(self) -> None:
         if self.writer is None:
-            run = self.run
-            self.writer = self.make(run.logging.tensorboard_dir, max_queue=run.logging.tensorboard_queue_size)
-            text = "\n".join(f"    {name} {value}" for name, value in run.flat().items())
+            config = self.config
+            self.writer = self.make(config.tensorboard_dir, max_queue=config.tensorboard_queue_size)
+            text = "\n".join(f"    {name} {value}" for name, value in self.arguments.items())
             self._keep(lambda: self.writer.add_text("arguments", text))
 
     def write(self, tag: str, value: float, iteration: int, samples: int | None) -> None:
@@ -65,11 +68,11 @@ class _TensorBoard:
     def close(self) -> None:
         threading.excepthook = self._hook
         if self.writer is not None:
-            self._keep(self.writer.flush)  # says what closing passes over in silence
+            self._keep(self.writer.flush)  # raises what closing would ignore
             self._keep(self.writer.close)
 
     def _keep(self, action: Callable[[], object]) -> None:
-        """A writer whose thread has met an error writes no more: the next attempt makes a new one."""
+        """Drop a writer that failed: its thread writes no more, and the next attempt makes a new one."""
         try:
             action()
         except Exception:
@@ -79,27 +82,26 @@ class _TensorBoard:
             raise
 
     def _errors_of_threads(self, args: threading.ExceptHookArgs) -> None:
-        """The error of a writer's thread is raised again by the next call: its stack is not for the log."""
+        """Log no stack of a writer's thread: the next call raises its error again."""
         if not type(args.thread).__module__.startswith("tensorboard"):
             self._hook(args)
 
 
 class _WeightsAndBiases:
-    def __init__(self, run: RunConfig):
+    def __init__(self, config: LoggingConfig, arguments: dict[str, Any]):
         import wandb
 
-        self.run, self.wandb = run, wandb
+        self.config, self.arguments, self.wandb = config, arguments, wandb
         self.writer: Any = None
 
     def connect(self) -> None:
         if self.writer is None:
-            logging = self.run.logging
             self.writer = self.wandb.init(
-                project=logging.wandb_project,
-                name=logging.wandb_exp_name,
-                entity=logging.wandb_entity,
-                dir=logging.wandb_save_dir or self.run.checkpoint.save,
-                config={name: str(value) for name, value in self.run.flat().items()},
+                project=self.config.wandb_project,
+                name=self.config.wandb_exp_name,
+                entity=self.config.wandb_entity,
+                dir=self.config.wandb_save_dir or self.arguments["save"],
+                config={name: str(value) for name, value in self.arguments.items()},
             )
 
     def write(self, tag: str, value: float, iteration: int, samples: int | None) -> None:

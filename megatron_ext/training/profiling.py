@@ -64,7 +64,7 @@ class Profiler(Callback):
             self.side.attempt(lambda: self._write(profiler))
         if self.records_memory:
             self.records_memory = False
-            path = _of_rank(Path(self.run.profiling.memory_snapshot_path), self.run)
+            path = self._of_rank(Path(self.run.profiling.memory_snapshot_path))
             self.memory_side.attempt(lambda: platform.dump_memory_history(str(path)))
 
     def _write(self, profiler: torch.profiler.profile) -> None:
@@ -76,6 +76,12 @@ class Profiler(Callback):
         if self.run.process.rank == self.run.profiling.profile_ranks[0]:
             print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=20))
 
+    def _of_rank(self, path: Path) -> Path:
+        """``path``, with the number of the rank in its name if several ranks write one."""
+        several = len(self.run.profiling.profile_ranks) > 1
+        name = f"{path.stem}_rank{self.run.process.rank}{path.suffix}"
+        return path.with_name(name) if several else path
+
 
 def _require_whole(path: Path) -> None:
     """Raise OSError if a JSON file was not written to its end, which torch does not tell."""
@@ -83,9 +89,3 @@ def _require_whole(path: Path) -> None:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 16))
         if not file.read().rstrip().endswith(b"}"):
             raise OSError(f"{path}: was not written to its end")
-
-
-def _of_rank(path: Path, run: RunConfig) -> Path:
-    """``path``, with the number of the rank in its name where several ranks write one."""
-    several = len(run.profiling.profile_ranks) > 1
-    return path.with_name(f"{path.stem}_rank{run.process.rank}{path.suffix}") if several else path

@@ -1,6 +1,7 @@
 """The loss of every training sample, written down: of a frozen model, or while it is trained on."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -186,11 +187,11 @@ def online_recorder(
         base, samples = train.dataset, train.base_samples
     else:
         assert train is not None and progress.training_set is not None  # a run that trains has them
-        drawn = progress.training_set["samples"]
-        if drawn != dataset_sizes(run)[0] or isinstance(train, Chained):
+        drawn, wanted = progress.training_set["samples"], dataset_sizes(run.training, run.validation)[0]
+        if drawn != wanted or isinstance(train, Chained):
             raise DatasetError(
                 f"--record-mode online: the samples have numbers as in the {drawn:,} that the run was begun "
-                f"for, not in {dataset_sizes(run)[0]:,}: leave out --record-sample-loss, or give the length "
+                f"for, not in {wanted:,}: leave out --record-sample-loss, or give the length "
                 "that it was begun with"
             )
         base, samples = train, min(drawn, len(train))
@@ -221,14 +222,14 @@ def record_training_set(
     loaded = load_checkpoint(load, model=model, run=run, rng=False)
     if loaded is None:
         raise FileNotFoundError(f"--load {load}: no checkpoint found; losses are of a trained model")
-    sizes = dataset_sizes(run)
+    sizes = dataset_sizes(run.training, run.validation)
     dataset = build_datasets(run, tokenizer, sizes)[0]
     samples = min(sizes[0], len(dataset))
     manifest = begin_record(path, run, tokenizer, dataset, samples, "frozen", checkpoint_identity(loaded))
     there = f", {manifest['recorded']:,} are there" if manifest["recorded"] else ""
     print_rank_0(f" recording the losses of {samples:,} samples with {loaded.path}{there}")
     note = watchdog.note if watchdog else lambda phase: None
-    stopping = Stopping(run.but(exit_interval=None), signals or StopSignals())
+    stopping = Stopping(replace(run.training, exit_interval=None), signals or StopSignals())
     done = _record_from(path, dataset, model, run, manifest, note, stopping)
     print_rank_0(f" recorded {done:,} of {samples:,} losses in {record_paths(path).losses}")
 
@@ -255,7 +256,7 @@ def _record_from(
     losses = SampleLosses()
     counter = LossCounter(record=losses)
     record = LossRecord(path, manifest) if losses.writes else None
-    group = pipeline_group(run)
+    group = pipeline_group(run.parallel)
     unit = run.samples_at_once * group
     span = Span(dataset, done, samples, unit)
     iterators = chunk_iterators(span, run.but(dataloader_type="single"), 0)

@@ -81,7 +81,7 @@ class Reporter(Callback):
         self.peak_flops = peak_flops(run.precision.params_dtype)
         if run.logging.metrics_file:
             self.metrics = LinesFile(run.logging.metrics_file, "--metrics-file").open()
-        self.boards = MetricWriters(run)
+        self.boards = MetricWriters(run.logging, run.flat())
         if sys.stderr.isatty():
             self.bar = tqdm(
                 total=run.training.train_iters, initial=first_iteration, unit="it", dynamic_ncols=True

@@ -92,7 +92,7 @@ def build_round_datasets(
     Raises:
         DatasetError: on every rank; also if the samples are not those that were recorded.
     """
-    _, *others = dataset_sizes(run)
+    _, *others = dataset_sizes(run.training, run.validation)
     if run.validation.skip_train:
         datasets = build_datasets(run, tokenizer, (0, *others))
         say_what_is_read(datasets, 0, run)

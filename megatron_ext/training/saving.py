@@ -56,7 +56,7 @@ class Saver(Callback):
         assert self.run.checkpoint.save is not None  # nothing is due without it
         self.finish()
         started = time.perf_counter()
-        with parameters_in_place(self.model, self.run):
+        with parameters_in_place(self.model, self.run.parallel):
             self.pending = save_checkpoint(
                 self.run.checkpoint.save,
                 progress.iteration,

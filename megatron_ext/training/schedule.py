@@ -16,6 +16,7 @@ from megatron_ext.checkpoint.saved_args import run_of
 from megatron_ext.common.errors import RunError
 from megatron_ext.config import RunConfig
 from megatron_ext.config.model_function import Saved
+from megatron_ext.config.training import OptimizerConfig, ScheduleConfig, TrainingConfig
 
 #: In a scheduler's state these are numbers of samples.
 _STEPS = ("num_steps", "lr_warmup_steps", "lr_decay_steps", "wd_incr_steps")
@@ -58,7 +59,8 @@ class Schedule(OptimizerParamScheduler):
             unit = batch_of(run)
             self.init_lr = saved.get("lr_warmup_init", self.init_lr)
             self.lr_wsd_decay_style = saved.get("lr_wsd_decay_style", self.lr_wsd_decay_style)
-            if (length := _wsd_decay(run_of(saved))) is not None:
+            theirs = run_of(saved)
+            if (length := _wsd_decay(theirs.schedule, _in_iterations(theirs.training))) is not None:
                 self.wsd_decay_steps = length * unit
         else:
             self.override_opt_param_scheduler = True  # what differs does not matter, or is meant
@@ -67,24 +69,26 @@ class Schedule(OptimizerParamScheduler):
         self.step(increment=0)  # upstream sets the rates before it knows the weight decay
 
 
-def build_scheduler(optimizer: MegatronOptimizer, run: RunConfig) -> "Schedule":
-    """The schedule the flags describe."""
+def build_scheduler(
+    optimizer: MegatronOptimizer, schedule: ScheduleConfig, decay: OptimizerConfig
+) -> Schedule:
+    """The schedule of learning rate and weight decay that the flags describe."""
     return Schedule(
         optimizer,
-        init_lr=run.schedule.lr_warmup_init,
-        max_lr=run.schedule.lr,
-        min_lr=run.schedule.min_lr,
-        lr_warmup_steps=run.schedule.lr_warmup_steps,
-        lr_decay_steps=run.schedule.lr_decay_steps,
-        lr_decay_style=run.schedule.lr_decay_style,
-        start_wd=run.optimizer.start_weight_decay,
-        end_wd=run.optimizer.end_weight_decay,
-        wd_incr_steps=run.schedule.wd_incr_steps,
-        wd_incr_style=run.optimizer.weight_decay_incr_style,
-        use_checkpoint_opt_param_scheduler=run.schedule.use_checkpoint_opt_param_scheduler,
-        override_opt_param_scheduler=run.schedule.override_opt_param_scheduler,
-        wsd_decay_steps=run.schedule.wsd_decay_steps,
-        lr_wsd_decay_style=run.schedule.lr_wsd_decay_style,
+        init_lr=schedule.lr_warmup_init,
+        max_lr=schedule.lr,
+        min_lr=schedule.min_lr,
+        lr_warmup_steps=schedule.lr_warmup_steps,
+        lr_decay_steps=schedule.lr_decay_steps,
+        lr_decay_style=schedule.lr_decay_style,
+        start_wd=decay.start_weight_decay,
+        end_wd=decay.end_weight_decay,
+        wd_incr_steps=schedule.wd_incr_steps,
+        wd_incr_style=decay.weight_decay_incr_style,
+        use_checkpoint_opt_param_scheduler=schedule.use_checkpoint_opt_param_scheduler,
+        override_opt_param_scheduler=schedule.override_opt_param_scheduler,
+        wsd_decay_steps=schedule.wsd_decay_steps,
+        lr_wsd_decay_style=schedule.lr_wsd_decay_style,
     )
 
 
@@ -96,7 +100,7 @@ def in_steps_of(state: dict[str, Any], saved: Saved, run: RunConfig) -> dict[str
     state = {_EARLIER.get(name, name): value for name, value in state.items()}
     factor = 1.0
     theirs = run_of(saved)
-    if _in_iterations(theirs) and _in_iterations(run):
+    if _in_iterations(theirs.training) and _in_iterations(run.training):
         factor = batch_of(run) / batch_of(theirs)
     if factor == 1:
         return state
@@ -105,16 +109,16 @@ def in_steps_of(state: dict[str, Any], saved: Saved, run: RunConfig) -> dict[str
 
 def batch_of(run: RunConfig) -> int:
     """Samples that a step of the schedule counts in a run in iterations; 1 in a run in samples."""
-    return running_batch(run) if _in_iterations(run) else 1
+    return running_batch(run) if _in_iterations(run.training) else 1
 
 
-def _in_iterations(run: RunConfig) -> bool:
-    return run.training.train_samples is None and bool(run.training.global_batch_size)
+def _in_iterations(training: TrainingConfig) -> bool:
+    return training.train_samples is None and bool(training.global_batch_size)
 
 
-def _wsd_decay(run: RunConfig) -> int | None:
-    """The last part of WSD, in iterations or samples."""
-    return run.schedule.lr_wsd_decay_iters if _in_iterations(run) else run.schedule.lr_wsd_decay_samples
+def _wsd_decay(schedule: ScheduleConfig, in_iterations: bool) -> int | None:
+    """The length of WSD's decay, in iterations or samples."""
+    return schedule.lr_wsd_decay_iters if in_iterations else schedule.lr_wsd_decay_samples
 
 
 def conflicts(state: dict[str, Any], saved: Saved, run: RunConfig) -> list[str]:
@@ -127,7 +131,8 @@ def without_a_rate(scheduler: OptimizerParamScheduler, run: RunConfig) -> int:
     """Iterations at the end of the run whose learning rate is 0, because the schedule is over before it."""
     if scheduler.lr_decay_style == "constant" or scheduler.min_lr > 0:
         return 0
-    steps = run.training.train_iters * batch_of(run) if _in_iterations(run) else run.training.train_samples
+    training = run.training
+    steps = training.train_iters * batch_of(run) if _in_iterations(training) else training.train_samples
     return max(0, math.floor((steps - scheduler.lr_decay_steps) / running_batch(run)))
 
 
@@ -149,7 +154,7 @@ def differences(state: dict[str, Any], saved: Saved, run: RunConfig) -> Iterator
 
 def _rates(run: RunConfig) -> Iterator[tuple[str, str, Any, int]]:
     """(flag, name in a scheduler's state or else in the arguments, value, what the flag counts it in)."""
-    in_, unit = ("iters", batch_of(run)) if _in_iterations(run) else ("samples", 1)
+    in_, unit = ("iters", batch_of(run)) if _in_iterations(run.training) else ("samples", 1)
     yield "--lr", "max_lr", run.schedule.lr, 1
     yield "--lr-decay-style", "lr_decay_style", run.schedule.lr_decay_style, 1
     yield (

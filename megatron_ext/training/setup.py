@@ -49,7 +49,8 @@ def build_trainer(run: RunConfig) -> Trainer:
 
     start, index = find_start(run), open_round(run, tokenizer)
     goes_on_from = start.folder if start.goes_on else None
-    claim_save_folder(run, start.progress, goes_on_from)
+    if run.checkpoint.save and not run.validation.skip_train:
+        claim_save_folder(run.checkpoint.save, start.progress, goes_on_from)
     new_round = enter_round(start.progress, goes_on_from, index, run)
     settle(start, run, tokenizer, index, new_round)
     datasets = build_round_datasets(run, tokenizer, start.progress, index)
@@ -59,7 +60,7 @@ def build_trainer(run: RunConfig) -> Trainer:
     config = transformer_config(run)
     model = wrap_for_training(build_model(config, run), config, ddp_config(run))
     optimizer = build_optimizer(optimizer_config(run), model)
-    scheduler = build_scheduler(optimizer, run)
+    scheduler = build_scheduler(optimizer, run.schedule, run.optimizer)
     print_rank_0(f" model: {count_parameters(model):,} parameters on this rank; device {platform.activate()}")
 
     load(start, run, model, optimizer, scheduler)
@@ -139,16 +140,13 @@ def find_start(run: RunConfig) -> Start:
     return Start()
 
 
-def claim_save_folder(run: RunConfig, progress: Progress, loaded_from: str | None) -> None:
+def claim_save_folder(save: str, progress: Progress, loaded_from: str | None) -> None:
     """See to it that what the run will save replaces no checkpoint unasked; a collective call.
 
     Raises:
         CheckpointError: on every rank, if --save holds checkpoints of later iterations than ``progress``,
             which does not come from there.
     """
-    save = run.checkpoint.save
-    if not save or run.validation.skip_train:
-        return
     goes_on = loaded_from is not None and os.path.realpath(loaded_from) == os.path.realpath(save)
     if not goes_on:
         progress.checkpoints = []

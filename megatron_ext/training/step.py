@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from megatron_ext import platform
 from megatron_ext.config import RunConfig
+from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.platform.collective import max_over_ranks
 from megatron_ext.training import batch as batches
 from megatron_ext.training.bad_numbers import check_finite
@@ -80,9 +81,9 @@ def forward_backward(
 
 
 @contextmanager
-def parameters_in_place(model: list[nn.Module], run: RunConfig) -> Iterator[None]:
+def parameters_in_place(model: list[nn.Module], parallel: ParallelConfig) -> Iterator[None]:
     """Within it every parameter is whole: an overlapped gather of parameters is brought to its end."""
-    overlapped = run.parallel.use_distributed_optimizer and run.parallel.overlap_param_gather
+    overlapped = parallel.use_distributed_optimizer and parallel.overlap_param_gather
     if overlapped:
         for chunk in model:
             chunk.disable_forward_pre_hook()

@@ -2,7 +2,7 @@
 
 import time
 
-from megatron_ext.config import RunConfig
+from megatron_ext.config.training import TrainingConfig
 from megatron_ext.platform.collective import max_over_ranks
 from megatron_ext.training.signals import StopSignals
 
@@ -13,8 +13,8 @@ class Stopping:
     From here on, what ``signals`` received asks for a save and an orderly end.
     """
 
-    def __init__(self, run: RunConfig, signals: StopSignals):
-        self.run, self.signals = run, signals
+    def __init__(self, config: TrainingConfig, signals: StopSignals):
+        self.config, self.signals = config, signals
         self.start = time.time()
         signals.begin()
 
@@ -24,14 +24,14 @@ class Stopping:
 
     def reason(self, iteration: int) -> str | None:
         """Why all ranks stop now, or None; a collective call."""
-        limit, received = self.run.training.exit_duration_in_mins, self.signals.received
+        limit, received = self.config.exit_duration_in_mins, self.signals.received
         late = limit is not None and time.time() - self.start > limit * 60
         signalled, overtime = max_over_ranks([float(received is not None), float(late)])
         if signalled:
             return f"received {received or 'a signal on another rank'}"
         if overtime:
             return f"ran for {limit} minutes (--exit-duration-in-mins)"
-        interval = self.run.training.exit_interval
+        interval = self.config.exit_interval
         if interval and iteration % interval == 0:
             return f"reached iteration {iteration} (--exit-interval)"
         return None

@@ -47,7 +47,7 @@ def _step(run: RunConfig, memory: fake.Memory) -> dict[str, Any]:
     model = wrap_for_training(build_model(config, run, initialized=False), config, ddp_config(run))
     built = memory.now
     optimizer = build_optimizer(optimizer_config(run), model)
-    scheduler = build_scheduler(optimizer, run)
+    scheduler = build_scheduler(optimizer, run.schedule, run.optimizer)
     start, passes = memory.now, _BeforeUpdate(memory)
     with fake.counted_flops() as counter:
         train_step(_iterators(run, len(model)), model, optimizer, scheduler, run, Callbacks([passes]))
@@ -90,11 +90,11 @@ def _groups() -> dict[str, list[int]]:
 def _iterators(run: RunConfig, chunks: int) -> list[Iterator[dict[str, Any]] | None]:
     """Samples for each chunk that reads some."""
     stages = range(chunks) if chunks > 1 else [None]
-    return [_samples(run) if needs_data(run, vp_stage=stage) else None for stage in stages]
-
-
-def _samples(run: RunConfig) -> Iterator[dict[str, Tensor]]:
     shape = (run.training.micro_batch_size, run.data.seq_length)
+    return [_samples(shape) if needs_data(run.data, vp_stage=stage) else None for stage in stages]
+
+
+def _samples(shape: tuple[int, int]) -> Iterator[dict[str, Tensor]]:
     while True:
         ids = torch.zeros(shape, dtype=torch.int64)
         yield {"tokens": ids, "labels": ids, "position_ids": ids, "loss_mask": torch.ones(shape)}

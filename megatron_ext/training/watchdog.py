@@ -21,7 +21,7 @@ from typing import TypeVar
 from torch.distributed import PrefixStore, Store
 
 from megatron_ext.common.errors import Interrupted, LostProcess
-from megatron_ext.config import RunConfig
+from megatron_ext.config.parallel import ProcessConfig
 from megatron_ext.training.peer_monitor import PeerMonitor
 
 #: A rank that was told of another's failure gets this long to end by itself; less before its first step.
@@ -40,29 +40,29 @@ _LOST_WORDS = (
 
 
 @contextlib.contextmanager
-def watching(run: RunConfig, store: Store) -> Iterator["Watchdog"]:
+def watching(process: ProcessConfig, store: Store) -> Iterator["Watchdog"]:
     """A watchdog over what runs within, on every rank of a job that met at ``store``.
 
     Raises LostProcess, naming the rank and its reason where known, if another rank failed or went.
     """
-    patience = run.process.watchdog_minutes
+    patience = process.watchdog_minutes
     if patience is None:
-        patience = run.process.distributed_timeout_minutes / 2
-    dog = Watchdog(store, run.process.rank, run.process.world_size, patience * 60)
+        patience = process.distributed_timeout_minutes / 2
+    dog = Watchdog(store, process.rank, process.world_size, patience * 60)
     try:
         dog.start()
         yield dog
     except Exception as error:
         if not _lost_connection(error):
-            dog.tell(f"rank {run.process.rank} failed: {type(error).__name__}: {error}")
+            dog.tell(f"rank {process.rank} failed: {type(error).__name__}: {error}")
             raise
         first_line = str(error).strip().split("\n")[0]
         lost = f"another process of the job was killed or does not answer ({first_line})"
         reason = dog.reason_elsewhere()
-        dog.tell(f"rank {run.process.rank} lost its connection: {lost}")
+        dog.tell(f"rank {process.rank} lost its connection: {lost}")
         raise LostProcess(reason or lost) from error
     except Interrupted as error:
-        dog.tell(f"rank {run.process.rank} {error}")
+        dog.tell(f"rank {process.rank} {error}")
         raise
     finally:
         dog.stop()

@@ -54,7 +54,8 @@ def in_transformers(home: Path):
 def first_batch(argv: list[str]) -> list[dict]:
     """The samples that the first iteration of a run trains on."""
     run = read_args(argv)
-    dataset = build_datasets(run, build_tokenizer(run.tokenizer), dataset_sizes(run))[0]
+    sizes = dataset_sizes(run.training, run.validation)
+    dataset = build_datasets(run, build_tokenizer(run.tokenizer), sizes)[0]
     return [dataset[i] for i in range(run.training.global_batch_size)]
 
 

@@ -90,7 +90,7 @@ def _plain_losses(argv) -> list[float]:
 
     run = read_args(argv)
     model, tokenizer, _ = load_for_inference(run.checkpoint.load)
-    dataset = build_datasets(run, tokenizer, dataset_sizes(run))[0]
+    dataset = build_datasets(run, tokenizer, dataset_sizes(run.training, run.validation))[0]
     found = []
     with torch.no_grad():
         for number in range(SAMPLES):

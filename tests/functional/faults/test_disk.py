@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from megatron_ext.checkpoint import checkpoint_dir, latest_iteration, load
-from megatron_ext.config import RunConfig
 from megatron_ext.data import DatasetError
 from megatron_ext.data.inspect import report, verify
 from megatron_ext.data.manifest import check_dataset
@@ -131,7 +130,7 @@ def two_checkpoints(pool, tmp_path_factory):
 
 def load_iterations(cases: list[str]) -> list[int]:
     """What a run would continue from in each folder; on two ranks."""
-    return [load._find(Path(case), RunConfig.of({}), None)[1] for case in cases]
+    return [load._find(Path(case), None, [])[1] for case in cases]
 
 
 def test_damaged_checkpoints(pool, two_checkpoints, tmp_path):

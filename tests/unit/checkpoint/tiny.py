@@ -82,7 +82,7 @@ class Run:
         config = transformer_config(run)
         self.model = wrap_for_training(build_model(config, run), config, ddp_config(run))
         self.optimizer = build_optimizer(optimizer_config(run), self.model)
-        self.scheduler = build_scheduler(self.optimizer, run)
+        self.scheduler = build_scheduler(self.optimizer, run.schedule, run.optimizer)
         config.grad_scale_func = self.optimizer.scale_loss
         config.finalize_model_grads_func = finalize_model_grads
         for chunk in self.model:

@@ -20,7 +20,7 @@ def arguments(flags: str = "--train-iters 100") -> RunConfig:
 
 
 def scheduler_of(run):
-    return build_scheduler(Namespace(param_groups=[{"default_config": True}]), run)
+    return build_scheduler(Namespace(param_groups=[{"default_config": True}]), run.schedule, run.optimizer)
 
 
 def found(begun: str, now: str) -> list[str]:

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from megatron_ext.config import RunConfig
+from megatron_ext.config.output import LoggingConfig
 from megatron_ext.training import side
 from megatron_ext.training.metric_writers import MetricWriters
 from megatron_ext.training.side import LinesFile, Side
@@ -111,7 +111,8 @@ def test_a_device_that_takes_nothing(capsys):
 
 def test_a_board_whose_folder_is_removed_is_made_again(tmp_path, at_once, capsys):
     folder = tmp_path / "board"
-    boards = MetricWriters(RunConfig.of(dict(tensorboard_queue_size=10, tensorboard_dir=str(folder))))
+    config = LoggingConfig(tensorboard_queue_size=10, tensorboard_dir=str(folder))
+    boards = MetricWriters(config, {"save": None})
     boards.scalar("lm loss", 1.0, 1, 10)
     boards.boards[0][1].writer.flush()
     shutil.rmtree(folder)
