@@ -23,19 +23,19 @@ from megatron_ext.training.signals import StopSignals  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse, build and train; or record the losses of a model that was trained."""
+    """Parse, build and train; or record the losses of a trained model."""
     with steady_streams(), StopSignals() as signals:
         train(argv, signals)
 
 
 def train(argv: list[str] | None, signals: StopSignals) -> None:
-    """The same, with the signals answered by ``signals``."""
+    """Train or record, with stop signals handled by ``signals``."""
     from megatron_ext.arguments import parse_args
 
     run = parse_args(argv)
     signals.answer(run.training.exit_signal)
 
-    # Imported after the flags are known to be right: these take seconds.
+    # Imported after the flags are validated: these take seconds.
     from megatron_ext.checkpoint import only_recording_in, only_run_in
     from megatron_ext.platform.collective import print_rank_0
     from megatron_ext.training import distributed
@@ -59,7 +59,7 @@ def train(argv: list[str] | None, signals: StopSignals) -> None:
 
 
 def leave(error: BaseException, code: int) -> None:
-    """At once: Python's end closes process groups, which may wait for processes that have gone."""
+    """Exit at once: an ordinary exit closes process groups, which may wait for lost processes."""
     tell(f"pretrain_pangu_pro.py: error: {error}")
     os._exit(code)
 
@@ -73,4 +73,4 @@ if __name__ == "__main__":
         leave(error, error.code)
     except command.EXPECTED as error:
         sys.exit(f"pretrain_pangu_pro.py: error: {command.message(error)}")
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # all is done: no stack of Python's own end
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback if Python's shutdown is interrupted

@@ -46,7 +46,7 @@ class FusedAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update every parameter that has a gradient; ``step`` counts in all groups, empty ones too.
+        """Update every parameter that has a gradient; ``step`` is incremented in empty groups too.
 
         A rank of the distributed optimizer may own nothing of a group, yet all ranks must agree
         on the number of steps.
@@ -88,7 +88,7 @@ class FusedAdam(torch.optim.Optimizer):
         """Load a state dict of this class, of Apex or Transformer Engine, or of torch's Adam(W).
 
         torch's per-parameter ``step`` becomes the group's. Raises ValueError if it differs
-        between parameters, which one count for all cannot express.
+        between parameters, because a group has only one.
         """
         state = {key: dict(value) for key, value in state_dict["state"].items()}
         steps = {int(value.pop("step")) for value in state.values() if "step" in value}
@@ -121,8 +121,8 @@ def adam_update(
 ) -> None:
     """One Adam(W) step over lists of tensors, in place; ``step`` counts from 1.
 
-    torch's fused kernels (ten times its foreach ones on a CPU). They read the step from one
-    tensor per parameter; all may be the same tensor, as it is only read.
+    Calls torch's fused kernels (ten times as fast as foreach on a CPU). They read the step from one
+    tensor per parameter; all parameters may share a tensor, as it is only read.
     """
     kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
     step_tensor = torch.full((), float(step), device=params[0].device)

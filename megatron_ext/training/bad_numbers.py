@@ -1,4 +1,4 @@
-"""NaN and Inf in losses and gradients: where they came from, and how many the run may pass over."""
+"""NaN and Inf in losses and gradients: their origin, and how many iterations may be skipped."""
 
 import json
 from pathlib import Path
@@ -22,13 +22,13 @@ from megatron_ext.training.side import LinesFile
 from megatron_ext.training.state import BadNumbers, Finding, Progress
 
 REPORT = "bad_samples.jsonl"
-_MOST_NAMES = 5
+_MAX_NAMES = 5
 
 
 class LocalGradients:
-    """Megatron-Core's ``finalize_model_grads``, noting first which gradients of this rank are bad.
+    """Megatron-Core's ``finalize_model_grads``, preceded by a check of this rank's own gradients.
 
-    Afterwards the NaN of one rank has been reduced into the gradients of all.
+    Afterwards a NaN of one rank has been reduced into the gradients of all ranks.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class LocalGradients:
 
 
 def gradients_are_finite(model: list[nn.Module]) -> bool:
-    """Whether no gradient of this rank is NaN or Inf: one pass over the memory they lie in."""
+    """Whether all gradients of this rank are finite, in one pass over the gradient buffers."""
     buffers = (buffer for chunk in model for buffer in chunk.buffers)
     return all(bool(torch.isfinite(buffer.grad_data.sum())) for buffer in buffers)
 
@@ -64,19 +64,20 @@ def check_finite(model: list[nn.Module], counter: LossCounter) -> None:
     finalize = model[0].config.finalize_model_grads_func
     names = finalize.bad if isinstance(finalize, LocalGradients) else bad_parameters(model)
     if names:
-        more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
-        problems.append(f"NaN or Inf in the gradient of {', '.join(names[:_MOST_NAMES])}{more}")
+        more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+        problems.append(f"NaN or Inf in the gradient of {', '.join(names[:_MAX_NAMES])}{more}")
     own = Finding(parallel_state.get_data_parallel_rank(), problems, list(counter.bad))
     findings: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(findings, own)
-    told = [f"rank {rank}: {'; '.join(f.problems)}" for rank, f in enumerate(findings) if f.problems]
-    raise BadNumbers("; ".join(told) or "the sum of the ranks' finite gradients overflows", findings)
+    messages = [f"rank {rank}: {'; '.join(f.problems)}" for rank, f in enumerate(findings) if f.problems]
+    raise BadNumbers("; ".join(messages) or "the sum of the ranks' finite gradients overflows", findings)
 
 
 class BadNumberPolicy(Callback):
-    """Passes over up to ``--skip-bad-iterations`` iterations of a run; the next one stops it.
+    """Skips up to ``--skip-bad-iterations`` iterations of a run; the next one ends it.
 
-    The samples of each go to ``bad_samples.jsonl`` in the --save folder, a JSON object an iteration.
+    The samples of each are written to ``bad_samples.jsonl`` in the --save folder, a JSON object per
+    iteration.
     """
 
     def __init__(self, run: RunConfig, dataset: Samples) -> None:
@@ -86,14 +87,14 @@ class BadNumberPolicy(Callback):
             self.report = LinesFile(Path(run.checkpoint.save) / REPORT, "report of bad samples")
 
     def bad_numbers(self, state: State, error: BadNumbers) -> bool:
-        """Pass over the iteration, up to the limit."""
+        """Skip the iteration, up to the limit."""
         self.pass_over(error, state.progress, get_num_microbatches())
         return True
 
     def pass_over(self, error: BadNumbers, progress: Progress, microbatches: int) -> None:
-        """Report the iteration after ``progress`` and count it; raises BadNumbers past the limit.
+        """Report the iteration after ``progress`` and count it; raises BadNumbers above the limit.
 
-        To be called on all ranks alike, with the ``error`` that they all got.
+        Called on all ranks, with the ``error`` that was raised on all of them.
         """
         iteration, limit = progress.iteration + 1, self.run.training.skip_bad_iterations
         consumed = progress.consumed_train_samples - progress.round_start
@@ -115,16 +116,16 @@ class BadNumberPolicy(Callback):
         )
 
     def samples(self, findings: list[Finding], consumed: int, microbatches: int) -> list[dict[str, Any]]:
-        """The samples of the microbatches whose loss is bad, or where none is, all of the global batch."""
+        """The samples of the microbatches with a bad loss; if there is none, all of the global batch."""
         wanted = {(f.data_rank, number) for f in findings for number in f.microbatches}
         if not wanted:
-            concerned = [f for f in findings if f.problems] or findings
-            wanted = {(f.data_rank, number) for f in concerned for number in range(microbatches)}
-        found = []
+            affected = [f for f in findings if f.problems] or findings
+            wanted = {(f.data_rank, number) for f in affected for number in range(microbatches)}
+        traced = []
         for rank in sorted({rank for rank, _ in wanted}):
             numbers = sample_numbers(self.dataset, self.run, consumed, microbatches, rank)
             for number, batch in enumerate(numbers):
                 if (rank, number) in wanted:
                     place = {"data_parallel_rank": rank, "microbatch": number}
-                    found += [trace_sample(self.dataset, sample) | place for sample in batch]
-        return found
+                    traced += [trace_sample(self.dataset, sample) | place for sample in batch]
+        return traced

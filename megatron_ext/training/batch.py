@@ -1,4 +1,4 @@
-"""A microbatch on its way through the model, and the loss at its end."""
+"""Microbatches: reading one, the forward step, and the loss."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -32,9 +32,9 @@ def next_batch(iterator: Iterator[dict[str, Any]] | None) -> Batch | None:
     sample = next(iterator)
     device = platform.current_device()
     fields = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask", "sample_id")
-    found = [sample[name].to(device, non_blocking=True) if name in sample else None for name in fields]
+    tensors = [sample[name].to(device, non_blocking=True) if name in sample else None for name in fields]
     return of_context_rank(
-        Batch(*found),
+        Batch(*tensors),
         parallel_state.get_context_parallel_rank(),
         parallel_state.get_context_parallel_world_size(),
     )
@@ -43,7 +43,7 @@ def next_batch(iterator: Iterator[dict[str, Any]] | None) -> Batch | None:
 def of_context_rank(batch: Batch, rank: int, size: int) -> Batch:
     """The tokens of one context parallel rank: of 2 x size pieces of the sequence, one from each end.
 
-    So causal attention costs every rank the same; Transformer Engine's attention expects this order
+    Causal attention then costs the same on every rank; Transformer Engine's attention expects this order
     (Megatron-LM: get_batch_on_this_cp_rank).
     """
     if size == 1:
@@ -61,7 +61,7 @@ def of_context_rank(batch: Batch, rank: int, size: int) -> Batch:
 
 
 def needs_data(data: DataConfig, vp_stage: int | None = None) -> bool:
-    """Whether this pipeline stage reads samples: the ends do, and all do if masks follow documents."""
+    """Whether this pipeline stage reads samples: the first and the last do; all do with document masks."""
     return (
         data.reset_attention_mask
         or parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
@@ -71,12 +71,12 @@ def needs_data(data: DataConfig, vp_stage: int | None = None) -> bool:
 
 @dataclass
 class LossCounter:
-    """Turns the losses of a microbatch into what is trained on and what is reported.
+    """Reduces the losses of a microbatch to the training loss and the values to report.
 
-    ``token_bytes`` ([vocabulary] int32: UTF-8 bytes of each id, 0 for special tokens) turns on the
+    ``token_bytes`` ([vocabulary] int32: UTF-8 bytes of each id, 0 for special tokens) enables the
     count of bytes, for bits per byte. ``bad`` collects the microbatches of this step whose loss is
     "NaN" or "Inf"; raising here would leave the other ranks waiting in the middle of a schedule.
-    ``record`` is given every microbatch with its losses.
+    ``record`` is called with every microbatch and its losses.
     """
 
     token_bytes: Tensor | None = None
@@ -122,7 +122,7 @@ def forward_step(
 
 
 def total(reduced: list[dict[str, Tensor]]) -> Tensor | None:
-    """Sum the reported sums over microbatches and data parallel ranks; None off the last stage."""
+    """Sum the reports over microbatches and data parallel ranks; None except on the last stage."""
     if not reduced:
         return None
     sums = torch.stack([entry["lm loss"] for entry in reduced]).sum(0)

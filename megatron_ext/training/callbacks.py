@@ -1,6 +1,6 @@
-"""What hangs on the training loop: hooks around its steps, the same for whatever comes next.
+"""Callbacks of the training loop: hooks around its steps.
 
-A callback is put into the list of ``training/setup.py:callbacks``; the loop is not touched.
+A new callback is added to the list in ``training/setup.py:callbacks``; the loop does not change.
 """
 
 import gc
@@ -20,9 +20,9 @@ from megatron_ext.training.state import BadNumbers, Evaluation, Progress, StepRe
 
 
 class Callback:
-    """Hooks that do nothing. Each is called on every rank alike, so it may communicate."""
+    """Hooks that do nothing. Each hook is called on all ranks, so it may communicate."""
 
-    #: Whether :meth:`losses` wants each microbatch's losses: what nobody looks at is not kept.
+    #: Whether :meth:`losses` is to be called; if no callback needs the losses they are not kept.
     sees_losses = False
 
     def start(self, state: "State") -> None:
@@ -32,54 +32,54 @@ class Callback:
         """Before the forward pass of an iteration."""
 
     def losses(self, batch: Batch, losses: Tensor) -> None:
-        """A microbatch and the loss of each of its tokens [b, s], where they are known."""
+        """A microbatch and the loss of each of its tokens [b, s], on the ranks that compute it."""
 
     def before_update(self) -> None:
-        """The gradients are there; no parameter and no optimizer state has changed yet."""
+        """After the backward pass, before any parameter or optimizer state changes."""
 
     def bad_numbers(self, state: "State", error: BadNumbers) -> bool:
-        """A NaN or Inf came up and nothing was updated; True to go on without an update."""
+        """After a NaN or Inf, with nothing updated; returns True to continue without an update."""
         return False
 
     def after_step(self, state: "State", result: StepResult) -> None:
-        """After an iteration, which ``state.progress`` counts already."""
+        """After an iteration; ``state.progress`` already includes it."""
 
     def before_validation(self, state: "State", split: str) -> None:
         """Before a validation or test."""
 
     def after_validation(self, state: "State", result: Evaluation, split: str) -> None:
-        """After a validation or test that was not cut short."""
+        """After a complete validation or test."""
 
     def after_iteration(self, state: "State", last: bool) -> None:
-        """After validation, at the end of an iteration; ``last`` of the run as well."""
+        """At the end of an iteration, after validation; ``last`` is True at the end of the run."""
 
     def before_save(self, state: "State") -> None:
-        """Before a checkpoint: what it must not get ahead of is brought to the disk."""
+        """Before a checkpoint: write to disk what a resumed run relies on."""
 
     def after_error(self, state: "State") -> None:
-        """A NaN or Inf that nobody passed over ends the run; all ranks are here."""
+        """Before a NaN or Inf ends the run; called on all ranks."""
 
     def end(self, state: "State") -> None:
-        """After the last iteration, before the last evaluations; not after an error."""
+        """After the last iteration, before the final evaluations; not after an error."""
 
     def close(self) -> None:
-        """Whatever has happened, even an error: let go of what is held; communicate nothing."""
+        """Always called last, even after an error: release resources; must not communicate."""
 
 
 class Callbacks(list[Callback]):
-    """The callbacks of a run, in their order."""
+    """The callbacks of a run, in call order."""
 
     @property
     def sees_losses(self) -> bool:
-        """Whether any looks at the losses."""
+        """Whether any callback needs the losses."""
         return any(callback.sees_losses for callback in self)
 
     def __call__(self, hook: str, *args: object) -> list[Any]:
-        """Call that hook of each; their answers."""
+        """Call ``hook`` of each callback; returns the results."""
         return [getattr(callback, hook)(*args) for callback in self]
 
     def losses(self, batch: Batch, losses: Tensor) -> None:
-        """Show a microbatch's losses to those that look at them."""
+        """Pass a microbatch's losses to the callbacks that need them."""
         for callback in self:
             if callback.sees_losses:
                 callback.losses(batch, losses)
@@ -87,7 +87,7 @@ class Callbacks(list[Callback]):
 
 @dataclass
 class State:
-    """What a run works with, as callbacks see it.
+    """The state of a run, as passed to callbacks.
 
     ``datasets`` are the training, validation and test sets (None where absent); ``token_bytes`` the UTF-8
     bytes of each token id.

@@ -1,9 +1,8 @@
-"""What a run that goes on may have changed, and what its training set is from there on.
+"""Checks what has changed in a resumed run, and settles the training set that it reads.
 
-A checkpoint's position, in samples and in the schedule, means something only with the training set
-and the schedule that it was counted in. What differs is found here before there is a model, all of it
-together: some of it works as it is meant, some is refused with the ways out (docs/training.md has the
-table).
+A checkpoint's position, in samples and in the schedule, is only meaningful together with the training set
+and the schedule that it refers to. All differences are found here, before the model is built: some are
+supported, the others are refused with the flags that resolve them (docs/training.md has the table).
 """
 
 from collections.abc import Iterator
@@ -23,19 +22,19 @@ from megatron_ext.training import schedule
 from megatron_ext.training.data import dataset_sizes, samples_to_read
 from megatron_ext.training.state import Progress
 
-#: Flags that change which tokens count in the loss, or what they are predicted from.
+#: Flags that change which tokens count in the loss, or the context they are predicted from.
 LOSS_FLAGS = ("eod_mask_loss", "reset_position_ids", "reset_attention_mask")
 
 
 @dataclass
 class Start:
-    """Where a run begins.
+    """The starting point of a run.
 
     Attributes:
-        checkpoint: what its weights come from, None for initial weights.
-        folder: that the checkpoint was looked for in.
-        goes_on: whether it takes more than weights from there: the position of the run.
-        progress: how far it is.
+        checkpoint: the source of its weights, None for initial weights.
+        folder: the folder that the checkpoint was found in.
+        goes_on: whether the run resumes from the checkpoint, instead of taking only its weights.
+        progress: the progress of the run.
     """
 
     checkpoint: OpenedCheckpoint | None = None
@@ -55,16 +54,16 @@ class Start:
 def settle(
     start: Start, run: RunConfig, tokenizer: Tokenizer, index: RoundIndex | None, new_round: bool
 ) -> None:
-    """Compare a run with the checkpoint that it goes on from, and note in its progress what it reads.
+    """Compare a run with the checkpoint that it resumes from, and settle its training set; a collective call.
 
-    Sets ``training_set`` of ``start.progress``, and ``round_start`` where another training set begins, and
-    ``run.training.train_iters`` of a run in samples. A collective call.
+    Sets ``training_set`` of ``start.progress``, ``round_start`` if another training set begins, and
+    ``run.training.train_iters`` of a run in samples.
 
     Args:
         new_round: whether the run has just entered the round of ``index``.
 
     Raises:
-        CheckpointError: on every rank, naming every difference that is not allowed and the ways out.
+        CheckpointError: on every rank, naming every unsupported difference and the flags that resolve it.
     """
     progress = start.progress
     if run.training.train_samples is not None:
@@ -95,15 +94,15 @@ def settle(
 
 
 def _training_set_of(progress: Progress, before: OpenedCheckpoint, ours: dict[str, Any]) -> dict[str, Any]:
-    """The description in a checkpoint; of one without it (Megatron-LM's), what its arguments say."""
-    found = progress.training_set
-    if isinstance(found, dict) and type(found.get("samples")) is int:
-        return found
+    """The description in a checkpoint; without one (Megatron-LM's checkpoints), what its arguments say."""
+    description = progress.training_set
+    if isinstance(description, dict) and type(description.get("samples")) is int:
+        return description
     return ours | stated(before.saved)
 
 
 def _refuse(name: str, before: OpenedCheckpoint, run: RunConfig, changed: list[str]) -> None:
-    """Raise CheckpointError for a schedule or a training set that differs and is not said to be meant."""
+    """Raise CheckpointError for another schedule, optimizer or training set that no flag allows."""
     saved, problems = before.saved, []
     rates = before.common.get("opt_param_scheduler")
     if rates and not run.checkpoint.no_load_optim and (found := schedule.conflicts(rates, saved, run)):
@@ -126,7 +125,7 @@ def _refuse(name: str, before: OpenedCheckpoint, run: RunConfig, changed: list[s
 
 
 def _notes(saved: Saved, progress: Progress, run: RunConfig) -> Iterator[str]:
-    """What differs and is allowed, where it is not plain what comes of it."""
+    """Notes on the allowed differences whose effect is not obvious."""
     if saved.get("global_batch_size") is not None and run.training.train_samples is None:
         theirs, ours = running_batch(run_of(saved)), running_batch(run)
         if theirs != ours:

@@ -19,7 +19,7 @@ from megatron_ext.platform.collective import on_first_rank, print_rank_0
 from megatron_ext.training.batch import needs_data
 from megatron_ext.training.state import Progress
 
-#: Training, validation and test set; None where there is none.
+#: Training, validation and test set, each None if absent.
 Datasets = tuple[Samples | None, ...]
 
 
@@ -45,23 +45,23 @@ def dataset_sizes(
 
 
 def samples_to_read(progress: Progress, run: RunConfig) -> int:
-    """How many samples the run reads of its training set, from the set's first to its own last iteration."""
+    """How many samples of its training set the run reads by its last iteration, from the set's first."""
     read = progress.consumed_train_samples - progress.round_start
     if run.training.train_samples is not None:
         return max(read, run.training.train_samples - progress.round_start)
     return read + max(0, run.training.train_iters - progress.iteration) * running_batch(run)
 
 
-def say_what_is_read(datasets: Datasets, samples: int, run: RunConfig) -> None:
-    """How often the run reads its data, and what of it is not as one would expect; a collective call.
+def print_data_summary(datasets: Datasets, samples: int, run: RunConfig) -> None:
+    """Print the number of epochs, and warnings about the datasets; a collective call.
 
-    ``samples`` are read of the training set.
+    ``samples`` are read from the training set.
     """
-    for line in on_first_rank(lambda: list(_what_is_read(datasets, samples, run))):
+    for line in on_first_rank(lambda: list(_data_summary(datasets, samples, run))):
         print_rank_0(line)
 
 
-def _what_is_read(datasets: Datasets, samples: int, run: RunConfig) -> Iterator[str]:
+def _data_summary(datasets: Datasets, samples: int, run: RunConfig) -> Iterator[str]:
     train, *held_out = datasets
     if train is not None:
         often = epochs(train, samples)
@@ -92,13 +92,13 @@ def _what_is_read(datasets: Datasets, samples: int, run: RunConfig) -> Iterator[
 def chunk_iterators(
     dataset: Samples | None, run: RunConfig, consumed_samples: int
 ) -> list[Iterator[dict[str, Any]] | None]:
-    """One stream of this rank's microbatches for each of its model chunks; None where none is read.
+    """An iterator over this rank's microbatches for each of its model chunks; None for chunks without data.
 
     The chunks of an interleaved pipeline each read the same microbatches in the same order.
 
-    Call it while nothing is being sent between ranks: the processes that read ahead are forked here,
-    not at the first microbatch, and a fork while another thread enters or leaves the interpreter,
-    as the threads of an unfinished collective do, can leave the child waiting for a lock for ever.
+    Call this while no collective is in progress: the data worker processes are forked here, not at the first
+    microbatch, and a fork while another thread enters or leaves the interpreter, as the threads of an
+    unfinished collective do, can deadlock the child.
     """
     stages = parallel_state.get_virtual_pipeline_model_parallel_world_size()
     if dataset is None:
@@ -110,7 +110,7 @@ def chunk_iterators(
 
 
 def _microbatches(dataset: Samples, run: RunConfig, consumed_samples: int) -> Iterator[dict[str, Any]]:
-    """The microbatches from ``consumed_samples`` on."""
+    """The microbatches after ``consumed_samples``."""
     return _to_the_end(dataset, iter(build_data_loader(dataset, run, consumed_samples)))
 
 
@@ -122,10 +122,10 @@ def _to_the_end(dataset: Samples, microbatches: Iterator[dict[str, Any]]) -> Ite
 def validation_iterators(
     dataset: Samples | None, run: RunConfig, consumed_samples: int
 ) -> list[Iterator[dict[str, Any]] | None]:
-    """As chunk_iterators, of a dataset that begins again where it ends.
+    """As chunk_iterators, for a dataset that starts over at its end.
 
-    A run may be resumed with fewer validations than it was begun with, and what it has consumed then lies
-    beyond the set that they need.
+    A run may be resumed with fewer validations than it was started with; the samples consumed so far may then
+    exceed the size of the set.
     """
     if dataset is not None and run.data.dataloader_type != "cyclic":
         dataset = Endless(dataset)
@@ -139,10 +139,10 @@ def pipeline_group(parallel: ParallelConfig) -> int:
 
 
 def whole_set(dataset: Samples, run: RunConfig) -> tuple[list[Iterator[dict[str, Any]] | None], list[int]]:
-    """Every sample of a dataset once: streams as of chunk_iterators, and the microbatches of each pass.
+    """Every sample of a dataset once: iterators as from chunk_iterators, and the microbatches of each pass.
 
-    The last microbatches are filled up with what does not count, so that neither the layout nor the batch
-    decides what is looked at.
+    The last microbatches are padded with samples that do not count, so that neither the layout nor the batch
+    size changes which samples are evaluated.
     """
     group, unit = pipeline_group(run.parallel), run.samples_at_once
     span = Span(dataset, 0, len(dataset), unit * group)

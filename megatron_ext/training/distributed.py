@@ -1,4 +1,4 @@
-"""Joining the job's processes and laying the parallel groups over them."""
+"""Initializes the process group and the parallel groups."""
 
 from datetime import timedelta
 
@@ -15,9 +15,9 @@ from megatron_ext.platform import rendezvous
 
 
 def rendezvous_store(process: ProcessConfig) -> Store:
-    """Where the job's processes find each other: its key-value store.
+    """Rendezvous of the job's processes; returns its key-value store.
 
-    Raises LostProcess if they have not met within --distributed-timeout-minutes.
+    Raises LostProcess if they do not all arrive within --distributed-timeout-minutes.
     """
     try:
         return rendezvous.open_store(process.rank, process.world_size, _timeout(process))
@@ -26,7 +26,7 @@ def rendezvous_store(process: ProcessConfig) -> Store:
 
 
 def initialize(run: RunConfig, store: Store | None = None) -> None:
-    """Process group, tensor x pipeline x data parallel groups, seeds and microbatch counter."""
+    """Initialize the process group, the parallel groups, the seeds and the microbatch calculator."""
     platform.keep_freed_memory()
     platform.init_process_group(
         run.process.distributed_backend,
@@ -59,29 +59,29 @@ def _timeout(process: ProcessConfig) -> timedelta:
 
 
 def shorten_timeout(process: ProcessConfig) -> None:
-    """From here on a collective fails after --distributed-timeout-seconds-after-init; a collective call."""
+    """Reduce the timeout of collectives to --distributed-timeout-seconds-after-init; a collective call."""
     if process.distributed_timeout_seconds_after_init:
         parallel_state.update_pg_timeout(timedelta(seconds=process.distributed_timeout_seconds_after_init))
 
 
 def seed(run: RunConfig) -> None:
-    """Seed every generator as Megatron-LM does: by pipeline stage, by tensor parallel rank in its tracker.
+    """Seed every generator as Megatron-LM does: by pipeline stage and, in its tracker, by tensor rank.
 
-    The initial weights do not come from these (models/initialization.py); dropout does.
+    Dropout uses these generators; the initial weights do not (models/initialization.py).
     """
     value = run.init.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
     if run.init.data_parallel_random_init:
         value += 10 * parallel_state.get_data_parallel_rank()
     platform.seed_all(value)
-    # Generators whose state a CUDA graph can carry on from one replay to the next; Transformer Engine's
-    # layers ask for its own tracker then (upstream's validate_args).
+    # CUDA graphs need generators whose state advances from replay to replay; Transformer Engine's layers then
+    # require its own tracker (upstream's validate_args).
     graphs = run.graphs.cuda_graph_impl != "none"
     engine = graphs and run.layers.transformer_impl == "transformer_engine"
     model_parallel_cuda_manual_seed(value, te_rng_tracker=engine, use_cudagraphable_rng=graphs)
 
 
 def finalize() -> None:
-    """Leave the process group, so that no rank is left waiting for a socket."""
+    """Destroy the process group, so that no rank waits for a socket."""
     num_microbatches_calculator.unset_num_microbatches_calculator()
     parallel_state.destroy_model_parallel()
     if torch.distributed.is_initialized():

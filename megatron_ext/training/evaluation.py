@@ -1,4 +1,4 @@
-"""Validation: the mean loss of held-out samples, and what it costs in bits per byte of text."""
+"""Validation: the mean loss of held-out samples, per token and in bits per byte of text."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -23,9 +23,10 @@ def evaluate(
     passes: Sequence[int],
     stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
-    """Forward only, in passes of so many microbatches of each data parallel rank; a collective call.
+    """Evaluate forward only; a collective call.
 
-    ``stop`` is asked before each pass, on all ranks alike; None if it ended the evaluation.
+    ``passes`` are the numbers of microbatches per data parallel rank of each pass through the pipeline.
+    ``stop``, a collective call, is checked before each pass; returns None if it ended the evaluation.
     """
     counter = LossCounter(token_bytes=token_bytes)
     total = torch.zeros(4, dtype=torch.float64)

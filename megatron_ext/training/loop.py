@@ -1,4 +1,4 @@
-"""The training loop: steps, validation, saves, and an orderly end."""
+"""The training loop: steps, validation, saves, and an orderly shutdown."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -31,12 +31,12 @@ from megatron_ext.training.watchdog import Watchdog
 
 @dataclass
 class Trainer(State):
-    """Everything a run works with, and the loop over it."""
+    """The state of a run, and the training loop."""
 
     def train(self, watchdog: Watchdog | None = None, signals: StopSignals | None = None) -> None:
-        """Train to ``--train-iters``, or until a signal, a time limit or an interval says stop.
+        """Train to ``--train-iters``, or until a signal, a time limit or an interval stops the run.
 
-        ``watchdog`` is told how far the run is; ``signals`` answers those that came, and come.
+        Progress is noted in ``watchdog``; ``signals`` holds the stop signals received so far.
         """
         run, signals = self.run, signals or StopSignals()
         connect(self.model, self.optimizer, run)
@@ -47,7 +47,7 @@ class Trainer(State):
         self.watched: Callable[[Any], Any] = watchdog.watch if watchdog else lambda iterator: iterator
         if watchdog:
             watchdog.on_launcher_gone = lambda: signals.request("word that the launcher has gone")
-        # One and the same model is to have one and the same loss.
+        # Without training, evaluate from the first sample: the same model then always has the same loss.
         consumed = 0 if run.validation.skip_train else self.progress.consumed_valid_samples
         read_in_parts = None if run.validation.full_validation else self.datasets[1]
         self.valid_iterators = validation_iterators(read_in_parts, run, consumed)
@@ -61,13 +61,13 @@ class Trainer(State):
             self.callbacks("after_error", self)
             raise
         finally:
-            # Frees the processes that read data. The watchdog knows this object and this object the
-            # watchdog, so both outlive the run, and Python waits at its end for processes that do not.
+            # Ends the data worker processes. This object and the watchdog refer to each other, so both live
+            # until Python's exit, which would wait for the workers.
             self.valid_iterators = []
             self.callbacks("close")
 
     def _train_iterations(self) -> str | None:
-        """Returns why the loop ended early, or None."""
+        """Train; returns why the loop ended early, or None."""
         run, progress = self.run, self.progress
         consumed = progress.consumed_train_samples - progress.round_start
         iterators = chunk_iterators(self.datasets[0], run, consumed)
@@ -101,7 +101,7 @@ class Trainer(State):
         return None
 
     def _step(self, iterators: list[Iterator[dict[str, Any]] | None]) -> StepResult:
-        """One iteration: trained on, or passed over because of the flags or of its numbers."""
+        """One iteration: a training step, or a skip because of the flags or of NaN or Inf."""
         if self.progress.iteration + 1 in self.run.training.iterations_to_skip:
             return self._skip_step(iterators)
         try:
@@ -112,7 +112,7 @@ class Trainer(State):
             return StepResult(float("nan"), float("nan"), skipped=True, bad=True)
 
     def _skip_step(self, iterators: list[Iterator[dict[str, Any]] | None]) -> StepResult:
-        """Pass over one global batch without training on it (``--iterations-to-skip``)."""
+        """Read one global batch without training on it (``--iterations-to-skip``)."""
         for iterator in iterators:
             if iterator is not None:
                 for _ in range(get_num_microbatches()):
@@ -121,7 +121,7 @@ class Trainer(State):
         return StepResult(float("nan"), 0.0, skipped=True)
 
     def validate(self, split: str) -> None:
-        """Evaluate on ``--eval-iters`` global batches, or all there are; a collective call."""
+        """Evaluate on ``--eval-iters`` global batches, or on the whole set; a collective call."""
         run, progress = self.run, self.progress
         self.note(f"evaluating on the {split} set", progress.iteration)
         self.callbacks("before_validation", self, split)
@@ -130,7 +130,7 @@ class Trainer(State):
         iterators = self.valid_iterators
         passes = [run.training.global_batch_size // unit] * run.validation.eval_iters
         if run.validation.full_validation:
-            assert dataset is not None  # whoever calls has looked
+            assert dataset is not None  # checked by the callers
             iterators, passes = whole_set(dataset, run)
         elif split == "test":
             iterators = validation_iterators(dataset, run, 0)
@@ -145,14 +145,14 @@ class Trainer(State):
         self.callbacks("after_validation", self, result, split)
 
     def _validation_is_due(self) -> bool:
-        """Whether the validation set is there and ``--eval-interval`` divides the iteration."""
+        """Whether there is a validation set and ``--eval-interval`` divides the iteration."""
         interval, iteration = self.run.validation.eval_interval, self.progress.iteration
         if self.datasets[1] is None or not interval or not iteration:
             return False
         return iteration % interval == 0
 
     def _last_evaluations(self) -> None:
-        """Validation and test loss of the final model, as Megatron-LM ends a run."""
+        """Validation and test loss of the final model, as at the end of a Megatron-LM run."""
         if self.datasets[1] is not None and (self.run.validation.skip_train or not self._validation_is_due()):
             self.validate("validation")
         if self.datasets[2] is not None:
@@ -160,13 +160,13 @@ class Trainer(State):
 
 
 def connect(model: list[nn.Module], optimizer: MegatronOptimizer, run: RunConfig) -> None:
-    """Tell Megatron-Core's schedules how to scale the loss and when to reduce gradients."""
+    """Set the hooks of Megatron-Core's schedules: loss scale, gradient reduction, parameter gathering."""
     config = model[0].config
     config.timers = Timers(run.logging.timing_log_level, run.logging.timing_log_option)
     config.grad_scale_func = optimizer.scale_loss
-    # Overlapped, the reduction has begun before anyone could look.
-    looks = run.training.check_for_nan_in_loss_and_grad and not run.parallel.overlap_grad_reduce
-    config.finalize_model_grads_func = LocalGradients() if looks else finalize_model_grads
+    # With overlap the reduction starts before the gradients can be checked.
+    checks = run.training.check_for_nan_in_loss_and_grad and not run.parallel.overlap_grad_reduce
+    config.finalize_model_grads_func = LocalGradients() if checks else finalize_model_grads
 
     def per_chunk(method: str) -> Any:
         methods = [getattr(chunk, method) for chunk in model]

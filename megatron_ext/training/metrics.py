@@ -1,4 +1,4 @@
-"""How much work per step is, and how fast this machine can do it."""
+"""The peak speed of this machine, and the norm of the parameters."""
 
 import time
 from functools import cache
@@ -15,7 +15,7 @@ from megatron_ext.planning.speed import data_sheet_flops
 
 @cache
 def peak_flops(dtype: torch.dtype) -> float:
-    """Floating point operations per second: the data sheet's for a GPU that is known, else measured."""
+    """Peak floating point operations per second: from the data sheet of a known GPU, otherwise measured."""
     known = None
     if platform.on_gpu():
         known = data_sheet_flops(platform.device_name(), dtype in (torch.bfloat16, torch.float16))
@@ -23,9 +23,9 @@ def peak_flops(dtype: torch.dtype) -> float:
 
 
 def measured_flops(dtype: torch.dtype, seconds: float = 0.3) -> float:
-    """The same from the best of repeated products, on a CPU with the threads of this process.
+    """Measure the peak as the best of repeated matrix products, on a CPU with the threads of this process.
 
-    Of random numbers: a GPU multiplies equal ones at a clock that real ones do not let it keep.
+    The matrices are random: with constant values a GPU sustains a clock that real data does not allow.
     """
     n = 8192 if platform.on_gpu() else 1024
     a, b = (torch.randn(n, n, device=platform.current_device()).to(dtype) for _ in range(2))

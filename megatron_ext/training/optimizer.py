@@ -1,4 +1,4 @@
-"""The optimizer of a run: Megatron-Core's, with our Adam where the machine has no fused one."""
+"""The optimizer of a run: Megatron-Core's, with our Adam if the machine has no fused one."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -42,17 +42,17 @@ def build_optimizer(config: MegatronConfig, model_chunks: list[nn.Module]) -> Me
 def _megatrons(
     config: MegatronConfig, model_chunks: list[nn.Module], adam: type = FusedAdam, **overrides: Any
 ) -> MegatronOptimizer:
-    """Megatron-Core's own, plain, half precision or distributed, with our Adam where it has none.
+    """Megatron-Core's own: plain, half precision or distributed, with our Adam if it has none.
 
-    Weight decay goes to matrices only, as upstream: not to biases and 1-D parameters, and not to
-    parameters that carry ``no_weight_decay = True`` (series-activation scales are 2-D, yet they
-    scale; they do not mix). ``overrides``: attribute of parameters -> what their group has differently.
+    As upstream, weight decay applies to matrices only: not to biases and 1-D parameters, and not to
+    parameters with ``no_weight_decay = True`` (series-activation scales are 2-D, but they only scale).
+    ``overrides``: attribute of parameters -> options of their group that differ.
     """
     provide_adam(adam)
-    if platform.on_gpu():  # on a CPU a seam does it
+    if platform.on_gpu():  # on a CPU a seam provides it
         provide_multi_tensor()
     # The same override as upstream's, so that these parameters join its group without decay and
-    # the groups of a checkpoint stay two.
+    # a checkpoint keeps two groups.
     overrides |= {"no_weight_decay": {"wd_mult": 0.0}}
     keys = {ParamKey(attr=name): override for name, override in overrides.items()}
     return get_megatron_optimizer(
@@ -85,7 +85,7 @@ def _layer_wise_muon(config: MegatronConfig, model_chunks: list[nn.Module]) -> M
     return optimizer
 
 
-#: ``--optimizer`` -> what builds it.
+#: ``--optimizer`` -> its builder.
 BUILDERS: dict[str, Callable[[MegatronConfig, list[nn.Module]], MegatronOptimizer]] = {
     "adam": _megatrons,
     "sgd": _megatrons,

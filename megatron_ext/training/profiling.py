@@ -13,15 +13,15 @@ from megatron_ext.training.state import StepResult
 
 
 class Profiler(Callback):
-    """Records iterations [``--profile-step-start``, ``--profile-step-end``) on ``--profile-ranks``.
+    """Profiles iterations [``--profile-step-start``, ``--profile-step-end``) on ``--profile-ranks``.
 
     On a GPU the window is marked for nsys (``--capture-range cudaProfilerApi``), unless
-    ``--use-pytorch-profiler`` asks for torch's profiler; a CPU has torch's profiler only. That one
-    writes a Chrome trace per rank below ``--tensorboard-dir`` (or ``profile/``) and, on the first
-    of the ranks, a table of the operators by their own time on standard output.
+    ``--use-pytorch-profiler`` selects torch's profiler, the only one on a CPU. torch's profiler writes a
+    Chrome trace per rank below ``--tensorboard-dir`` (or ``profile/``) and, on the first of these ranks,
+    prints a table of operators by self time.
 
     ``--record-memory-history`` records the allocations of the same ranks, and writes them at the end of
-    the window, or without ``--profile`` at the end of the run. A profile that fails does not end training.
+    the window, or without ``--profile`` at the end of the run. A failing profile does not end training.
     """
 
     def __init__(self, run: RunConfig):
@@ -42,20 +42,20 @@ class Profiler(Callback):
         self.after(state.progress.iteration)
 
     def before(self, iteration: int) -> None:
-        """Start, if ``iteration`` (finished ones so far) opens the window."""
+        """Start if the window begins after ``iteration`` finished iterations."""
         if self.wanted and iteration == self.run.profiling.profile_step_start:
             self.profiler = platform.NsysWindow() if self.for_nsys else torch.profiler.profile()
             if not self.side.attempt(self.profiler.start):
                 self.profiler = None
 
     def after(self, iteration: int) -> None:
-        """Stop and write, if ``iteration`` closes the window."""
+        """Stop and write if the window ends after ``iteration``."""
         if self.profiler is None or iteration < self.run.profiling.profile_step_end:
             return
         self._end()
 
     def close(self) -> None:
-        """Stop and write what is still recorded: the run may end, or fail, within the window."""
+        """Stop and write an open profile: the run may end or fail inside the window."""
         self._end()
 
     def _end(self) -> None:
@@ -72,7 +72,7 @@ class Profiler(Callback):
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"trace_rank{self.run.process.rank}.json"
         profiler.export_chrome_trace(str(path))
-        _require_whole(path)
+        _require_complete(path)
         if self.run.process.rank == self.run.profiling.profile_ranks[0]:
             print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=20))
 
@@ -83,8 +83,8 @@ class Profiler(Callback):
         return path.with_name(name) if several else path
 
 
-def _require_whole(path: Path) -> None:
-    """Raise OSError if a JSON file was not written to its end, which torch does not tell."""
+def _require_complete(path: Path) -> None:
+    """Raise OSError if a JSON file is incomplete, which torch does not report."""
     with open(path, "rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 16))
         if not file.read().rstrip().endswith(b"}"):

@@ -1,4 +1,4 @@
-"""The loss of every training sample, written down: of a frozen model, or while it is trained on."""
+"""Records the loss of every training sample, of a frozen model or during training."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -36,9 +36,9 @@ from megatron_ext.training.step import evaluation_mode, forward_backward
 from megatron_ext.training.stopping import Stopping
 from megatron_ext.training.watchdog import Watchdog
 
-#: Microbatches of one pass through the pipeline, for each of its stages: the bubble is then small.
+#: Microbatches per pipeline stage in one pass, which keeps the bubble small.
 MICROBATCHES_PER_STAGE = 16
-#: Options that change a sample's loss, though not its tokens.
+#: Options that change a sample's loss but not its tokens.
 OPTIONS = (
     "params_dtype",
     "eod_mask_loss",
@@ -50,10 +50,10 @@ OPTIONS = (
 
 
 class SampleLosses:
-    """Collects the losses of samples where they arise, and brings them to the one rank that writes.
+    """Collects the losses of samples, and gathers them on the rank that writes.
 
-    They arise on the last pipeline stage, on its tensor parallel ranks alike: the first of these
-    collects. Call it with a microbatch and its losses [b, s].
+    The tensor parallel ranks of the last pipeline stage all have the losses; the first of them collects.
+    Call it with a microbatch and its losses [b, s].
     """
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class SampleLosses:
 
     def __call__(self, batch: Batch, losses: Tensor) -> None:
         if self.collects:
-            assert batch.sample_ids is not None  # the dataset numbers them
+            assert batch.sample_ids is not None  # the dataset numbers its samples
             mask = batch.loss_mask.double()
             sums = (losses.double() * mask).sum(1)
             self.rows.append(torch.stack([batch.sample_ids.double(), sums, mask.sum(1)], dim=1))
@@ -74,8 +74,8 @@ class SampleLosses:
     def take(self) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
         """(ids, mean losses, tokens) of all data parallel ranks on the rank that writes, else None.
 
-        A collective call of the ranks that collect, all of which have seen the same number of
-        samples. float64 holds ids exactly up to 2^53.
+        A collective call of the collecting ranks, which all have the same number of samples. float64
+        represents ids exactly up to 2^53.
         """
         if not self.collects or not self.rows:
             return None
@@ -92,11 +92,11 @@ class SampleLosses:
 
 
 class OnlineRecorder(Callback):
-    """Writes the loss of each sample as it is trained on.
+    """Records the loss of each sample during training.
 
-    What was collected is on the disk before a checkpoint is, so that a run resumed from it has
-    recorded all it will not train on again. Losses of a model that changes from sample to sample
-    are not those of the frozen model at the end: the manifest says "online".
+    The collected losses are written before each checkpoint, so that a run resumed from it has recorded
+    every sample that it will not train on again. The model changes between samples, so these losses differ
+    from those of the final frozen model: the manifest says "online".
     """
 
     sees_losses = True
@@ -111,7 +111,7 @@ class OnlineRecorder(Callback):
         self.collected(batch, losses)
 
     def after_step(self, state: State, result: StepResult) -> None:
-        """Gather if enough came together; a collective call of the data parallel ranks."""
+        """Gather every ``EVERY`` microbatches; a collective call of the data parallel ranks."""
         if len(self.collected.rows) >= self.EVERY:
             self._write()
 
@@ -123,24 +123,24 @@ class OnlineRecorder(Callback):
         self.flush()
 
     def flush(self) -> None:
-        """Bring everything to the disk, if it takes it; a collective call of the data parallel ranks.
+        """Try to write everything to disk; a collective call of the data parallel ranks.
 
-        Losses that were not brought there stay in memory, and are with the next call.
+        Losses that cannot be written stay in memory until the next call.
         """
         self._write()
         if (record := self.record) is not None:
             self.side.attempt(lambda: record.mark(force=True), now=True)
 
     def _write(self) -> None:
-        taken = self.collected.take()
-        if taken is not None and self.record is not None:
-            self.record.write(*taken)
+        rows = self.collected.take()
+        if rows is not None and self.record is not None:
+            self.record.write(*rows)
 
 
 def describe(
     run: RunConfig, tokenizer: Tokenizer, dataset: Samples, samples: int, kind: str, model: dict[str, Any]
 ) -> dict[str, Any]:
-    """The manifest of a recording before it begins; reads the data, so for one rank."""
+    """The manifest of a new recording; reads the data, so it is called on one rank."""
     identity = identify(run, tokenizer, samples) | {"probe": probe(dataset, samples)}
     identity["hash"] = dataset_hash(identity)
     options = {name: str(run.get(name)) for name in OPTIONS}
@@ -156,12 +156,12 @@ def begin_record(
     kind: str,
     model: dict[str, Any],
 ) -> dict[str, Any]:
-    """Create the files of ``--record-sample-loss``, or find what is there; a collective call.
+    """Create or open the files of ``--record-sample-loss``; a collective call.
 
     ``dataset`` is Megatron-Core's, without a round around it. Returns the manifest on every rank.
 
     Raises:
-        DatasetError: on every rank, if other losses lie there.
+        DatasetError: on every rank, if the files hold other losses.
     """
 
     def begin() -> dict[str, Any]:
@@ -177,16 +177,16 @@ def online_recorder(
 ) -> tuple[OnlineRecorder | None, Datasets]:
     """The recorder of ``--record-mode online`` and the datasets with numbered samples; a collective call.
 
-    ``progress`` of the run says for how many samples the order was drawn. Without
-    ``--record-sample-loss``: None, and the datasets as they are.
+    ``progress`` has the number of samples that the training set was shuffled for. Without
+    ``--record-sample-loss``: None, and the datasets unchanged.
     """
     if (path := run.rounds.record_sample_loss) is None:
         return None, datasets
     train, *others = datasets
-    if isinstance(train, RoundDataset):  # its samples are numbered, and it holds the first round's set
+    if isinstance(train, RoundDataset):  # numbered by the first round's set, which it contains
         base, samples = train.dataset, train.base_samples
     else:
-        assert train is not None and progress.training_set is not None  # a run that trains has them
+        assert train is not None and progress.training_set is not None  # set in every run that trains
         drawn, wanted = progress.training_set["samples"], dataset_sizes(run.training, run.validation)[0]
         if drawn != wanted or isinstance(train, Chained):
             raise DatasetError(
@@ -205,9 +205,9 @@ def record_training_set(
 ) -> None:
     """Run the frozen model of ``--load`` over the training set; a collective call.
 
-    Forward only, at any tensor, pipeline and data parallel layout, without an optimizer. Every sample
-    is seen once, in order; a recording that was stopped or killed goes on where it was. ``watchdog`` is
-    told how far it is; ``signals`` answers those that came, and come.
+    Forward only, at any tensor, pipeline and data parallel layout, without an optimizer. Every sample is
+    evaluated once, in order; a recording that was stopped or killed is resumed. Progress is noted in
+    ``watchdog``; ``signals`` holds the stop signals received so far.
 
     Raises:
         DatasetError: on every rank, if the file holds other losses.
@@ -235,7 +235,7 @@ def record_training_set(
 
 
 def checkpoint_identity(loaded: LoadedState) -> dict[str, Any]:
-    """Iteration and content of a checkpoint, wherever it lies: the sha256 of the file that lists it."""
+    """Iteration and content hash of a checkpoint: the sha256 of the file that lists its files."""
     listings = (loaded.path / name for name in ("checksums.json", ".metadata", "metadata.json"))
     listing = next(path for path in listings if Path(path).is_file())
     return {"iteration": loaded.iteration, "sha256": sha256_file(listing)}
@@ -251,7 +251,7 @@ def _record_from(
     note: Callable[[str], None],
     stopping: Stopping,
 ) -> int:
-    """Record what is missing, until the end or a reason to stop; returns how many there are."""
+    """Record the missing losses, until the end or a reason to stop; returns how many are recorded."""
     done, samples = manifest["recorded"], manifest["samples"]
     losses = SampleLosses()
     counter = LossCounter(record=losses)
@@ -270,9 +270,9 @@ def _record_from(
             microbatches = units * group
             forward_backward(iterators, model, run, counter, True, num_microbatches=microbatches)
             done = min(done + units * unit, samples)
-            taken = losses.take()
-            if record is not None and taken is not None:
-                record.write(*taken)
+            rows = losses.take()
+            if record is not None and rows is not None:
+                record.write(*rows)
                 record.mark(done, force=done == samples)
             progress.add(done - progress.done)
             reason = stopping.reason(0)

@@ -1,4 +1,4 @@
-"""What a run says: Megatron's log line, JSON Lines, TensorBoard, and a bar on a terminal."""
+"""Reports a run: Megatron's log line, JSON Lines, TensorBoard, and a progress bar on a terminal."""
 
 import json
 import math
@@ -24,8 +24,8 @@ from megatron_ext.training.side import LinesFile
 from megatron_ext.training.spikes import SpikeDetector
 from megatron_ext.training.state import Evaluation, StepResult
 
-#: exp of a larger loss is no float.
-MOST_EXPONENT = 709.0
+#: exp of a larger loss overflows a float.
+MAX_EXPONENT = 709.0
 T = TypeVar("T")
 
 
@@ -54,7 +54,7 @@ class _Window:
     reports: list[IterationReport] = field(default_factory=list)
 
     def mean(self, name: str) -> float | None:
-        """Over the iterations that were trained on; None if there are none."""
+        """The mean over the iterations that were not skipped; None if there are none."""
         values = [getattr(report, name) for report in self.reports if not report.skipped]
         return sum(values) / len(values) if values else None
 
@@ -62,7 +62,7 @@ class _Window:
 class Reporter(Callback):
     """Reports from the last rank, which holds the loss; silent on the others.
 
-    ``--metrics-file`` gets one JSON object an iteration with full precision and is appended to, so
+    ``--metrics-file`` receives one JSON object per iteration in full precision. The file is appended to, so
     that a resumed run continues it.
     """
 
@@ -88,7 +88,7 @@ class Reporter(Callback):
             )
 
     def after_step(self, state: State, result: StepResult) -> None:
-        """Report an iteration; a collective call where the parameters' norm or times are asked for."""
+        """Report an iteration; a collective call if the parameter norm or timers are enabled."""
         run, progress = self.run, state.progress
         due = progress.iteration % run.logging.log_interval == 0
         if run.logging.log_params_norm and due:
@@ -117,17 +117,17 @@ class Reporter(Callback):
 
     def after_iteration(self, state: State, last: bool) -> None:
         if last:
-            self.rest()
+            self.flush()
 
     def iteration(self, report: IterationReport) -> None:
-        """Take in one iteration; prints a line every ``--log-interval``."""
+        """Record one iteration; prints a line every ``--log-interval``."""
         if not self.active:
             return
         self.skipped += report.skipped
         self.bad += report.bad
         self.window.reports.append(report)
         speed = self._speed(report)
-        usual = self.spikes.see(report.lm_loss)
+        usual = self.spikes.check(report.lm_loss)
         self._write(
             _iteration_record(report, self.run.data.seq_length) | speed | ({"spike": True} if usual else {})
         )
@@ -142,10 +142,10 @@ class Reporter(Callback):
             report.iteration % self.run.logging.log_interval == 0
             or report.iteration == self.run.training.train_iters
         ):
-            self.rest()
+            self.flush()
 
-    def rest(self) -> None:
-        """Print the line of the iterations since the last one, if there are any."""
+    def flush(self) -> None:
+        """Print the line of the iterations since the last line, if there are any."""
         if self.active and self.window.reports:
             self.say(self._line())
             self.window, self.skipped, self.bad = _Window(), 0, 0
@@ -158,11 +158,11 @@ class Reporter(Callback):
         if not result.tokens:
             self.say(f" WARNING: no token counts in the loss at {where}: there is no validation loss")
             return
-        ppl = math.exp(min(result.lm_loss, MOST_EXPONENT))
+        ppl = math.exp(min(result.lm_loss, MAX_EXPONENT))
         text = (
             f" validation loss at {where} | lm loss value: {result.lm_loss:.6E} | lm loss PPL: {ppl:.6E} | "
         )
-        if math.isfinite(result.bits_per_byte):  # numbers without text (NullTokenizer) have none
+        if math.isfinite(result.bits_per_byte):  # NullTokenizer's ids have no text
             text += f"bits per byte: {result.bits_per_byte:.4f} | "
         self.say("-" * len(text) + "\n" + text + "\n" + "-" * len(text))
         record = {"iteration": iteration, "split": split}
@@ -176,7 +176,7 @@ class Reporter(Callback):
                 self.boards.scalar(f"{tag} ppl", ppl, iteration, consumed_samples)
 
     def say(self, text: str) -> None:
-        """Print without breaking the bar."""
+        """Print without breaking the progress bar."""
         if self.active:
             tqdm.write(text) if self.bar else print(text, flush=True)
 
@@ -184,7 +184,7 @@ class Reporter(Callback):
         """Report Megatron-Core's timers of the schedule and the optimizer; a collective call."""
         everyones: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(everyones, sorted(timers._timers))
-        names = sorted(set().union(*everyones))  # the stages of a pipeline have timers of their own
+        names = sorted(set().union(*everyones))  # pipeline stages have different timers
         if not names:
             return
         if self.run.logging.log_timers_to_tensorboard:
@@ -197,7 +197,7 @@ class Reporter(Callback):
             self.say(text)
 
     def close(self) -> None:
-        """Flush and close what is open."""
+        """Flush and close all outputs."""
         for sink in (self.metrics, self.boards, self.bar):
             if sink is not None:
                 sink.close()
@@ -205,7 +205,7 @@ class Reporter(Callback):
     def _speed(self, report: IterationReport) -> dict[str, float]:
         tokens = report.global_batch_size * self.run.data.seq_length / report.seconds
         flops = tokens * self.flops_per_token / self.run.process.world_size
-        # A peak that was measured while the machine was busy is too low: a step that beats it says so.
+        # A peak that was measured on a busy machine is too low; a faster step corrects it.
         self.peak_flops = max(self.peak_flops, flops)
         return {
             "tokens_per_second": tokens,
@@ -224,7 +224,7 @@ class Reporter(Callback):
         line += f" consumed samples: {last.consumed_samples:12d} |"
         line += f" elapsed time per iteration (ms): {speed['elapsed_ms_per_iteration']:.1f} |"
         if self.run.logging.log_throughput:
-            digits = 1 if speed["tflops_per_device"] >= 1 else 4  # a laptop's would be 0.0
+            digits = 1 if speed["tflops_per_device"] >= 1 else 4  # a laptop would show 0.0
             line += f" throughput per GPU (TFLOP/s/GPU): {speed['tflops_per_device']:.{digits}f} |"
             line += f" tokens/s: {speed['tokens_per_second']:.0f} | MFU: {100 * speed['mfu']:.1f}% |"
         line += f" learning rate: {last.learning_rate:.6E} |"
@@ -281,7 +281,7 @@ def _iteration_record(report: IterationReport, seq_length: int) -> dict[str, Any
 
 
 def _words(name: str) -> str:
-    """A metric's name on the console."""
+    """A metric's name as shown on the console."""
     return name.removesuffix("_in_grad").replace("_", " ")
 
 

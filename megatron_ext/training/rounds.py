@@ -1,4 +1,4 @@
-"""Where a run stands among its rounds, and the samples of its round."""
+"""The current round of a run, and the samples of that round."""
 
 from megatron_ext.config import RunConfig
 from megatron_ext.data import DatasetError, build_datasets
@@ -7,15 +7,15 @@ from megatron_ext.data.rounds.dataset import RoundDataset, RoundIndex, read_roun
 from megatron_ext.data.views import Chained, Samples
 from megatron_ext.platform.collective import on_every_rank, on_first_rank, print_rank_0
 from megatron_ext.tokenizer import Tokenizer
-from megatron_ext.training.data import Datasets, dataset_sizes, samples_to_read, say_what_is_read
+from megatron_ext.training.data import Datasets, dataset_sizes, print_data_summary, samples_to_read
 from megatron_ext.training.state import Progress
 
 
 def open_round(run: RunConfig, tokenizer: Tokenizer) -> RoundIndex | None:
-    """The index of ``--round-index``, checked against the flags of this run; None without one.
+    """Read the index of ``--round-index`` and check it against the flags; None without one.
 
     Raises:
-        DatasetError: on every rank, if it is damaged or of another training set.
+        DatasetError: on every rank, if it is damaged or belongs to another training set.
     """
     if (path := run.rounds.round_index) is None:
         return None
@@ -42,16 +42,16 @@ _ADVICE = "Train with the data flags and the seed of the run that was recorded, 
 def enter_round(
     progress: Progress, loaded_from: str | None, index: RoundIndex | None, run: RunConfig
 ) -> bool:
-    """Note in ``progress`` which round the run is in and how many samples were consumed before it.
+    """Note in ``progress`` the current round and the number of samples consumed before it.
 
-    Returns whether it begins the round.
+    Returns whether the run begins the round.
 
     Args:
-        progress: of the checkpoint that was loaded, or fresh.
-        loaded_from: the folder it was loaded from with its progress; None if it is fresh.
+        progress: that of the loaded checkpoint, or of a new run.
+        loaded_from: the folder that the progress was loaded from; None for a new run.
 
     Raises:
-        DatasetError: the checkpoint is of another round, and the flags do not say to go on from it.
+        DatasetError: the checkpoint is of another round, and no flag asks to continue from it.
     """
     ours = None if index is None else index.manifest["sha256"]
     if loaded_from is not None and progress.round_sha256 == ours:
@@ -84,10 +84,10 @@ def enter_round(
 def build_round_datasets(
     run: RunConfig, tokenizer: Tokenizer, progress: Progress, index: RoundIndex | None
 ) -> Datasets:
-    """(train, valid, test) as build_datasets has them, with the round's samples to train on.
+    """(train, valid, test) as from build_datasets, with the round's samples as the training set.
 
-    The order of the samples depends on how many it was drawn for, so it is drawn for as many as when the run
-    was begun, or the first round recorded, however long this run is.
+    The order of the samples depends on the number that the set is shuffled for: it is always the number at
+    the start of the run, or in the first round, whatever the length of this run.
 
     Raises:
         DatasetError: on every rank; also if the samples are not those that were recorded.
@@ -95,14 +95,14 @@ def build_round_datasets(
     _, *others = dataset_sizes(run.training, run.validation)
     if run.validation.skip_train:
         datasets = build_datasets(run, tokenizer, (0, *others))
-        say_what_is_read(datasets, 0, run)
+        print_data_summary(datasets, 0, run)
         return datasets
-    assert progress.training_set is not None  # settle wrote it
+    assert progress.training_set is not None  # set by settle
     drawn, wanted = progress.training_set["samples"], samples_to_read(progress, run)
     train, *rest = build_datasets(run, tokenizer, (drawn, *others))
     if index is None:
-        train = _prolonged(train, drawn, wanted, run, tokenizer)
-        say_what_is_read((train, *rest), wanted, run)
+        train = _extended(train, drawn, wanted, run, tokenizer)
+        print_data_summary((train, *rest), wanted, run)
         return train, *rest
 
     def check() -> None:
@@ -116,16 +116,16 @@ def build_round_datasets(
             require_same(described, ours, f"--round-index {index.path}", _ADVICE)
 
     on_first_rank(check)
-    say_what_is_read((None, *rest), 0, run)
+    print_data_summary((None, *rest), 0, run)
     return RoundDataset(train, index, wanted, run.init.seed), *rest
 
 
-def _prolonged(train: Samples, drawn: int, wanted: int, run: RunConfig, tokenizer: Tokenizer) -> Samples:
-    """A training set of at least ``wanted`` samples: its own, then those of further orders of the data.
+def _extended(train: Samples, drawn: int, wanted: int, run: RunConfig, tokenizer: Tokenizer) -> Samples:
+    """Extend a training set to at least ``wanted`` samples, with further shuffles of the same data.
 
-    Megatron-Core shuffles all epochs together, so that with one more of them samples would come again that
-    were read, and others never. Each further order has a seed of its own and twice as many samples: what
-    comes does not depend on how long the run will be.
+    Megatron-Core shuffles all epochs together: with one more epoch, samples that were already read would
+    appear again, and others never. Each further shuffle has its own seed and twice as many samples, so the
+    order does not depend on the final length of the run.
     """
     parts, more = [train], drawn
     while sum(map(len, parts)) < wanted and run.data.dataloader_type != "cyclic":

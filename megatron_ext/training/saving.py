@@ -1,4 +1,4 @@
-"""When a run writes its checkpoints: at intervals and at its end, in the way or in the background."""
+"""Writes the checkpoints of a run, at intervals and at its end, synchronously or in the background."""
 
 import os
 import time
@@ -22,10 +22,9 @@ from megatron_ext.training.step import parameters_in_place
 class Saver(Callback):
     """Writes the checkpoints of a run, one at a time; every method is collective.
 
-    With ``--async-save`` training goes on while the tensors are copied, up to the next update, which
-    ``before_update`` comes before, and while the files are written: the checkpoint is put in place
-    at the first iteration at whose end every rank has written its part, before the next
-    save, or at the end of the run.
+    With ``--async-save`` training goes on while the tensors are copied (``before_update`` waits for the
+    copies) and while the files are written. The checkpoint is published at the end of the first iteration
+    after every rank has written its part, but no later than before the next save or at the end of the run.
     """
 
     def __init__(
@@ -45,15 +44,15 @@ class Saver(Callback):
         self.buffers: dict[str, Any] = {}
 
     def due(self, iteration: int, last: bool) -> bool:
-        """Whether ``iteration`` is to be saved, and is not yet."""
+        """Whether ``iteration`` is to be saved and was not saved yet."""
         if not self.run.checkpoint.save or iteration == self.saved_at:
             return False
         interval = self.run.checkpoint.save_interval
         return last or interval is not None and iteration % interval == 0
 
     def save(self, progress: Progress) -> None:
-        """Write a checkpoint of ``progress``, a dataclass of plain values, and note it there."""
-        assert self.run.checkpoint.save is not None  # nothing is due without it
+        """Write a checkpoint, and add its iteration to ``progress``."""
+        assert self.run.checkpoint.save is not None  # due() is False without it
         self.finish()
         started = time.perf_counter()
         with parameters_in_place(self.model, self.run.parallel):
@@ -81,7 +80,7 @@ class Saver(Callback):
             )
 
     def after_iteration(self, state: State, last: bool) -> None:
-        """Put in place what has been written meanwhile, and save what is due."""
+        """Publish a checkpoint that has been written meanwhile, and save if one is due."""
         self.poll()
         if self.due(state.progress.iteration, last):
             state.callbacks("before_save", state)
@@ -91,20 +90,20 @@ class Saver(Callback):
         self.finish()
 
     def after_error(self, state: State) -> None:
-        self.finish()  # every rank is here, and what is being written is from before
+        self.finish()  # called on all ranks; the pending checkpoint is from before the error
 
     def before_update(self) -> None:
-        """Wait until a checkpoint that is being written needs the model and the optimizer no more."""
+        """Wait until a pending checkpoint has copied the model and the optimizer."""
         if self.pending is not None:
             self.pending.copied()
 
     def poll(self) -> None:
-        """Put a checkpoint that every rank has written in place; waits for none that is not."""
+        """Publish a pending checkpoint if every rank has written it; does not wait."""
         if self.pending is not None and self.pending.ready():
             self.finish()
 
     def finish(self) -> None:
-        """Wait for the checkpoint that is being written, if there is one, and put it in place."""
+        """Wait for the pending checkpoint, if any, and publish it."""
         if self.pending is None:
             return
         pending, self.pending = self.pending, None

@@ -1,7 +1,8 @@
 """Learning rate and weight decay over the run, by Megatron-Core's OptimizerParamScheduler.
 
-Its steps are samples, so that batch ramp-up does not bend it. A run in iterations has a schedule in
-iterations: resumed with another global batch, its steps are counted anew in samples of that batch.
+Its steps are samples, so that batch ramp-up does not change its shape. A run whose length is given in
+iterations has a schedule in iterations: if it is resumed with another global batch size, the steps are
+converted to samples of that batch.
 """
 
 import math
@@ -37,23 +38,23 @@ WAYS_OUT = (
 
 
 class Schedule(OptimizerParamScheduler):
-    """Upstream's scheduler, which can go on from a checkpoint of a run with another batch."""
+    """Upstream's scheduler, which can also resume from a checkpoint with another batch size."""
 
     init_lr: float
     lr_wsd_decay_style: str
 
     def restore(self, state: dict[str, Any], saved: Saved, run: RunConfig) -> None:
-        """Go to where a checkpoint's schedule was.
+        """Restore the position of a checkpoint's schedule.
 
         Args:
             state, saved: the scheduler's state and the arguments in the checkpoint.
-            run: of this run.
+            run: the configuration of this run.
 
         Raises:
-            RunError: the schedule of the flags is another, and none of them says which one is meant.
+            RunError: the flags describe another schedule, and none of them selects one of the two.
         """
-        if found := conflicts(state, saved, run):
-            raise RunError(f"{'; '.join(found)}. {WAYS_OUT}")
+        if conflicting := conflicts(state, saved, run):
+            raise RunError(f"{'; '.join(conflicting)}. {WAYS_OUT}")
         state = in_steps_of(state, saved, run)
         if run.schedule.use_checkpoint_opt_param_scheduler:
             unit = batch_of(run)
@@ -63,10 +64,10 @@ class Schedule(OptimizerParamScheduler):
             if (length := _wsd_decay(theirs.schedule, _in_iterations(theirs.training))) is not None:
                 self.wsd_decay_steps = length * unit
         else:
-            self.override_opt_param_scheduler = True  # what differs does not matter, or is meant
+            self.override_opt_param_scheduler = True  # differences have no effect or are intended
         self.num_steps = 0
         self.load_state_dict(state)
-        self.step(increment=0)  # upstream sets the rates before it knows the weight decay
+        self.step(increment=0)  # upstream sets the rates before the weight decay is known
 
 
 def build_scheduler(
@@ -93,9 +94,9 @@ def build_scheduler(
 
 
 def in_steps_of(state: dict[str, Any], saved: Saved, run: RunConfig) -> dict[str, Any]:
-    """A checkpoint's scheduler state, counted in samples of this run's global batch.
+    """A checkpoint's scheduler state, with its steps converted to samples of this run's global batch.
 
-    Runs in samples keep theirs, as do those that were begun in one unit and go on in the other.
+    The steps do not change if either run has its length in samples.
     """
     state = {_EARLIER.get(name, name): value for name, value in state.items()}
     factor = 1.0
@@ -108,7 +109,7 @@ def in_steps_of(state: dict[str, Any], saved: Saved, run: RunConfig) -> dict[str
 
 
 def batch_of(run: RunConfig) -> int:
-    """Samples that a step of the schedule counts in a run in iterations; 1 in a run in samples."""
+    """Samples per step of the schedule: the global batch in a run in iterations, 1 in a run in samples."""
     return running_batch(run) if _in_iterations(run.training) else 1
 
 
@@ -122,13 +123,13 @@ def _wsd_decay(schedule: ScheduleConfig, in_iterations: bool) -> int | None:
 
 
 def conflicts(state: dict[str, Any], saved: Saved, run: RunConfig) -> list[str]:
-    """What :func:`differences` finds, where the run trains and no flag says which schedule is meant."""
+    """The :func:`differences`, unless a flag selects one of the schedules or the run does not train."""
     chosen = run.schedule.override_opt_param_scheduler or run.schedule.use_checkpoint_opt_param_scheduler
     return [] if chosen or run.validation.skip_train else list(differences(state, saved, run))
 
 
 def without_a_rate(scheduler: OptimizerParamScheduler, run: RunConfig) -> int:
-    """Iterations at the end of the run whose learning rate is 0, because the schedule is over before it."""
+    """Iterations at the end of the run whose learning rate is 0, because the schedule ends earlier."""
     if scheduler.lr_decay_style == "constant" or scheduler.min_lr > 0:
         return 0
     training = run.training
@@ -137,9 +138,9 @@ def without_a_rate(scheduler: OptimizerParamScheduler, run: RunConfig) -> int:
 
 
 def differences(state: dict[str, Any], saved: Saved, run: RunConfig) -> Iterator[str]:
-    """Where a checkpoint's rates are not those of the flags, a phrase each, in the numbers that were typed.
+    """The differences between a checkpoint's schedule and the flags, a phrase each, in the flags' units.
 
-    What has no effect is passed over, such as the length of a constant schedule.
+    Settings without effect are ignored, such as the length of a constant schedule.
     """
     state = in_steps_of(state, saved, run)
     for flag, name, ours, unit in _rates(run):
@@ -153,7 +154,7 @@ def differences(state: dict[str, Any], saved: Saved, run: RunConfig) -> Iterator
 
 
 def _rates(run: RunConfig) -> Iterator[tuple[str, str, Any, int]]:
-    """(flag, name in a scheduler's state or else in the arguments, value, what the flag counts it in)."""
+    """(flag, name in a scheduler's state or else in the arguments, value, unit of the flag)."""
     in_, unit = ("iters", batch_of(run)) if _in_iterations(run.training) else ("samples", 1)
     yield "--lr", "max_lr", run.schedule.lr, 1
     yield "--lr-decay-style", "lr_decay_style", run.schedule.lr_decay_style, 1

@@ -1,4 +1,4 @@
-"""From arguments to a trainer that stands where the run stopped last."""
+"""Builds the trainer from the configuration, at the position where the run stopped."""
 
 import os
 from dataclasses import replace
@@ -38,9 +38,9 @@ from megatron_ext.training.state import Progress
 
 
 def build_trainer(run: RunConfig) -> Trainer:
-    """Tokenizer, checkpoint, data, model and optimizer, in this order; a collective call.
+    """Build tokenizer, checkpoint, data, model and optimizer, in this order; a collective call.
 
-    What can be wrong with a checkpoint's run or with the data is found before there is a model.
+    Problems with the checkpoint or the data are therefore found before the model is built.
     """
     tokenizer = on_every_rank(lambda: build_tokenizer(run.tokenizer))
     print_rank_0(settle_vocabulary(run, tokenizer))
@@ -85,8 +85,8 @@ def callbacks(
     progress: Progress,
     recorder: OnlineRecorder | None,
 ) -> Callbacks:
-    """What hangs on the loop, in the order in which each hook is called."""
-    found: list[Callback | None] = [
+    """The callbacks of the loop, in call order."""
+    optional: list[Callback | None] = [
         recorder,
         BadNumberPolicy(run, training_set),
         GarbageCollection(run.training),
@@ -94,28 +94,28 @@ def callbacks(
         Saver(run, model, optimizer, scheduler, progress.iteration),
         Reporter(run, progress.iteration),
     ]
-    return Callbacks(callback for callback in found if callback is not None)
+    return Callbacks(callback for callback in optional if callback is not None)
 
 
 def warn_about_memory(run: RunConfig) -> None:
-    """Say so before the start where the model, its optimizer and its activations look too large."""
+    """Warn if weights, optimizer state and activations are estimated not to fit into memory."""
     dtype, device = run.precision.params_dtype, platform.current_device()
     kernels = cross_entropy.supports(torch.empty(0, dtype=dtype, device=device))
     layout = replace(describe.layout_of(run), kernels=kernels)
     needed = sum(footprint.memory(run.model, layout).values()) / 2**30
-    there = platform.device_memory_bytes() / 2**30
-    if needed > there:
+    available = platform.device_memory_bytes() / 2**30
+    if needed > available:
         print_rank_0(
-            f"WARNING: this layout needs about {needed:.1f} GiB a device, and {there:.1f} GiB are there; "
+            f"WARNING: this layout needs about {needed:.1f} GiB a device, and {available:.1f} GiB are there; "
             "tools/plan_run.py --suggest lists layouts that fit"
         )
 
 
 def find_start(run: RunConfig) -> Start:
-    """The newest checkpoint if there is one, and how far the run then is; a collective call.
+    """Find the newest checkpoint, if any, and the progress of the run there; a collective call.
 
-    ``--pretrained-checkpoint`` gives weights to a run that has no checkpoint of its own yet, and all
-    it holds to a round that continues (``--round-schedule continue``).
+    A run without a checkpoint of its own takes the weights of ``--pretrained-checkpoint``; a round that
+    continues (``--round-schedule continue``) also takes the optimizer state and the progress from there.
     """
     if run.checkpoint.load is not None:
         opened = open_checkpoint(run.checkpoint.load, run)
@@ -141,17 +141,17 @@ def find_start(run: RunConfig) -> Start:
 
 
 def claim_save_folder(save: str, progress: Progress, loaded_from: str | None) -> None:
-    """See to it that what the run will save replaces no checkpoint unasked; a collective call.
+    """Ensure that the run will not replace checkpoints of another run; a collective call.
 
     Raises:
         CheckpointError: on every rank, if --save holds checkpoints of later iterations than ``progress``,
-            which does not come from there.
+            which was not loaded from there.
     """
     goes_on = loaded_from is not None and os.path.realpath(loaded_from) == os.path.realpath(save)
     if not goes_on:
         progress.checkpoints = []
 
-    def look() -> None:
+    def check() -> None:
         ahead = [i for i in list_iterations(save) if i > progress.iteration]
         if ahead and goes_on:
             print_rank_0(
@@ -165,13 +165,13 @@ def claim_save_folder(save: str, progress: Progress, loaded_from: str | None) ->
                 "to start over give --save an empty or new folder"
             )
 
-    on_rank_0(f"use --save {save}", look)
+    on_rank_0(f"use --save {save}", check)
 
 
 def load(
     start: Start, run: RunConfig, model: list[nn.Module], optimizer: MegatronOptimizer, scheduler: Schedule
 ) -> None:
-    """Load what the run begins with: a whole checkpoint, or its weights alone; a collective call."""
+    """Load the initial state of the run: a whole checkpoint, or only its weights; a collective call."""
     if start.checkpoint is None or start.folder is None:
         return
     load_checkpoint(
@@ -186,5 +186,5 @@ def load(
 
 
 def count_parameters(model: list[nn.Module]) -> int:
-    """Number of parameters this rank holds."""
+    """Number of parameters on this rank."""
     return sum(parameter.numel() for chunk in model for parameter in chunk.parameters())

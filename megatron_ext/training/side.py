@@ -1,7 +1,7 @@
-"""What a run writes beside training: logs, boards, profiles. When one of them fails, training goes on.
+"""Side outputs of training: logs, boards, profiles. If one of them fails, training goes on.
 
-A full disk, a closed pipe, a folder that was removed: it is said once, on a stream that still works, and
-tried again later. Imports nothing heavy.
+A failure (a full disk, a closed pipe, a removed folder) is reported once, on a stream that still works, and
+the output is retried later. Imports nothing heavy.
 """
 
 import contextlib
@@ -16,31 +16,31 @@ from typing import Any, TextIO
 
 from megatron_ext.common.command import open_missing_streams
 
-#: Until something that failed is tried again: at first, and after it has failed again and again.
-RETRY_SECONDS, LONGEST_RETRY_SECONDS = 30.0, 1800.0
-#: Lines of a file that wait for a disk with room.
-MOST_WAITING = 10_000
-_LONGEST_LINE = 1 << 20
+#: Delay until the first retry, and the largest delay after repeated failures.
+RETRY_SECONDS, MAX_RETRY_SECONDS = 30.0, 1800.0
+#: Lines that a file buffers while it cannot be written.
+MAX_WAITING = 10_000
+_MAX_LINE = 1 << 20
 
 
 class Side:
-    """Something beside training that may fail; ``name`` says what, such as the flag that asked for it."""
+    """A side output that may fail; ``name`` identifies it in messages, such as the flag that enables it."""
 
     def __init__(self, name: str):
         self.name = name
         self._failing, self._retry_at, self._pause = False, 0.0, RETRY_SECONDS
 
     def attempt(self, action: Callable[[], object], now: bool = False) -> bool:
-        """Do it; returns whether it was done. What failed is passed over for a while, unless ``now``."""
+        """Run ``action``; returns whether it succeeded. A failed one is retried later, or ``now``."""
         if self._failing and not now and time.monotonic() < self._retry_at:
             return False
         try:
             action()
-        except Exception as error:  # of a library: no list would hold all of them
+        except Exception as error:  # libraries raise anything
             if not self._failing:
                 reason = error if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
                 tell(f"WARNING: {self.name}: {reason}: training goes on without it")
-            self._pause = min(2 * self._pause, LONGEST_RETRY_SECONDS) if self._failing else RETRY_SECONDS
+            self._pause = min(2 * self._pause, MAX_RETRY_SECONDS) if self._failing else RETRY_SECONDS
             self._failing, self._retry_at = True, time.monotonic() + self._pause
             return False
         if self._failing:
@@ -50,30 +50,30 @@ class Side:
 
 
 class LinesFile:
-    """A file that lines are appended to, and that ends in a whole one whenever others read it.
+    """A file of appended lines, whose last line is complete whenever another process reads it.
 
-    Lines that cannot be written wait, the newest 10,000 of them, until they can be. The file is made
-    again if it was removed; half a JSON object that a killed run left at its end is cut off.
+    Lines that cannot be written are buffered, the newest 10,000 of them, and retried. The file is recreated
+    if it was removed; an incomplete JSON object that a killed run left at its end is cut off.
     """
 
     def __init__(self, path: str | os.PathLike[str], name: str):
         self.path, self._side = Path(path), Side(f"{name} {path}")
         self._descriptor: int | None = None
-        self._waiting: deque[bytes] = deque(maxlen=MOST_WAITING)
+        self._waiting: deque[bytes] = deque(maxlen=MAX_WAITING)
         self._torn = False
 
     def open(self) -> "LinesFile":
-        """Make the file, before there is a line."""
+        """Create the file before the first line."""
         self._side.attempt(self._flush)
         return self
 
     def write(self, line: str) -> None:
-        """Append a line, which is given without its end."""
+        """Append a line, given without its newline."""
         self._waiting.append(line.encode() + b"\n")
         self._side.attempt(self._flush)
 
     def close(self) -> None:
-        """Write what waits, if it can be, and let go of the file."""
+        """Try to write the buffered lines, and close the file."""
         if self._waiting:
             self._side.attempt(self._flush, now=True)
         self._close()
@@ -94,11 +94,11 @@ class LinesFile:
         descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
         self._descriptor = descriptor
         size = os.fstat(descriptor).st_size
-        end = os.pread(descriptor, _LONGEST_LINE, max(0, size - _LONGEST_LINE)) if size else b""
+        end = os.pread(descriptor, _MAX_LINE, max(0, size - _MAX_LINE)) if size else b""
         torn = end.rpartition(b"\n")[2]
         self._torn = bool(torn)
         if torn.startswith(b"{") and not _is_json(torn):
-            os.ftruncate(descriptor, size - len(torn))  # half a record, of a run that was killed
+            os.ftruncate(descriptor, size - len(torn))  # the incomplete record of a killed run
             self._torn = False
         return descriptor
 
@@ -109,7 +109,7 @@ class LinesFile:
             while left:
                 left = left[os.write(descriptor, left) :]
         except OSError:
-            with contextlib.suppress(OSError):  # what is no file cannot be cut
+            with contextlib.suppress(OSError):  # not a regular file
                 os.ftruncate(descriptor, size)
             raise
         self._torn = False
@@ -130,28 +130,28 @@ def _is_json(text: bytes) -> bool:
 
 
 class SteadyStream:
-    """Standard output or error that drops what it cannot write, and says so once on the other one.
+    """Standard output or error that drops what it cannot write, and reports this once on the other one.
 
-    All else is that of ``stream``. ``failing``: what was written up to the last flush did not get through.
+    Other attributes are those of ``stream``. ``failing``: text before the last flush was lost.
     """
 
     def __init__(self, stream: TextIO, name: str):
         self._stream, self._name = stream, name
-        self.failing = self._told = self._dropped = False
+        self.failing = self._reported = self._dropped = False
 
     def write(self, text: str) -> int:
-        """Write, or drop; returns how much was given."""
+        """Write or drop ``text``; returns its length."""
         if not self._attempt(lambda: self._stream.write(text)):
             self._dropped = True
         return len(text)
 
     def writelines(self, lines: Any) -> None:
-        """Each of them as ``write`` does."""
+        """Write each line."""
         for line in lines:
             self.write(line)
 
     def flush(self) -> None:
-        """Flush, or leave it for the next time."""
+        """Flush, or retry at the next flush."""
         if self._attempt(self._stream.flush) and not self._dropped:
             self.failing = False
         self._dropped = False
@@ -160,10 +160,10 @@ class SteadyStream:
         try:
             action()
             return True
-        except (OSError, ValueError) as error:  # ValueError: it was closed
+        except (OSError, ValueError) as error:  # ValueError: the stream is closed
             self.failing = True
-            if not self._told:
-                self._told = True
+            if not self._reported:
+                self._reported = True
                 tell(f"WARNING: {self._name}: {error}: training goes on; what cannot be written is dropped")
             return False
 
@@ -173,7 +173,7 @@ class SteadyStream:
 
 @contextlib.contextmanager
 def steady_streams() -> Iterator[None]:
-    """Within it, and when Python ends after it, standard output and error cannot end the program."""
+    """Inside the context and at Python's exit, errors of standard output and error are not fatal."""
     open_missing_streams()
     streams = sys.stdout, sys.stderr
     sys.stdout = SteadyStream(sys.stdout, "standard output")
@@ -190,13 +190,13 @@ def steady_streams() -> Iterator[None]:
 
 
 def _silence(stream: TextIO | SteadyStream) -> None:
-    """Let what is left in a stream's buffer go nowhere: it would be the exit code of Python's end."""
+    """Discard the rest of a stream's buffer: otherwise flushing it at exit would change the exit code."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def tell(text: str) -> None:
-    """Say it on standard error, or, where that fails, on standard output."""
+    """Print to standard error, or, if that fails, to standard output."""
     for stream in (sys.stderr, sys.stdout):
         with contextlib.suppress(OSError, ValueError, AttributeError):
             print(text, file=stream, flush=True)

@@ -1,6 +1,6 @@
-"""Signals that ask a run to stop: the first one in order, the second at once.
+"""Signals that stop a run: the first one orderly, the second at once.
 
-Imports nothing heavy, so that a signal is answered from the first line of the program on.
+Imports nothing heavy, so that signals are handled from the first line of the program on.
 """
 
 import contextlib
@@ -15,26 +15,26 @@ from typing import Any
 
 from megatron_ext.common.errors import Interrupted
 
-#: SLURM can send it ahead of a time limit: there is time for the set-up, and for an iteration to save.
+#: SLURM can send it ahead of a time limit: the set-up and an iteration still have time to finish.
 AHEAD_OF_TIME = signal.SIGUSR1
-#: SIGINT is Ctrl-C, SIGHUP the end of a terminal.
+#: SIGINT is Ctrl-C, SIGHUP a closed terminal.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, AHEAD_OF_TIME)
-#: Launchers pass on the signal that their processes got too: within this time it is the same request.
+#: Launchers forward a signal that their processes also received: within this time it is the same request.
 SAME_REQUEST_SECONDS = 2.0
-#: The same without a launcher, where at most ``timeout`` and the like send a signal twice.
+#: The same without a launcher, where only programs like ``timeout`` send a signal twice.
 SAME_REQUEST_ALONE_SECONDS = 0.5
-#: A call that Python cannot interrupt may hold the main thread in set-up; then the process ends without it.
+#: If the main thread is in an uninterruptible call of the set-up, the process is ended after this time.
 SET_UP_SECONDS = 3.0
 
 
 class StopSignals:
-    """Answers the signals that ask a run to stop, within ``with``, in the main thread.
+    """Handles the signals that stop a run; a context manager for the main thread.
 
-    Until ``begin`` there is nothing to save: the first signal raises Interrupted in the main thread,
-    and ends the process after three seconds if that could not. From then on it is a request, in
-    ``received``, for a save and an orderly end; SIGUSR1 is always one. A second signal ends the process
-    at once with exit code 128 + its number, even where the main thread waits in a collective: Python's
-    own handlers would run only after it.
+    Until ``begin`` there is nothing to save: the first signal raises Interrupted in the main thread, and the
+    process is ended after three seconds if it is still running. After ``begin`` the first signal requests a
+    save and an orderly end, through ``received``; SIGUSR1 always does. A second signal ends the process at
+    once with exit code 128 + its number, even if the main thread waits in a collective, where Python's own
+    handlers would run only afterwards.
     """
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class StopSignals:
         os.set_blocking(self._pipe[1], False)
         self._previous_wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         for number in STOP_SIGNALS:
-            # nohup ignores SIGHUP, so that the run outlives its terminal.
+            # Under nohup SIGHUP stays ignored, so that the run outlives its terminal.
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 self.answer(number)
         self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
@@ -60,7 +60,7 @@ class StopSignals:
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
-        """Give the signals back to whoever had them."""
+        """Restore the previous handlers."""
         _installed.discard(self)
         signal.set_wakeup_fd(self._previous_wakeup)
         for number, handler in self._previous.items():
@@ -71,24 +71,24 @@ class StopSignals:
             os.close(end)
         if self._timer is not None:
             self._timer.cancel()
-        if self._interrupted and isinstance(error, Exception):  # what became of the Interrupted on its way
+        if self._interrupted and isinstance(error, Exception):  # raised because of Interrupted
             raise Interrupted(self._number) from error
 
     def answer(self, number: int) -> None:
-        """Take ``number`` for a signal that asks to stop, too (``--exit-signal``)."""
+        """Handle ``number`` as a stop signal too (``--exit-signal``)."""
         if number not in self._previous:
             self._previous[number] = signal.signal(number, self._receive)
 
     def begin(self) -> None:
-        """From here on there is something to save: a signal is a request."""
+        """From now on there is something to save: a signal is a request to stop."""
         self._in_set_up = False
 
     def request(self, why: str) -> None:
-        """Ask for a save and an orderly end at the next occasion, for a reason of this rank's own."""
+        """Request a save and an orderly end, for the reason ``why``."""
         self.received = self.received or why
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
-        """In the main thread. A signal needs a handler, too, for its byte to reach the pipe."""
+        """The handler, in the main thread. Without a handler no byte would reach the pipe."""
         if self._ends_set_up(number) and not self._interrupted:
             self._interrupted, self._number = True, number
             raise Interrupted(number)
@@ -121,7 +121,7 @@ class StopSignals:
 
 
 def _say(text: str) -> None:
-    """Standard error alone: a reader who has stopped reading standard output must not stop the end."""
+    """Print to standard error only: a blocked standard output must not delay the end."""
     with contextlib.suppress(OSError, AttributeError, ValueError):
         print(text, file=sys.stderr, flush=True)
 
@@ -129,10 +129,10 @@ def _say(text: str) -> None:
 _installed: "weakref.WeakSet[StopSignals]" = weakref.WeakSet()
 
 
-def _let_go_in_child() -> None:
-    # Else a signal to a data worker would be one to the trainer, through the pipe that both hold.
+def _release_in_child() -> None:
+    # Otherwise a signal to a data worker would reach the trainer through the pipe that both share.
     if _installed:
         signal.set_wakeup_fd(-1)
 
 
-os.register_at_fork(after_in_child=_let_go_in_child)
+os.register_at_fork(after_in_child=_release_in_child)

@@ -1,4 +1,4 @@
-"""How far a run is, and what its steps and validations gave."""
+"""The progress of a run, and the results of its steps and validations."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,32 +8,32 @@ from megatron_ext.common.errors import RunError
 
 @dataclass
 class Progress:
-    """How far a run is; stored in checkpoints.
+    """The progress of a run; stored in checkpoints.
 
-    ``round_sha256`` names the index of the round it is in, None in the first; ``round_start`` are the
-    samples consumed before this round, or before the training set that it now reads; ``training_set`` is
-    the description of that set (data/identity.py), with the number of samples that its order was drawn for.
+    ``round_sha256`` identifies the index of the current round, None in the first; ``round_start`` is the
+    number of samples consumed before this round, or before the current training set; ``training_set``
+    describes that set (data/identity.py), with the number of samples that it was shuffled for.
     """
 
     iteration: int = 0
     consumed_train_samples: int = 0
     consumed_valid_samples: int = 0
     skipped_train_samples: int = 0
-    #: The validation of this iteration was cut short by a stop, and is made first when the run goes on.
+    #: A stop cut the validation of this iteration short: it is repeated first when the run resumes.
     validation_due: bool = False
     #: Iterations without an update because of NaN or Inf.
     bad_iterations: int = 0
     round_sha256: str | None = None
     round_start: int = 0
     training_set: dict[str, Any] | None = None
-    #: Iterations of the checkpoints in --save that this run made or goes on from, ascending: not of those
-    #: that it went back behind.
+    #: Iterations of the checkpoints in --save that this run wrote or resumed from, ascending; without those
+    #: that are later than the point it was set back to.
     checkpoints: list[int] = field(default_factory=list)
 
 
 @dataclass
 class StepResult:
-    """What one step did. ``lm_loss`` is the mean over the global batch's tokens, in nats.
+    """The result of one step. ``lm_loss`` is the mean over the global batch's tokens, in nats.
 
     ``skipped``: no parameter was updated; ``bad``: because of a NaN or Inf.
     """
@@ -43,17 +43,17 @@ class StepResult:
     skipped: bool
     bad: bool = False
     seconds: float = 0.0
-    #: What else the log shows, by name: on the console, in the metrics file, on the boards.
+    #: Further metrics by name, for the console, the metrics file and the boards.
     metrics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
 class Evaluation:
-    """``lm_loss`` in nats per token, over so many ``tokens``; ``bits_per_byte`` of text.
+    """``lm_loss`` in nats per token, averaged over ``tokens``; ``bits_per_byte`` of text.
 
-    Bits per byte compare tokenizers. Special tokens stand for no text: their loss counts in ``lm_loss``
-    only, as nanochat's evaluate_bpb does. Both are NaN on ranks that do not hold the loss, and where no
-    token counts.
+    Bits per byte are comparable between tokenizers. Special tokens represent no text: their loss counts in
+    ``lm_loss`` only, as in nanochat's evaluate_bpb. Both are NaN on ranks without the loss, and if no token
+    counts.
     """
 
     lm_loss: float
@@ -63,7 +63,7 @@ class Evaluation:
 
 @dataclass
 class Finding:
-    """What one rank saw of a step; ``microbatches`` are those whose loss is not finite."""
+    """The problems of one rank in a step; ``microbatches`` are those whose loss is not finite."""
 
     data_rank: int
     problems: list[str] = field(default_factory=list)
@@ -71,7 +71,7 @@ class Finding:
 
 
 class BadNumbers(RunError):
-    """A loss or a gradient is NaN or Inf; ``findings`` holds what every rank saw."""
+    """A loss or a gradient is NaN or Inf; ``findings`` has one entry per rank."""
 
     def __init__(self, message: str, findings: list[Finding]):
         super().__init__(message)

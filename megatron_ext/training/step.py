@@ -31,7 +31,7 @@ def train_step(
 ) -> StepResult:
     """Accumulate the gradients of one global batch over all microbatches and ranks, and update.
 
-    ``callbacks`` see the losses of each microbatch, and what comes before the update.
+    Calls the hooks ``losses`` and ``before_update`` of ``callbacks``.
 
     Raises:
         BadNumbers: on every rank, before any parameter has changed.
@@ -82,7 +82,7 @@ def forward_backward(
 
 @contextmanager
 def parameters_in_place(model: list[nn.Module], parallel: ParallelConfig) -> Iterator[None]:
-    """Within it every parameter is whole: an overlapped gather of parameters is brought to its end."""
+    """Finish an overlapped parameter gather, so that parameters are complete inside the context."""
     overlapped = parallel.use_distributed_optimizer and parallel.overlap_param_gather
     if overlapped:
         for chunk in model:
@@ -97,7 +97,7 @@ def parameters_in_place(model: list[nn.Module], parallel: ParallelConfig) -> Ite
 
 @contextmanager
 def evaluation_mode(model: list[nn.Module]) -> Iterator[None]:
-    """Dropout off within it."""
+    """Switch dropout off inside the context."""
     for chunk in model:
         chunk.eval()
     try:

@@ -8,9 +8,9 @@ from megatron_ext.training.signals import StopSignals
 
 
 class Stopping:
-    """Watches for reasons to stop and lets all ranks agree on them.
+    """Checks the reasons to stop, and makes all ranks agree on them.
 
-    From here on, what ``signals`` received asks for a save and an orderly end.
+    From its creation on, a signal requests a save and an orderly end.
     """
 
     def __init__(self, config: TrainingConfig, signals: StopSignals):
@@ -19,11 +19,11 @@ class Stopping:
         signals.begin()
 
     def requested(self) -> bool:
-        """Whether any rank was asked to stop; a collective call."""
+        """Whether any rank received a stop signal; a collective call."""
         return bool(max_over_ranks([float(self.signals.received is not None)])[0])
 
     def reason(self, iteration: int) -> str | None:
-        """Why all ranks stop now, or None; a collective call."""
+        """The reason why all ranks stop now, or None; a collective call."""
         limit, received = self.config.exit_duration_in_mins, self.signals.received
         late = limit is not None and time.time() - self.start > limit * 60
         signalled, overtime = max_over_ranks([float(received is not None), float(late)])

@@ -1,4 +1,4 @@
-"""Runs the step that trace.py tells of; for a process that does nothing else (platform/fake.py)."""
+"""Runs the step for trace.py, in a process that does nothing else (platform/fake.py)."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -21,7 +21,7 @@ from megatron_ext.training.step import train_step
 
 
 def run_rank(run: RunConfig, triton: bool) -> dict[str, Any]:
-    """Be the rank that ``run`` names, for a step of it: what of a Trace is seen."""
+    """Run a step as the rank that ``run`` names; returns the measured fields of a Trace."""
     fake.join(run.process.rank, run.process.world_size)
     fake.act_as_gpu()
     distributed.initialize(run)
@@ -30,7 +30,7 @@ def run_rank(run: RunConfig, triton: bool) -> dict[str, Any]:
 
 
 class _BeforeUpdate(Callback):
-    """Notes the memory of forward and backward: at its most (``peak``) and at their end (``left``)."""
+    """Notes the memory of forward and backward: at the peak (``peak``) and at the end (``left``)."""
 
     def __init__(self, memory: fake.Memory) -> None:
         self.memory = memory
@@ -42,7 +42,7 @@ class _BeforeUpdate(Callback):
 
 
 def _step(run: RunConfig, memory: fake.Memory) -> dict[str, Any]:
-    """Build the model and train it for one step, looking at the memory in between."""
+    """Build the model and train it for one step, measuring the memory in between."""
     config = transformer_config(run)
     model = wrap_for_training(build_model(config, run, initialized=False), config, ddp_config(run))
     built = memory.now
@@ -73,7 +73,7 @@ def _step(run: RunConfig, memory: fake.Memory) -> dict[str, Any]:
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    """Of the storages that they lie in, several perhaps in one."""
+    """Bytes of the tensors' storages, which they may share."""
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}
     return sum(storage.nbytes() for storage in storages.values())
 
@@ -88,7 +88,7 @@ def _groups() -> dict[str, list[int]]:
 
 
 def _iterators(run: RunConfig, chunks: int) -> list[Iterator[dict[str, Any]] | None]:
-    """Samples for each chunk that reads some."""
+    """Samples for each chunk that reads data."""
     stages = range(chunks) if chunks > 1 else [None]
     shape = (run.training.micro_batch_size, run.data.seq_length)
     return [_samples(shape) if needs_data(run.data, vp_stage=stage) else None for stage in stages]

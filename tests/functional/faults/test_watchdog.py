@@ -140,7 +140,7 @@ def wait_for_the_reason(folder: str) -> None:
     dog = watchdog.Watchdog(store, rank, 2, 0.4, say=said.write_text, leave=leave)
     dog.start()
     if rank == 1:
-        dog.tell("rank 1 failed: for a reason")
+        dog.publish("rank 1 failed: for a reason")
         time.sleep(3)
         dog.stop()
     else:

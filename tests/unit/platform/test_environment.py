@@ -5,6 +5,7 @@ from datetime import timedelta
 import pytest
 
 from megatron_ext import platform
+from megatron_ext.common import network
 from megatron_ext.platform import environment
 from tests.unit.arguments.test_validate import BASE, problems_of
 
@@ -80,4 +81,4 @@ def test_gloo_is_bound_beside_nccl_too(monkeypatch):
     )
     with pytest.raises((RuntimeError, ValueError)):
         platform.init_process_group("nccl", 0, 1, 0, minute, store)
-    assert environment.os.environ["GLOO_SOCKET_IFNAME"] == platform.network.LOOPBACK
+    assert environment.os.environ["GLOO_SOCKET_IFNAME"] == network.LOOPBACK

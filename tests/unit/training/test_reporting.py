@@ -53,9 +53,9 @@ def test_a_run_that_stops_between_two_lines_shows_the_last_iterations(reporter, 
     for iteration in range(1, 7):
         reporter.iteration(report(iteration, lm_loss=float(iteration)))
     assert capsys.readouterr().out.count("lm loss: 2.500000E+00") == 1
-    reporter.rest()
+    reporter.flush()
     assert capsys.readouterr().out.count("lm loss: 5.500000E+00") == 1
-    reporter.rest()
+    reporter.flush()
     assert capsys.readouterr().out == ""
 
 

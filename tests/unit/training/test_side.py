@@ -19,7 +19,7 @@ from megatron_ext.training.side import LinesFile, Side
 def at_once(monkeypatch):
     """What failed is tried again at the next call."""
     monkeypatch.setattr(side, "RETRY_SECONDS", 0.0)
-    monkeypatch.setattr(side, "LONGEST_RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(side, "MAX_RETRY_SECONDS", 0.0)
 
 
 def fail() -> None:

@@ -3,12 +3,12 @@
 import math
 import random
 
-from megatron_ext.training.spikes import LEAST, SpikeDetector
+from megatron_ext.training.spikes import MIN_LOSSES, SpikeDetector
 
 
 def flagged(losses: list[float]) -> list[int]:
     detector = SpikeDetector()
-    return [i for i, loss in enumerate(losses) if detector.see(loss)]
+    return [i for i, loss in enumerate(losses) if detector.check(loss)]
 
 
 def noisy(count: int, level: float = 3.0, seed: int = 0) -> list[float]:
@@ -31,9 +31,9 @@ def test_noise_and_the_falling_loss_of_a_run_are_not():
 
 def test_a_new_level_is_flagged_for_a_while_only():
     found = flagged(noisy(100) + noisy(100, 5.0))
-    assert found == list(range(100, 100 + LEAST))
+    assert found == list(range(100, 100 + MIN_LOSSES))
 
 
 def test_too_early_and_not_finite():
-    assert flagged([1.0] * (LEAST - 1) + [50.0]) == []
+    assert flagged([1.0] * (MIN_LOSSES - 1) + [50.0]) == []
     assert flagged([1.0] * 50 + [math.nan, math.inf]) == []
