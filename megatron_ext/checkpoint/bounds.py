@@ -1,8 +1,8 @@
-"""Limits on what a checkpoint's bytes may turn into, checked before anything is built from them.
+"""Limits on the expansion of a checkpoint's bytes, checked before any object is built from them.
 
-A pickle of a few hundred bytes can describe tuples that share their halves 60 times over: nothing is
-large, but its hash, its text or a comparison takes 2^60 steps. A zip of a few megabytes can unpack to
-any number of gigabytes. Both are read here without making an object of them.
+A pickle of a few hundred bytes can describe tuples that share their halves in 60 levels: it needs little
+memory, but its hash, its text or a comparison takes 2^60 steps. A zip of a few megabytes can unpack to any
+number of gigabytes. Both are checked here without building the objects.
 """
 
 import io
@@ -12,18 +12,18 @@ import zipfile
 from pathlib import Path
 from typing import IO, Any
 
-#: Parts within parts. Checkpoints have about ten; the hash of a tuple that is very deep ends the process.
-DEEPEST = 100
-#: Parts that a byte of a pickle may stand for, each counted as often as it is reached. Checkpoints have
-#: less than one; the dearest honest byte is a reference to a short tuple that was written before.
-PARTS_A_BYTE, PARTS_AT_LEAST = 20, 10_000
+#: Nesting depth. Checkpoints have about ten levels; hashing a very deep tuple crashes the process.
+MAX_DEPTH = 100
+#: Parts per byte of a pickle, each counted as often as it is reached. Checkpoints have less than one; the
+#: most expensive legitimate byte is a reference to an earlier short tuple.
+PARTS_PER_BYTE, MIN_PARTS = 20, 10_000
 _STORE, _FETCH = {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}, {"GET", "BINGET", "LONG_BINGET"}
 _CHANGE = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"}
 _MARK, _PLAIN = -1, 0
 
 
 def _effect(opcode: Any) -> tuple[int, bool, int]:
-    """What an opcode takes off the stack (below a mark, if it takes all down to one), and what it puts on."""
+    """How many objects an opcode pops (below the mark, if it pops to one), and how many it pushes."""
     before, to_mark = opcode.stack_before, pickletools.markobject in opcode.stack_before
     return before.index(pickletools.markobject) if to_mark else len(before), to_mark, len(opcode.stack_after)
 
@@ -36,35 +36,35 @@ _PLAIN_VALUES = {
 } | {"EMPTY_TUPLE"}
 
 
-class Immodest(ValueError):
-    """Bytes that would turn into more than they can honestly hold; the message says of what."""
+class Unbounded(ValueError):
+    """Content that would expand beyond the limits; the message says what."""
 
 
-def require_modest(pickled: bytes | IO[bytes], size: int | None = None) -> None:
-    """Raise Immodest if what a pickle describes is too deep, or too large for its ``size`` bytes.
+def require_bounded(pickled: bytes | IO[bytes], size: int | None = None) -> None:
+    """Raise Unbounded if the objects of a pickle are too deep, or too large for its ``size`` bytes.
 
-    A file is read up to the end of the pickle that begins where it stands. Raises another ValueError,
-    or LookupError, for a pickle that is cut off, or none.
+    A file is read from its position to the end of the pickle. Raises another ValueError, or LookupError,
+    for an incomplete or invalid pickle.
     """
     objects = _Objects(len(pickled) if isinstance(pickled, bytes) else size or 0)
     for opcode, argument, _ in pickletools.genops(pickled):
-        objects.take(opcode.name, argument)
-    objects.require_modest()
+        objects.interpret(opcode.name, argument)
+    objects.require_bounded()
 
 
 class _Objects:
-    """The objects that a pickle makes, as numbers, each with the objects that it holds; none is made."""
+    """The objects of a pickle, as numbers, each with the objects that it contains; none is built."""
 
     def __init__(self, size: int):
         self.size = size
         self.held: list[list[int]] = [[]]
-        #: How many plain values each holds besides; the object 0 stands for any plain value.
+        #: The number of plain values in each; object 0 represents any plain value.
         self.plain = [0]
         self.stack: list[int] = []
         self.memo: dict[int, int] = {}
 
-    def take(self, name: str, argument: Any) -> None:
-        """Follow one opcode; most push a plain value or what was made before."""
+    def interpret(self, name: str, argument: Any) -> None:
+        """Interpret one opcode; most push a plain value or an earlier object."""
         if name in _PLAIN_VALUES:
             self.stack.append(_PLAIN)
         elif name in _FETCH:
@@ -72,8 +72,8 @@ class _Objects:
         elif name in _STORE:
             number = len(self.memo) if name == "MEMOIZE" else argument
             if number > self.size:
-                # The unpickler makes a table up to the largest number: five bytes can ask for gigabytes.
-                raise Immodest(f"it numbers an object {number}, though it has {self.size} bytes")
+                # The unpickler allocates a table up to the largest number: five bytes can allocate gigabytes.
+                raise Unbounded(f"it numbers an object {number}, though it has {self.size} bytes")
             self.memo[number] = self.stack[-1]
         elif name == "MARK":
             self.stack.append(_MARK)
@@ -82,7 +82,7 @@ class _Objects:
         elif name in _CHANGE:
             changed, *added = self._consumed(name)
             if changed == _PLAIN:
-                raise Immodest("it changes an object that cannot change")
+                raise Unbounded("it changes an object that cannot change")
             self._hold(changed, added)
             self.stack.append(changed)
         else:
@@ -91,7 +91,7 @@ class _Objects:
                 self.stack.append(self._made(consumed, name.startswith("EMPTY_")))
 
     def _consumed(self, name: str) -> list[int]:
-        """What an opcode takes off the stack, in order."""
+        """The objects that an opcode pops, in order."""
         count, to_mark, _ = _EFFECTS[name]
         above: list[int] = []
         if to_mark:
@@ -100,11 +100,11 @@ class _Objects:
             self.stack.pop()
             above.reverse()
         if count > len(self.stack):
-            raise Immodest("it takes more than there is")
+            raise Unbounded("it takes more than there is")
         below = self.stack[len(self.stack) - count :]
         del self.stack[len(self.stack) - count :]
         if _MARK in below:
-            raise Immodest("it takes a mark for an object")
+            raise Unbounded("it takes a mark for an object")
         return below + above
 
     def _made(self, of: list[int], can_change: bool) -> int:
@@ -120,9 +120,9 @@ class _Objects:
         self.held[number] += objects
         self.plain[number] += len(added) - len(objects)
 
-    def require_modest(self) -> None:
-        """Count the parts of every object, those of its parts among them, each as often as it is reached."""
-        most = max(PARTS_AT_LEAST, PARTS_A_BYTE * self.size)
+    def require_bounded(self) -> None:
+        """Count the parts of every object recursively, each as often as it is reached."""
+        limit = max(MIN_PARTS, PARTS_PER_BYTE * self.size)
         sizes, depths = [0] * len(self.held), [0] * len(self.held)  # 0: not counted yet
         for first in range(len(self.held)):
             path = [] if sizes[first] else [(first, iter(self.held[first]))]
@@ -135,15 +135,17 @@ class _Objects:
                     path.pop()
                     sizes[number] = 1 + self.plain[number] + sum(sizes[part] for part in self.held[number])
                     depths[number] = 1 + max((depths[part] for part in self.held[number]), default=0)
-                # One that holds itself is met again and again, and makes the path too long as well.
-                if len(path) > DEEPEST or depths[number] > DEEPEST:
-                    raise Immodest(f"it would make an object of parts within parts, over {DEEPEST} deep")
-                if sizes[number] > most:
-                    raise Immodest(f"it has {self.size} bytes, and would make an object of over {most} parts")
+                # An object that contains itself also makes the path too long.
+                if len(path) > MAX_DEPTH or depths[number] > MAX_DEPTH:
+                    raise Unbounded(f"it would make an object of parts within parts, over {MAX_DEPTH} deep")
+                if sizes[number] > limit:
+                    raise Unbounded(
+                        f"it has {self.size} bytes, and would make an object of over {limit} parts"
+                    )
 
 
 class Window(io.RawIOBase):
-    """``length`` bytes of a file from ``begin`` on, as a file; torch's view seeks wrongly from its end."""
+    """``length`` bytes of a file from ``begin`` on, as a file; torch's view mishandles SEEK_END."""
 
     def __init__(self, file: IO[bytes], begin: int, length: int):
         self._file, self._begin, self._length, self._at = file, begin, length, 0
@@ -170,32 +172,32 @@ class Window(io.RawIOBase):
         return len(data)
 
 
-def require_plain_archive(file: IO[bytes], size: int) -> bytes:
-    """The pickle in an archive of torch.save; raises Immodest unless it holds what its bytes are.
+def require_stored_archive(file: IO[bytes], size: int) -> bytes:
+    """The pickle in an archive of torch.save; raises Unbounded for any other kind of archive.
 
-    torch writes records as they are, one after the other, without a comment; then no reader can find
-    more in them than ``size`` bytes, or find another directory than this one.
+    torch stores records uncompressed, one after the other, without a comment. No reader can then unpack
+    more than ``size`` bytes, or find another directory than this one.
     """
     end = _end_of(file, size)
     if end is None:
-        raise Immodest("it is not an archive of torch.save")
+        raise Unbounded("it is not an archive of torch.save")
     file.seek(0)
     with zipfile.ZipFile(file) as archive:
         records = archive.infolist()
         names = {record.filename for record in records}
         packed = [r.filename for r in records if r.compress_type != zipfile.ZIP_STORED]
         if packed or sum(record.file_size for record in records) > size:
-            raise Immodest(f"it would unpack to more than its {size} bytes")
+            raise Unbounded(f"it would unpack to more than its {size} bytes")
         if len(names) != len(records) or min((r.header_offset for r in records), default=1) != 0:
-            raise Immodest("its records are not those of torch.save")
+            raise Unbounded("its records are not those of torch.save")
         pickles = [name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(pickles) != 1:
-            raise Immodest("it holds no pickle, or several")
+            raise Unbounded("it holds no pickle, or several")
         return archive.read(pickles[0])
 
 
 def _end_of(file: IO[bytes], size: int) -> int | None:
-    """Where an archive's directory ends; None if the archive does not end as torch writes it."""
+    """Where an archive's directory ends; None if the end of the file is not as torch writes it."""
     file.seek(max(0, size - 98))
     tail = file.read(98).rjust(98, b"\0")
     locator, end = tail[56:76], tail[76:]
@@ -208,5 +210,5 @@ def _end_of(file: IO[bytes], size: int) -> int | None:
 
 
 def bytes_in(folder: Path) -> int:
-    """The size of all files of a checkpoint: the limit of what it may say that it holds."""
+    """The size of all files of a checkpoint: an upper limit of the tensors in it."""
     return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())

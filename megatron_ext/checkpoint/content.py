@@ -1,4 +1,4 @@
-"""What a checkpoint holds, under Megatron-LM's names.
+"""The content of a checkpoint, under Megatron-LM's names.
 
 Common part (``common.pt``): run, checkpoint_version, iteration, optimizer (parameter groups),
 opt_param_scheduler, num_floating_point_operations_so_far, content_metadata, and our own
@@ -31,12 +31,12 @@ from megatron_ext.models.builder import unwrap
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_VERSION = 3.0
-#: Where a resumed run stands; upstream keeps these in the checkpoint's args.
+#: The position of a run; upstream keeps these in the checkpoint's args.
 _COUNTERS = ("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples")
 
 
 class Scheduler(Protocol):
-    """What keeps the rates of the optimizer: ``training/schedule.py`` has it."""
+    """The interface of the learning rate scheduler in ``training/schedule.py``."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -44,7 +44,7 @@ class Scheduler(Protocol):
 
 
 def content_metadata(optimizer: MegatronOptimizer | None, config: CheckpointConfig) -> dict[str, Any]:
-    """How tensors are laid out in the checkpoint; upstream's keys."""
+    """How tensors are stored in the checkpoint, under upstream's keys."""
     metadata: dict[str, Any] = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
     if optimizer is not None and any(
         isinstance(o, DistributedOptimizer) for o in inner_optimizers(optimizer)
@@ -56,12 +56,12 @@ def content_metadata(optimizer: MegatronOptimizer | None, config: CheckpointConf
 
 
 def inner_optimizers(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    """The Megatron optimizers that a chained one is made of, or the one itself."""
+    """The optimizers of a chained optimizer, or the optimizer itself."""
     return optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
 
 
 def make_state(optimizer: MegatronOptimizer) -> None:
-    """Give an optimizer that has made no step yet its zero moments, so that there is something to save."""
+    """Create the zero moments of an optimizer that has made no step yet, so that they can be saved."""
     for inner in inner_optimizers(optimizer):
         if inner.init_state_fn is not None and not getattr(inner, "is_stub_optimizer", False):
             inner.init_state_fn(inner.optimizer, inner.config)
@@ -77,7 +77,7 @@ def model_part(model: list[nn.Module], metadata: dict[str, Any]) -> dict[str, An
 
 
 def rng_object(states: list[dict[str, Any]] | None) -> ShardedObject:
-    """The generators of one tensor x pipeline rank: a list over its data parallel ranks."""
+    """The generator states of one tensor x pipeline rank: a list over its data parallel ranks."""
     pp, tp = (
         parallel_state.get_pipeline_model_parallel_world_size(),
         parallel_state.get_tensor_model_parallel_world_size(),
@@ -91,7 +91,7 @@ def rng_object(states: list[dict[str, Any]] | None) -> ShardedObject:
 
 
 def gather_rng() -> list[dict[str, Any]]:
-    """Every generator's state, of each data parallel rank; collective."""
+    """The states of all generators of each data parallel rank; collective."""
     own = {
         "random_rng_state": random.getstate(),
         "np_rng_state": numpy.random.get_state(),
@@ -106,17 +106,17 @@ def gather_rng() -> list[dict[str, Any]]:
 
 
 def _tracked_states() -> dict[str, torch.Tensor]:
-    """The states of Megatron-Core's tracker; where CUDA graphs run it keeps generators."""
+    """The states of Megatron-Core's tracker, which holds generators if CUDA graphs are used."""
     states = tensor_parallel.get_cuda_rng_tracker().get_states().items()
     return {name: kept.get_state() if isinstance(kept, torch.Generator) else kept for name, kept in states}
 
 
 def restore_rng(states: list[dict[str, Any]]) -> None:
-    """Set this rank's generators from what :func:`gather_rng` collected.
+    """Set this rank's generators from the result of :func:`gather_rng`.
 
-    A checkpoint of upstream's has one entry for all data parallel ranks. The state of a CPU's generator
-    means nothing to a GPU's, nor the other way round: on another kind of device than the one that saved,
-    the device's own generators go on from the seed.
+    Upstream's checkpoints have one entry for all data parallel ranks. The states of CPU and GPU generators
+    are not interchangeable: on another kind of device than the one that saved, the device's generators
+    continue from the seed.
     """
     own = states[parallel_state.get_data_parallel_rank(with_context_parallel=True) % len(states)]
     random.setstate(own["random_rng_state"])
@@ -133,7 +133,7 @@ def restore_rng(states: list[dict[str, Any]]) -> None:
     tracked = tracker.get_states()
     for name, state in own["rng_tracker_states"].items():
         if isinstance(tracked.get(name), torch.Generator):
-            tracked[name].set_state(state)  # the very generator that CUDA graphs know
+            tracked[name].set_state(state)  # CUDA graphs refer to this generator object
         else:
             tracked[name] = state
     tracker.set_states(tracked)
@@ -142,7 +142,7 @@ def restore_rng(states: list[dict[str, Any]]) -> None:
 def common_part(
     iteration: int, run_state: dict[str, Any], run: RunConfig, scheduler: Scheduler | None
 ) -> dict[str, Any]:
-    """The part that is the same on all ranks, without the optimizer's."""
+    """The part that is the same on all ranks, without that of the optimizer."""
     counters = {name: run_state[name] for name in _COUNTERS if name in run_state}
     common = {
         "args": arguments_of(run, **counters, iteration=iteration),
@@ -161,7 +161,7 @@ def common_part(
 
 
 def run_state_of(common: dict[str, Any]) -> dict[str, Any]:
-    """The run state of a checkpoint of ours, or what upstream's says of it."""
+    """The run state of our checkpoints, or the counters in upstream's."""
     if "pangu_pro" in common:
         return dict(common["pangu_pro"]["run_state"])
     saved = common.get("args") or {}
@@ -171,15 +171,16 @@ def run_state_of(common: dict[str, Any]) -> dict[str, Any]:
 
 
 def require_same_function(saved: Saved | None, model: ModelConfig, path: Path) -> None:
-    """Raise CheckpointError, naming every flag that differs, if the model is not the checkpoint's.
+    """Raise CheckpointError, naming every flag that differs, if ``model`` is not the checkpoint's.
 
-    Not its sizes alone: all that decides what it computes. A checkpoint without arguments says nothing.
+    Compares everything that decides what the model computes, not only its sizes. A checkpoint without
+    arguments is not checked.
     """
     if not saved or "num_layers" not in saved:
         if torch.distributed.get_rank() == 0:
             logger.warning("%s holds no arguments: whether it is of the same model is not known", path)
-    elif found := model_function.differences(saved, model):
-        raise CheckpointError(f"{path} holds another model: " + "; ".join(found))
+    elif differing := model_function.differences(saved, model):
+        raise CheckpointError(f"{path} holds another model: " + "; ".join(differing))
 
 
 def require_same_tokenizer(common: dict[str, Any], ours: str | None, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What can be wrong with a checkpoint, raised on all ranks or on none."""
+"""Errors of checkpoints, and collective steps that raise them on all ranks or on none."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -10,11 +10,11 @@ T = TypeVar("T")
 
 
 class CheckpointError(RunError):
-    """A checkpoint cannot be written, or cannot be used; the message names it and says what to do."""
+    """A checkpoint cannot be written or used; the message names it and says what to do."""
 
 
 class DamagedCheckpoint(CheckpointError):
-    """The files of a checkpoint are not what was written."""
+    """The files of a checkpoint differ from what was written."""
 
 
 def together(doing: str, action: Callable[[], T]) -> T:

@@ -1,8 +1,8 @@
-"""FP8's scales in a checkpoint: bytes that Transformer Engine unpickles (``set_extra_state`` of its modules).
+"""FP8 scales in a checkpoint: bytes that Transformer Engine unpickles (``set_extra_state`` of its modules).
 
-Weights-only reading sees a tensor of bytes there, and Transformer Engine runs whatever the bytes ask for.
-So they are unpickled here first, by an unpickler that knows a recipe, tensors and plain values, and what
-came of it is pickled anew.
+The weights-only unpickler sees only a tensor of bytes, and Transformer Engine would execute any code in it.
+The bytes are therefore unpickled here first, by an unpickler that allows only a recipe, tensors and plain
+values, and the result is pickled again.
 """
 
 import io
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from megatron_ext.checkpoint.bounds import require_modest
+from megatron_ext.checkpoint.bounds import require_bounded
 from megatron_ext.checkpoint.errors import DamagedCheckpoint
 from megatron_ext.checkpoint.safe import load_object
 
@@ -44,14 +44,14 @@ class _Unpickler(pickle.Unpickler):
 
 
 def without_code(key: str, state: Any) -> Any:
-    """The extra state of one module, or a list of such, as it may be handed to the module.
+    """The extra state of a module, or a list of such, in a form that is safe to pass to the module.
 
-    ``state`` is what lay in the checkpoint under ``key``: a uint8 tensor, a file of Transformer Engine 1,
-    or None from layers that have none. Where Transformer Engine is not used nobody reads it, and None
-    stands for it.
+    ``state`` is the value of ``key`` in the checkpoint: a uint8 tensor, a file of Transformer Engine 1,
+    or None from layers without extra state. Returns None if Transformer Engine is not used, because nothing
+    reads the state then.
 
     Raises:
-        DamagedCheckpoint: it holds anything but a recipe, tensors and plain values.
+        DamagedCheckpoint: the state holds anything but a recipe, tensors and plain values.
     """
     if isinstance(state, list):
         return [without_code(key, each) for each in state]
@@ -68,7 +68,7 @@ def _unpickled(key: str, state: Any) -> Any:
         raise DamagedCheckpoint(f"{key} holds a {type(state).__name__}, which is no FP8 state")
     data = state.numpy().tobytes()
     try:
-        require_modest(data)
+        require_bounded(data)
         return _Unpickler(io.BytesIO(data)).load()
     except Exception as error:
         raise DamagedCheckpoint(f"{key} cannot be read safely: {error}") from error

@@ -1,14 +1,14 @@
-"""Where checkpoints lie, and how one appears, is found, and disappears: each step all or nothing.
+"""The folders of checkpoints: publishing, finding and removing one, each step atomic.
 
     SAVE/latest_checkpointed_iteration.txt      the tracker: the iteration to continue from
     SAVE/iter_0000100/                          a complete checkpoint
-    SAVE/.incomplete_iter_0000200/              one being written
-    SAVE/.replaced_iter_0000100/                one of the same iteration, until the newer is in place
-    SAVE/.removed_iter_0000050/                 one being removed
-    SAVE/.next_tracker                          the tracker of a checkpoint about to be put in place
+    SAVE/.incomplete_iter_0000200/              a checkpoint being written
+    SAVE/.replaced_iter_0000100/                the previous one of an iteration, until the new is published
+    SAVE/.removed_iter_0000050/                 a checkpoint being removed
+    SAVE/.next_tracker                          the tracker of a checkpoint about to be published
 
-Everything here is done by one process (rank 0) and communicates nothing. What changes the folder of a
-run is for the process that holds its lock (``lock.py``); readers change nothing.
+All functions here run on one process (rank 0) and do not communicate. Only the process that holds the lock of
+a run's folder (``lock.py``) may change it; readers change nothing.
 """
 
 import logging
@@ -23,11 +23,11 @@ from megatron_ext.checkpoint.errors import CheckpointError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _NEXT_TRACKER = ".next_tracker"
-#: What the tracker says of weights that were converted, and the folder that then holds them.
+#: The tracker's content for converted weights, and the folder that holds them.
 RELEASE = "release"
 _WORKING, _REPLACED, _REMOVED = ".incomplete_", ".replaced_", ".removed_"
 _NAME = re.compile(r"iter_([0-9]{7,18})")
-#: Ours alone: an export beside the checkpoints has another name in its ``.incomplete_NAME``.
+#: Only of saves: an export next to the checkpoints has another name in its ``.incomplete_NAME``.
 _LEFT_BY_A_SAVE = re.compile(r"(\.incomplete_|\.replaced_|\.removed_)(iter_[0-9]{7,18})")
 
 logger = logging.getLogger(__name__)
@@ -39,14 +39,14 @@ def checkpoint_dir(base: str | os.PathLike[str], iteration: int) -> Path:
 
 
 def working_dir(base: str | os.PathLike[str], iteration: int) -> Path:
-    """The folder in which a checkpoint is written before it is put in place."""
+    """The folder in which a checkpoint is written before it is published."""
     return Path(base) / f"{_WORKING}iter_{iteration:07d}"
 
 
 def stored(base: str | os.PathLike[str]) -> dict[int, Path]:
     """Iteration -> folder of every checkpoint in ``base``, ascending.
 
-    One that a killed save had moved aside, to put another of its iteration in its place, counts.
+    Includes a checkpoint that a killed save had moved aside in order to replace it.
     """
     folder, found = Path(base), {}
     for entry in folder.iterdir() if folder.is_dir() else ():
@@ -59,15 +59,15 @@ def stored(base: str | os.PathLike[str]) -> dict[int, Path]:
 
 
 def list_iterations(base: str | os.PathLike[str]) -> list[int]:
-    """The iterations of which ``base`` holds a checkpoint, ascending."""
+    """The iterations of the checkpoints in ``base``, ascending."""
     return list(stored(base))
 
 
 def tracked(base: str | os.PathLike[str]) -> int | str | None:
-    """What the tracker names: an iteration; ``RELEASE``; other text if it names none; None if there is none.
+    """The content of the tracker: an iteration, ``RELEASE``, or other text; None without a tracker.
 
-    A save that was killed between putting its folder in place and moving the tracker left
-    ``.next_tracker`` behind; the folder is complete then, so its iteration counts.
+    A save that was killed between publishing its folder and moving the tracker left ``.next_tracker``
+    behind; the folder is complete, so its iteration is returned.
     """
     base = Path(base)
     pending = _read(base / _NEXT_TRACKER)
@@ -77,7 +77,7 @@ def tracked(base: str | os.PathLike[str]) -> int | str | None:
 
 
 def latest_iteration(base: str | os.PathLike[str]) -> int | None:
-    """The iteration that the tracker names; None if it names none, or there is no tracker."""
+    """The iteration in the tracker; None if it has none, or there is no tracker."""
     named = tracked(base)
     return named if isinstance(named, int) else None
 
@@ -93,7 +93,7 @@ def _read(path: Path) -> int | str | None:
 
 
 def prepare(base: str | os.PathLike[str], iteration: int) -> Path:
-    """Make the empty working folder of a save, cleaning up after interrupted ones."""
+    """Clean up after interrupted saves, and create the empty working folder of a save."""
     base = Path(base)
     base.mkdir(parents=True, exist_ok=True)
     clean_up(base)
@@ -103,14 +103,14 @@ def prepare(base: str | os.PathLike[str], iteration: int) -> Path:
 
 
 def clean_up(base: str | os.PathLike[str]) -> None:
-    """Finish or undo what a killed save left half done; for the process that holds the folder's lock.
+    """Complete or undo an interrupted save; called by the process that holds the folder's lock.
 
-    Touches what saves make and nothing else: neither a checkpoint in place nor another's files.
+    Touches only the temporary files of saves: no published checkpoint and no other file.
     """
     base = Path(base)
     if not base.is_dir():
         return
-    # First: of a folder that is moved back below it must not say that this is the new one.
+    # First: otherwise it would mark a folder that is moved back below as the new one.
     pending = _read(base / _NEXT_TRACKER)
     if isinstance(pending, int) and checkpoint_dir(base, pending).is_dir():
         (base / _NEXT_TRACKER).replace(base / TRACKER)
@@ -128,7 +128,7 @@ def clean_up(base: str | os.PathLike[str]) -> None:
 
 
 def _discard(entry: Path) -> None:
-    """Remove what is of no use any more, of a link the link alone; what cannot be removed is told."""
+    """Remove an entry, without following a link; logs a warning if that fails."""
     try:
         if entry.is_symlink():
             entry.unlink()
@@ -139,7 +139,7 @@ def _discard(entry: Path) -> None:
 
 
 def publish(base: str | os.PathLike[str], iteration: int) -> Path:
-    """Put a completely written working folder in place, then move the tracker to it."""
+    """Rename a completely written working folder to its final name, then update the tracker."""
     base = Path(base)
     target, working = checkpoint_dir(base, iteration), working_dir(base, iteration)
     fsync_dir(working)
@@ -147,7 +147,7 @@ def publish(base: str | os.PathLike[str], iteration: int) -> Path:
     if os.path.lexists(target):
         target.rename(replaced)
     try:
-        # Only now: beside a folder of its iteration it says that this is the new one.
+        # Only now: next to a folder of its iteration it marks that folder as the new one.
         write_durably(base / _NEXT_TRACKER, str(iteration).encode())
         working.rename(target)
     except OSError:
@@ -165,18 +165,18 @@ def publish(base: str | os.PathLike[str], iteration: int) -> Path:
 
 @dataclass(frozen=True)
 class Retain:
-    """Which checkpoints of a run stay when a newer one is in place; the newest always does.
+    """Which checkpoints of a run are kept when a newer one is published; the newest always is.
 
-    ``interval`` is ``--save-retain-interval``: as upstream, the checkpoint before the newest goes
+    ``interval`` is ``--save-retain-interval``: as upstream, the checkpoint before the newest is removed
     unless ``interval`` divides its iteration. ``latest`` keeps that many of the newest, and those
-    that ``interval`` divides.
+    whose iteration ``interval`` divides.
     """
 
     interval: int | None = None
     latest: int | None = None
 
     def superseded(self, before: Sequence[int], newest: int) -> list[int]:
-        """Those of ``before``, the run's checkpoints up to ``newest``, ascending, to remove now."""
+        """The checkpoints to remove now, of ``before``: the run's checkpoints up to ``newest``, ascending."""
         before = [iteration for iteration in before if iteration < newest]
         if self.latest is not None:
             candidates = before[: len(before) + 1 - max(self.latest, 1)]
@@ -188,10 +188,9 @@ class Retain:
 
 
 def remove(base: str | os.PathLike[str], iteration: int) -> None:
-    """Remove a checkpoint; interrupted, it leaves nothing that looks like one.
+    """Remove a checkpoint; if interrupted, nothing is left that looks like one.
 
-    A link to a checkpoint that lies elsewhere was made by somebody else: it stays, as does what it
-    leads to.
+    A link to a checkpoint elsewhere was made by the user: the link and its target are kept.
     """
     folder = checkpoint_dir(base, iteration)
     if folder.is_symlink():
@@ -202,7 +201,7 @@ def remove(base: str | os.PathLike[str], iteration: int) -> None:
 
 
 def write_durably(path: Path, data: bytes) -> None:
-    """Write a file and wait until it is on the disk."""
+    """Write a file and wait until it is on disk."""
     with open(path, "wb") as stream:
         stream.write(data)
         stream.flush()
@@ -210,7 +209,7 @@ def write_durably(path: Path, data: bytes) -> None:
 
 
 def fsync_dir(path: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
+    """Wait until the entries of a folder are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -219,7 +218,7 @@ def fsync_dir(path: Path) -> None:
 
 
 def require_visible(path: Path) -> None:
-    """Raise if a folder that rank 0 made cannot be seen or written from here."""
+    """Raise if a folder that rank 0 created is not writable on this node."""
     if not os.access(path, os.W_OK | os.X_OK):
         raise CheckpointError(
             f"{path} was made by rank 0 but cannot be written here; --save must be a folder of all nodes"

@@ -1,8 +1,8 @@
-"""What lies in a folder that is to be loaded from: checkpoints, nothing, or something else.
+"""Finds the checkpoints in a folder, and tells an empty folder from an unusable one.
 
-"Nothing usable" is not "nothing there". A run starts from its initial weights where its folder is
-empty or absent; anything else without a checkpoint to go on from is an error that says what was found.
-Reads only: the folder may be that of a run that is alive.
+A run starts from its initial weights only if its folder is empty or absent; a folder with other content but
+without a usable checkpoint is an error that says what was found. This module only reads: the folder may
+belong to a running job.
 """
 
 import os
@@ -16,21 +16,21 @@ from megatron_ext.checkpoint.folders import RELEASE, TRACKER
 from megatron_ext.checkpoint.reader import read_common
 from megatron_ext.config import RunConfig
 
-#: Arguments that name what a run writes, perhaps beside its checkpoints, before it has saved anything.
+#: Arguments that name outputs of a run, which may be in its --save folder before the first checkpoint.
 _OUTPUTS = ("metrics_file", "tensorboard_dir", "wandb_save_dir", "data_cache_path", "memory_snapshot_path")
-#: What a run writes into its --save folder under a name of its own, and what a new disk holds.
+#: Files with fixed names that a run writes into its --save folder, and the entry of a new disk.
 _NO_CHECKPOINTS = {"progress.txt", "bad_samples.jsonl", "wandb", "lost+found"}
 _START_OVER = "only an empty or new folder, or a run without --load, starts from the initial weights"
 
 
 @dataclass
 class Found:
-    """The checkpoint to go on from and those to fall back to, in this order; none where there is nothing.
+    """The checkpoint to resume from, then those to fall back to; empty for an empty folder.
 
     Attributes:
         tries: folder and iteration of each.
-        before: the iterations of those that the first of them goes on from, ascending.
-        notes: what a user should know of the choice.
+        before: the iterations of the first one's predecessors in its run, ascending.
+        notes: messages for the user on the choice.
     """
 
     tries: list[tuple[Path, int]] = field(default_factory=list)
@@ -39,15 +39,15 @@ class Found:
 
 
 def find(base: str | os.PathLike[str], wanted: int | None = None, outputs: Iterable[Path] = ()) -> Found:
-    """Look for the checkpoint of iteration ``wanted``, by default the tracker's, in ``base``.
+    """Find the checkpoint of iteration ``wanted``, by default the tracker's, in ``base``.
 
-    Where the tracker is missing or names no iteration, and where it names one that has gone and all
-    others are older, the newest is taken. One that turns out to be damaged is replaced by the newest
-    before it in the same run; checkpoints that the run went back behind are no part of it. ``outputs``
-    are files of the run itself, which may lie in the folder before there is a checkpoint.
+    The newest checkpoint is used if the tracker is missing or names no iteration, or if it names a missing
+    one and all others are older. A damaged checkpoint is replaced by the newest one before it in the same
+    run; checkpoints later than the point that the run was set back to are not part of it. ``outputs`` are
+    files of the run itself, which may be in the folder before the first checkpoint.
 
     Raises:
-        CheckpointError: something is there, but nothing to go on from, or it cannot be told from what.
+        CheckpointError: the folder is not empty but has no usable checkpoint, or the choice is ambiguous.
     """
     base = Path(base)
     if os.path.lexists(base) and not base.is_dir():
@@ -73,7 +73,7 @@ def find(base: str | os.PathLike[str], wanted: int | None = None, outputs: Itera
 
 
 def outputs_of(run: RunConfig) -> list[Path]:
-    """The files and folders that a run with these arguments writes besides checkpoints."""
+    """The files and folders that a run writes besides its checkpoints."""
     names = [run.get(name) for name in _OUTPUTS]
     losses = run.rounds.record_sample_loss
     if losses:
@@ -83,7 +83,7 @@ def outputs_of(run: RunConfig) -> list[Path]:
 
 
 def _require_empty(base: Path, outputs: Iterable[Path]) -> None:
-    """Raise if a folder holds more than hidden files (our lock among them) and the run's own outputs."""
+    """Raise if a folder holds more than hidden files (such as our lock) and the run's own outputs."""
     if not base.is_dir():
         return
     if (base / ".metadata").exists() or (base / "common.pt").exists():
@@ -108,7 +108,7 @@ def _require_empty(base: Path, outputs: Iterable[Path]) -> None:
 
 
 def _chosen(base: Path, named: int | str | None, present: list[int]) -> tuple[int, list[str]]:
-    """The iteration to go on from, and what is to be said of it."""
+    """The iteration to resume from, and notes for the user."""
     if isinstance(named, int) and named in present:
         newer = [i for i in present if i > named]
         note = f"{base / TRACKER} names iteration {named}: the newer ones there, {newer}, are not used"
@@ -127,7 +127,7 @@ def _chosen(base: Path, named: int | str | None, present: list[int]) -> tuple[in
 
 
 def _before(stored: dict[int, Path], iteration: int) -> list[int]:
-    """The checkpoints that one goes on from: those that it names, or all older ones if it names none."""
+    """The predecessors of a checkpoint: those that it names, or all older ones if it names none."""
     older = [other for other in stored if other < iteration]
     try:
         named = read_common(stored[iteration]).get("pangu_pro", {}).get("run_state", {}).get("checkpoints")

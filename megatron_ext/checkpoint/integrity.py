@@ -1,8 +1,8 @@
-"""Knows a complete, unaltered checkpoint from a torn or altered one.
+"""Detects incomplete and altered checkpoints.
 
-Each checkpoint of ours holds ``checksums.json``, written last: size and SHA-256 of every other
-file. Checkpoints made by Megatron-LM have none; of those it is checked that every file is there
-and as long as the metadata says.
+Each checkpoint of ours has a ``checksums.json``, written last, with the size and SHA-256 of every other
+file. Megatron-LM's checkpoints have none; for these the existence of every file, and its length according to
+the metadata, are checked.
 """
 
 import contextlib
@@ -18,16 +18,16 @@ from megatron_ext.checkpoint.safe import load_metadata, load_object
 from megatron_ext.common.files import sha256, sha256_file
 
 CHECKSUMS = "checksums.json"
-#: A run of 100,000 files would need less for their checksums.
-_LARGEST_LIST = 1 << 25
-#: Bytes hashed and handed to the system at a time: they are still in the processor's cache then.
+#: The checksums of 100,000 files need less.
+_MAX_LIST_BYTES = 1 << 25
+#: Bytes hashed and written at a time: they are then still in the processor's cache.
 _CHUNK = 1 << 20
-#: Bytes after which the disk is set to work, so that it does not wait for the last one.
+#: Bytes after which an fdatasync is started, so that the disk works before the last byte is written.
 _SYNC_BYTES = 1 << 26
 
 
 class HashingStream:
-    """A file being written, and the SHA-256 of what went into it."""
+    """A file being written, and the SHA-256 of its content."""
 
     def __init__(self, path: Path):
         self._file = open(path, "wb", buffering=1 << 16)  # noqa: SIM115 (closed by close)
@@ -50,7 +50,7 @@ class HashingStream:
         return view.nbytes
 
     def _sync_behind(self) -> None:
-        """Let a thread wait for the disk, unless it still does."""
+        """Start an fdatasync in a thread, unless one is still running."""
         if self._syncing is None or self._syncing.done():
             self._check_sync()
             self._syncer = self._syncer or ThreadPoolExecutor(1)
@@ -59,13 +59,13 @@ class HashingStream:
 
     def _check_sync(self) -> None:
         if self._syncing is not None:
-            self._syncing.result()  # the error of a disk is told once only
+            self._syncing.result()  # the system reports a disk error only once
 
     def flush(self) -> None:
-        """Nothing: the end of a tensor is no reason to write a block early."""
+        """Does nothing: torch flushes after each tensor, which would write small blocks."""
 
     def close(self) -> dict[str, Any]:
-        """Wait until the file is on the disk; its entry in ``checksums.json``."""
+        """Wait until the file is on disk; returns its entry in ``checksums.json``."""
         with self._file:
             self._file.flush()
             self._check_sync()
@@ -74,7 +74,7 @@ class HashingStream:
         return {"bytes": self.size, "sha256": self._hash.hexdigest()}
 
     def abandon(self) -> None:
-        """Close without waiting for the disk; the file is of no use."""
+        """Close without waiting for the disk; the file will be removed."""
         self._end_syncer()
         with contextlib.suppress(OSError):
             self._file.close()
@@ -85,36 +85,36 @@ class HashingStream:
 
 
 def describe(data: bytes) -> dict[str, Any]:
-    """The entry in ``checksums.json`` of a small file."""
+    """The entry in ``checksums.json`` of a file with content ``data``."""
     return {"bytes": len(data), "sha256": sha256(data)}
 
 
 def describe_file(path: Path) -> dict[str, Any]:
-    """The entry in ``checksums.json`` of a file that is on the disk."""
+    """The entry in ``checksums.json`` of an existing file."""
     return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
 def marker(iteration: int, files: dict[str, dict[str, Any]]) -> bytes:
-    """The content of ``checksums.json``; its own checksum is of iteration and files."""
+    """The content of ``checksums.json``, including its own checksum over iteration and files."""
     content = {"format": 1, "iteration": iteration, "files": files}
     return json.dumps(content | {"sha256": _own_checksum(content)}, indent=1, sort_keys=True).encode()
 
 
 def _own_checksum(content: dict[str, Any]) -> str:
-    told = [content["format"], content["iteration"], content["files"]]
-    return sha256(json.dumps(told, sort_keys=True))
+    hashed = [content["format"], content["iteration"], content["files"]]
+    return sha256(json.dumps(hashed, sort_keys=True))
 
 
 def read_marker(folder: Path) -> dict[str, dict[str, Any]] | None:
     """The entries of ``checksums.json`` by file name; None if the checkpoint has no such file.
 
-    Raises DamagedCheckpoint if the file is not one of ours, or names files elsewhere.
+    Raises DamagedCheckpoint if the file is invalid, or names files outside of the folder.
     """
     path = folder / CHECKSUMS
     if not path.exists():
         return None
     try:
-        if path.stat().st_size > _LARGEST_LIST:
+        if path.stat().st_size > _MAX_LIST_BYTES:
             raise ValueError(f"it has {path.stat().st_size} bytes")
         content = json.loads(path.read_bytes())
         intact = content["sha256"] == _own_checksum(content)
@@ -132,10 +132,10 @@ def read_marker(folder: Path) -> dict[str, dict[str, Any]] | None:
 
 
 def damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
-    """What is wrong with a checkpoint, or None; ``part`` of ``parts`` shares of the reading.
+    """Check a checkpoint; returns a description of the damage, or None.
 
-    Every share checks that the files are there and as long as they were; the checksums of the
-    files are divided among the shares.
+    The check is divided into ``parts``, of which this is ``part``: each part checks that all files exist with
+    the right length; the checksums are divided among the parts.
     """
     try:
         files = read_marker(folder)
@@ -156,7 +156,7 @@ def damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
 
 
 def is_as_written(path: Path) -> bool:
-    """Whether a file of a checkpoint is the one that its ``checksums.json`` names."""
+    """Whether a file of a checkpoint matches its entry in ``checksums.json``."""
     try:
         entry = (read_marker(path.parent) or {}).get(path.name)
     except DamagedCheckpoint:

@@ -1,4 +1,4 @@
-"""Loading: the newest checkpoint that is whole, at whatever layout this run has."""
+"""Loads the newest undamaged checkpoint, at any parallel layout."""
 
 import logging
 from collections.abc import Iterable
@@ -31,9 +31,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class LoadedState:
-    """What a checkpoint said besides the tensors that are now in the model and the optimizer.
+    """The state of a loaded checkpoint besides the tensors of model and optimizer.
 
-    ``checkpoints`` are those of its run up to this one that lay in the folder, ascending.
+    ``checkpoints`` are the iterations of its run in the folder up to this one, ascending.
     """
 
     iteration: int
@@ -47,7 +47,7 @@ class LoadedState:
 
 @dataclass(frozen=True)
 class OpenedCheckpoint:
-    """A whole checkpoint that was found, those ``before`` it in its run, and what it says of itself."""
+    """An undamaged checkpoint, its predecessors ``before`` it, its common part and its metadata."""
 
     folder: Path
     number: int
@@ -62,33 +62,33 @@ class OpenedCheckpoint:
 
     @property
     def iteration(self) -> int:
-        """After which it was saved."""
+        """The iteration after which it was saved."""
         return int(self.common.get("iteration", self.number))
 
     @property
     def run_state(self) -> dict[str, Any]:
-        """Where the run stood."""
+        """The position of the run."""
         state = content.run_state_of(self.common)
         return {name: value for name, value in state.items() if name != "checkpoints"}
 
     @property
     def checkpoints(self) -> list[int]:
-        """Those of its run up to this one that lie in the folder, ascending."""
+        """The iterations of its run in the folder up to this one, ascending."""
         return [*self.before, self.number]
 
 
 def open_checkpoint(
     load_dir: str | Path, run: RunConfig, iteration: int | None = None
 ) -> OpenedCheckpoint | None:
-    """The checkpoint that load_checkpoint would load, before there is a model; collective.
+    """Open the checkpoint that load_checkpoint would load, before the model is built; collective.
 
-    Returns None, and raises, as load_checkpoint does where there is none or none is whole.
+    Returns None and raises as load_checkpoint does.
     """
     wanted = iteration if iteration is not None else run.checkpoint.ckpt_step
-    found = _find(Path(load_dir), wanted, outputs_of(run))
-    if found is None:
+    match = _find(Path(load_dir), wanted, outputs_of(run))
+    if match is None:
         return None
-    folder, number, before = found
+    folder, number, before = match
     return OpenedCheckpoint(folder, number, before, *together(f"read {folder}", lambda: read(folder)))
 
 
@@ -105,22 +105,22 @@ def load_checkpoint(
     finetune: bool | None = None,
     rng: bool = True,
 ) -> LoadedState | None:
-    """Load the newest whole checkpoint of ``load_dir`` into model, optimizer and scheduler; collective.
+    """Load the newest undamaged checkpoint of ``load_dir`` into model, optimizer and scheduler; collective.
 
-    The tracker says which is newest (``found.find`` says what else may be); one that is torn or altered
-    is named in a warning and the one before it in its run used. ``iteration`` (or ``--ckpt-step``) asks for
-    that one and no other. Nothing in the folder is changed.
-    ``finetune``, by default ``--finetune``, loads the weights alone (iteration 0, any tokenizer);
+    The tracker names the newest (``found.find`` has the other cases); an incomplete or altered checkpoint is
+    reported in a warning, and its predecessor in the run is used. ``iteration`` (or ``--ckpt-step``) selects
+    one checkpoint without such a fallback. Nothing in the folder is changed.
+    ``finetune``, by default ``--finetune``, loads only the weights (iteration 0, any tokenizer);
     ``--no-load-optim`` and ``--no-load-rng`` (or ``rng=False``) leave parts out. Generators are restored
-    only where the tensor and pipeline layout is the one that saved them. ``opened`` is what open_checkpoint
-    found, where it was asked before.
+    only at the tensor and pipeline layout that saved them. ``opened`` is the result of an earlier
+    open_checkpoint.
 
-    Returns None if ``load_dir`` is empty or not there.
+    Returns None if ``load_dir`` is empty or absent.
 
     Raises:
-        CheckpointError: on every rank, if something is there but no whole checkpoint, or the whole
-            one does not fit: another model, another tokenizer, another kind of optimizer state.
-            ``strict=False`` only warns of weights that model and checkpoint do not share.
+        CheckpointError: on every rank, if the folder is not empty but has no undamaged checkpoint, or if the
+            checkpoint does not fit: another model, another tokenizer, another kind of optimizer state.
+            ``strict=False`` only warns about weights of the checkpoint that the model lacks.
     """
     opened = opened or open_checkpoint(load_dir, run, iteration)
     if opened is None:
@@ -155,13 +155,13 @@ def load_checkpoint(
 def read_checkpoint_args(
     load_dir: str | Path, iteration: int | None = None, outputs: Iterable[Path] = ()
 ) -> Saved | None:
-    """The arguments that a checkpoint was saved with, as far as :mod:`saved_args` lets them through.
+    """The arguments that a checkpoint was saved with, filtered by :mod:`saved_args`; does not communicate.
 
-    By default those of the newest whose file is not damaged. None if the folder is not there, or empty
-    but for ``outputs``. Communicates nothing.
+    By default those of the newest checkpoint with an undamaged file. None if the folder is absent, or empty
+    except for ``outputs``.
 
     Raises:
-        CheckpointError: something else is there, or the checkpoint cannot be read.
+        CheckpointError: the folder has other content, or the checkpoint cannot be read.
     """
     problem = None
     for folder, _ in find(load_dir, iteration, outputs).tries:
@@ -170,7 +170,7 @@ def read_checkpoint_args(
             require_room(saved, folder)
             return saved
         except DamagedCheckpoint as error:
-            # Refused though it is as it was written: this is no torn save, it says what cannot be.
+            # Intact but refused: not an interrupted save, but invalid content.
             if is_as_written(folder / "common.pt") and damage(folder) is None:
                 raise
             problem = problem or error
@@ -180,7 +180,7 @@ def read_checkpoint_args(
 
 
 def _find(load_dir: Path, wanted: int | None, outputs: list[Path]) -> tuple[Path, int, list[int]] | None:
-    """Folder and iteration of the newest whole checkpoint, and those before it in its run; collective."""
+    """Folder and iteration of the newest undamaged checkpoint, and its predecessors; collective."""
     found = on_rank_0(f"look into {load_dir}", lambda: find(load_dir, wanted, outputs))
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     for note in found.notes if rank == 0 else ():
@@ -210,14 +210,14 @@ def _read_tensors(
             str(folder),
             sharded_strategy=SafeLoadStrategy(metadata),
             common_strategy=ReadCommon(common),
-            # What is asked for was compared with what is there already, with better messages.
+            # _require_keys has already compared the keys, with better messages.
             validate_access_integrity=False,
         )
 
 
 @dataclass
 class _Parts:
-    """Model, optimizer, scheduler and generators, and what of them a checkpoint holds."""
+    """Model, optimizer, scheduler and generators, and which of them the checkpoint holds."""
 
     model: list[nn.Module]
     optimizer: MegatronOptimizer | None
@@ -236,7 +236,7 @@ class _Parts:
         self.with_rng = not skip_rng and rng.unique_key in self.available
 
     def template(self) -> dict[str, Any]:
-        """The sharded tensors to fill, under the names this checkpoint has for them."""
+        """The sharded tensors to fill, under the names that this checkpoint uses."""
         metadata = self.common.get("content_metadata") or {}
         state = content.model_part(self.model, metadata)
         if self.optimizer is not None and self.with_optimizer:
@@ -275,7 +275,7 @@ class _Parts:
         return key
 
     def apply(self, state: dict[str, Any]) -> None:
-        """Hand the loaded values to whom they belong."""
+        """Load the values into model, optimizer, scheduler and generators."""
         chunks = [content.unwrap(chunk) for chunk in self.model]
         for index, chunk in enumerate(chunks):
             chunk.load_state_dict(state["model" if len(chunks) == 1 else f"model{index}"], strict=False)
@@ -292,7 +292,7 @@ class _Parts:
 
 
 def _without_absent_extra_state(state: dict[str, Any], available: set[str]) -> dict[str, Any]:
-    """Leave out extra state (scales of Transformer Engine) that the checkpoint does not hold."""
+    """Drop extra state (scales of Transformer Engine) that the checkpoint does not hold."""
 
     def keep(value: object) -> bool:
         return not isinstance(value, ShardedObject) or value.unique_key in available
@@ -304,13 +304,13 @@ def _without_absent_extra_state(state: dict[str, Any], available: set[str]) -> d
 
 
 def _require_keys(folder: Path, parts: _Parts, template: dict[str, Any], strict: bool) -> None:
-    """Compare the weights that all ranks ask for with those that are there; collective."""
+    """Compare the weights that all ranks need with those in the checkpoint; collective."""
     own = {v.key for v in nested_values(template) if isinstance(v, ShardedTensor | ShardedTensorFactory)}
-    asked = set().union(*gather(own))
-    missing = sorted(asked - parts.available)
+    needed = set().union(*gather(own))
+    missing = sorted(needed - parts.available)
     unused = sorted(
         key
-        for key in parts.available - asked
+        for key in parts.available - needed
         if not key.startswith(("optimizer.", "rng_state", "chained_")) and "_extra_state" not in key
     )
     problems = [f"it lacks {', '.join(missing)}"] if missing else []

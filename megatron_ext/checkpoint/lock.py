@@ -1,8 +1,8 @@
-"""One at a time writes in a place: two would clean up, and replace, each other's files.
+"""Only one run writes into a folder at a time: two would clean up, and replace, each other's files.
 
-Who writes holds a lock of the operating system on a file for as long as it lives: it ends with the
-process however that ends, and a network file system passes it on to the other hosts. The file means
-nothing by itself. Only under the lock is anything removed that an earlier writer left behind.
+The writer holds an operating system lock on a file as long as it runs: the lock ends with the process, even
+if it is killed, and network file systems enforce it on all hosts. The existence of the file means nothing.
+What an earlier writer left behind is removed only under the lock.
 """
 
 import contextlib
@@ -17,20 +17,20 @@ from megatron_ext.checkpoint.errors import CheckpointError, on_rank_0
 from megatron_ext.common.lock import open_locked
 
 LOCK = ".lock"
-#: A job that is started again may meet the end of the one before.
+#: A restarted job may overlap with the end of the previous one.
 WAIT_SECONDS = 10.0
-#: What this process holds: to open and close the file again would give the lock back (POSIX).
+#: Locks held by this process: opening and closing the file again would release them (POSIX).
 _held: set[str] = set()
 
 
 @contextlib.contextmanager
 def only_run_in(folder: str | os.PathLike[str] | None, wait: float = WAIT_SECONDS) -> Iterator[None]:
-    """Within it no other run saves into ``folder`` (none if there is no folder); collective.
+    """Lock ``folder`` against other runs that save there (no lock if None); collective.
 
-    What a save that was killed left there is finished or undone first.
+    What a killed save left in the folder is completed or undone first.
 
     Raises:
-        CheckpointError: on every rank, if another run does, still after ``wait`` seconds.
+        CheckpointError: on every rank, if another run still holds the lock after ``wait`` seconds.
     """
     with contextlib.ExitStack() as held:
 
@@ -45,10 +45,10 @@ def only_run_in(folder: str | os.PathLike[str] | None, wait: float = WAIT_SECOND
 
 @contextlib.contextmanager
 def only_recording_in(losses: str | os.PathLike[str] | None) -> Iterator[None]:
-    """Within it no other run records into the file ``losses`` (none if there is none); collective.
+    """Lock the file ``losses`` against other runs that record into it (no lock if None); collective.
 
     Raises:
-        CheckpointError: on every rank, if another run does.
+        CheckpointError: on every rank, if another run holds the lock.
     """
     with contextlib.ExitStack() as held:
 
@@ -63,17 +63,18 @@ def only_recording_in(losses: str | os.PathLike[str] | None) -> Iterator[None]:
 
 
 def saving_into(folder: Path, wait: float = WAIT_SECONDS) -> contextlib.AbstractContextManager[None]:
-    """The lock on a folder of checkpoints, for one process; none to wait for where it is held already."""
+    """The lock on a folder of checkpoints, for one process; does nothing if the process holds it already."""
     folder.mkdir(parents=True, exist_ok=True)
     return locked(folder / LOCK, "another run saves into it", wait, keep=True)
 
 
 @contextlib.contextmanager
 def locked(path: Path, busy: str, wait: float = 0.0, keep: bool = False) -> Iterator[None]:
-    """Hold the lock on the file ``path``, which is removed in the end unless ``keep``; communicates nothing.
+    """Lock the file ``path``, and remove it at the end unless ``keep``; does not communicate.
 
     Raises:
-        CheckpointError: another process holds it, still after ``wait`` seconds: ``busy``, and who it is.
+        CheckpointError: another process still holds it after ``wait`` seconds; the message is ``busy`` and
+            the holder.
     """
     name = os.path.realpath(path)
     if name in _held:
@@ -91,7 +92,7 @@ def locked(path: Path, busy: str, wait: float = 0.0, keep: bool = False) -> Iter
 
 
 def _open_locked(path: Path, busy: str, wait: float) -> int:
-    """The open file that holds the lock: closing it, or the end of the process, gives it back."""
+    """The descriptor that holds the lock, until it is closed or the process ends."""
     try:
         descriptor = open_locked(path, wait)
     except BlockingIOError as error:
@@ -103,9 +104,9 @@ def _open_locked(path: Path, busy: str, wait: float) -> int:
 
 
 def _sign(descriptor: int) -> None:
-    """Say in the file who holds the lock."""
+    """Write the holder into the file."""
     job = os.environ.get("SLURM_JOB_ID")
     words = f"host {socket.gethostname()}, process {os.getpid()}" + (f", SLURM job {job}" if job else "")
-    with contextlib.suppress(OSError):  # a full disk keeps the lock, though not the words
+    with contextlib.suppress(OSError):  # on a full disk the lock still works
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, words.encode() + b"\n", 0)

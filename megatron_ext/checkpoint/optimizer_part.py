@@ -1,7 +1,7 @@
-"""The optimizer's part of a checkpoint, between the three kinds of Megatron-Core's optimizers.
+"""The optimizer's part of a checkpoint, converted between the three kinds of Megatron-Core's optimizers.
 
-Adam's moments lie under the same keys whatever wrote them; the kinds differ in where fp32 master
-weights lie and in how the common part nests:
+All kinds store Adam's moments under the same keys; they differ in the keys of the fp32 master weights and in
+the nesting of the common part:
 
     kind          master weights                 common part
     fp32          the model itself               {state: {common_step}, param_groups}
@@ -45,12 +45,11 @@ def kind_in(common: dict[str, Any]) -> str:
 
 
 def adapt_common(common: dict[str, Any], optimizer: MegatronOptimizer, keep_rates: bool) -> None:
-    """Turn ``common["optimizer"]`` into what ``optimizer`` expects to find there, in place.
+    """Convert ``common["optimizer"]`` to the form that ``optimizer`` expects, in place.
 
-    Parameter groups come in the order of ``optimizer``'s, with ``step`` as an int in each. What this
-    optimizer has in a group and the checkpoint lacks stays: Adams differ in more than their moments.
-    ``keep_rates`` leaves the run's own rates in place (--override-opt_param-scheduler): the limits of the
-    learning rate, and Adam's.
+    Parameter groups get the order of ``optimizer``'s, with ``step`` as an int in each. Entries of a group
+    that the checkpoint lacks keep this optimizer's value: implementations of Adam differ in them.
+    ``keep_rates`` keeps the run's own learning rate limits, betas and eps (--override-opt_param-scheduler).
 
     Raises:
         CheckpointError: if the checkpoint's parameter groups are not the optimizer's, or its
@@ -96,8 +95,8 @@ def _in_order_of(
     by_identity = {_identity(group): group for group in saved}
     ordered = []
     for group in current:
-        found = by_identity.get(_identity(group))
-        if found is None or len(saved) != len(current):
+        match = by_identity.get(_identity(group))
+        if match is None or len(saved) != len(current):
             raise CheckpointError(
                 f"its optimizer has {len(saved)} parameter groups {sorted(by_identity)}, this run's "
                 f"{len(current)} do not match ({', '.join(param_group_identifier_keys)}); "
@@ -105,7 +104,7 @@ def _in_order_of(
             )
         kept = ("max_lr", "min_lr", "betas", "eps") if keep_rates else ()
         rates = {key: group[key] for key in kept if key in group}
-        merged = {**group, **found, **rates}
+        merged = {**group, **match, **rates}
         ordered.append({key: value for key, value in merged.items() if key != "params"})
     return ordered
 
@@ -115,7 +114,7 @@ def _identity(group: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def master_key(key: str, available: Container[str]) -> str:
-    """Where the checkpoint keeps the master weight that the optimizer calls ``key``."""
+    """The checkpoint's key of the master weight that the optimizer calls ``key``."""
     for prefix in _MASTER_PREFIXES:
         if key.startswith(prefix):
             name = key.removeprefix(prefix)

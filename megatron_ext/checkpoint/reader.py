@@ -1,4 +1,4 @@
-"""Reads the sharded part of a checkpoint into this rank's tensors; communicates nothing."""
+"""Reads the sharded part of a checkpoint into this rank's tensors; does not communicate."""
 
 import io
 import warnings
@@ -24,11 +24,11 @@ from megatron_ext.checkpoint import saved_args
 from megatron_ext.checkpoint.bounds import Window
 from megatron_ext.checkpoint.errors import DamagedCheckpoint
 from megatron_ext.checkpoint.extra_state import without_code
-from megatron_ext.checkpoint.safe import load_metadata, load_object, require_modest_archive
+from megatron_ext.checkpoint.safe import load_metadata, load_object, require_bounded_archive
 
 
 class SafeReader(FileSystemReader):
-    """torch's reader of checkpoint folders, with metadata that was read safely."""
+    """torch's reader of checkpoint folders, with metadata from the safe unpickler."""
 
     def __init__(self, folder: Path, metadata: Metadata):
         super().__init__(folder)
@@ -39,9 +39,9 @@ class SafeReader(FileSystemReader):
         return self._metadata
 
     def _slice_file(self, file: IO[bytes], sinfo: Any) -> IO[bytes]:
-        """The bytes of one tensor or object; raises DamagedCheckpoint for what torch does not write."""
+        """The bytes of one tensor or object; raises DamagedCheckpoint if torch cannot have written them."""
         try:
-            require_modest_archive(io.BufferedReader(Window(file, sinfo.offset, sinfo.length)))
+            require_bounded_archive(io.BufferedReader(Window(file, sinfo.offset, sinfo.length)))
         except Exception as error:
             where = f"{self.path}/{sinfo.relative_path}"
             raise DamagedCheckpoint(f"{where} cannot be read safely: {error}") from error
@@ -49,30 +49,30 @@ class SafeReader(FileSystemReader):
 
 
 class SafePlanner(MCoreLoadPlanner):
-    """Megatron-Core's load planner; objects are unpickled by the weights-only unpickler."""
+    """Megatron-Core's load planner, with the weights-only unpickler for objects."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Keep one object that was read from a file."""
+        """Unpickle and store one object."""
         key = read_item.dest_index.fqn
-        found = load_object(value, key)
-        self.state_dict[key] = without_code(key, found) if "_extra_state" in key else found
+        loaded = load_object(value, key)
+        self.state_dict[key] = without_code(key, loaded) if "_extra_state" in key else loaded
 
 
 class SafeLoadStrategy(TorchDistLoadShardedStrategy):
-    """What ``dist_checkpointing.load`` reads shards with."""
+    """The strategy by which ``dist_checkpointing.load`` reads shards."""
 
     def __init__(self, metadata: Metadata):
         super().__init__()
         self._metadata = metadata
 
     def load(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> dict[str, Any]:
-        """Fill the tensors of ``sharded_state_dict`` from the files; returns them in the same nesting."""
+        """Fill the tensors of ``sharded_state_dict`` from the files; returns the same nested structure."""
         flat, nesting = flatten_state_dict(sharded_state_dict)
         loaded: dict[str, Any] = {}
         while flat:
-            this_time = _first_of_each_shard(flat)
-            loaded.update(self._load_flat(this_time, Path(checkpoint_dir)))
-            flat = {path: value for path, value in flat.items() if path not in this_time}
+            distinct = _first_of_each_shard(flat)
+            loaded.update(self._load_flat(distinct, Path(checkpoint_dir)))
+            flat = {path: value for path, value in flat.items() if path not in distinct}
         nested = unflatten_state_dict(loaded, nesting)
         _restore_dict_types(nested, sharded_state_dict)
         return nested
@@ -101,12 +101,12 @@ class SafeLoadStrategy(TorchDistLoadShardedStrategy):
 
 
 def _read(state: dict[str, Any], planner: SafePlanner, reader: SafeReader, metadata: Metadata) -> None:
-    """One rank's part of torch.distributed.checkpoint.load; every rank reads what it needs by itself."""
+    """As torch.distributed.checkpoint.load on one rank; each rank reads its shards independently."""
     first = torch.distributed.get_rank() == 0
     planner.set_up_planner(state, metadata, is_coordinator=first)
     reader.set_up_storage_reader(metadata, is_coordinator=first)
     with warnings.catch_warnings():
-        # It asks whether a tensor is of a class that torch would like to see gone.
+        # It checks isinstance with a tensor class that torch has deprecated.
         warnings.simplefilter("ignore", FutureWarning)
         plan = planner.finish_plan(reader.prepare_local_plan(planner.create_local_plan()))
     reader.read_data(plan, planner).wait()
@@ -117,7 +117,7 @@ def _key(value: ShardedBase) -> str:
 
 
 def _first_of_each_shard(flat: dict[str, ShardedBase]) -> dict[str, ShardedBase]:
-    """Of several tensors that want the same shard, the first: one reading can fill only one."""
+    """The first of the tensors that share a shard: one read can fill only one tensor."""
     seen, first = set(), {}
     for path, value in flat.items():
         shard = (_key(value), getattr(value, "global_offset", None))
@@ -128,7 +128,7 @@ def _first_of_each_shard(flat: dict[str, ShardedBase]) -> dict[str, ShardedBase]
 
 
 class ReadCommon(LoadCommonStrategy):
-    """Gives ``dist_checkpointing.load`` the common part that was already read and adapted."""
+    """Passes the common part, already read and adapted, to ``dist_checkpointing.load``."""
 
     def __init__(self, common: dict[str, Any]):
         self._common = common
@@ -144,16 +144,16 @@ class ReadCommon(LoadCommonStrategy):
         raise NotImplementedError
 
     def check_backend_compatibility(self, loaded_version: int) -> None:
-        """Nothing to check: it is already read."""
+        """Nothing to check: the common part is already read."""
 
     def check_version_compatibility(self, loaded_version: int) -> None:
-        """Nothing to check: it is already read."""
+        """Nothing to check: the common part is already read."""
 
 
 def read_common(folder: Path) -> dict[str, Any]:
-    """The common part of a checkpoint, its args reduced to what :mod:`saved_args` lets through.
+    """Read the common part of a checkpoint, with its args filtered by :mod:`saved_args`.
 
-    Raises DamagedCheckpoint if it cannot be read, or is not what a checkpoint says of itself.
+    Raises DamagedCheckpoint if it cannot be read, or has parts of another type.
     """
     path = folder / "common.pt"
     common = load_object(path)
@@ -171,14 +171,14 @@ def read_common(folder: Path) -> dict[str, Any]:
 def _require_kinds(path: Path, part: dict[str, Any], **kinds: Any) -> None:
     for name, kind in kinds.items():
         if name in part and not isinstance(part[name], kind):
-            told = type(part[name]).__name__
+            actual = type(part[name]).__name__
             raise DamagedCheckpoint(
-                f"{path}: {name} is of type {told}, not {getattr(kind, '__name__', kind)}"
+                f"{path}: {name} is of type {actual}, not {getattr(kind, '__name__', kind)}"
             )
 
 
 def read(folder: Path) -> tuple[dict[str, Any], Metadata]:
-    """The common part and the metadata of a checkpoint; raises DamagedCheckpoint."""
+    """Read the common part and the metadata of a checkpoint; raises DamagedCheckpoint."""
     common = read_common(folder)
     if common.get("args") is not None:
         saved_args.require_room(common["args"], folder)

@@ -1,8 +1,8 @@
-"""Reads the pickles in a checkpoint without running anything that they ask for.
+"""Reads the pickles in a checkpoint without executing code from them.
 
-A pickle can name any function to be called. Here a name outside a short list of harmless classes
-is an error: for ``common.pt`` and the objects in ``*.distcp`` through torch's weights-only
-unpickler, for ``.metadata``, a plain pickle, through one of our own.
+A pickle can call any function. Here a name outside a short list of harmless classes is an error:
+``common.pt`` and the objects in ``*.distcp`` are read by torch's weights-only unpickler, and
+``.metadata``, a plain pickle, by our own.
 """
 
 import contextlib
@@ -18,11 +18,11 @@ from typing import IO, Any
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from megatron_ext.checkpoint.bounds import bytes_in, require_modest, require_plain_archive
+from megatron_ext.checkpoint.bounds import bytes_in, require_bounded, require_stored_archive
 from megatron_ext.checkpoint.errors import DamagedCheckpoint
 
 _DCP = "torch.distributed.checkpoint"
-#: What torch.distributed.checkpoint and Megatron-Core put into ``.metadata``.
+#: The classes that torch.distributed.checkpoint and Megatron-Core use in ``.metadata``.
 _METADATA_CLASSES = {
     f"{_DCP}.metadata": {
         "BytesStorageMetadata",
@@ -55,7 +55,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 @cache
 def _harmless_classes() -> list[Any]:
-    """What common.pt and sharded objects may hold besides tensors and plain values."""
+    """The classes allowed in common.pt and sharded objects besides tensors and plain values."""
     import numpy
     from numpy.core.multiarray import _reconstruct
 
@@ -63,9 +63,9 @@ def _harmless_classes() -> list[Any]:
         warnings.simplefilter("ignore")  # the import names a deprecated module of NumPy
         from megatron.core.safe_globals import SAFE_GLOBALS
     kinds = [type(numpy.dtype(kind)) for kind in ("u4", "u8", "i4", "i8", "f4", "f8", "?")]
-    # The same function under the name it had before NumPy 2 and the one it has since.
+    # The same function under its names before and since NumPy 2.
     names = [(_reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
-    # Upstream stores --exit-signal, which Python 3.10 pickles by its own name, later ones by its class.
+    # Upstream stores --exit-signal, which Python 3.10 pickles by its own name, later versions by class.
     names += [(member, f"signal.{member.name}") for member in signal.Signals]
     return [*SAFE_GLOBALS, *kinds, *names]
 
@@ -73,15 +73,15 @@ def _harmless_classes() -> list[Any]:
 def load_object(source: str | Path | io.BytesIO, name: str | None = None, legacy: bool = False) -> Any:
     """``torch.load`` of tensors, plain values and harmless classes, onto the CPU.
 
-    ``legacy`` reads what torch wrote before it wrote archives, as Transformer Engine still has it.
+    ``legacy`` reads torch's format before zip archives, which Transformer Engine still uses.
 
-    Raises DamagedCheckpoint, naming ``name`` (by default ``source``), for anything else, and for bytes
-    that would turn into more than they can hold.
+    Raises DamagedCheckpoint, naming ``name`` (by default ``source``), for anything else, and for content
+    that would expand beyond the limits (``bounds.py``).
     """
     try:
         with contextlib.ExitStack() as stack:
             file = source if isinstance(source, io.BytesIO) else stack.enter_context(open(source, "rb"))
-            (_require_modest_pickles if legacy else require_modest_archive)(file)
+            (_require_bounded_pickles if legacy else require_bounded_archive)(file)
             stack.enter_context(torch.serialization.safe_globals(_harmless_classes()))
             return torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -92,34 +92,34 @@ def load_object(source: str | Path | io.BytesIO, name: str | None = None, legacy
         raise DamagedCheckpoint(f"{name or source} cannot be read safely: {reason}") from error
 
 
-def require_modest_archive(file: IO[bytes]) -> None:
-    """Raise Immodest if an archive of torch.save would turn into more than it holds; rewinds the file."""
+def require_bounded_archive(file: IO[bytes]) -> None:
+    """Raise Unbounded if an archive of torch.save would expand beyond the limits; rewinds the file."""
     size = file.seek(0, io.SEEK_END)
-    require_modest(require_plain_archive(file, size))
+    require_bounded(require_stored_archive(file, size))
     file.seek(0)
 
 
-def _require_modest_pickles(file: IO[bytes]) -> None:
-    """The same for the older form: five pickles (of which the fourth is the object), then numbers."""
+def _require_bounded_pickles(file: IO[bytes]) -> None:
+    """The same for the legacy format: five pickles (the fourth is the object), then raw data."""
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
     for _ in range(5):
-        require_modest(file, size)
+        require_bounded(file, size)
     file.seek(0)
 
 
 def load_metadata(folder: Path) -> Metadata:
-    """The ``Metadata`` of torch.distributed.checkpoint in ``folder``: what lies where.
+    """Read the ``Metadata`` of torch.distributed.checkpoint in ``folder``: the locations of all shards.
 
-    Raises DamagedCheckpoint if it is missing, cannot be read, names a file elsewhere, or tells of more
-    than the files hold.
+    Raises DamagedCheckpoint if it is missing, cannot be read, names a file outside of the folder, or
+    describes more bytes than the files have.
     """
     path = folder / ".metadata"
     try:
         data = path.read_bytes()
-        require_modest(data)
+        require_bounded(data)
         metadata = _MetadataUnpickler(io.BytesIO(data)).load()
-        _require_honest(metadata, folder)
+        _require_consistent(metadata, folder)
         files = {place.relative_path for place in metadata.storage_data.values()}
         fields = metadata.state_dict_metadata
     except FileNotFoundError:
@@ -132,19 +132,19 @@ def load_metadata(folder: Path) -> Metadata:
     return metadata
 
 
-def _require_honest(metadata: Metadata, folder: Path) -> None:
-    """Raise ValueError unless the metadata is of the types that its readers expect, and fits the files."""
+def _require_consistent(metadata: Metadata, folder: Path) -> None:
+    """Raise ValueError unless the metadata has the types that its readers expect, and fits the files."""
     if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
         raise ValueError("it is not the metadata of torch.distributed.checkpoint")
     for place in metadata.storage_data.values():
         numbers = all(type(number) is int and number >= 0 for number in (place.offset, place.length))
         if type(place.relative_path) is not str or not numbers or place.transform_descriptors:
-            raise ValueError("it names a place that is none in a file")
-    told = sum(
+            raise ValueError("it names an invalid location")
+    described = sum(
         math.prod(stored.size) * stored.properties.dtype.itemsize
         for key, stored in metadata.state_dict_metadata.items()
         if type(key) is str and isinstance(stored, TensorStorageMetadata)
     )
-    there = bytes_in(folder)
-    if told > there:
-        raise ValueError(f"it tells of tensors of {told} bytes, and the files have {there}")
+    available = bytes_in(folder)
+    if described > available:
+        raise ValueError(f"it describes tensors of {described} bytes, and the files have {available}")

@@ -1,4 +1,4 @@
-"""Saving: everything is written aside, checked in, put in place, and only then announced."""
+"""Saves checkpoints: written to a working folder, published by a rename, then named by the tracker."""
 
 import io
 import json
@@ -62,23 +62,22 @@ def save_checkpoint(
     wait_for_copies: bool = True,
     buffers: writer.Buffers | None = None,
 ) -> "PendingSave":
-    """Write ``SAVE/iter_{iteration}`` and make it the one to continue from; collective.
+    """Write ``SAVE/iter_{iteration}`` and make it the checkpoint to resume from; collective.
 
-    Megatron-LM's torch_dist format, loadable by it and at any layout. ``run_state`` is returned by
-    :func:`load_checkpoint`: plain values only. Its "checkpoints" are the iterations in ``save_dir`` that
-    this one goes on from (by default all below): it falls back to them if it is damaged, and of them
-    ``retain`` says which go (by default what ``--save-retain-interval`` and ``--keep-latest-k`` say).
-    ``--no-save-optim`` and ``--no-save-rng`` in ``run`` leave parts out.
+    Uses Megatron-LM's torch_dist format, which Megatron-LM can load and which any layout can. ``run_state``,
+    plain values only, is returned by :func:`load_checkpoint`. Its "checkpoints" are the predecessors of this
+    checkpoint in ``save_dir`` (by default all earlier ones): loading falls back to them if this one is
+    damaged, and ``retain`` selects which of them to remove (by default ``--save-retain-interval`` and
+    ``--keep-latest-k``). ``--no-save-optim`` and ``--no-save-rng`` in ``run`` leave parts out.
 
-    With ``async_save`` the call returns as soon as all tensors were copied, and the result's
-    ``finish`` must be called, on all ranks alike, for the checkpoint to appear. Without
-    ``wait_for_copies`` it returns at once, and the result's ``copied`` must be called before any of
-    the tensors may change. ``buffers``, an empty dict at first, keeps the memory of the copies for the
-    next save.
+    With ``async_save`` the call returns as soon as all tensors are copied, and the checkpoint is published by
+    the result's ``finish``, which must be called on all ranks. Without ``wait_for_copies`` it returns at
+    once, and the result's ``copied`` must be called before any of the tensors changes. ``buffers``, initially
+    an empty dict, keeps the memory of the copies for the next save.
 
     Raises:
-        CheckpointError: on every rank, if any could not do its part, or another run saves there;
-            nothing is left behind and older checkpoints are as they were.
+        CheckpointError: on every rank, if any rank failed, or another run saves there; nothing is left behind
+            and older checkpoints are unchanged.
     """
     save_dir = Path(save_dir)
     retain = retain or Retain(run.checkpoint.save_retain_interval, run.checkpoint.keep_latest_k)
@@ -92,7 +91,7 @@ def save_checkpoint(
         if run.checkpoint.ckpt_fully_parallel_save:
             _divide_among_replicas(sharded)
         shard_plan = writer.plan(sharded)
-        # The common part is serialised now, as the scheduler's and optimizer's values move on.
+        # Serialised now, because the values of scheduler and optimizer change later.
         if async_save:
             pending.start_in_background(shard_plan, serialised(common), buffers)
             if wait_for_copies:
@@ -119,12 +118,12 @@ def _sharded_part(
             state["optimizer"] = optimizer.sharded_state_dict(dict(state), metadata=metadata)
     if rng_states and not config.no_save_rng:
         state["rng_state"] = content.rng_object(content.gather_rng())
-    force_all_tensors_to_non_fp8(state)  # a checkpoint is read without Transformer Engine too
+    force_all_tensors_to_non_fp8(state)  # so that it can be read without Transformer Engine
     return state | {"content_metadata": metadata}
 
 
 def _divide_among_replicas(sharded: dict[str, Any]) -> None:
-    """Let each data parallel rank write a share of what they all hold; collective."""
+    """Divide the writing of replicated shards among the data parallel ranks; collective."""
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     if group.size() == 1:
         return
@@ -141,15 +140,15 @@ def serialised(common: dict[str, Any]) -> bytes:
 
 @dataclass
 class PendingSave:
-    """A checkpoint being written; it appears when ``finish`` has returned on all ranks."""
+    """A checkpoint being written; it is published when ``finish`` has returned on all ranks."""
 
     save_dir: Path
     iteration: int
     working: Path
     retain: Retain
     _before: list[int] = field(default_factory=list)
-    #: On rank 0, what is given back in the end: the lock, after the working folder if it is still there.
-    _mine: ExitStack = field(default_factory=ExitStack)
+    #: On rank 0, released at the end: the working folder if it still exists, then the lock.
+    _resources: ExitStack = field(default_factory=ExitStack)
     _metadata: object = None
     _copying: Future[writer.ShardPlan] | None = None
     _job: Future[Any] | None = None
@@ -157,15 +156,15 @@ class PendingSave:
     _threads: ThreadPoolExecutor | None = None
 
     def prepare(self, before: list[int] | None) -> list[int]:
-        """Make the working folder, under the lock of ``save_dir``; collective.
+        """Create the working folder, under the lock of ``save_dir``; collective.
 
-        Returns those of ``before`` that lie there (None: of all), from which this checkpoint goes on.
+        Returns the predecessors: those of ``before`` (None: of all checkpoints) that are in the folder.
         """
 
         def begin() -> list[int]:
-            self._mine.enter_context(saving_into(self.save_dir))
+            self._resources.enter_context(saving_into(self.save_dir))
             folders.prepare(self.save_dir, self.iteration)
-            self._mine.callback(shutil.rmtree, self.working, ignore_errors=True)
+            self._resources.callback(shutil.rmtree, self.working, ignore_errors=True)
             older = [i for i in folders.list_iterations(self.save_dir) if i < self.iteration]
             return [i for i in older if before is None or i in before]
 
@@ -174,24 +173,24 @@ class PendingSave:
         return self._before
 
     def start(self, shard_plan: writer.ShardPlan, common: bytes) -> None:
-        """Write this rank's files; communicates nothing."""
+        """Write this rank's files; does not communicate."""
         self._metadata = shard_plan.metadata
-        self._job = _done_now(lambda: self._write(shard_plan, common))
+        self._job = _completed(lambda: self._write(shard_plan, common))
 
     def start_in_background(
         self, shard_plan: writer.ShardPlan, common: bytes, buffers: writer.Buffers | None = None
     ) -> None:
-        """Begin to copy the tensors, and then to write this rank's files; communicates nothing."""
+        """Start copying the tensors and then writing this rank's files; does not communicate."""
         self._metadata = shard_plan.metadata
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        beside = platform.side_stream()
-        copying = self._copying = self._threads.submit(writer.snapshot, shard_plan, buffers, beside)
+        side_stream = platform.side_stream()
+        copying = self._copying = self._threads.submit(writer.snapshot, shard_plan, buffers, side_stream)
         self._job = self._threads.submit(lambda: self._write(copying.result(), common))
 
     def copied(self) -> None:
-        """Wait until all tensors were copied and may change; communicates nothing.
+        """Wait until all tensors are copied and may change; does not communicate.
 
-        If copying failed, the writing of this rank has failed too, and ``finish`` tells all.
+        If copying failed, this rank's write has failed too, and ``finish`` raises on all ranks.
         """
         if self._copying is not None:
             wait([self._copying])
@@ -207,40 +206,40 @@ class PendingSave:
     def ready(self) -> bool:
         """Whether the checkpoint is complete, so that ``finish`` will not wait; collective.
 
-        To be asked again and again: once every rank has written, the first rank begins to put the
-        checkpoint in place, in the background too.
+        To be polled: once every rank has written its files, rank 0 starts to publish the checkpoint,
+        also in the background.
         """
         if not all(gather(self._job is None or self._job.done())):
             return False
         if self._job is not None and not self._publishing:
-            self._begin_to_publish(self._job)
+            self._start_publishing(self._job)
             return False
         return True
 
     def finish(self) -> None:
-        """Wait for every rank's files, put the checkpoint in place and announce it; collective.
+        """Wait for every rank's files and publish the checkpoint; collective.
 
-        Does nothing the second time. Raises CheckpointError on every rank if any failed.
+        Does nothing when called again. Raises CheckpointError on every rank if any failed.
         """
         if self._job is None:
             return
         if not self._publishing:
-            self._begin_to_publish(self._job)
+            self._start_publishing(self._job)
         job, self._job = self._job, None
         self._guarded(f"put checkpoint {self.iteration} into {self.save_dir}", job.result)
-        self._mine.close()
+        self._resources.close()
         if self._threads:
             self._threads.shutdown()
 
-    def _begin_to_publish(self, job: Future[Any]) -> None:
+    def _start_publishing(self, job: Future[Any]) -> None:
         self._publishing = True
         written = self._guarded(f"write checkpoint {self.iteration} to {self.save_dir}", job.result)
         everything = gather(written)
         action = partial(self._publish, everything) if torch.distributed.get_rank() == 0 else lambda: None
-        self._job = self._threads.submit(action) if self._threads else _done_now(action)
+        self._job = self._threads.submit(action) if self._threads else _completed(action)
 
     def _guarded(self, doing: str, action: Callable[[], T]) -> T:
-        """``together``, giving up on all ranks if it fails on any."""
+        """``together``, and abandon the save on all ranks if it fails on any."""
         try:
             return together(doing, action)
         except BaseException:
@@ -263,12 +262,12 @@ class PendingSave:
                 logger.warning("checkpoint %d could not be removed: %s", iteration, error)
 
     def abandon(self) -> None:
-        """Give up: remove what this save wrote; communicates nothing."""
+        """Remove what this save wrote; does not communicate."""
         self._job = None
-        self._mine.close()
+        self._resources.close()
 
 
-def _done_now(action: Callable[[], T]) -> Future[T]:
+def _completed(action: Callable[[], T]) -> Future[T]:
     future: Future[T] = Future()
     try:
         future.set_result(action())

@@ -1,11 +1,10 @@
-"""The arguments in a checkpoint: the one place through which all that read them go.
+"""The arguments in a checkpoint. All code that reads them does so through this module.
 
-Whoever wrote a checkpoint wrote its arguments too, so they are data and not wishes. Only names listed
-here pass, each with a value of the type that its flag has: sizes, numbers, switches and words that say
-what the model computes, which tokenizer it knows, and how it was trained so far. Whatever trusts code
-(trust_remote_code), loosens a check, names a place to read from or write to, or starts something on
-this machine is not listed, and so stays as the user typed it. ``tokenizer_model`` is the one path: it
-is read as data and never as code (megatron_ext/tokenizer/build.py).
+The author of a checkpoint also wrote its arguments, so they are untrusted data. Only the names listed here
+are used, each with a value of its flag's type: sizes, numbers, switches and words that describe the model,
+its tokenizer, and its training so far. Arguments that trust code (trust_remote_code), relax a check, name a
+place to read from or write to, or start something on this machine are not listed, and keep the user's values.
+``tokenizer_model`` is the only path: it is read as data and never as code (megatron_ext/tokenizer/build.py).
 """
 
 import enum
@@ -24,7 +23,7 @@ from megatron_ext.config import RunConfig, model_function, options
 from megatron_ext.config.model_function import Saved
 from megatron_ext.config.run import is_named
 
-#: What the model computes and is run with, by the names of our flags.
+#: Flags that describe the model and its numerics.
 MODEL = (
     *model_function.names(),
     *("use_rotary_position_embeddings", "seq_length", "attention_dropout", "hidden_dropout"),
@@ -35,7 +34,7 @@ TOKENIZER = (
     *("tokenizer_type", "tokenizer_model", "vocab_size"),
     *("tokenizer_hf_use_fast", "tokenizer_hf_include_special_tokens"),
 )
-#: How it was trained: compared with this run, or told, but nothing is set by it.
+#: Flags of its training: compared with this run or reported, but never applied.
 _TRAINING = (
     *("seed", "split", "micro_batch_size", "global_batch_size", "rampup_batch_size", "train_iters"),
     *("train_samples", "optimizer", "lr", "min_lr", "lr_decay_style", "lr_decay_iters", "lr_decay_samples"),
@@ -47,8 +46,8 @@ _TRAINING = (
     *("context_parallel_size", "use_distributed_optimizer", "decrease_batch_size_if_needed"),
     *("adam_beta1", "adam_beta2", "adam_eps"),
 )
-#: Counters, what is worked out from flags, and what Megatron-LM has a name for and we have no flag: other
-#: kinds of model (``model_function.ALWAYS``), to refuse them.
+#: Counters, values derived from flags, and arguments of Megatron-LM without a flag here: other kinds of model
+#: (``model_function.ALWAYS``), in order to refuse them.
 _MORE: dict[str, Any] = {
     **dict.fromkeys(("iteration", "consumed_train_samples", "consumed_valid_samples"), int),
     **dict.fromkeys(("skipped_train_samples", "world_size", "data_parallel_size"), int),
@@ -67,13 +66,13 @@ _MORE: dict[str, Any] = {
     "apply_residual_connection_post_layernorm": bool,
     "params_dtype": torch.dtype,
 }
-#: No size or count of a real run is larger; float64 still holds it exactly.
-_LARGEST = 2**53
-_LONGEST_TEXT = 4096
+#: No size or count of a real run is larger; float64 represents it exactly.
+_MAX_NUMBER = 2**53
+_MAX_TEXT = 4096
 
 
 def arguments_of(run: RunConfig, **more: Any) -> Namespace:
-    """The arguments that a checkpoint of ``run`` holds, each a value that every reader can load."""
+    """The arguments stored in a checkpoint of ``run``, as values that every reader can load."""
     return Namespace(**{name: plain(value) for name, value in (run.flat() | more).items()})
 
 
@@ -93,15 +92,15 @@ def plain(value: Any) -> Any:
 
 
 def run_of(saved: Saved) -> RunConfig:
-    """What is said of the run, as a configuration; what is not said has its default."""
+    """The saved arguments as a configuration; missing ones have their default."""
     return RunConfig.of({name: value for name, value in saved.items() if is_named(name)})
 
 
 def harmless(saved: Any, path: Path) -> Saved:
-    """The arguments of ``common.pt`` at ``path`` that are listed above; the others are passed over.
+    """The arguments of ``common.pt`` at ``path`` that are listed above; others are ignored.
 
-    Raises DamagedCheckpoint if they are no arguments, or one of model, tokenizer or counters has a value
-    of another type.
+    Raises DamagedCheckpoint if they are not a Namespace, or one of model, tokenizer or counters has a
+    value of another type.
     """
     if not isinstance(saved, Namespace):
         raise DamagedCheckpoint(f"{path}: args is {_kind(saved)}, not the arguments of a run")
@@ -118,9 +117,9 @@ def harmless(saved: Any, path: Path) -> Saved:
 
 
 def require_room(saved: Saved, folder: Path) -> None:
-    """Raise DamagedCheckpoint if ``saved`` describe a model that the files in ``folder`` are too small for.
+    """Raise DamagedCheckpoint if ``saved`` describes a model that is too large for the files in ``folder``.
 
-    A number format has a byte or more, so the files have at least as many bytes as there are parameters.
+    Every number format has at least one byte, so the files have at least one byte per parameter.
     """
 
     def size(name: str) -> int:
@@ -144,7 +143,7 @@ def require_room(saved: Saved, folder: Path) -> None:
 
 
 def _type_of(name: str) -> Any:
-    """The annotated type of an argument, from its flag where there is one."""
+    """The annotated type of an argument, from its flag if there is one."""
     if name in _MORE:
         return _MORE[name]
     option = options()[name]
@@ -152,7 +151,7 @@ def _type_of(name: str) -> Any:
 
 
 def _fits(value: Any, wanted: Any) -> bool:
-    """Whether a value is of an annotated type: whole numbers from 0 on, finite numbers, short text."""
+    """Whether a value is of an annotated type: non-negative integers, finite numbers, short text."""
     origin, inner = typing.get_origin(wanted), typing.get_args(wanted)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, kind) for kind in inner if kind is not type(None))
@@ -162,19 +161,19 @@ def _fits(value: Any, wanted: Any) -> bool:
         few = isinstance(value, list | tuple) and len(value) <= 16
         return few and all(_fits(item, inner[0]) for item in value)
     if wanted is int:
-        return type(value) is int and 0 <= value < _LARGEST
+        return type(value) is int and 0 <= value < _MAX_NUMBER
     if wanted is float:
-        return type(value) in (int, float) and abs(value) < _LARGEST
+        return type(value) in (int, float) and abs(value) < _MAX_NUMBER
     if wanted is str:
-        return type(value) is str and len(value) <= _LONGEST_TEXT and value.isprintable()
+        return type(value) is str and len(value) <= _MAX_TEXT and value.isprintable()
     return type(value) is wanted
 
 
 def _kind(value: Any) -> str:
-    """A value's type; never the value, which may be too large or too deep to print, unless it is short."""
+    """A value's type, or the value if it is short; others may be too large or too deep to print."""
     if isinstance(value, str):
         return repr(value[:60])
-    small = type(value) in (int, float) and abs(value) < _LARGEST
+    small = type(value) in (int, float) and abs(value) < _MAX_NUMBER
     return repr(value) if small else f"of type {type(value).__name__}, or too large"
 
 

@@ -1,12 +1,12 @@
-"""Writes the sharded part of a checkpoint: in this process, in threads, in three steps.
+"""Writes the sharded part of a checkpoint from threads of this process, in three steps.
 
-    plan    (collective)  who writes which shard; rank 0 knows what the whole will be
-    write   (local)       each rank writes its files and notes their checksums
-    collect (collective)  rank 0 learns where everything lies; a failure anywhere is everyone's
+    plan    (collective)  which rank writes which shard; rank 0 builds the metadata of the whole
+    write   (local)       each rank writes its files and computes their checksums
+    collect (collective)  rank 0 gathers the location of every shard; a failure is raised on all ranks
 
-Upstream's writer starts processes for the middle step, which costs seconds a save and hangs for
-ever if one of them dies. The format is torch.distributed.checkpoint's, file for file as upstream
-names them (``__{rank}_{i}.distcp``), and the same machinery of Megatron-Core translates shards.
+Upstream's writer starts processes for the second step, which costs seconds per save and hangs forever if
+one of them dies. The format is torch.distributed.checkpoint's, with upstream's file names
+(``__{rank}_{i}.distcp``), and Megatron-Core's own code translates the shards.
 """
 
 import io
@@ -34,15 +34,15 @@ from megatron_ext.checkpoint.errors import together
 from megatron_ext.checkpoint.integrity import HashingStream
 from megatron_ext.platform.collective import gather
 
-#: Files a rank writes at the same time, each from its own thread.
+#: Files that a rank writes in parallel, each in its own thread.
 _FILES_PER_RANK = 2
-#: Below this many bytes a rank writes one file: every file costs a wait for the disk.
+#: Below this many bytes a rank writes one file, because every file costs an fsync.
 _ONE_FILE_BYTES = 64 << 20
 
 
 @dataclass
 class ShardPlan:
-    """What this rank writes, file by file, and on rank 0 the metadata of the whole."""
+    """The items of each file of this rank, and on rank 0 the metadata of the whole checkpoint."""
 
     files: list[list[tuple[WriteItem, Any]]]
     metadata: Metadata | None
@@ -50,17 +50,17 @@ class ShardPlan:
 
 @dataclass
 class Written:
-    """Where this rank's shards lie, and its files' entries in ``checksums.json``."""
+    """The locations of this rank's shards, and its files' entries in ``checksums.json``."""
 
     places: dict[MetadataIndex, _StorageInfo]
     files: dict[str, dict[str, Any]]
 
 
 def plan(sharded_state_dict: dict[str, Any]) -> ShardPlan:
-    """Agree on who writes what; collective.
+    """Plan which rank writes which shards; collective.
 
-    ``sharded_state_dict`` holds ShardedTensors and ShardedObjects only; each rank writes those
-    of which it is the main replica.
+    ``sharded_state_dict`` holds only ShardedTensors and ShardedObjects; each rank writes those
+    of which it has the main replica.
     """
     shards, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
     planner = MCoreSavePlanner(flatten_state_dict=False)
@@ -79,7 +79,7 @@ def plan(sharded_state_dict: dict[str, Any]) -> ShardPlan:
 
 
 def _divide(data: list[tuple[WriteItem, Any]]) -> list[list[tuple[WriteItem, Any]]]:
-    """Share the items among files of about the same size."""
+    """Distribute the items over files of about equal size."""
     total = sum(size_of(value) for _, value in data)
     count = 1 if total < _ONE_FILE_BYTES else _FILES_PER_RANK
     files: list[list[tuple[WriteItem, Any]]] = [[] for _ in range(count)]
@@ -96,20 +96,20 @@ def size_of(value: Any) -> int:
     return value.getbuffer().nbytes if isinstance(value, io.BytesIO) else value.numel() * value.element_size()
 
 
-#: Copies on the CPU by shard, kept from one background save to the next: new memory costs more than the copy.
+#: CPU copies by shard, reused from one background save to the next: allocating costs more than copying.
 Buffers = dict[MetadataIndex, torch.Tensor]
 
 
 def snapshot(
     shard_plan: ShardPlan,
     buffers: Buffers | None,
-    beside: Callable[[], AbstractContextManager[None]],
+    side_stream: Callable[[], AbstractContextManager[None]],
 ) -> ShardPlan:
-    """A copy on the CPU of all that will be written, so that training may go on meanwhile.
+    """Copy everything to be written to the CPU, so that training can go on during the write.
 
-    Copies go into ``buffers`` where it has a fitting one, which must not be in use any more. Run in
-    another thread, the tensors must not change before it returns; ``beside`` is of
-    platform.side_stream, called where the tensors were computed.
+    Reuses a matching tensor of ``buffers``, which must not be in use any more. The tensors must not change
+    until this returns, also if it runs in another thread; ``side_stream`` is the result of
+    platform.side_stream(), called in the thread that computed the tensors.
     """
     buffers = {} if buffers is None else buffers
 
@@ -120,7 +120,7 @@ def snapshot(
         if kept is None or kept.shape != value.shape or kept.dtype != value.dtype:
             pinned = value.device.type != "cpu"
             kept = buffers[item.index] = torch.empty(value.shape, dtype=value.dtype, pin_memory=pinned)
-        with beside():
+        with side_stream():
             return kept.copy_(value.detach(), non_blocking=True)
 
     with ThreadPoolExecutor(max_workers=_FILES_PER_RANK) as threads:
@@ -132,10 +132,10 @@ def snapshot(
 
 
 def write(shard_plan: ShardPlan, folder: Path) -> Written:
-    """Write this rank's files into ``folder``; communicates nothing. Raises OSError as it comes."""
+    """Write this rank's files into ``folder``; does not communicate. Raises OSError."""
     rank = torch.distributed.get_rank()
     written = Written({}, {})
-    # The whole file has a SHA-256; a CRC-32 of each record would cost more, and one thread at a time.
+    # Each file has a SHA-256; a CRC-32 of each record would cost extra, and runs in one thread at a time.
     without_crc = config.patch("save.compute_crc32", False)
     with without_crc, ThreadPoolExecutor(max_workers=_FILES_PER_RANK) as threads:
         jobs = [
@@ -152,9 +152,9 @@ def write(shard_plan: ShardPlan, folder: Path) -> Written:
 def write_file(
     folder: Path, name: str, items: Iterable[tuple[WriteItem, Any]]
 ) -> tuple[dict[MetadataIndex, _StorageInfo], str, dict[str, Any]]:
-    """Write one file from items that may be made one at a time.
+    """Write one file; ``items`` may be a generator.
 
-    Returns where each item lies, the file's name, and its entry in ``checksums.json``.
+    Returns the location of each item, the file's name, and its entry in ``checksums.json``.
     """
     stream = HashingStream(folder / name)
     places = {}
@@ -164,26 +164,26 @@ def write_file(
             if item.type == WriteItemType.BYTE_IO:
                 stream.write(value.getbuffer())
             else:
-                torch.save(_alone(value), stream)
+                torch.save(_own_storage(value), stream)
             places[item.index] = _StorageInfo(name, start, stream.size - start)
     except BaseException as error:
         stream.abandon()
-        # torch's archive, closed while a write fails, hides the disk's reason behind its own.
+        # If a write fails, torch's archive raises an error of its own that hides the OSError.
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
     return places, name, stream.close()
 
 
-def _alone(tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor`` on the CPU and with memory of its own: torch.save writes the whole storage behind a view."""
+def _own_storage(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` on the CPU with its own storage: torch.save would write the whole storage behind a view."""
     tensor = tensor.detach().cpu()
     exact = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
     return tensor if exact and tensor.is_contiguous() else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def dump_metadata(metadata: Metadata, written: list[Written]) -> bytes:
-    """The content of ``.metadata``, now that it is known where every rank's shards lie."""
+    """The content of ``.metadata``, completed with the locations of every rank's shards."""
     metadata.storage_data = {index: place for each in written for index, place in each.places.items()}
     metadata.storage_meta = StorageMeta(checkpoint_id=os.fspath("."))
     return pickle.dumps(metadata)
