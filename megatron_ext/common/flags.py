@@ -1,14 +1,14 @@
 """From a dataclass field to a command line flag: one source for name, type, default and help.
 
-A field gives the flag as Megatron-LM's own factory does (megatron/training/argument_utils.py):
+A field becomes a flag by the rules of Megatron-LM's own factory (megatron/training/argument_utils.py):
 
 - the field's name is the destination in the parsed namespace; ``--name-with-hyphens`` is the flag;
-- the annotation gives type and choices; ``bool`` gives a switch, ``--no-X``/``--disable-X`` where
-  the default is True; a list takes several values;
-- ``metadata["argparse_meta"]`` overrides any of it, ``arg_names`` the spelling;
+- the annotation gives type and choices; ``bool`` gives a switch, ``--no-X``/``--disable-X`` if
+  the default is True; a list accepts several values;
+- ``metadata["argparse_meta"]`` overrides any of these, ``arg_names`` the spelling;
 - the string under the field is the help.
 
-A field also says which values are allowed (``Range``) and what it needs to have an effect (``Need``).
+A field also declares the range of its value (``Range``) and what it needs to have an effect (``Need``).
 """
 
 import argparse
@@ -27,7 +27,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """A flag has an effect only where ``holds(run)``; ``flags`` says what to add or leave out."""
+    """A flag has an effect only if ``holds(run)``; ``flags`` describes what to add or leave out."""
 
     flags: str
     holds: Callable[[Any], object]
@@ -35,7 +35,7 @@ class Need:
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The numbers that a field may have; they are finite, whatever else."""
+    """The allowed numbers of a field, which must also be finite."""
 
     minimum: float | None = None
     maximum: float | None = None
@@ -67,7 +67,7 @@ class Range:
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """One field of a configuration class, before it becomes a flag."""
+    """One field of a configuration class, from which a flag is made."""
 
     name: str
     annotation: Any
@@ -81,7 +81,7 @@ class Option:
 
 
 class Offered(tuple[Any, ...]):
-    """The choices of a flag that ``--help`` offers; a rule says why one of the ``refused`` is not."""
+    """The choices of a flag in ``--help``; a rule explains why each of ``refused`` is unsupported."""
 
     refused: Sequence[str] = ()
 
@@ -101,10 +101,10 @@ def flag(
     section: str | None = None,
     **argparse_meta: Any,
 ) -> Any:
-    """A dataclass field whose flag has a range or needs, or differs from what its name and annotation say.
+    """A dataclass field whose flag has a range or needs, or differs from its name and annotation.
 
-    Without a value, the flag must be typed. ``refused``: values that Megatron-LM has and a rule refuses
-    here; ``--help`` does not offer them. ``section``: the title in ``--help`` of this field and the next.
+    A field without a default is a required flag. ``refused``: values of Megatron-LM that a rule refuses here;
+    ``--help`` does not list them. ``section``: the title in ``--help`` of this field and the next ones.
     """
     if names:
         argparse_meta["arg_names"] = list(names)
@@ -125,13 +125,13 @@ def flag(
 
 
 def derived(value: Any) -> Any:
-    """A dataclass field that no flag gives: it follows from others, the machine or the data."""
+    """A dataclass field without a flag: it is derived from other fields, the machine or the data."""
     return dataclasses.field(default=value, metadata={"derived": True})
 
 
 @cache
 def own_options(cls: Any) -> list[Option]:
-    """The options of a dataclass of ours, without what is derived."""
+    """The options of a dataclass of ours, without derived fields."""
     tree = _module_tree(sys.modules[cls.__module__].__file__)
     docs = {name: doc for name, _, _, doc in _annotated_fields(_class_node(tree, cls.__name__))}
     hints = typing.get_type_hints(cls)
@@ -153,14 +153,14 @@ def own_options(cls: Any) -> list[Option]:
 
 
 def add_group(parser: argparse.ArgumentParser, title: str, options: Iterable[Option]) -> None:
-    """Add one titled section of flags; defaults are shown in the help and kept by the caller."""
+    """Add a titled section of flags; the help shows defaults, and the caller applies them."""
     group = parser.add_argument_group(title)
     for option in options:
         _add(group, option)
 
 
 def add_flags(parser: argparse.ArgumentParser, cls: Any) -> None:
-    """Add the flags of a dataclass, in the sections that its fields begin."""
+    """Add the flags of a dataclass, in sections that its fields start."""
     group: argparse._ActionsContainer = parser
     for option in own_options(cls):
         if option.section is not None:
@@ -176,8 +176,8 @@ def _add(group: argparse._ActionsContainer, option: Option) -> None:
 def argparse_form(option: Option) -> tuple[list[str], dict[str, Any]]:
     """The spellings and the ``add_argument`` keywords of an option.
 
-    The default is suppressed, so that the parsed namespace holds what was typed and no more: this
-    is how a preset knows which values it may set.
+    The default is suppressed, so that the parsed namespace holds only flags of the command line; a preset
+    may set the others.
     """
     keywords: dict[str, Any]
     meta = dict(option.meta)
@@ -203,7 +203,7 @@ def argparse_form(option: Option) -> tuple[list[str], dict[str, Any]]:
 
 
 def default_of(option: Option) -> Any:
-    """The value of an option that is neither typed nor in a preset."""
+    """The value of an option that is neither on the command line nor in a preset."""
     return option.meta.get("default", option.default)
 
 
@@ -213,7 +213,7 @@ def spelled(option: Option) -> str:
 
 
 def wrong(option: Option, value: Any) -> Iterator[str]:
-    """What is wrong with a value by itself; one that is None was not given, which is another matter."""
+    """Problems of a value by itself; None means that it was not given, which is checked elsewhere."""
     if value is None:
         return
     if not fits(value, option.annotation):
@@ -223,14 +223,14 @@ def wrong(option: Option, value: Any) -> Iterator[str]:
 
 
 def wrong_fields(instance: Any) -> Iterator[str]:
-    """What is wrong with each value of a dataclass of flags by itself."""
+    """Problems of each value of a dataclass of flags by itself."""
     cls: Any = type(instance)
     for option in own_options(cls):
         yield from wrong(option, getattr(instance, option.name))
 
 
 def fits(value: Any, annotation: Any) -> bool:
-    """Whether a value is of an annotated type; a number is finite, an integer of modest size."""
+    """Whether a value is of an annotated type; numbers must be finite, integers below 2^63."""
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
         return any(fits(value, one) for one in inner)
@@ -246,7 +246,7 @@ def fits(value: Any, annotation: Any) -> bool:
 
 
 def kind(annotation: Any) -> str:
-    """A type in words."""
+    """A description of a type."""
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
         return kind(next(one for one in inner if one is not type(None)))
@@ -258,7 +258,7 @@ def kind(annotation: Any) -> str:
 
 
 def _help(option: Option, default: Any, keywords: dict[str, Any]) -> str:
-    """The field's docstring, its default, and what else has to be given."""
+    """The field's docstring, its default, and the flags that it needs."""
     notes = []
     if "action" not in keywords and default is not dataclasses.MISSING:
         shown = "none" if default is None or default == [] else getattr(default, "name", default)
@@ -295,7 +295,7 @@ def _class_node(tree: ast.Module, name: str) -> ast.ClassDef:
 
 
 def _annotated_fields(node: ast.ClassDef) -> Iterable[tuple[str, ast.AnnAssign, Any, str]]:
-    """(name, statement, value, docstring) of each annotated field that has a string under it."""
+    """(name, statement, value, docstring) of each annotated field that has a docstring."""
     for statement, below in zip(node.body, node.body[1:], strict=False):
         if not isinstance(statement, ast.AnnAssign) or not isinstance(below, ast.Expr):
             continue

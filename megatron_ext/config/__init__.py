@@ -1,4 +1,4 @@
-"""The configuration by concern; each field is a flag too (``flags.py`` makes it)."""
+"""The configuration by concern; ``flags.py`` makes a flag of each field."""
 
 from functools import cache
 
@@ -7,7 +7,7 @@ from megatron_ext.config.run import RunConfig, concerns
 
 __all__ = ["Option", "RunConfig", "flag_of", "options", "sections"]
 
-#: Titles of the sections of ``--help``, where they are not the concern's name.
+#: Titles of the sections of ``--help`` that differ from the concern's name.
 _TITLES = {
     "init": "initial weights and random numbers",
     "training": "batch, duration and exit",
@@ -34,5 +34,5 @@ def options() -> dict[str, Option]:
 
 
 def flag_of(name: str) -> str:
-    """The first spelling of a destination's flag."""
+    """The first spelling of the flag of ``name``."""
     return spelled(options()[name]) if name in options() else name

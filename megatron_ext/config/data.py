@@ -29,47 +29,47 @@ class DataConfig:
     """Dataset or blend to test on, in place of --data-path."""
 
     data_args_path: str | None = flag(None, metavar="FILE")
-    """File that holds what --data-path would say."""
+    """File with the words of --data-path."""
 
     per_split_data_args_path: str | None = flag(None, metavar="FILE")
     """JSON file with a blend for each of train, valid and test."""
 
     override_training_set: bool = flag(False, needs=[GOES_ON])
-    """Go on from a checkpoint with another training set than its run had (other data, --split, --seed or
+    """Resume from a checkpoint with another training set than before (other data, --split, --seed or
     --seq-length), read from its beginning."""
 
     data_cache_path: str | None = flag(None, metavar="FOLDER", needs=[DATA])
-    """Where the datasets' index files go; by default beside the data."""
+    """Folder for the datasets' index files; by default next to the data."""
 
     mock_data: bool = False
-    """Made-up token sequences, to try a layout without data."""
+    """Train on generated token sequences, to test a layout without data."""
 
     seq_length: int = flag(0, default=None, minimum=1)
     """Tokens in a sequence."""
 
     num_workers: int = flag(2, minimum=0)
-    """Processes of each rank that read data; 0 reads in the rank itself."""
+    """Data loading processes per rank; 0 loads in the rank's own process."""
 
     num_dataset_builder_threads: int = flag(1, minimum=1)
     """Threads that build the datasets of a blend."""
 
     dataloader_type: Literal["single", "cyclic", "external"] | None = flag(None, refused=["external"])
-    """single goes through the samples once in order, cyclic again and again, each time shuffled."""
+    """single reads the samples once in order; cyclic repeats them, shuffled in each epoch."""
 
     mmap_bin_files: bool = flag(True, "--no-mmap-bin-files", needs=[DATA])
     """Read the .bin files instead of mapping them into memory."""
 
     reset_position_ids: bool = False
-    """Count positions from 0 again after each end of document."""
+    """Restart positions from 0 after each end of document."""
 
     reset_attention_mask: bool = False
     """Attend only within a document; needs the attention mask in the dataloader."""
 
     eod_mask_loss: bool = False
-    """Leave end of document tokens out of the loss."""
+    """Exclude end of document tokens from the loss."""
 
     create_attention_mask_in_dataloader: bool = flag(True, "--no-create-attention-mask-in-dataloader")
-    """Do not send a mask with each batch: the attention is causal by itself."""
+    """Do not create an attention mask for each batch; attention is causal without one."""
 
 
 TOKENIZERS = (
@@ -79,7 +79,7 @@ TOKENIZERS = (
     "Llama2Tokenizer",
     "NullTokenizer",
 )
-#: Megatron-LM's others.
+#: Megatron-LM's other tokenizers.
 OTHER_TOKENIZERS = (
     "BertWordPieceLowerCase",
     "BertWordPieceCase",
@@ -107,54 +107,54 @@ def padded(pieces: int, unit: int = 128) -> int:
 
 @dataclass(kw_only=True)
 class TokenizerConfig:
-    """The tokenizer that the data was made with."""
+    """The tokenizer that the data was tokenized with."""
 
     tokenizer_type: str | None = flag(
         None, choices=[*TOKENIZERS, *OTHER_TOKENIZERS], refused=OTHER_TOKENIZERS, metavar="TYPE"
     )
     """SentencePieceTokenizer, GPTSentencePieceTokenizer, Llama2Tokenizer, HuggingFaceTokenizer or
-    NullTokenizer (token numbers as they are)."""
+    NullTokenizer (the text is token ids)."""
 
     tokenizer_model: str | None = flag(None, metavar="PATH", needs=[A_MODEL_FILE])
-    """The tokenizer's file, or for HuggingFaceTokenizer its folder or name."""
+    """File of the tokenizer; for HuggingFaceTokenizer a folder or name."""
 
     vocab_size: int | None = flag(None, minimum=1)
-    """Token numbers of NullTokenizer: 0 to N - 1, and N ends a document. With another tokenizer: the
-    number of pieces that it may have at most."""
+    """For NullTokenizer: ids are 0 to N - 1, and N is the end of a document. For other tokenizers: the
+    maximum number of pieces."""
 
     vocab_padding: Literal["masked", "in-softmax"] | None = None
-    """What rows of the vocabulary beyond the tokens do in the loss. masked: they take no part, and nothing
-    depends on how many there are; in-softmax: they take part in the softmax, as in Megatron-LM. By default
-    as the checkpoint that the run starts from was trained, and masked where there is none."""
+    """How padding rows of the vocabulary enter the loss. masked: not at all, so that nothing depends on their
+    number; in-softmax: they are part of the softmax, as in Megatron-LM. By default as in the checkpoint that
+    the run starts from, or masked without one."""
 
     tokenizer_hf_use_fast: bool = flag(False, needs=[HUGGING_FACE])
-    """The fast (Rust) form of a Hugging Face tokenizer."""
+    """Use the fast (Rust) version of a Hugging Face tokenizer."""
 
     tokenizer_hf_include_special_tokens: bool = flag(False, needs=[HUGGING_FACE])
-    """Let a Hugging Face tokenizer add its special tokens to a text."""
+    """Let a Hugging Face tokenizer add its special tokens to each text."""
 
     trust_remote_code: bool = flag(False, needs=[HUGGING_FACE])
     """Allow a Hugging Face tokenizer to run Python code from its folder."""
 
     make_vocab_size_divisible_by: int = flag(128, minimum=1)
-    """The vocabulary is padded to a multiple of this, at every tensor parallel size alike."""
+    """Pad the vocabulary to a multiple of this, independent of the tensor parallel size."""
 
     tokenizer_sha256: str | None = derived(None)
-    """Of the tokenizer's files, once it was built."""
+    """sha256 of the tokenizer's files, set when it is built."""
 
 
 @dataclass(kw_only=True)
 class ValidationConfig:
-    """Validation while training and at the end."""
+    """Validation during training and at its end."""
 
     eval_interval: int | None = flag(None, minimum=1)
-    """Iterations between two validations; without it only the end is validated."""
+    """Iterations between two validations; by default only at the end of the run."""
 
     eval_iters: int = flag(100, minimum=0)
-    """Batches of one validation; 0 does not validate."""
+    """Global batches per validation; 0 disables validation."""
 
     skip_train: bool = False
-    """Do not train: validate, and stop."""
+    """Validate without training."""
 
     full_validation: bool = False
     """Validate on the whole validation set each time."""
@@ -162,20 +162,19 @@ class ValidationConfig:
 
 @dataclass(kw_only=True)
 class RoundsConfig:
-    """Training in rounds on what the model forgot (arXiv 2402.02791, section 4.2)."""
+    """Multiple-round training on the samples that the model forgot (arXiv 2402.02791, section 4.2)."""
 
     round_index: str | None = flag(None, metavar="PATH")
-    """Train on the samples that this index selects (tools/build_round.py writes it), epoch after epoch."""
+    """Train on the samples selected by this index (written by tools/build_round.py), for several epochs."""
 
     round_schedule: Literal["restart", "continue"] = flag("restart", needs=[ROUND])
-    """What a round takes from the one before, where --load holds no checkpoint of it yet: restart takes
-    the weights of --pretrained-checkpoint, for a schedule from iteration 0; continue goes on with its
-    iteration, optimizer and learning rate, so that --train-iters counts all rounds."""
+    """How a round starts if --load holds no checkpoint of it yet: restart takes only the weights of
+    --pretrained-checkpoint and starts at iteration 0; continue also takes its iteration, optimizer and
+    learning rate, so that --train-iters counts all rounds."""
 
     record_sample_loss: str | None = flag(None, metavar="PATH")
-    """Write the loss of every training sample to PATH (.npy) and its manifest: with the frozen model of
-    --load, without training (with the data flags of the run that trained it), or see --record-mode."""
+    """Write the loss of every training sample to PATH (.npy) with a manifest: of the frozen model of --load,
+    without training (use the data flags of the run that trained it), or as in --record-mode."""
 
     record_mode: Literal["frozen", "online"] = flag("frozen", needs=[RECORDING])
-    """frozen: forward only with the loaded model; online: train, and write down each sample's loss as
-    it is trained on."""
+    """frozen: forward only with the loaded model; online: record each sample's loss during training."""

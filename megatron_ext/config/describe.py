@@ -1,7 +1,7 @@
-"""A model's size, work and memory from its shape alone: arithmetic, nothing is built.
+"""Calculates a model's size and FLOPs from its shape, without building it.
 
-Used by tools/describe_model.py. Parameters are exact (a test compares them with the built model's);
-operations count matmuls. What a rank needs of memory: footprint.py.
+Used by tools/describe_model.py. Parameters are exact (a test compares them with the built model); FLOPs
+count matmuls. footprint.py calculates the memory of a rank.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.presets import PRESETS
 
-#: What is in a parameter's name -> the part that it belongs to; the first that is found.
+#: Text in a parameter's name -> the part it belongs to; the first match counts.
 _PARTS = {
     "norm": "norms",
     "augmented_shortcut": "augmented shortcuts",
@@ -29,7 +29,7 @@ _PARTS = {
 
 
 def parts(model: ModelConfig) -> dict[str, int]:
-    """Part -> number of parameters; the sum is the model's."""
+    """Part -> number of parameters; the parts sum to the whole model."""
     found = dict.fromkeys(_PARTS.values(), 0)
     for name, shape in dataclasses.replace(model, num_layers=1).parameters().items():
         part = next(part for key, part in _PARTS.items() if key in name)
@@ -39,7 +39,7 @@ def parts(model: ModelConfig) -> dict[str, int]:
 
 
 def embedding_share(model: ModelConfig) -> float:
-    """Share of embedding and head in all parameters, 0 to 1."""
+    """Fraction of all parameters in embedding and head."""
     of = parts(model)
     return (of["embedding"] + of["head"]) / sum(of.values())
 
@@ -48,9 +48,9 @@ def embedding_share(model: ModelConfig) -> float:
 class Layout:
     """How a model is divided and trained; ``bytes_each`` is 4 for fp32 and 2 for bf16 weights.
 
-    ``stage_layers`` are the layers of each chunk of each pipeline stage; none given: all stages have one
-    chunk, and as many layers. ``kernels``: the project's are there, Triton's on a GPU or the compiled ones on
-    a CPU; without them activations take more.
+    ``stage_layers`` are the layers of each chunk of each pipeline stage; by default all stages have one chunk
+    with the same number of layers. ``kernels``: whether the project's kernels are available, Triton's on a
+    GPU or the compiled ones on a CPU; without them activations need more memory.
     """
 
     tensor: int = 1
@@ -67,7 +67,7 @@ class Layout:
     kernels: bool = True
 
     def chunks(self, model: ModelConfig, stage: int) -> tuple[float, ...]:
-        """Layers of each chunk on a rank of the pipeline stage: one chunk, or more where they interleave."""
+        """Layers of each chunk on a rank of the pipeline stage; several with the interleaved schedule."""
         return self.stage_layers[stage] if self.stage_layers else (model.num_layers / self.pipeline,)
 
     def layers(self, model: ModelConfig, stage: int) -> float:
@@ -76,12 +76,12 @@ class Layout:
 
     @property
     def stream_split(self) -> int:
-        """Ranks that share what lies between the linear layers: by sequence parallelism alone."""
+        """Number of ranks that divide the residual stream, by sequence parallelism."""
         return self.tensor if self.sequence_parallel else 1
 
 
 def layout_of(run: RunConfig) -> Layout:
-    """The layout that parsed arguments describe."""
+    """The layout of a run."""
     return Layout(
         tensor=run.parallel.tensor_model_parallel_size,
         pipeline=run.parallel.pipeline_model_parallel_size,
@@ -117,7 +117,7 @@ def _stage_layers(layers: int, parallel: ParallelConfig) -> tuple[tuple[int, ...
 
 
 def vocabulary_of(run: RunConfig) -> int:
-    """Rows of the embedding: what is given, or what the preset was designed for, padded.
+    """Rows of the embedding: the given size, or that of the preset, padded.
 
     Raises:
         ValueError: neither a size nor a preset is given.
@@ -133,17 +133,17 @@ def vocabulary_of(run: RunConfig) -> int:
 
 
 def with_vocabulary(run: RunConfig) -> ModelConfig:
-    """The model of a run, with the rows of its vocabulary; raises ValueError where there is none."""
+    """The model of a run with its vocabulary size; raises ValueError if that is unknown."""
     return replace(run.model, padded_vocab_size=vocabulary_of(run))
 
 
 def final_norm(model: ModelConfig) -> int:
-    """Parameters of the norm before the output layer, which the last stage holds whole."""
+    """Parameters of the norm before the output layer, which is replicated on the last stage."""
     return model.hidden_size * (1 if model.normalization == "RMSNorm" else 2)
 
 
 def parameters_of_rank(model: ModelConfig, layout: Layout, stage: int) -> float:
-    """Parameters on one rank of a pipeline stage; shortcuts and norms are whole on every rank."""
+    """Parameters on one rank of a pipeline stage; shortcuts and norms are replicated on every rank."""
     of, split = parts(model), layout.tensor
     divided = of["attention"] + of["FFN"] + of["series activation"]
     whole = of["augmented shortcuts"] + of["norms"] - final_norm(model)
@@ -152,14 +152,14 @@ def parameters_of_rank(model: ModelConfig, layout: Layout, stage: int) -> float:
     if first:
         held += of["embedding"] / split
     if last:
-        # A tied head is a copy of the embedding where it is not the same rank.
+        # A tied head on another stage than the embedding is a copy.
         head = of["embedding"] if model.tied and not first else of["head"]
         held += head / split + final_norm(model)
     return held
 
 
 def flops_of_rank(model: ModelConfig, layout: Layout, stage: int) -> float:
-    """Operations of a rank of a pipeline stage for one token of its micro batches, with recomputation."""
+    """FLOPs of a rank of a pipeline stage per token of its micro batches, including recomputation."""
     head = 6.0 * model.hidden_size * model.vocab_rows
     shortcuts = 12.0 * model.num_layers * model.hidden_size * model.shortcut_width
     divided = model.flops_per_token(layout.seq_length) - head - shortcuts
@@ -173,8 +173,8 @@ def candidates(
 ) -> Iterator[ModelConfig]:
     """Models of about ``budget`` parameters, by depth and width, for a depth against width study.
 
-    Widths are multiples of 128, in heads of 128 (64 below 768); the FFN takes what is left, in
-    multiples of 128, between 2 and 4 times the width; vocabulary and modules are ``like``'s.
+    Widths are multiples of 128, in heads of 128 (64 below 768); the FFN gets the remaining budget, in
+    multiples of 128, between 2 and 4 times the width; vocabulary and modules are those of ``like``.
     """
     for layers in depths:
         for hidden in range(256, 8193, 128):

@@ -1,7 +1,7 @@
-"""Memory of a rank from the model's shape and its layout: arithmetic, compared with the program by traces.
+"""Calculates the memory of a rank from the model's shape and its layout.
 
-tests/unit/training/test_trace.py holds it within 10 % of what a training step of rank 0 of real layouts keeps
-(training/trace.py). Weights, gradients and optimizer are exact but for the buffers' padding.
+tests/unit/training/test_trace.py requires agreement within 10 % with a traced training step of rank 0 in real
+layouts (training/trace.py). Weights, gradients and optimizer are exact except for the buffers' padding.
 """
 
 from megatron_ext.config.describe import Layout, parameters_of_rank
@@ -9,17 +9,17 @@ from megatron_ext.config.model import ModelConfig
 
 
 def memory(model: ModelConfig, layout: Layout) -> dict[str, float]:
-    """What -> bytes on the pipeline stage that needs most; activations are an estimate."""
+    """Kind -> bytes on the pipeline stage that needs most memory; activations are an estimate."""
     return memory_of_stage(model, layout, fullest_stage(model, layout))
 
 
 def fullest_stage(model: ModelConfig, layout: Layout) -> int:
-    """The pipeline stage that needs most memory; of several the first."""
+    """The pipeline stage that needs most memory; the first of several."""
     return max(range(layout.pipeline), key=lambda stage: sum(memory_of_stage(model, layout, stage).values()))
 
 
 def memory_of_stage(model: ModelConfig, layout: Layout, stage: int) -> dict[str, float]:
-    """What -> bytes on a rank of one pipeline stage; activations are an estimate."""
+    """Kind -> bytes on a rank of one pipeline stage; activations are an estimate."""
     held = parameters_of_rank(model, layout, stage)
     # Adam's two moments, and an fp32 copy of weights that are not fp32 themselves.
     state = 8 + (4 if layout.bytes_each < 4 else 0)
@@ -32,27 +32,28 @@ def memory_of_stage(model: ModelConfig, layout: Layout, stage: int) -> dict[str,
 
 
 def _activations(model: ModelConfig, layout: Layout, stage: int) -> float:
-    """Bytes that a stage keeps for its backward pass, and what comes and goes beside them where that is most.
+    """Bytes that a stage keeps for its backward pass, plus the peak of temporary tensors.
 
-    That is a layer's backward pass (of recomputation with all that the layer keeps), or on the last stage
-    the loss. A gradient that is summed elsewhere still gets a tensor of its own from Megatron-Core.
+    The peak is in a layer's backward pass (with recomputation including all that the layer keeps), or on the
+    last stage in the loss. Megatron-Core allocates a gradient tensor even if the gradient is summed
+    elsewhere.
     """
     each, tokens = layout.bytes_each, layout.micro_batch * layout.seq_length
     one_layer, stream = layer_activations(model, layout), model.hidden_size / layout.stream_split
     kept = sum(_passes_in_flight(model, layout, stage)) * (stream if layout.recompute else one_layer)
-    kept += model.hidden_size if layout.sequence_parallel else 0  # Megatron-Core's buffer of what is gathered
+    kept += model.hidden_size if layout.sequence_parallel else 0  # Megatron-Core's gather buffer
     inner = (1 + model.gated) * model.ffn_hidden_size / layout.tensor
     passing = inner + stream + (one_layer if layout.recompute else 0)
     size = each * (tokens * (kept + passing) + model.hidden_size * inner)
     if stage < layout.pipeline - 1:
         return size
-    # The logits, which become their own gradient, and then the head's; without a kernel a copy in fp32.
+    # The logits, overwritten by their gradient, and the head's gradient; without a kernel a copy in fp32.
     logits = max(each * (tokens + model.hidden_size), 0 if layout.kernels else (4 + each % 4) * tokens)
     return max(size, each * tokens * (kept + 2 * stream) + logits * model.vocab_rows / layout.tensor)
 
 
 def _passes_in_flight(model: ModelConfig, layout: Layout, stage: int) -> list[float]:
-    """The layers of each forward pass that a stage has made before the first backward pass frees one.
+    """The layers of each forward pass of a stage before the first backward pass frees activations.
 
     1F1B, or Megatron-Core's interleaved schedule, where ``pipeline`` micro batches go through a chunk, then
     through the next (pipeline_parallel/schedules.py: get_pp_rank_microbatches).
@@ -65,11 +66,11 @@ def _passes_in_flight(model: ModelConfig, layout: Layout, stage: int) -> list[fl
 
 
 def layer_activations(model: ModelConfig, layout: Layout) -> float:
-    """Elements for each token that one layer keeps, without dropout and with flash attention.
+    """Elements per token that one layer keeps, without dropout and with flash attention.
 
-    Residual stream and normed input, twice (4 h); what attention keeps; gate and up, and their product; the
-    shortcut's bottleneck. Without its kernel the series activation keeps also what each term's SiLU is
-    applied to, and the terms' sum.
+    Residual stream and normed input, twice (4 h); attention; gate, up and their product; the shortcut's
+    bottleneck. Without its kernel the series activation also keeps the input of each term's SiLU and the sum
+    of the terms.
     """
     stream = (4 * model.hidden_size + 2 * model.shortcut_width) / layout.stream_split
     terms = model.series_activation_order
@@ -80,7 +81,7 @@ def layer_activations(model: ModelConfig, layout: Layout) -> float:
 def _attention(model: ModelConfig, layout: Layout) -> int:
     """The joint projection, the output, and rotated or normed copies of queries and keys.
 
-    The kernel rotates them where they lie, but queries that share a key (kernels/triton_rope.py).
+    The kernel rotates in place, except queries that share a key (kernels/triton_rope.py).
     """
     query, key = model.query_width, model.query_groups * model.kv_channels
     copies = query + key

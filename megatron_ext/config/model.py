@@ -1,8 +1,8 @@
-"""The one description of a model: what it computes, the tensors that it has, what a token costs.
+"""The description of a model: its function, its tensors, and its FLOPs per token.
 
-Whatever needs a model's shape takes a :class:`ModelConfig`: the trainer, the planner, checkpoints, models
-in and out, inheritance. Each field is a flag; all of them together are the model's function, so that a
-checkpoint of other values is another model. Names are Megatron-LM's; nothing here needs torch.
+All code that needs a model's shape takes a :class:`ModelConfig`: the trainer, the planner, checkpoints,
+import and export, inheritance. Each field is a flag; together they define the model's function, so a
+checkpoint with other values is another model. Names are Megatron-LM's; nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Literal
 from megatron_ext.common.flags import Option, derived, fits, flag, own_options, spelled, wrong
 from megatron_ext.config.needs import GROUPED, ROPE_SCALING, ROTARY, SHORTCUTS
 
-#: Settled by the tokenizer and the layout, not by the model's function.
+#: Determined by the tokenizer and the layout, not part of the model's function.
 _VOCABULARY = ("padded_vocab_size", "softmax_vocab_size")
-#: No size of a model reaches it: whatever says so is damaged, or mistyped.
+#: Larger than any size of a model: such a value is damaged or mistyped.
 _TOO_LARGE = 1 << 31
 
 
 class NoSuchModel(ValueError):
-    """There is no model of this shape; ``problems`` are the reasons, one sentence each."""
+    """The shape is not that of a valid model; ``problems`` are the reasons, one sentence each."""
 
     def __init__(self, problems: list[str]) -> None:
         super().__init__(f"no such model: {'; '.join(problems)}")
@@ -35,10 +35,10 @@ class NoSuchModel(ValueError):
 class ModelConfig:
     """A decoder-only transformer, with or without the PanGu-pi modules.
 
-    What follows from other fields may be left out: the FFN's size is then 4 h, or 8 h / 3 in multiples of 64
-    for SwiGLU (three matrices for two), and a head's size h / n.
+    Two sizes have defaults: the FFN's size is 4 h, or 8 h / 3 in multiples of 64 for SwiGLU (which has three
+    matrices instead of two), and a head's size is h / n.
 
-    Shapes below use s sequence length, h hidden size, f FFN size, n heads, g query groups, d channels of a
+    Shapes below use s sequence length, h hidden size, f FFN size, n heads, g query groups, d channels per
     head, v rows of the vocabulary.
 
     Raises:
@@ -46,7 +46,7 @@ class ModelConfig:
     """
 
     num_layers: int = flag(0, default=None, minimum=1)
-    """Transformer layers."""
+    """Number of transformer layers."""
 
     hidden_size: int = flag(0, default=None, minimum=1)
     """Channels of the residual stream."""
@@ -56,48 +56,48 @@ class ModelConfig:
     --swiglu."""
 
     num_attention_heads: int = flag(0, default=None, minimum=1)
-    """Attention heads."""
+    """Number of attention heads."""
 
     kv_channels: int = flag(0, default=None, minimum=1)
-    """Channels of a head; by default --hidden-size over --num-attention-heads."""
+    """Channels per head; by default --hidden-size divided by --num-attention-heads."""
 
     group_query_attention: bool = False
-    """Share keys and values among groups of query heads; --num-query-groups says how many groups."""
+    """Share keys and values among groups of query heads; --num-query-groups is the number of groups."""
 
     num_query_groups: int | None = flag(None, default=1, minimum=1, needs=[GROUPED])
-    """Groups of query heads that share keys and values (--group-query-attention)."""
+    """Number of groups of query heads that share keys and values (--group-query-attention)."""
 
     normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
     """The norm before attention and FFN, and at the end."""
 
     layernorm_epsilon: float = flag(1e-05, "--norm-epsilon", above=0)
-    """Term that keeps the norm's denominator from zero."""
+    """Term added to the norm's denominator, for numerical stability."""
 
     add_bias_linear: bool = flag(True, "--disable-bias-linear")
     """No biases in linear layers."""
 
     add_qkv_bias: bool = False
-    """Biases for queries, keys and values alone."""
+    """Use biases for queries, keys and values only."""
 
     qk_layernorm: bool = False
-    """Normalize queries and keys of each head."""
+    """Normalize the queries and keys of each head."""
 
     max_position_embeddings: int = flag(0, default=None, minimum=1)
-    """Longest sequence the model is built for; at least --seq-length."""
+    """Maximum sequence length of the model; at least --seq-length."""
 
     position_embedding_type: Literal["learned_absolute", "rope", "mrope", "relative", "none"] = flag(
         "learned_absolute", refused=["mrope", "relative"]
     )
-    """How positions enter the model; PanGu-pi and Llama use rope."""
+    """Position embedding; PanGu-pi and Llama use rope."""
 
     rotary_base: int = flag(10000, minimum=1, needs=[ROTARY])
     """Base of the rotary embedding's wavelengths."""
 
     rotary_percent: float = flag(1.0, minimum=0, maximum=1, needs=[ROTARY])
-    """Share of each head's channels that is rotated."""
+    """Fraction of each head's channels that is rotated."""
 
     rotary_seq_len_interpolation_factor: int | None = flag(None, minimum=1, needs=[ROTARY])
-    """Positions are divided by this factor, to stretch rotary embeddings over longer sequences."""
+    """Divide positions by this factor, to stretch rotary embeddings over longer sequences."""
 
     use_rope_scaling: bool = flag(False, needs=[ROTARY])
     """Stretch long wavelengths of the rotary embedding as Llama 3.1 and later do: those above 8192 positions
@@ -116,23 +116,23 @@ class ModelConfig:
     """Gated FFN with the sigmoid approximation of GELU."""
 
     untie_embeddings_and_output_weights: bool = False
-    """Give the output layer its own weights instead of the word embedding's."""
+    """Use separate weights for the output layer instead of the word embedding's."""
 
     series_activation_order: int = flag(0, minimum=0)
-    """Terms n of the series informed activation in the FFN; 0 keeps the plain activation."""
+    """Number of terms n of the series informed activation in the FFN; 0 uses the plain activation."""
 
     augmented_shortcuts: int = flag(0, minimum=0)
-    """Augmented shortcuts T around the attention; 0 keeps the plain residual."""
+    """Number of augmented shortcuts T around the attention; 0 uses only the residual connection."""
 
     augmented_shortcut_reduction: int = flag(32, minimum=1, needs=[SHORTCUTS])
-    """Reduction r of a shortcut's bottleneck, hidden -> hidden/r -> hidden."""
+    """Reduction r of an augmented shortcut's bottleneck, hidden -> hidden/r -> hidden."""
 
     padded_vocab_size: int | None = flag(None, minimum=1)
     """Rows of the embedding; by default the vocabulary's size rounded up to a multiple of
     --make-vocab-size-divisible-by."""
 
     softmax_vocab_size: int | None = derived(None)
-    """Rows that take part in the softmax: the tokenizer's pieces, or padding too (--vocab-padding)."""
+    """Rows in the softmax: the tokenizer's pieces, possibly with padding (--vocab-padding)."""
 
     def __post_init__(self) -> None:
         self._fill_in()
@@ -141,7 +141,7 @@ class ModelConfig:
 
     @classmethod
     def draft(cls, **values: object) -> ModelConfig:
-        """A model that may not be one: its :meth:`problems` are still to be reported, among others."""
+        """A model that is not validated yet: its :meth:`problems` are reported together with others."""
         config = object.__new__(cls)
         vars(config).update(
             {field.name: values.get(field.name, field.default) for field in dataclasses.fields(cls)}
@@ -152,7 +152,7 @@ class ModelConfig:
     def _fill_in(self) -> None:
         h, n = self.hidden_size, self.num_attention_heads
         if type(h) is not int or type(n) is not int:
-            return  # files of other makers may say anything: problems() tells
+            return  # values from files may have any type: problems() reports it
         if not self.ffn_hidden_size and h:
             width = int((4 * h * 2 / 3) / 64) * 64 if self.swiglu else 4 * h
             object.__setattr__(self, "ffn_hidden_size", width)
@@ -162,10 +162,10 @@ class ModelConfig:
             object.__setattr__(self, "add_qkv_bias", True)
 
     def problems(self) -> Iterator[str]:
-        """Why there is no such model; sizes first, because the rest is calculated with them."""
-        found = [text for option in own_options(ModelConfig) for text in self._wrong(option)]
-        yield from found
-        if found:
+        """The reasons why the model is invalid; sizes first, because the other checks use them."""
+        wrong_values = [text for option in own_options(ModelConfig) for text in self._wrong(option)]
+        yield from wrong_values
+        if wrong_values:
             return
         if not self.kv_channels:
             yield (
@@ -205,7 +205,7 @@ class ModelConfig:
             )
 
     def _wrong(self, option: Option) -> Iterator[str]:
-        """What is wrong with a value by itself."""
+        """Problems of a value by itself."""
         value = getattr(self, option.name)
         yield from wrong(option, value)
         if value is None and option.name != "kv_channels" and not fits(None, option.annotation):
@@ -216,7 +216,7 @@ class ModelConfig:
 
     @property
     def tied(self) -> bool:
-        """Whether embedding and output layer are one matrix."""
+        """Whether embedding and output layer share one matrix."""
         return not self.untie_embeddings_and_output_weights
 
     @property
@@ -226,17 +226,17 @@ class ModelConfig:
 
     @property
     def has_pi(self) -> bool:
-        """Whether it has a PanGu-pi module, which no plain transformer has."""
+        """Whether the model has a PanGu-pi module."""
         return bool(self.series_activation_order or self.augmented_shortcuts)
 
     @property
     def query_groups(self) -> int:
-        """g: heads that have keys and values of their own."""
+        """g: number of key and value heads."""
         return (self.group_query_attention and self.num_query_groups) or self.num_attention_heads
 
     @property
     def heads_per_group(self) -> int:
-        """n / g: query heads that share a key and a value."""
+        """n / g: number of query heads that share a key and a value."""
         return self.num_attention_heads // self.query_groups
 
     @property
@@ -251,7 +251,7 @@ class ModelConfig:
 
     @property
     def shortcut_width(self) -> int:
-        """T h / r: width of the bottleneck of all augmented shortcuts together."""
+        """T h / r: total width of the bottlenecks of all augmented shortcuts."""
         return self.augmented_shortcuts * (self.hidden_size // self.augmented_shortcut_reduction)
 
     @property
@@ -261,25 +261,25 @@ class ModelConfig:
 
     @property
     def vocab_size(self) -> int:
-        """Rows that take part in the softmax: those without padding, or all where nobody says which."""
+        """Rows in the softmax: those without padding, or all rows if the number of those is unknown."""
         return self.softmax_vocab_size or self.padded_vocab_size or 0
 
     @property
     def without_padding(self) -> ModelConfig:
-        """The same model with the rows of the softmax alone."""
+        """The same model with only the rows of the softmax."""
         return dataclasses.replace(self, padded_vocab_size=self.vocab_size)
 
     def effective(self) -> dict[str, object]:
-        """Name -> value of what decides the model's function; None where a value does not matter."""
+        """Name -> value of the fields that define the model's function; None for values without effect."""
         values = {name: value for name, value in vars(self).items() if name not in _VOCABULARY}
         values["rotary_seq_len_interpolation_factor"] = self.rotary_seq_len_interpolation_factor or 1
         for option in own_options(ModelConfig):
             if not all(need.holds(SimpleNamespace(model=self)) for need in option.needs):
                 values[option.name] = None
-        if self.query_groups == self.num_attention_heads:  # as many groups as heads are none
+        if self.query_groups == self.num_attention_heads:  # a group per head is the same as no groups
             values |= {"group_query_attention": False, "num_query_groups": None}
         if self.position_embedding_type != "learned_absolute":
-            values["max_position_embeddings"] = None  # rotary positions have no end
+            values["max_position_embeddings"] = None  # rotary positions are unlimited
         return values
 
     def parameters(self) -> dict[str, tuple[int, ...]]:
@@ -322,16 +322,16 @@ class ModelConfig:
 
     @property
     def num_parameters(self) -> int:
-        """Parameters of the whole model, the vocabulary's padding included."""
+        """Number of parameters, including the vocabulary's padding."""
         one = dataclasses.replace(self, num_layers=1)
         outside = _count(one.parameters()) - _count(one.layer_parameters())
         return outside + self.num_layers * _count(self.layer_parameters())
 
     def flops_per_token(self, seq_length: int) -> float:
-        """Operations of forward and backward for one token of a sequence of s tokens: matmuls alone.
+        """FLOPs of forward and backward per token, in sequences of s tokens; only matmuls are counted.
 
-        Two for each multiply-add, and two more products backward for each one forward. Causal attention
-        counts as the half that is not masked, as in Megatron-LM 0.16; recomputation is not counted.
+        A multiply-add counts as two, and the backward pass has two products for each one of the forward pass.
+        Of causal attention only the unmasked half is counted, as in Megatron-LM 0.16; recomputation is not.
         """
         h = self.hidden_size
         attention = h * self.qkv_width + self.query_width * h + self.query_width * seq_length

@@ -1,4 +1,4 @@
-"""Which arguments decide what a model computes: the one table for all who compare or take them."""
+"""The arguments that define a model's function, for all code that compares or adopts them."""
 
 from collections.abc import Mapping
 from functools import cache
@@ -8,11 +8,11 @@ from megatron_ext.common.flags import default_of, own_options
 from megatron_ext.config import flag_of, options
 from megatron_ext.config.model import ModelConfig
 
-#: What a checkpoint says of the run that saved it, by the names of Megatron-LM's arguments.
+#: The saved arguments of a checkpoint, by Megatron-LM's names.
 Saved = Mapping[str, Any]
 
-#: Megatron-LM's arguments that change what a model computes and that have no flag here, with the value
-#: that every model here is computed with. A checkpoint that says another is of a model we do not have.
+#: Megatron-LM's arguments that change a model's function and have no flag here, with the value that applies
+#: to every model here. A checkpoint with another value is of an unsupported model.
 ALWAYS: dict[str, Any] = {
     "activation_func_clamp_value": None,
     "apply_layernorm_1p": False,
@@ -41,7 +41,7 @@ ALWAYS: dict[str, Any] = {
     "window_size": None,
 }
 
-#: Flags that say one thing together: where one of them is typed, none is taken from a checkpoint.
+#: Groups of related flags: if one of a group is given, none of it is taken from a checkpoint.
 TOGETHER = (
     ("swiglu", "squared_relu", "quick_geglu"),
     ("group_query_attention", "num_query_groups"),
@@ -51,36 +51,36 @@ TOGETHER = (
 
 @cache
 def names() -> tuple[str, ...]:
-    """The arguments that decide what a model computes, and with it the sizes of its weights."""
+    """The arguments that define a model's function, and with it the sizes of its weights."""
     return tuple(option.name for option in own_options(ModelConfig) if option.name != "padded_vocab_size")
 
 
 def model_of(saved: Saved) -> ModelConfig:
-    """The model of a checkpoint, ours or Megatron-LM's, without its vocabulary; a draft, not checked yet.
+    """The model of a checkpoint, ours or Megatron-LM's, without its vocabulary; a draft, not validated yet.
 
-    What the arguments do not say has the default: versions without an option computed as its default does.
+    Missing arguments have their default: versions without an option computed what its default computes.
     """
     return ModelConfig.draft(**{name: _stated(saved, name, default_of(options()[name])) for name in names()})
 
 
 def function_of(saved: Saved) -> dict[str, Any]:
-    """Name -> value of what decides the model's function; None where it does not matter, or is not known."""
+    """Name -> value of the fields that define the model's function; None if without effect or unknown."""
     return model_of(saved).effective()
 
 
 def differences(saved: Saved, model: ModelConfig) -> list[str]:
-    """What a checkpoint's ``saved`` arguments say differently of the model, flag by flag."""
+    """The differences between a checkpoint's ``saved`` arguments and ``model``, flag by flag."""
     theirs, ours = function_of(saved), model.effective()
-    found = [
+    differing = [
         f"{spelled(name)}: checkpoint {theirs[name]}, this run {ours[name]}"
         for name in names()
         if theirs[name] is not None and ours[name] is not None and theirs[name] != ours[name]
     ]
-    return found + unknown_here(saved)
+    return differing + unsupported(saved)
 
 
-def unknown_here(saved: Saved) -> list[str]:
-    """What a checkpoint of Megatron-LM says of its model that no flag here can say."""
+def unsupported(saved: Saved) -> list[str]:
+    """The properties of a Megatron-LM checkpoint's model that have no flag here."""
     return [
         f"{name} (Megatron-LM's): checkpoint {saved[name]}, here always {value}"
         for name, value in ALWAYS.items()
@@ -88,20 +88,20 @@ def unknown_here(saved: Saved) -> list[str]:
     ]
 
 
-def taken(saved: Saved, said: set[str], more: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Name -> value of what a checkpoint's ``saved`` arguments say of the model and ``said`` does not.
+def taken(saved: Saved, given: set[str], more: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Name -> value of the model's arguments to take from a checkpoint: those that are not ``given``.
 
     Args:
-        said: the arguments that a flag, or a preset, gave a value.
-        more: arguments to take besides those of the function.
+        given: the arguments that a flag or a preset sets.
+        more: arguments to take besides those of the model's function.
     """
-    said = said.union(*(group for group in TOGETHER if said & {*group}))
-    found = {name: _stated(saved, name, None) for name in (*names(), *more) if name not in said}
-    return {name: value for name, value in found.items() if value is not None}
+    given = given.union(*(group for group in TOGETHER if given & {*group}))
+    values = {name: _stated(saved, name, None) for name in (*names(), *more) if name not in given}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _stated(saved: Saved, name: str, default: Any) -> Any:
-    """What is said, under the names of earlier versions of Megatron-LM too."""
+    """The saved value, also under the names of earlier versions of Megatron-LM."""
     if name == "position_embedding_type" and saved.get("use_rotary_position_embeddings"):
         return "rope"
     earlier = {"layernorm_epsilon": "norm_epsilon"}.get(name, name)
@@ -109,6 +109,6 @@ def _stated(saved: Saved, name: str, default: Any) -> Any:
 
 
 def spelled(name: str) -> str:
-    """The flag, with the argument's name where the two differ."""
+    """The flag, with the argument's name if the two differ."""
     flag = flag_of(name)
     return flag if flag == "--" + name.replace("_", "-") else f"{flag} ({name})"

@@ -1,4 +1,4 @@
-"""What a flag needs to have an effect: the conditions that fields name (``flag(..., needs=[...])``)."""
+"""Conditions under which flags have an effect, used by fields in ``flag(..., needs=[...])``."""
 
 from megatron_ext.common.flags import Need
 
@@ -16,7 +16,9 @@ WSD = Need("--lr-decay-style WSD", lambda run: run.schedule.lr_decay_style == "W
 FP16 = Need("--fp16", lambda run: run.precision.fp16)
 BF16 = Need("--bf16", lambda run: run.precision.bf16)
 HALF = Need("--bf16 or --fp16", lambda run: run.precision.bf16 or run.precision.fp16)
-ADAPTING = Need("an adapting loss scale, without --loss-scale", lambda run: run.precision.loss_scale is None)
+DYNAMIC_SCALE = Need(
+    "a dynamic loss scale, without --loss-scale", lambda run: run.precision.loss_scale is None
+)
 FP8 = Need("--fp8-format", lambda run: run.precision.fp8)
 FP4 = Need("--fp4-format", lambda run: run.precision.fp4)
 ENDS_IN_BF16 = Need("--first-last-layers-bf16", lambda run: run.precision.first_last_layers_bf16)
@@ -26,7 +28,7 @@ SELECTIVE = Need(
     "--recompute-granularity selective", lambda run: run.recompute.recompute_granularity == "selective"
 )
 CHECKED = Need(
-    "the check that --no-check-for-nan-in-loss-and-grad turns off, and no adapting loss scale of --fp16",
+    "the check that --no-check-for-nan-in-loss-and-grad turns off, and no dynamic loss scale of --fp16",
     lambda run: run.training.check_for_nan_in_loss_and_grad,
 )
 MANUAL_GC = Need("--manual-gc", lambda run: run.training.manual_gc)

@@ -1,4 +1,4 @@
-"""Models by name: the two papers' models, and two small ones for a laptop.
+"""Model presets: the models of the two papers, and two small ones for a laptop.
 
 Layers, hidden sizes, vocabularies and the head width of 128 are stated in arXiv 2402.02791 and
 2312.17276. FFN widths are our reading, rounded to 128 channels so that TP 2/4/8 and FP8 shapes fit:
@@ -12,7 +12,7 @@ from typing import Any
 from megatron_ext.config.data import padded
 from megatron_ext.config.model import ModelConfig
 
-#: What all presets share: a Llama-style decoder with both PanGu-pi modules.
+#: Common to all presets: a Llama-style decoder with both PanGu-pi modules.
 _LLAMA_STYLE: dict[str, Any] = {
     "position_embedding_type": "rope",
     "rotary_base": 10000,
@@ -25,13 +25,13 @@ _LLAMA_STYLE: dict[str, Any] = {
     "augmented_shortcuts": 1,
     "augmented_shortcut_reduction": 32,
 }
-#: How the papers' models are trained, besides.
+#: Further training settings of the papers' models.
 _TRAINED_WITH: dict[str, Any] = {"attention_dropout": 0.0, "hidden_dropout": 0.0, "init_method_std": 0.02}
 _SIZES = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "max_position_embeddings")
 
 
 def _model(layers: int, hidden: int, heads: int, ffn: int, vocabulary: int, sequence: int) -> ModelConfig:
-    """``vocabulary`` is the one that the model was designed for; the tokenizer decides the real one."""
+    """``vocabulary`` is the size the model was designed for; the tokenizer determines the actual size."""
     return ModelConfig(
         num_layers=layers,
         hidden_size=hidden,
@@ -61,7 +61,7 @@ def preset(name: str) -> ModelConfig:
     """The model of that name.
 
     Raises:
-        LookupError: there is none; the message lists those there are.
+        LookupError: there is none; the message lists the presets.
     """
     if name not in PRESETS:
         raise LookupError(f"--model-preset {name}: there is no such preset; choose {', '.join(PRESETS)}")
@@ -71,7 +71,7 @@ def preset(name: str) -> ModelConfig:
 def preset_values(name: str) -> dict[str, Any]:
     """Name -> value of every flag that a preset sets; raises LookupError as :func:`preset`.
 
-    Its positions are the length that it is trained at.
+    The sequence length is the preset's number of positions.
     """
     model = preset(name)
     sizes = {size: getattr(model, size) for size in _SIZES}

@@ -1,4 +1,4 @@
-"""The whole configuration of a run, by concern: made once from the command line and handed on."""
+"""The whole configuration of a run, by concern, made once from the command line."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from megatron_ext.config.training import OptimizerConfig, ScheduleConfig, Traini
 
 @dataclass(kw_only=True)
 class RunConfig:
-    """Each field is a concern, and a section of ``--help``; a name stands in one of them only."""
+    """Each field is a concern and a section of ``--help``; a name belongs to only one of them."""
 
     init: InitConfig
     model: ModelConfig
@@ -50,9 +50,9 @@ class RunConfig:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> RunConfig:
-        """The configuration of these values, by name; what is not among them has its field's default.
+        """The configuration with these values, by name; other fields have their default.
 
-        The model is a draft: its :meth:`ModelConfig.problems` are to be reported among others.
+        The model is a draft: its :meth:`ModelConfig.problems` are reported together with others.
         """
         parts: dict[str, Any] = {name: {} for name in concerns()}
         for name, value in values.items():
@@ -63,20 +63,20 @@ class RunConfig:
         return cls(model=ModelConfig.draft(**parts["model"]), **made)
 
     def flat(self) -> dict[str, Any]:
-        """Name -> value of everything, as Megatron-LM's arguments have it."""
+        """Name -> value of every field, as in Megatron-LM's arguments."""
         return {name: value for concern in concerns() for name, value in vars(getattr(self, concern)).items()}
 
     @property
     def samples_at_once(self) -> int:
-        """Samples of one micro batch on all data parallel ranks."""
+        """Samples of one micro batch over all data parallel ranks."""
         return self.training.micro_batch_size * self.parallel.data_parallel_size
 
     def get(self, name: str) -> Any:
-        """The value of that name."""
+        """The value of the field ``name``."""
         return getattr(getattr(self, concern_of(name)), name)
 
     def but(self, **values: Any) -> RunConfig:
-        """A copy with other values, by name."""
+        """A copy with some values replaced, by name."""
         changed: dict[str, Any] = {}
         for name, value in values.items():
             concern = concern_of(name)
@@ -85,7 +85,7 @@ class RunConfig:
         return dataclasses.replace(self, **changed)
 
     def change_model(self, **values: Any) -> None:
-        """Give the model other values; a draft stays one."""
+        """Replace values of the model; the result is a draft."""
         self.model = ModelConfig.draft(**vars(self.model) | values)
 
 
@@ -101,13 +101,13 @@ def _places() -> dict[str, str]:
 
 
 def is_named(name: str) -> bool:
-    """Whether there is a value of that name."""
+    """Whether any concern has a field ``name``."""
     return name in _places()
 
 
 def concern_of(name: str) -> str:
-    """The field of RunConfig that has the value of that name.
+    """The field of RunConfig whose concern has the field ``name``.
 
-    Raises KeyError for a name that no configuration has.
+    Raises KeyError for an unknown name.
     """
     return _places()[name]

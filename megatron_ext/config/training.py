@@ -21,59 +21,59 @@ class TrainingConfig:
     """Batches, duration and exit."""
 
     micro_batch_size: int = flag(0, default=None, minimum=1)
-    """Sequences in one forward pass of one data parallel rank."""
+    """Sequences per forward pass on each data parallel rank."""
 
     global_batch_size: int = flag(0, default=None, minimum=1)
-    """Sequences in one optimizer step; by default --micro-batch-size times the data parallel size."""
+    """Sequences per optimizer step; by default --micro-batch-size times the data parallel size."""
 
     rampup_batch_size: list[int] | None = flag(None, nargs=3, metavar=("START", "INCREMENT", "SAMPLES"))
-    """Grow the global batch from START by INCREMENT until --global-batch-size, over SAMPLES samples;
-    for runs in samples (--train-samples)."""
+    """Increase the global batch size from START in steps of INCREMENT to --global-batch-size, over SAMPLES
+    samples; for runs in samples (--train-samples)."""
 
     decrease_batch_size_if_needed: bool = False
-    """Round a global batch that micro batch times data parallel size does not divide down."""
+    """Round the global batch size down to a multiple of micro batch size times data parallel size."""
 
     train_iters: int = flag(0, default=None, minimum=1)
-    """Optimizer steps of the whole run; this or --train-samples."""
+    """Number of optimizer steps of the whole run; give this or --train-samples."""
 
     train_samples: int | None = flag(None, minimum=1)
-    """Sequences of the whole run; this or --train-iters."""
+    """Number of sequences of the whole run; give this or --train-iters."""
 
     exit_interval: int | None = flag(None, minimum=1)
-    """Stop after an iteration that this divides."""
+    """Save and stop after an iteration divisible by this."""
 
     exit_duration_in_mins: int | None = flag(None, minimum=1)
     """Save and stop after this many minutes."""
 
     exit_signal_handler: bool = False
-    """Save and stop when --exit-signal arrives; always so here."""
+    """Save and stop on --exit-signal; always on here."""
 
     exit_signal: Signals = flag(Signals.SIGTERM, type=signal_by_name, metavar="NAME")
-    """One more signal that asks for a checkpoint and an exit; SIGTERM, SIGINT (Ctrl-C), SIGHUP and SIGUSR1
-    always do."""
+    """A further signal that saves a checkpoint and stops the run; SIGTERM, SIGINT (Ctrl-C), SIGHUP and
+    SIGUSR1 always do."""
 
     iterations_to_skip: list[int] = flag([])
-    """Iterations, numbered as in the log (Megatron-LM 0.16 numbers from 0), whose batch is not trained on."""
+    """Iterations whose batch is skipped, numbered as in the log (Megatron-LM 0.16 numbers from 0)."""
 
     manual_gc: bool = False
     """Collect garbage at fixed iterations, so that all ranks pause together."""
 
     manual_gc_interval: int = flag(0, minimum=0, needs=[MANUAL_GC])
-    """Iterations between two collections under --manual-gc; 0 never collects."""
+    """Iterations between two garbage collections with --manual-gc; 0 never collects."""
 
     manual_gc_eval: bool = flag(True, needs=[MANUAL_GC])
-    """Do not collect garbage around validation under --manual-gc."""
+    """Do not collect garbage before validation with --manual-gc."""
 
     empty_unused_memory_level: Literal[0, 1, 2] = flag(0, needs=[GPU])
-    """Give cached GPU memory back: 0 never, 1 before each update and after a validation, 2 after the update
-    too."""
+    """Release cached GPU memory: 0 never, 1 before each update and after a validation, 2 also after each
+    update."""
 
     check_for_nan_in_loss_and_grad: bool = flag(True, "--no-check-for-nan-in-loss-and-grad")
-    """Do not stop at a NaN or Inf in the loss or a gradient."""
+    """Do not check the loss and the gradients for NaN or Inf."""
 
     skip_bad_iterations: int = flag(0, minimum=0, needs=[CHECKED])
-    """Pass over this many iterations of a run with a NaN or Inf in the loss or a gradient, without an
-    update and with their samples noted in bad_samples.jsonl in the --save folder; the next one stops it."""
+    """Skip the update in up to this many iterations with a NaN or Inf in the loss or a gradient, and write
+    their samples to bad_samples.jsonl in the --save folder; the next such iteration ends the run."""
 
     check_for_large_grads: bool = False
     """Stop at a gradient of unexpected size."""
@@ -99,28 +99,28 @@ class OptimizerConfig:
     """Weight decay of matrices; norms and biases have none."""
 
     start_weight_decay: float | None = flag(None, minimum=0)
-    """Weight decay at the start, where --weight-decay-incr-style is not constant."""
+    """Weight decay at the start, if --weight-decay-incr-style is not constant."""
 
     end_weight_decay: float | None = flag(None, minimum=0)
-    """Weight decay at the end, where --weight-decay-incr-style is not constant."""
+    """Weight decay at the end, if --weight-decay-incr-style is not constant."""
 
     weight_decay_incr_style: Literal["constant", "linear", "cosine"] = "constant"
-    """How the weight decay moves from start to end."""
+    """How the weight decay changes from start to end."""
 
     clip_grad: float = flag(1.0, minimum=0)
-    """Clip gradients to this global norm; 0 does not."""
+    """Clip gradients to this global norm; 0 disables clipping."""
 
     adam_beta1: float = flag(0.9, minimum=0, below=1, needs=[ADAM])
-    """Decay of the mean of gradients."""
+    """Decay rate of Adam's mean of gradients."""
 
     adam_beta2: float = flag(0.999, minimum=0, below=1, needs=[ADAM])
-    """Decay of the mean of squared gradients."""
+    """Decay rate of Adam's mean of squared gradients."""
 
     adam_eps: float = flag(1e-08, above=0, needs=[ADAM])
-    """Term that keeps Adam's denominator from zero."""
+    """Term added to Adam's denominator, for numerical stability."""
 
     sgd_momentum: float = flag(0.9, minimum=0, below=1, needs=[SGD])
-    """Momentum of sgd."""
+    """Momentum of --optimizer sgd."""
 
     muon_momentum: float = flag(0.9, minimum=0, below=1, needs=[MUON])
     """Momentum of muon."""
@@ -157,33 +157,33 @@ class ScheduleConfig:
     """Learning rate and weight decay over the run."""
 
     lr: float = flag(0.0, default=None, minimum=0)
-    """The highest learning rate."""
+    """Maximum learning rate."""
 
     min_lr: float = flag(0.0, minimum=0)
-    """The learning rate never falls below this after the warm-up."""
+    """Minimum learning rate after the warm-up."""
 
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "linear"
-    """How the learning rate falls; WSD stays and falls at the end (warm-up, stable, decay)."""
+    """How the learning rate decays; WSD is constant and decays at the end (warm-up, stable, decay)."""
 
     lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = flag(
         "exponential", needs=[WSD]
     )
-    """How WSD's last part falls."""
+    """How the learning rate decays in the last part of WSD."""
 
     lr_decay_iters: int | None = flag(None, minimum=1)
-    """Iterations until --min-lr; by default --train-iters."""
+    """Iterations until the learning rate is --min-lr; by default --train-iters."""
 
     lr_decay_samples: int | None = flag(None, minimum=1)
-    """Samples until --min-lr; by default --train-samples."""
+    """Samples until the learning rate is --min-lr; by default --train-samples."""
 
     lr_wsd_decay_iters: int | None = flag(None, minimum=1, needs=[WSD])
-    """Iterations of WSD's last part."""
+    """Iterations of WSD's decay."""
 
     lr_wsd_decay_samples: int | None = flag(None, minimum=1, needs=[WSD])
-    """Samples of WSD's last part."""
+    """Samples of WSD's decay."""
 
     lr_warmup_fraction: float | None = flag(None, minimum=0, maximum=1)
-    """Share of the decay's length that is warm-up."""
+    """Length of the warm-up as a fraction of --lr-decay-iters (or --lr-decay-samples)."""
 
     lr_warmup_iters: int = flag(0, minimum=0)
     """Iterations of linear warm-up."""
@@ -192,17 +192,17 @@ class ScheduleConfig:
     """Samples of linear warm-up."""
 
     lr_warmup_init: float = flag(0.0, minimum=0)
-    """Learning rate that the warm-up starts from."""
+    """Learning rate at the start of the warm-up."""
 
     override_opt_param_scheduler: bool = flag(
         False, "--override-opt_param-scheduler", "--override-opt-param-scheduler", needs=[LOAD]
     )
-    """Take the schedule from these flags, not from the checkpoint."""
+    """Use the schedule of the flags instead of the checkpoint's."""
 
     use_checkpoint_opt_param_scheduler: bool = flag(
         False, "--use-checkpoint-opt_param-scheduler", "--use-checkpoint-opt-param-scheduler", needs=[LOAD]
     )
-    """Take the schedule from the checkpoint, not from these flags."""
+    """Use the schedule of the checkpoint instead of the flags'."""
 
     lr_warmup_steps: float = derived(0)
     lr_decay_steps: int = derived(0)

@@ -53,7 +53,7 @@ def of_saved(saved: Saved, vocab_size: int) -> ModelConfig:
         KeyError, TypeError: the arguments do not say what it is.
     """
     model = model_function.model_of(saved)
-    _require_llama(model.effective(), model_function.unknown_here(saved))
+    _require_llama(model.effective(), model_function.unsupported(saved))
     vocabulary = {
         "softmax_vocab_size": vocab_size,
         "padded_vocab_size": max(saved["padded_vocab_size"], vocab_size),
