@@ -1,1 +1,1 @@
-"""What every part needs: files, progress, agreement between ranks. Knows nothing of Megatron-Core."""
+"""Shared by all packages: files, locks, progress, errors. Independent of Megatron-Core."""

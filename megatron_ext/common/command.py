@@ -1,15 +1,15 @@
-"""The frame of the command lines in tools/: how they end, whatever is wrong with their input.
+"""The frame of the command lines in tools/: exit codes, and one-line errors for bad input.
 
     from megatron_ext.common import command
 
     def main(argv: list[str] | None = None) -> int:
-        ...                         # read flags, work, print; raise what is wrong
+        ...                         # read flags, work, print; raise an error
     main = command.tool(main)       # or as a decorator
 
-A tool ends with 0 when its whole output is in place; with 1 and one line, ``NAME: error: ...``, for
-bad input; with 2 for bad usage (argparse); with 130 after Ctrl-C; quietly with 141 when the reader of
-its output has gone, as in ``tool | head``. Readers raise one of ``EXPECTED``, naming their file: any
-other exception is a fault of the program and keeps its traceback.
+A tool exits with 0 if all output was written; with 1 and one line, ``NAME: error: ...``, for bad input;
+with 2 for bad usage (argparse); with 130 after Ctrl-C; silently with 141 if its output is a closed pipe, as
+in ``tool | head``. Readers raise one of ``EXPECTED``, naming their file; any other exception is a bug in the
+program and keeps its traceback.
 """
 
 import argparse
@@ -28,26 +28,26 @@ from typing import Any, Protocol, TypeVar, cast
 from megatron_ext.common.errors import RunError
 from megatron_ext.common.flags import add_flags
 
-#: What can be wrong with files, flags and machines. MemoryError: what was asked for is too large.
+#: Errors of files, flags and machines. MemoryError: the requested work is too large.
 EXPECTED = (ValueError, OSError, RunError, MemoryError)
-_LONGEST = 10_000
+_MAX_MESSAGE = 10_000
 INTERRUPTED, CLOSED_PIPE = 128 + signal.SIGINT, 128 + signal.SIGPIPE
 
 
 class Options(Protocol):
-    """A dataclass of what a library function is asked to do."""
+    """A dataclass with the options of a library function."""
 
     def problems(self) -> list[str]:
-        """What cannot be meant, one sentence each, by the names of the flags."""
+        """Invalid values and combinations, one sentence each, by the names of the flags."""
         ...
 
 
-Made = TypeVar("Made")
-Asked = TypeVar("Asked", bound=Options)
+T = TypeVar("T")
+OptionsT = TypeVar("OptionsT", bound=Options)
 
 
 def tool(main: Callable[..., int]) -> Callable[..., int]:
-    """``main(argv)`` with the ends above; the tool's name is that of its file."""
+    """Wrap ``main(argv)`` with the exit codes above; the tool's name is that of its file."""
     name = Path(main.__code__.co_filename).name
 
     @functools.wraps(main)
@@ -68,34 +68,34 @@ def tool(main: Callable[..., int]) -> Callable[..., int]:
 
 
 def open_missing_streams() -> None:
-    """Lead standard output and error that were closed (``>&-``, as under some daemons) nowhere.
+    """Redirect closed standard output and error (``>&-``, as under some daemons) to the null device.
 
-    Else the next file that is opened would take their number, and get what libraries print. Who reads
-    standard input says that it is closed: ``sys.stdin`` stays None.
+    Otherwise the next opened file would get their descriptor, and with it the output of libraries.
+    ``sys.stdin`` stays None, so that readers of standard input can report that it is closed.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor: this one
         if number and getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for good
 
 
 def message(error: BaseException) -> str:
-    """What an expected error says to a user; of a text without end, its beginning."""
+    """The message of an expected error for the user, truncated if it is very long."""
     if isinstance(error, MemoryError):
         return f"there is not enough memory {error}".rstrip()
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
-    said = str(error).strip() or type(error).__name__
-    return said if len(said) <= _LONGEST else f"{said[:_LONGEST]} ..."
+    text = str(error).strip() or type(error).__name__
+    return text if len(text) <= _MAX_MESSAGE else f"{text[:_MAX_MESSAGE]} ..."
 
 
 def parser(
     description: str | None, usage: str | None = None, options: type | None = None
 ) -> argparse.ArgumentParser:
-    """A parser whose help is the tool's docstring as it stands, and that takes no abbreviated flags.
+    """A parser with the tool's docstring as its help, and without abbreviated flags.
 
     ``options``: a dataclass whose fields are flags (``flags.py``).
     """
@@ -111,27 +111,28 @@ def parser(
 
 
 def read(
-    parser: argparse.ArgumentParser, argv: list[str] | None, kind: type[Asked], **within: type
-) -> tuple[Asked, argparse.Namespace]:
-    """What a command line asks for, and all that was typed; its ``problems()`` are bad usage.
+    parser: argparse.ArgumentParser, argv: list[str] | None, kind: type[OptionsT], **within: type
+) -> tuple[OptionsT, argparse.Namespace]:
+    """Parse a command line into options; their ``problems()`` are reported as bad usage.
 
-    ``within`` are the classes of fields of ``kind`` that are dataclasses of flags themselves.
+    ``within`` are the classes of fields of ``kind`` that are dataclasses of flags themselves. Returns the
+    options and the parsed flags.
     """
     typed = parser.parse_args(argv)
-    asked = made(kind, typed, **{name: made(inner, typed) for name, inner in within.items()})
-    if problems := asked.problems():
+    options = made(kind, typed, **{name: made(inner, typed) for name, inner in within.items()})
+    if problems := options.problems():
         parser.error("; ".join(problems))
-    return asked, typed
+    return options, typed
 
 
-def made(kind: type[Made], typed: argparse.Namespace, **more: Any) -> Made:
-    """An instance of a dataclass from the flags of its fields' names, and ``more``."""
+def made(kind: type[T], typed: argparse.Namespace, **more: Any) -> T:
+    """Create a dataclass from the flags with its fields' names, and ``more``."""
     names = {field.name for field in dataclasses.fields(cast(Any, kind))}
     return kind(**{name: value for name, value in vars(typed).items() if name in names} | more)
 
 
 def _end(line: str | None, code: int) -> int:
-    """Say the last word. What standard output cannot take is dropped: Python's own end would tell of it."""
+    """Flush, and print ``line``. Unwritable output is dropped, so that Python's exit is silent."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -144,11 +145,11 @@ def _end(line: str | None, code: int) -> int:
 
 
 def _reader_has_gone() -> bool:
-    """Whether it is standard output that is a pipe which nobody reads."""
+    """Whether standard output is a pipe without a reader."""
     poll = select.poll()
     try:
         poll.register(sys.stdout.fileno(), 0)
-    except (OSError, ValueError):  # it is not a file, as under pytest
+    except (OSError, ValueError):  # not a file, as under pytest
         return False
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
@@ -156,7 +157,7 @@ def _reader_has_gone() -> bool:
 def _quiet_while_importing(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-    """Python's last resort, but for Ctrl-C before ``main`` runs: imports take seconds on a busy machine."""
+    """The default excepthook, but silent for Ctrl-C during the imports, which can take seconds."""
     if issubclass(kind, KeyboardInterrupt):
         os._exit(INTERRUPTED)
     sys.__excepthook__(kind, error, trace)

@@ -4,7 +4,7 @@ import signal
 
 
 class RunError(RuntimeError):
-    """The run cannot go on; the message says why and what to do. The same on every rank."""
+    """The run cannot continue; the message says why and what to do. Raised alike on every rank."""
 
 
 class LostProcess(RunError):

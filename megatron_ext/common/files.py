@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, never over what is read, and read without a change meanwhile."""
+"""Files: atomic writes, hashes, and checks that inputs are neither overwritten nor changed while read."""
 
 import contextlib
 import hashlib
@@ -16,14 +16,14 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: What an .npz may unpack to: counts of a hundred sources over a vocabulary of a million take half of it.
-_LARGEST_ARRAYS = 1 << 31
-#: A manifest says its format within so many bytes.
+#: Limit of an unpacked .npz: counts of a hundred sources over a vocabulary of a million need half of it.
+_MAX_ARRAY_BYTES = 1 << 31
+#: A manifest names its format within this many bytes.
 _MANIFEST_START = 1 << 12
 
 
 class OverwritesInput(ValueError):
-    """What shall be written is what is read; the message names both."""
+    """An output is also an input; the message names both."""
 
 
 class InputChanged(ValueError):
@@ -31,16 +31,16 @@ class InputChanged(ValueError):
 
 
 def load_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file; nothing is unpickled.
+    """Load the arrays of an .npz file; nothing is unpickled.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is no such file, or would unpack to more than 2 GiB.
+        ValueError: it is not an .npz file, or would unpack to more than 2 GiB.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             size = sum(record.file_size for record in archive.infolist())
-        if size > _LARGEST_ARRAYS:
+        if size > _MAX_ARRAY_BYTES:
             raise ValueError(f"it would unpack to {size} bytes")
         with np.load(path, allow_pickle=False) as data:
             return {name: data[name] for name in data.files}
@@ -49,13 +49,13 @@ def load_arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def write_aside(path: Path, content: bytes | Callable[[BinaryIO], object]) -> None:
-    """Write a file beside ``path``, then put it in place in one step.
+    """Write a temporary file next to ``path``, then rename it to ``path``.
 
-    ``content`` may be a function that writes it to the open file. The content is on disk before the name
-    is: a crash leaves the old file or the new one.
+    ``content`` may be a function that writes to the open file. The content is on disk before the rename: a
+    crash leaves either the old file or the new one.
 
     Raises:
-        OSError: naming ``path``, whatever the file beside it is called.
+        OSError: naming ``path``, not the temporary file.
     """
     with _naming(path):
         _write_aside(path, content)
@@ -63,7 +63,7 @@ def write_aside(path: Path, content: bytes | Callable[[BinaryIO], object]) -> No
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Let errors of the system within it name ``path``, unless they name a file that the user knows."""
+    """Make OSErrors inside the context name ``path``, unless they name another file of the user."""
     try:
         yield
     except OSError as error:
@@ -88,12 +88,12 @@ def _write_aside(path: Path, content: bytes | Callable[[BinaryIO], object]) -> N
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Put an indented JSON file in place in one step."""
+    """Write an indented JSON file atomically."""
     write_aside(path, json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
 
 
 def write_picture(figure: "Figure", path: Path) -> None:
-    """Put a matplotlib figure in place in one step, in the format that the name ends in (PNG without one)."""
+    """Write a matplotlib figure atomically, in the format of the name's suffix (by default PNG)."""
     picture_format = path.suffix.lstrip(".") or "png"
     write_aside(path, lambda file: figure.savefig(file, format=picture_format, dpi=120))
 
@@ -112,15 +112,15 @@ def sha256_file(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-#: A file up to all of these pieces is read whole by ``pieces_digest``.
+#: Number and size of the pieces of ``pieces_digest``; files up to their total are read completely.
 PIECES, PIECE_BYTES = 256, 1 << 16
 
 
 def pieces_digest(path: str | Path) -> str:
-    """sha256 of a file's length and of pieces spread evenly over it; of up to 16 MiB, all of it.
+    """sha256 of a file's length and of evenly spread pieces; files up to 16 MiB are hashed completely.
 
-    Takes hundredths of a second whatever the size: it tells another file of the same length, a part
-    full of zeros or a piece of another file, though not a single changed byte of a long one.
+    Takes hundredths of a second for any size. It detects another file of the same length, a zeroed range or a
+    part of another file, but not a single changed byte of a large file.
     """
     size = os.path.getsize(path)
     last = max(0, size - PIECE_BYTES)
@@ -136,7 +136,7 @@ def pieces_digest(path: str | Path) -> str:
 
 
 class FileState(NamedTuple):
-    """What differs when a file was written to or replaced. Links and permissions change ``status_ns`` too."""
+    """Status that changes when a file is modified or replaced; links and permissions change ``status_ns``."""
 
     size: int
     modified_ns: int
@@ -146,12 +146,12 @@ class FileState(NamedTuple):
 
     @classmethod
     def of(cls, file: str | Path | int) -> "FileState":
-        """Of a path or of an open file's descriptor."""
+        """The state of a path or of a file descriptor."""
         status = os.stat(file)
         return cls(status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev, status.st_ctime_ns)
 
     def is_as(self, other: "FileState") -> bool:
-        """Whether size, time of change and place are the same."""
+        """Whether size, modification time and inode are the same."""
         return self[:4] == other[:4]
 
 
@@ -164,13 +164,13 @@ def input_changed(path: str | Path) -> InputChanged:
 
 
 class Watch:
-    """Files that are read; those that are not there at the beginning are left to their readers."""
+    """Watches input files for changes; files that are missing at the start are not watched."""
 
     def __init__(self, paths: Iterable[str | Path]) -> None:
         self.before = {path: state for path in paths if (state := _state(path)) is not None}
 
     def check(self) -> None:
-        """Raise InputChanged for the first file that is not as it was."""
+        """Raise InputChanged for the first file that has changed."""
         for path, state in self.before.items():
             if _state(path) != state:
                 raise input_changed(path)
@@ -178,10 +178,10 @@ class Watch:
 
 @contextlib.contextmanager
 def unchanged(paths: Iterable[str | Path]) -> Iterator[Watch]:
-    """Within it files are read; a change of one of them is an error, also in place of another error.
+    """Check that files do not change inside the context; a change replaces other errors.
 
     Raises:
-        InputChanged: at the end, naming the first file that is not as it was.
+        InputChanged: at the end, naming the first file that has changed.
     """
     watch = Watch(paths)
     try:
@@ -200,10 +200,10 @@ def _state(path: str | Path) -> FileState | None:
 
 
 def refuse_overwriting(outputs: Iterable[str | Path], inputs: Iterable[str | Path]) -> None:
-    """Raise if an output is one of the inputs by any spelling, or a folder that holds one.
+    """Raise if an output is one of the inputs, by any spelling, or a folder that contains one.
 
     Args:
-        outputs: every file that will be written or removed, with all its endings; folders for all in them.
+        outputs: every file that will be written or removed, with all suffixes; a folder for all its content.
         inputs: every file and folder that will be read.
 
     Raises:
@@ -218,19 +218,19 @@ def refuse_overwriting(outputs: Iterable[str | Path], inputs: Iterable[str | Pat
     for path in inputs:
         real = Path(os.path.realpath(path))
         for place in (real, *real.parents):
-            found = by_path.get(str(place)) or by_inode.get(_inode(place))
-            if found is not None:
+            output = by_path.get(str(place)) or by_inode.get(_inode(place))
+            if output is not None:
                 is_or_holds = "is" if place == real else "holds"
                 raise OverwritesInput(
-                    f"{found}: would be written or removed, and {is_or_holds} the input {path}; give another "
-                    "output"
+                    f"{output}: would be written or removed, and {is_or_holds} the input {path}; give "
+                    "another output"
                 )
 
 
 def refuse_replacing(manifest: str | Path, form: str) -> None:
-    """Raise if a file that is no manifest of the format ``form`` has the place where one will be written.
+    """Raise if the path of a manifest of format ``form`` is taken by another kind of file.
 
-    A manifest's name follows from that of another file, so nobody has said that what is there may go.
+    A manifest's name is derived from another file's, so the user has not agreed to replace this file.
 
     Raises:
         OverwritesInput: naming it.
@@ -247,14 +247,14 @@ def refuse_replacing(manifest: str | Path, form: str) -> None:
 
 
 def is_same_place(one: str | Path, other: str | Path) -> bool:
-    """Whether two names are of one file or folder, by any spelling; also of one that is not there yet."""
+    """Whether two names refer to the same file or folder, which need not exist yet."""
     inode = _inode(one)
     same_inode = inode is not None and inode == _inode(other)
     return same_inode or os.path.realpath(one) == os.path.realpath(other)
 
 
 def _inode(path: str | Path) -> tuple[int, int] | None:
-    """The same for all spellings, links and cases of a name; None where nothing is."""
+    """Device and inode, the same for all spellings of a name; None if there is no such file."""
     try:
         status = os.stat(path)
     except OSError:

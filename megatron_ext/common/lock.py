@@ -1,4 +1,4 @@
-"""A lock on a file: the operating system gives it back when its process ends, however that ends."""
+"""File locks, which the operating system releases when the process ends, even if it is killed."""
 
 import errno
 import fcntl
@@ -7,30 +7,30 @@ import sys
 import time
 from pathlib import Path
 
-#: What a file system says that keeps no locks, or (ENOSPC) has no room for one.
+#: Errors of file systems without locks, or (ENOSPC) without space for one.
 _WITHOUT_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL, errno.ENOSPC}
 
 
 def open_locked(path: Path, wait: float = 0.0, inherited: bool = False) -> int:
-    """A descriptor of ``path``, made where there is no such file, that holds its lock until it is closed.
+    """Open ``path``, creating it if needed, and lock it until the returned descriptor is closed.
 
-    Where the file system keeps no locks it warns and goes on.
+    On a file system without locks a warning is printed instead.
 
     Args:
         wait: seconds to wait for a lock that another process holds.
-        inherited: processes that are forked hold it as well (BSD's kind, by which a process also keeps
-            itself out), and not this process alone (POSIX's, which network file systems know).
+        inherited: use a BSD lock, which forked processes inherit and which also excludes a second lock of the
+            same process, instead of a POSIX lock, which network file systems support.
 
     Raises:
-        BlockingIOError: another process holds it; ``strerror`` is what it wrote into the file.
-        FileNotFoundError: the folder is not there.
+        BlockingIOError: another process holds the lock; ``strerror`` is the content of the file.
+        FileNotFoundError: the folder does not exist.
     """
     deadline = time.monotonic() + wait
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             if try_lock(descriptor, inherited, path):
-                # Who held it before may have removed it meanwhile: then this is a lock on nothing.
+                # The previous holder may have removed the file meanwhile: then this lock is useless.
                 if _is_at(descriptor, path):
                     return descriptor
             elif time.monotonic() > deadline:
@@ -45,9 +45,9 @@ def open_locked(path: Path, wait: float = 0.0, inherited: bool = False) -> int:
 
 
 def try_lock(descriptor: int, inherited: bool = False, warn_of: Path | None = None) -> bool:
-    """Whether the lock was free, and is held now; also on a file system that keeps no locks.
+    """Try to take the lock; returns False if another process holds it.
 
-    ``warn_of`` is named in a warning then.
+    Returns True on a file system without locks, with a warning that names ``warn_of``.
     """
     try:
         (fcntl.flock if inherited else fcntl.lockf)(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -64,7 +64,7 @@ def try_lock(descriptor: int, inherited: bool = False, warn_of: Path | None = No
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether an open file is the one of that name."""
+    """Whether a descriptor refers to the file at ``path``."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Which network interface leads to the other hosts of a job."""
+"""The network interface that leads to the other hosts of a job."""
 
 import os
 import socket
@@ -8,10 +8,10 @@ LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 
 
 def gloo_interface(master: str) -> str | None:
-    """The interface that gloo is bound to: the one towards ``master``, the address of the first host.
+    """The interface to bind gloo to: the one towards ``master``, the address of the first host.
 
-    On one host it is the loopback interface. None leaves the choice to gloo, which resolves the
-    host's own name, and fails where that name is not known or stands for the loopback address
+    On one host this is the loopback interface. None leaves the choice to gloo, which resolves the
+    host's own name, and fails if that name is unknown or resolves to the loopback address
     (pytorch/pytorch#26049).
     """
     if on_one_host(master):
@@ -30,7 +30,7 @@ def on_one_host(master: str) -> bool:
 
 
 def _address_towards(host: str) -> str | None:
-    """This host's address on the way to another; a connected datagram socket sends nothing."""
+    """This host's address on the route to ``host``; connecting a datagram socket sends nothing."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:

@@ -1,9 +1,9 @@
-"""Packages that Megatron-Core uses where it finds them: a broken one counts as missing.
+"""Optional packages of Megatron-Core: a broken one counts as missing.
 
-Megatron-Core tries to import each of these, in many of its modules, and expects a missing one to raise
-ModuleNotFoundError. One that is installed but made for another device, torch or CUDA raises whatever its
-own check raises, or works until a kernel is given a tensor of the CPU. So here an import of theirs that
-fails in any way raises ModuleNotFoundError, and on a CPU those that compute on GPUs are not there at all.
+Megatron-Core tries to import these packages in many of its modules, and expects ModuleNotFoundError if one is
+missing. A package that is installed for another device, torch or CUDA raises other errors, or imports and
+then fails when a kernel receives a CPU tensor. Here every failing import of these packages raises
+ModuleNotFoundError, and on a CPU the packages that compute on GPUs cannot be imported at all.
 """
 
 import importlib.abc
@@ -16,7 +16,7 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-#: Packages whose kernels run on a GPU alone.
+#: Packages whose kernels run only on a GPU.
 GPU_ONLY = frozenset(
     """
     amp_C apex causal_conv1d cudnn deep_ep emerging_optimizers fast_hadamard_transform flash_attn
@@ -25,7 +25,7 @@ GPU_ONLY = frozenset(
     torch_memory_saver transformer_engine transformer_engine_torch
     """.split()
 )
-#: Packages that are of use on a CPU too, or that torch imports by itself (cuda).
+#: Packages that are also useful on a CPU, or that torch itself imports (cuda).
 OTHERS = frozenset(
     """
     boto3 botocore cuda einops modelopt multistorageclient nvidia_resiliency_ext nvtx triton wandb zmq
@@ -35,7 +35,7 @@ PACKAGES = GPU_ONLY | OTHERS
 
 
 class Guard(importlib.abc.MetaPathFinder):
-    """Lets the modules of ``PACKAGES`` be found by the finders after it, and guards their execution."""
+    """Finds the modules of ``PACKAGES`` through the next finders, and guards their execution."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -52,7 +52,7 @@ class Guard(importlib.abc.MetaPathFinder):
 
 
 class _GuardedLoader(importlib.abc.Loader):
-    """Another loader, whose every failure is a ModuleNotFoundError."""
+    """Wraps a loader and turns all of its errors into ModuleNotFoundError."""
 
     def __init__(self, inner: importlib.abc.Loader):
         self._inner = inner
@@ -75,17 +75,17 @@ class _GuardedLoader(importlib.abc.Loader):
         module.__spec__.loader = module.__loader__ = self._inner
 
 
-_told: set[str] = set()
+_warned: set[str] = set()
 
 
 def _missing(name: str, error: Exception) -> ModuleNotFoundError:
-    """The error that stands for ``error``, which is told once a package; what is just missing is not."""
+    """The ModuleNotFoundError for ``error``; warns once per package, unless it is just missing."""
     if isinstance(error, ModuleNotFoundError):
         return error
     package = name.partition(".")[0]
     reason = f"{package} is installed, but importing {name} fails ({type(error).__name__}: {error})"
-    if package not in _told:
-        _told.add(package)
+    if package not in _warned:
+        _warned.add(package)
         logger.warning("%s: it is not used", reason)
     return ModuleNotFoundError(reason, name=name)
 
@@ -97,6 +97,6 @@ def install() -> None:
 
 
 def block(*packages: str) -> None:
-    """From here on an import of these packages says that they are not there."""
+    """Make imports of these packages raise ModuleNotFoundError from now on."""
     for package in packages:
         sys.modules[package] = None  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""How far long work is: a bar on a terminal, plain lines elsewhere."""
+"""Progress of long work: a bar on a terminal, plain lines elsewhere."""
 
 import sys
 import time
@@ -11,15 +11,15 @@ Item = TypeVar("Item")
 
 
 class Progress:
-    """Counts to ``total`` and writes to stderr; after a ``with`` block the terminal is free for others.
+    """Counts to ``total`` and writes to stderr; a context manager that closes the bar.
 
     Args:
-        what: begins each line, such as "recording".
-        total: None if unknown, as of a pipe.
-        unit: "B" for bytes; otherwise what the bar calls one count, such as " samples".
-        done: counts of an earlier run, which say nothing about the speed of this one.
-        quiet: say nothing.
-        log_interval: documents between two plain lines at least.
+        what: the start of each line, such as "recording".
+        total: None if unknown, such as for a pipe.
+        unit: "B" for bytes; otherwise the bar's unit, such as " samples".
+        done: the count of an earlier run, which is excluded from the speed.
+        quiet: print nothing.
+        log_interval: minimum number of documents between two plain lines.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Progress:
         self.what, self.total, self.unit, self.quiet = what, total or None, unit, quiet
         self.done = self.before = done
         self.documents = self.tokens = self.text_bytes = 0
-        self.log_interval, self.documents_said = log_interval, 0
+        self.log_interval, self.documents_logged = log_interval, 0
         self.started = self.last_line = time.monotonic()
         self.bar = None
         if not quiet and sys.stderr.isatty():
@@ -54,27 +54,27 @@ class Progress:
             self.bar.close()
 
     def say(self, text: str) -> None:
-        """A line of its own."""
+        """Print a separate line."""
         if self.bar is not None:
             self.bar.write(text, file=sys.stderr)
         elif not self.quiet:
             print(text, file=sys.stderr, flush=True)
 
     def add(self, count: int = 1, text: str = "") -> None:
-        """``count`` more are done; ``text`` says of the work what its number does not."""
+        """Count ``count`` more; ``text`` is shown next to the numbers."""
         self.done += count
         if self.bar is not None:
             self.bar.set_postfix_str(text, refresh=False)
             self.bar.update(count)
         elif (
             time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES
-            and self.documents - self.documents_said >= self.log_interval
+            and self.documents - self.documents_logged >= self.log_interval
         ):
-            self.last_line, self.documents_said = time.monotonic(), self.documents
+            self.last_line, self.documents_logged = time.monotonic(), self.documents
             self.say(", ".join(part for part in (self._amount(), self._speed(), text) if part))
 
     def add_text(self, count: int, text_bytes: int, documents: int, tokens: int) -> None:
-        """``count`` more bytes are done, with this much text in them."""
+        """Count ``count`` more bytes, which contain this much text."""
         self.text_bytes += text_bytes
         self.documents += documents
         self.tokens += tokens
@@ -83,20 +83,20 @@ class Progress:
         self.add(count, f"{self.documents:,} documents, {rates}")
 
     def skip(self, count: int) -> None:
-        """``count`` more were done by an earlier run."""
+        """Count ``count`` more as done by an earlier run."""
         self.before += count
         self.done += count
         if self.bar is not None:
             self.bar.update(count)
 
     def over(self, items: Iterable[Item]) -> Iterator[Item]:
-        """The items, each counted when the next is asked for."""
+        """Iterate over ``items``, counting each when the next is requested."""
         for item in items:
             yield item
             self.add()
 
     def seconds(self) -> float:
-        """Since this run began; never 0."""
+        """Seconds since the start of this run; never 0."""
         return max(time.monotonic() - self.started, 1e-9)
 
     def _amount(self) -> str:

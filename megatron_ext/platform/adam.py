@@ -1,12 +1,12 @@
-"""Gives Megatron-Core an Adam where neither Transformer Engine nor Apex does."""
+"""Provides an Adam to Megatron-Core if neither Transformer Engine nor Apex does."""
 
 from megatron_ext import platform
 
 
 def provide_adam(adam: type) -> None:
-    """Let Megatron-Core build and checkpoint ``adam`` exactly as it does Apex's FusedAdam.
+    """Make Megatron-Core build and checkpoint ``adam`` in the same way as Apex's FusedAdam.
 
-    On a GPU with Transformer Engine or Apex nothing is changed. Elsewhere Megatron-Core would
+    On a GPU with Transformer Engine or Apex nothing is changed. Otherwise Megatron-Core would
     fall back to torch.optim.AdamW, whose state its distributed optimizer cannot load.
 
     Serves optimizer/__init__.py 11-34 and 359-363 (class and arguments), and

@@ -1,7 +1,7 @@
-"""Steps of a job that all ranks take together: they succeed on all ranks, or raise on all.
+"""Collective steps that succeed on all ranks or raise on all ranks.
 
-A step that fails on one rank alone would leave the others waiting in the next collective until its
-timeout. Without a process group these functions just call their argument.
+A step that fails on only one rank would leave the others waiting in the next collective until its timeout.
+Without a process group these functions just call their argument.
 """
 
 from collections.abc import Callable
@@ -17,12 +17,12 @@ T = TypeVar("T")
 
 
 def ranks() -> int:
-    """Processes of the job; 1 without a process group."""
+    """Number of processes of the job; 1 without a process group."""
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
 def rank() -> int:
-    """This process's number; 0 without a process group."""
+    """Rank of this process; 0 without a process group."""
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
@@ -32,13 +32,13 @@ def is_last_rank() -> bool:
 
 
 def print_rank_0(message: str) -> None:
-    """Print once a job."""
+    """Print on rank 0."""
     if rank() == 0:
         print(message, flush=True)
 
 
 def max_over_ranks(values: list[float]) -> list[float]:
-    """The largest of each value over all ranks; collective."""
+    """The maximum of each value over all ranks; collective."""
     if ranks() == 1:
         return values
     tensor = torch.tensor(values, dtype=torch.float64, device=platform.current_device())
@@ -47,9 +47,9 @@ def max_over_ranks(values: list[float]) -> list[float]:
 
 
 def gather(value: T) -> list[T]:
-    """``value`` (anything that pickles) of every rank, in the order of the ranks; collective.
+    """Gather ``value`` (any picklable object) from every rank, in rank order; collective.
 
-    Raises RunError if a rank has gone.
+    Raises RunError if a rank is lost.
     """
     if ranks() == 1:
         return [value]
@@ -67,11 +67,11 @@ def on_every_rank(action: Callable[[], T], doing: str | None = None, error: type
     """Run ``action``, which must not communicate, and raise on every rank if it failed on any; collective.
 
     Args:
-        doing: what is done, for the message, "could not ``doing``: ...".
+        doing: the action, for the message "could not ``doing``: ...".
         error: the class to raise.
 
     Returns:
-        what ``action`` returned on this rank.
+        the result of ``action`` on this rank.
     """
     result, own = _attempt(action, doing)
     _raise_together(gather(_reason(own)), own, doing, error, ranks())
@@ -79,9 +79,9 @@ def on_every_rank(action: Callable[[], T], doing: str | None = None, error: type
 
 
 def on_first_rank(action: Callable[[], T], doing: str | None = None, error: type[Exception] = RunError) -> T:
-    """Run ``action`` on rank 0 alone and give its (picklable) result, or its error, to every rank.
+    """Run ``action`` on rank 0 only, and return its (picklable) result, or raise its error, on every rank.
 
-    As :func:`on_every_rank` otherwise.
+    Otherwise as :func:`on_every_rank`.
     """
     result, own = _attempt(action, doing) if rank() == 0 else (None, None)
     answers = gather((result, _reason(own)))
@@ -90,7 +90,7 @@ def on_first_rank(action: Callable[[], T], doing: str | None = None, error: type
 
 
 def _attempt(action: Callable[[], T], doing: str | None) -> tuple[T | None, Exception | None]:
-    """The result of ``action``, or what it raised; one process alone that says no more raises it itself."""
+    """The result of ``action``, or its error; a single process without ``doing`` raises the error itself."""
     try:
         return action(), None
     except Exception as error:
@@ -102,7 +102,7 @@ def _attempt(action: Callable[[], T], doing: str | None) -> tuple[T | None, Exce
 def _raise_together(
     reasons: list[str | None], own: Exception | None, doing: str | None, error: type[Exception], tried: int
 ) -> None:
-    """Raise ``error`` if any of the ``tried`` ranks that ran the step had a reason."""
+    """Raise ``error`` if any of the ``tried`` ranks that ran the step failed."""
     failed = {rank: reason for rank, reason in enumerate(reasons) if reason is not None}
     if not failed:
         return
@@ -114,21 +114,21 @@ def _raise_together(
 
 
 def _control_group(world: torch.distributed.ProcessGroup) -> torch.distributed.ProcessGroup:
-    """A gloo group over all ranks: it notices at once when a process has gone, which nccl does not.
+    """A gloo group over all ranks, which detects a lost process at once, unlike nccl.
 
-    It waits as long as the world does: left to gloo, half an hour.
+    It has the timeout of the world; gloo's default is half an hour.
     """
-    return world if "gloo" in torch.distributed.get_backend(world) else _gloo_beside(world)
+    return world if "gloo" in torch.distributed.get_backend(world) else _new_gloo_group(world)
 
 
 @cache
-def _gloo_beside(world: torch.distributed.ProcessGroup) -> torch.distributed.ProcessGroup:
-    # Not of a gloo world itself: to be kept here would keep its connections open when it is let go.
+def _new_gloo_group(world: torch.distributed.ProcessGroup) -> torch.distributed.ProcessGroup:
+    # Not called for a gloo world: the cache would keep its connections open after it is destroyed.
     return torch.distributed.new_group(backend="gloo", timeout=platform.group_timeout(world))
 
 
 def _reason(error: Exception | None) -> str | None:
-    """What an error says; of one that was not expected, with its name."""
+    """The message of an error, with the type of an unexpected one."""
     if error is None:
         return None
     named = isinstance(error, (RunError, ValueError, OSError))

@@ -1,8 +1,8 @@
-"""``torch.cuda`` as Megatron-Core sees it on a CPU: the same calls, answered for the CPU.
+"""``torch.cuda`` as Megatron-Core sees it on a CPU: the same functions, implemented for the CPU.
 
 A CPU has one queue of work and one random generator, so streams and events are empty and the
-"CUDA generator" is torch's default generator. Whatever is not named here comes from the real
-``torch.cuda`` (which reports that no device is available).
+"CUDA generator" is torch's default generator. Other names are those of the real ``torch.cuda``
+(which reports that no device is available).
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import torch
 
 
 class Stream:
-    """A queue of work; on a CPU there is one, always finished."""
+    """A queue of work; on a CPU there is only one, which is always finished."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         pass
@@ -33,7 +33,7 @@ class Stream:
 
 
 class Event:
-    """A point in a queue of work; on a CPU it has always been reached."""
+    """A point in a queue of work; on a CPU it is always reached."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         pass
@@ -52,7 +52,7 @@ class Event:
 
 
 class _OneGenerator:
-    """``torch.cuda.default_generators``: whatever the index, the CPU's generator."""
+    """``torch.cuda.default_generators``: the CPU's generator for every index."""
 
     def __getitem__(self, index: int) -> torch.Generator:
         return torch.default_generator
@@ -75,10 +75,10 @@ def _set_rng_state(state: torch.Tensor, device: object = "cpu") -> None:
 
 
 class CpuAsCuda(types.ModuleType):
-    """The view of ``torch.cuda``; attributes not set here are those of the real module."""
+    """The replacement of ``torch.cuda``; attributes not set here are those of the real module."""
 
     def __init__(self) -> None:
-        super().__init__("torch.cuda", "torch.cuda answered for a CPU")
+        super().__init__("torch.cuda", "torch.cuda for a CPU")
         rng = types.ModuleType("torch.cuda.random")
         for place in (self, rng):
             vars(place).update(get_rng_state=_get_rng_state, set_rng_state=_set_rng_state)
@@ -104,23 +104,23 @@ class CpuAsCuda(types.ModuleType):
         return getattr(torch.cuda, name)
 
 
-def _compiled_as_it_is(model: Callable[..., Any] | None = None, **kwargs: object) -> Callable[..., Any]:
-    """``torch.compile`` without a compiler at run time: the function itself."""
-    return model if model is not None else _compiled_as_it_is
+def _uncompiled(model: Callable[..., Any] | None = None, **kwargs: object) -> Callable[..., Any]:
+    """``torch.compile`` that returns the function unchanged, as no compiler may be installed."""
+    return model if model is not None else _uncompiled
 
 
 class TorchView(types.ModuleType):
-    """``torch`` as the modules of Megatron-Core see it: torch, with ``cuda`` answered for a CPU.
+    """``torch`` as the modules of Megatron-Core see it: torch, with ``cuda`` replaced for a CPU.
 
-    The rest of the process keeps the real torch. The attributes are copied once, so that a
-    look-up costs what it costs in torch itself.
+    The rest of the process keeps the real torch. The attributes are copied once, so that attribute
+    access is as fast as in torch itself.
     """
 
     def __init__(self) -> None:
         super().__init__("torch", torch.__doc__)
         self.__dict__.update(vars(torch))
         self.cuda = CpuAsCuda()
-        self.compile = _compiled_as_it_is
+        self.compile = _uncompiled
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)

@@ -1,4 +1,4 @@
-"""Transformer Engine: whether it can be used here, and what each of its FP8 recipes needs."""
+"""Transformer Engine: whether it is usable, and the requirements of its FP8 recipes."""
 
 import importlib.metadata
 import importlib.util
@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from functools import cache
 
-#: What the metadata of Megatron-Core 0.16.1 asks for: an older version is refused, a newer one warned of.
+#: The requirement in Megatron-Core 0.16.1's metadata: older versions are refused, newer ones cause a warning.
 OLDEST, TOO_NEW = (2, 9), (2, 12)
 ACCEPTED = ">=2.9,<2.12"
 INSTALL = f"pip install --no-build-isolation 'transformer-engine[pytorch]{ACCEPTED}'"
@@ -14,11 +14,11 @@ INSTALL = f"pip install --no-build-isolation 'transformer-engine[pytorch]{ACCEPT
 
 @dataclass(frozen=True)
 class Fp8Recipe:
-    """What a way to scale FP8 needs (transformer_engine/pytorch/quantization.py, check_recipe_support).
+    """Requirements of an FP8 recipe (transformer_engine/pytorch/quantization.py, check_recipe_support).
 
-    ``rows`` and ``columns``: of what those of every matrix are multiples. Scaling by tensor asks for
-    multiples of 8 in the forward pass, but in the backward pass the tokens become the columns of the weight
-    gradient's product, of which cuBLAS wants multiples of 16. The others have blocks.
+    The dimensions of every matrix must be multiples of ``rows`` and ``columns``. Scaling per tensor needs
+    multiples of 8 in the forward pass, but in the backward pass the tokens are the columns of the weight
+    gradient's product, where cuBLAS needs multiples of 16. The other recipes need whole blocks.
     """
 
     capability: tuple[int, int]
@@ -59,7 +59,7 @@ def installed_version() -> tuple[int, int] | None:
 
 
 def gpu() -> tuple[tuple[int, int], tuple[int, int]]:
-    """Compute capability of this process's GPU, and the CUDA that torch was built for; zeros without."""
+    """Compute capability of this process's GPU, and torch's CUDA version; zeros without a GPU."""
     import torch
 
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
@@ -68,9 +68,9 @@ def gpu() -> tuple[tuple[int, int], tuple[int, int]]:
 
 @cache
 def problem(on_gpu: bool) -> str | None:
-    """Why Transformer Engine cannot be used, with what to install, or None.
+    """Why Transformer Engine cannot be used, and what to install, or None.
 
-    It is imported on a GPU only: on other machines the import itself can fail.
+    It is imported only on a GPU: on other machines the import itself can fail.
     """
     version = installed_version()
     if not on_gpu:

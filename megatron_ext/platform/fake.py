@@ -1,12 +1,12 @@
-"""One rank of a large job, without the other ranks, without memory and without a GPU.
+"""Runs one rank of a large job without the other ranks, without allocating memory and without a GPU.
 
-The process group is torch's fake one: a collective returns at once and changes nothing. Tensors are fake
-too: they have a shape, a dtype and a storage of so many bytes, and no values. Autograd, Megatron-Core's
-schedules and the optimizer run as they are, so what is multiplied and what is kept can be counted.
+The process group is torch's fake one: a collective returns at once and changes nothing. Tensors are fake too:
+they have a shape, a dtype and a storage size, but no values. Autograd, Megatron-Core's schedules and the
+optimizer run unchanged, so FLOPs and memory can be counted.
 
-A torch without CUDA has no fake CUDA tensors: these say that they are on a CPU, and where that would change
-what is computed, the operators of a GPU are put in place (``act_as_gpu``). All of it is for a process that
-does nothing else: ``join`` and ``act_as_gpu`` change torch for the rest of it.
+A torch without CUDA has no fake CUDA tensors: these tensors report a CPU, and where that would change the
+computation, the operators of a GPU are substituted (``act_as_gpu``). This is for a process that does nothing
+else: ``join`` and ``act_as_gpu`` change torch for the rest of the process.
 """
 
 import contextlib
@@ -30,22 +30,22 @@ aten = torch.ops.aten
 
 
 def join(rank: int, world_size: int) -> None:
-    """Join a job of ``world_size`` processes of which there is only this one."""
+    """Join a job of ``world_size`` processes, of which only this one exists."""
     distributed = torch.distributed
     new_group = distributed.new_group
-    # Megatron-Core makes gloo groups beside the others; here all groups are fake.
+    # Megatron-Core also creates gloo groups; here all groups are fake.
     distributed.new_group = lambda *args, **kwargs: new_group(*args, **kwargs | {"backend": "fake"})
-    distributed.all_gather_object = _all_alike
+    distributed.all_gather_object = _all_gather_own
     distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
 
 
-def _all_alike(objects: list[Any], own: object, group: Any = None) -> None:
-    """all_gather_object where every rank has what this one has."""
+def _all_gather_own(objects: list[Any], own: object, group: Any = None) -> None:
+    """all_gather_object as if every rank had the same object."""
     objects[:] = [own] * len(objects)
 
 
 def act_as_gpu() -> None:
-    """Let tensors of this process's CPU be computed with by the operators that torch has for CUDA."""
+    """Compute on this process's CPU tensors with the operators that torch uses on CUDA."""
     fused._kernels = None
     vars(weight_gradient)["adds_in_fp32"] = lambda dtype, device: True
     F.rms_norm = lambda x, shape, weight, eps: _RMSNorm.apply(x, weight)
@@ -53,7 +53,7 @@ def act_as_gpu() -> None:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """torch's fused RMSNorm (2.9 and later), which saves its inputs and a number a row."""
+    """torch's fused RMSNorm (2.9 and later), which saves its inputs and one number per row."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ def _flash_attention(
     enable_gqa: bool,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """[b, np, s, hn], twice [b, ng, t, hn] -> [b, np, s, hn]; what torch takes for half precision on CUDA."""
+    """[b, np, s, hn], twice [b, ng, t, hn] -> [b, np, s, hn]; torch's kernel for half precision on CUDA."""
     assert attn_mask is None
     attend = aten._scaled_dot_product_flash_attention
     return attend(query, key, value, dropout_p, is_causal, scale=scale)[0]
@@ -85,22 +85,22 @@ def _flash_attention(
 
 @contextlib.contextmanager
 def tensors(triton: bool) -> Iterator["Memory"]:
-    """Within it every tensor that is made is fake, and ``triton`` kernels are chosen, but not started.
+    """Inside the context new tensors are fake, and ``triton`` kernels are selected, but not launched.
 
-    Yields the count of the tensors' bytes.
+    Yields the memory counter of the tensors.
     """
-    # nn.Module.to swaps fake parameters, and then finds that they cannot be swapped.
+    # nn.Module.to tries to swap fake parameters, which fails.
     torch.utils.swap_tensors = lambda old, new: setattr(old, "data", new.data)
     chosen = launch.observed(lambda _: False) if triton else contextlib.nullcontext()
-    # Generators' states are real: they are made before, and compared.
+    # The states of generators are real: they are created before, and compared.
     with chosen, FakeTensorMode(allow_non_fake_inputs=True), Memory() as memory, _Answers():
         yield memory
 
 
 class Memory(TorchDispatchMode):
-    """Bytes of the storages that are alive: ``now``, and the most there were (``peak``) since ``reset_peak``.
+    """Bytes of all live storages: ``now``, and the maximum (``peak``) since ``reset_peak``.
 
-    As a GPU's allocator counts them (``torch.cuda.memory_allocated``): in whole blocks of 512 bytes.
+    Counted like a GPU's allocator (``torch.cuda.memory_allocated``), in whole blocks of 512 bytes.
     """
 
     def __init__(self) -> None:
@@ -109,7 +109,7 @@ class Memory(TorchDispatchMode):
         self._sizes: dict[int, int] = {}
 
     def reset_peak(self) -> None:
-        """Forget what was there before."""
+        """Set the peak to the current value."""
         self.peak = self.now
 
     def __torch_dispatch__(
@@ -133,7 +133,7 @@ class Memory(TorchDispatchMode):
 
 
 class _Answers(TorchDispatchMode):
-    """What fake tensors do not answer: values are 0, tests pass; coalesced collectives return at once."""
+    """Operators that fake tensors lack: values are 0, conditions are true, collectives return at once."""
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -147,10 +147,9 @@ class _Answers(TorchDispatchMode):
 
 
 def counted_flops() -> FlopCounterMode:
-    """torch's counter of floating point operations, with attention counted as the model needs it.
+    """torch's FLOP counter, with causal attention counted as half of the square, and twice that backward.
 
-    Half of the square, for it is causal, and twice that backward. torch counts the whole square, and the
-    scores that a flash kernel computes again.
+    torch counts the whole square, and the scores that a flash kernel recomputes.
     """
 
     def attention(query: torch.Size, key: torch.Size, *rest: Any, **options: Any) -> int:
@@ -161,7 +160,7 @@ def counted_flops() -> FlopCounterMode:
         return 2 * attention(query, key)
 
     def product(total: torch.Size, a: torch.Size, b: torch.Size, *rest: Any, **options: Any) -> int:
-        return 2 * a[0] * a[1] * b[1]  # torch's own knows neither addmm_ nor out_dtype
+        return 2 * a[0] * a[1] * b[1]  # torch's own formula supports neither addmm_ nor out_dtype
 
     mapping = {
         aten._scaled_dot_product_flash_attention: attention,
@@ -175,6 +174,6 @@ def counted_flops() -> FlopCounterMode:
 
 
 class _NoModules(contextlib.nullcontext[None]):
-    """In the place of torch's ModuleTracker, whose hooks keep the inputs of modules alive."""
+    """Replaces torch's ModuleTracker, whose hooks keep the inputs of modules alive."""
 
     parents = {"Global"}

@@ -1,6 +1,6 @@
-"""Imports Megatron-Core so that its modules see a CPU where they say CUDA.
+"""Imports Megatron-Core so that its modules use the CPU where they name CUDA.
 
-Two things happen while a module below ``megatron.core`` is imported, and to no other module:
+Two changes are made while a module below ``megatron.core`` is imported, and to no other module:
 
 * ``import torch`` inside it yields a view of torch whose ``cuda`` answers for the CPU
   (``cpu_device.py``). Python looks ``__import__`` up in the module's own builtins, so giving the
@@ -25,7 +25,7 @@ PACKAGE = "megatron.core"
 def rewrite(code: CodeType, seam: Seam, found: set[str] | None = None) -> CodeType:
     """Return ``code`` with the constants and names of ``seam`` replaced, nested code included.
 
-    ``found``, if given, collects what was replaced (a test checks that nothing was missed).
+    ``found``, if given, collects the replaced names (a test checks that none is missing).
     """
     constants, names = seam.constants or {}, seam.names or {}
 
@@ -82,12 +82,12 @@ class CpuLoader(importlib.machinery.SourceFileLoader):
             return imported
         if name == "torch" or not fromlist:
             return self.torch_view
-        # `from torch.cuda import x` asks for the submodule itself.
+        # `from torch.cuda import x` imports from the submodule itself.
         return self.torch_view.cuda if name == "torch.cuda" else imported
 
 
 class CpuFinder(importlib.abc.MetaPathFinder):
-    """Finds the modules of Megatron-Core and hands them to ``CpuLoader``."""
+    """Finds the modules of Megatron-Core and loads them with ``CpuLoader``."""
 
     def __init__(self, torch_view: ModuleType):
         self.torch_view = torch_view

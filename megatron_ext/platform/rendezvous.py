@@ -1,4 +1,4 @@
-"""Where the processes of a job meet: a key-value store in which each start of the job is by itself."""
+"""Rendezvous of a job's processes: a key-value store with separate keys for each start of the job."""
 
 import os
 import secrets
@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-#: The first process looks for those that have not come yet, this often.
-_LOOK_SECONDS = 0.05
+#: Interval at which rank 0 polls for the other ranks.
+_POLL_SECONDS = 0.05
 
 
 def open_store(rank: int, world_size: int, timeout: timedelta) -> "torch.distributed.Store":
-    """The store of the job, at MASTER_ADDR:MASTER_PORT, as only the processes of this start see it.
+    """The store of the job at MASTER_ADDR:MASTER_PORT, with keys that belong to this start of the job.
 
-    torchrun's store outlives the processes that it starts again (--max-restarts), and with it all keys:
-    the addresses of processes that have gone, the reason why they ended. A process without a launcher
-    has a store of its own; where a process group was joined before, it is the group's.
+    torchrun's store outlives the processes that it restarts (--max-restarts), and keeps all keys: the
+    addresses of dead processes, and the reasons why they ended. A process without a launcher has a store of
+    its own; if a process group exists, its store is used.
 
-    Raises RuntimeError if not all processes meet in time.
+    Raises RuntimeError if not all processes arrive in time.
     """
     import torch
 
@@ -36,12 +36,12 @@ def open_store(rank: int, world_size: int, timeout: timedelta) -> "torch.distrib
 def of_this_start(
     store: "torch.distributed.Store", rank: int, world_size: int, timeout: timedelta
 ) -> "torch.distributed.Store":
-    """A view of ``store`` that no process of an earlier or later start of the job has.
+    """A prefix of ``store`` that is unique to this start of the job.
 
-    torchrun's count of restarts cannot tell the starts apart: after a change of members that of one host
-    grows and that of another does not. So each process says hello with a number of its own, which the
-    first one answers with the number of the start; an earlier hello of the same rank may still lie there
-    and is answered too, in vain.
+    torchrun's restart count cannot distinguish the starts: after a change of membership it increases on one
+    host and not on another. Instead each process writes a hello with a random number, and rank 0 answers it
+    with the number of the start; a hello left by an earlier start of the same rank is answered too, without
+    effect.
 
     Raises RuntimeError after ``timeout``.
     """
@@ -60,7 +60,7 @@ def of_this_start(
 
 
 def _answer(store: "torch.distributed.Store", start: str, world_size: int, timeout: timedelta) -> None:
-    """Tell the number of the start to every process that says hello, until all are here."""
+    """Answer every hello with the number of the start, until all ranks have confirmed."""
     deadline = time.monotonic() + timeout.total_seconds()
     answered = dict.fromkeys(range(1, world_size), b"")
     while True:
@@ -74,4 +74,4 @@ def _answer(store: "torch.distributed.Store", start: str, world_size: int, timeo
             return
         if time.monotonic() > deadline:
             raise RuntimeError(f"ranks {', '.join(map(str, answered))} did not come in time")
-        time.sleep(_LOOK_SECONDS)
+        time.sleep(_POLL_SECONDS)

@@ -1,14 +1,14 @@
-"""Every place where Megatron-Core 0.16.1 says CUDA and a CPU run has to answer.
+"""Every place where Megatron-Core 0.16.1 names CUDA and a CPU run needs a replacement.
 
 Each seam names the upstream module (below ``megatron.core``), what is replaced there, and the
 upstream lines it serves. ``loader.py`` applies them while the module is imported; nothing is
 copied and nothing changes outside ``megatron.core``. A test imports every module named here and
-fails when a seam no longer finds its place, so an upstream change cannot pass unnoticed.
+fails if a seam no longer matches, so an upstream change cannot go unnoticed.
 """
 
 from dataclasses import dataclass
 
-#: Versions whose seams were checked line by line; any other is refused.
+#: Versions whose seams were checked line by line; others are refused.
 SUPPORTED_MEGATRON_CORE = ("0.16.1",)
 
 DEVICE = {"cuda": "cpu"}

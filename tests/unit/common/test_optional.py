@@ -131,7 +131,7 @@ def test_a_package_that_works_is_as_it_was(guarded):
 
 @pytest.mark.parametrize("kind", ERRORS)
 def test_any_failure_is_that_of_a_missing_package(guarded, caplog, monkeypatch, kind):
-    monkeypatch.setattr(optional, "_told", set())
+    monkeypatch.setattr(optional, "_warned", set())
     (guarded / "triton").mkdir()
     (guarded / "triton" / "__init__.py").write_text("")
     (guarded / "triton" / "language.py").write_text(f"raise {kind}('of another CUDA')")

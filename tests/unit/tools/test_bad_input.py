@@ -125,7 +125,7 @@ FILES = [
 
 
 def test_counts_that_would_unpack_without_end(good, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(files, "_LARGEST_ARRAYS", 1 << 21)
+    monkeypatch.setattr(files, "_MAX_ARRAY_BYTES", 1 << 21)
     with zipfile.ZipFile(tmp_path / "BAD.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         with archive.open("counts.npy", "w") as record:
             record.write(bytes(3 << 20))

@@ -36,7 +36,7 @@ def timeouts() -> list[float]:
     """Of the world, and of the control group that it would have if it were nccl's."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.distributed, "get_backend", lambda group: "nccl")
-        group = collective._gloo_beside.__wrapped__(torch.distributed.group.WORLD)
+        group = collective._new_gloo_group.__wrapped__(torch.distributed.group.WORLD)
     own = torch.distributed.group.WORLD
     return [platform.group_timeout(each).total_seconds() for each in (own, group)]
 
