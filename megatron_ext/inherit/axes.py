@@ -1,8 +1,8 @@
-"""What the axes of a model's tensors count, at tensor parallel size 1.
+"""The axes of a model's tensors, at tensor parallel size 1.
 
-One table says it for every tensor; slicing and magnitude scores both read it. Units are what is kept or
-dropped as a whole: a hidden channel of the residual stream, a channel of a layer's FFN, a query group of
-a layer (its query heads, key and value), a unit of a layer's shortcut bottleneck.
+One table for all tensors, which slicing and magnitude scores both read. A unit is kept or dropped as a whole:
+a hidden channel of the residual stream, a channel of a layer's FFN, a query group of a layer (its query
+heads, key and value), or a unit of a layer's shortcut bottleneck.
 """
 
 import re
@@ -15,7 +15,7 @@ from megatron_ext.config.model import ModelConfig
 
 
 class Axis(Enum):
-    """What an axis counts; the value names the kind of unit that owns its entries."""
+    """The kind of an axis; the value names the kind of unit that its entries belong to."""
 
     VOCABULARY = "vocabulary"
     HIDDEN = "hidden"
@@ -53,7 +53,7 @@ _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
 
 def layer_of(key: str) -> int | None:
-    """The layer of a tensor, from 0; None for those outside the layers."""
+    """The layer of a tensor, from 0; None for tensors outside of the layers."""
     found = _LAYER.fullmatch(key)
     return int(found[1]) if found else None
 
@@ -62,7 +62,7 @@ def axes_of(key: str) -> tuple[Axis, ...]:
     """The axes of the tensor ``key``.
 
     Raises:
-        LookupError: no such tensor is known; slicing it by guesswork would break the model silently.
+        LookupError: unknown tensor; guessing its axes would silently break the model.
     """
     found = _LAYER.fullmatch(key)
     name = found[2] if found else key
@@ -76,7 +76,7 @@ def _entries_a_group(axis: Axis, source: ModelConfig) -> int:
 
 
 def entries(axis: Axis, units: Tensor, source: ModelConfig) -> Tensor:
-    """The entries of an axis of ``source`` that ``units`` own; both int64."""
+    """The entries of an axis of ``source`` that belong to ``units``; both int64."""
     if axis in (Axis.QKV, Axis.HEADS):
         size = _entries_a_group(axis, source)
         return (units[:, None] * size + torch.arange(size)).flatten()
@@ -86,7 +86,7 @@ def entries(axis: Axis, units: Tensor, source: ModelConfig) -> Tensor:
 
 
 def unit_sums(axis: Axis, values: Tensor, source: ModelConfig) -> Tensor:
-    """Values per entry of an axis -> their sum per unit."""
+    """Sum values per entry of an axis to values per unit."""
     if axis in (Axis.QKV, Axis.HEADS):
         return values.unflatten(0, (-1, _entries_a_group(axis, source))).sum(1)
     if axis is Axis.GATE_UP:

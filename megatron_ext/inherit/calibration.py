@@ -1,6 +1,6 @@
-"""Running a model on text: the model itself, fixed windows to compare losses on, and a stream to learn from.
+"""Runs a model on calibration text: the frozen model, and fixed windows of tokens to compare losses on.
 
-Each rank holds the whole model; ranks share the text (data parallelism).
+Each rank holds the whole model; the text is divided among ranks (data parallelism).
 """
 
 import math
@@ -24,12 +24,12 @@ from megatron_ext.training.batch import Batch
 
 
 def frozen_model(run: RunConfig) -> nn.Module:
-    """The model that ``run`` describes, to be filled and run as it is."""
+    """Build the model that ``run`` describes, frozen and without weights."""
     return build_model(transformer_config(run), run, initialized=False)[0].eval().requires_grad_(False)
 
 
 def fill(model: nn.Module, get: Callable[[str], Tensor]) -> None:
-    """Fill every parameter with the tensor that ``get`` gives for its name in checkpoints."""
+    """Fill every parameter with the tensor that ``get`` returns for its name in checkpoints."""
     for name, parameter in model.named_parameters():
         for ours, saved in CHECKPOINT_NAMES.items():
             name = name.replace(ours, saved)
@@ -37,17 +37,17 @@ def fill(model: nn.Module, get: Callable[[str], Tensor]) -> None:
 
 
 def forward(model: nn.Module, batch: Batch) -> Tensor:
-    """Losses in nats of a batch's tokens, [b, s] fp32; 0 where the loss mask is."""
+    """Losses of a batch's tokens in nats, [b, s] fp32; 0 where the loss mask is 0."""
     losses = model(batch.tokens, batch.position_ids, batch.attention_mask, labels=batch.labels)
     return losses.float() * batch.loss_mask
 
 
 @dataclass(frozen=True)
 class TokenWindows:
-    """Text in windows of ``length`` tokens, each token predicted once but the first of all.
+    """Text in windows of ``length`` tokens; every token except the first is predicted once.
 
-    ``tokens`` [n, length + 1]: the windows overlap by the token that one predicts and the next reads.
-    The last one is filled up; ``counted`` [n, length] says which labels are text.
+    ``tokens`` [n, length + 1]: consecutive windows overlap by one token. The last window is padded;
+    ``counted`` [n, length] marks the labels that are text.
     """
 
     tokens: np.ndarray
@@ -65,7 +65,7 @@ class TokenWindows:
         return cls(filled[at], counted.reshape(count, length))
 
     def batches(self, size: int, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
-        """The share of one data parallel rank, ``size`` windows at a time."""
+        """The windows of one data parallel rank, ``size`` at a time."""
         device = platform.current_device()
         for start in range(rank * size, len(self.tokens), ranks * size):
             tokens = torch.from_numpy(self.tokens[start : start + size]).to(device)
@@ -76,7 +76,7 @@ class TokenWindows:
 
 @dataclass(frozen=True)
 class Loss:
-    """Mean over tokens in nats, and in bits per byte of text, which tokenizers can be compared by."""
+    """Mean loss per token in nats, and in bits per byte, which is comparable between tokenizers."""
 
     nats: float
     bits_per_byte: float
@@ -117,9 +117,9 @@ def _summed(values: Tensor) -> Tensor:
 
 
 def read_documents(prefixes: Sequence[str], tokens: int) -> list[list[int]]:
-    """Documents of each dataset at random, the same for every run; about ``tokens`` ids, one of each or more.
+    """Random documents of each dataset, the same in every run: about ``tokens`` ids, at least one document.
 
-    Corpora lie in the order of their sources, so their first documents are of one kind.
+    Random, because corpora are often ordered by source, so that their first documents are similar.
     """
     documents = []
     for prefix in prefixes:
@@ -136,7 +136,7 @@ def read_documents(prefixes: Sequence[str], tokens: int) -> list[list[int]]:
 
 
 def translated(documents: Sequence[Sequence[int]], source: Tokenizer, target: Tokenizer) -> list[list[int]]:
-    """The same texts in the target's ids, with the target's end of document where the source's was."""
+    """The same texts in the target's ids, with its end of document in the places of the source's."""
     out = []
     for ids in documents:
         ended = len(ids) > 0 and ids[-1] == source.eod

@@ -1,4 +1,4 @@
-"""The source model on its calibration text, within a job of data parallel ranks."""
+"""Runs the source model on calibration text, in a job of data parallel ranks."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ from megatron_ext.training.batch import Batch, next_batch
 
 
 def tokenizer_of(files: TokenizerFiles) -> Tokenizer:
-    """The tokenizer in these files."""
+    """Build the tokenizer of these files."""
     model = None if files.model is None else str(files.model)
     return build_tokenizer(
         TokenizerConfig(tokenizer_type=files.kind, tokenizer_model=model, vocab_size=files.size - 1)
@@ -46,12 +46,12 @@ def tokenizer_of(files: TokenizerFiles) -> Tokenizer:
 class CalibrationRun:
     """Runs the source, frozen, on windows of text and on streams of samples; every call is collective.
 
-    The vocabulary is the target's from the start: the tokenizer settles it, and text in its ids is what
-    the slice will read. A unit that matters for the source's own ids may not matter for these.
+    Uses the target's vocabulary from the start, because the target will read text in these ids. A unit that
+    matters for the source's ids may not matter for them.
 
     Args:
-        options: of tools/inherit_checkpoint.py.
-        source: its tensors are read once, into a model on this rank's device.
+        options: the options of tools/inherit_checkpoint.py.
+        source: the source model; its tensors are read once, into a model on this rank's device.
         files: the target's tokenizer.
         rows: the source's rows that the target's pieces start from; None if they are the same.
 
@@ -87,9 +87,9 @@ class CalibrationRun:
         self.losses["loss_before" if rows is None else "loss_with_target_vocabulary"] = self.loss()
 
     def _loss_of_source(self, source: Source) -> Loss:
-        """The loss of the source on the same text in its own ids; its model is given up afterwards."""
+        """The loss of the source on the same text in its own ids; frees its model afterwards."""
         files = source.tokenizer
-        assert files is not None  # rows of its vocabulary were matched with the target's
+        assert files is not None  # matched with the target's
         tokenizer = tokenizer_of(files)
         model = frozen_model(self._configuration(source.model, files, with_data=False))
         fill(model, source.get)
@@ -104,14 +104,14 @@ class CalibrationRun:
         return max(options.calibration_samples, learned)
 
     def _configuration(self, model: ModelConfig, files: TokenizerFiles, with_data: bool = True) -> RunConfig:
-        """The trainer's configuration for this model and the calibration data."""
+        """The trainer's configuration for ``model`` and the calibration data."""
         options = self.options
         data: dict[str, Any] = {"mock_data": True}
         if with_data:
             data = {"data_path": options.data_path, "split": "100,0,0"}
             data["data_cache_path"] = options.data_cache_path
         return configured(
-            # Padding rows would take part in the softmax.
+            # Padding rows would be part of the softmax.
             vars(model.without_padding)
             | data
             | {
@@ -131,7 +131,7 @@ class CalibrationRun:
         )
 
     def loss(self) -> Loss:
-        """The loss of the model as it is now on the calibration windows."""
+        """The current loss of the model on the calibration windows."""
         return mean_loss(
             self.model, self.windows, self.options.micro_batch_size, self.tokenizer.token_bytes()
         )
@@ -142,7 +142,7 @@ class CalibrationRun:
         return islice(self._stream(0), max(1, count))
 
     def steps(self, step: int) -> Iterator[list[Batch]]:
-        """This rank's microbatches of each step of the masks' training, from ``step`` on."""
+        """This rank's microbatches of each step of mask training, from ``step`` on."""
         size = self.options.mask_batch_size
         stream = self._stream(step * size)
         while microbatches := list(islice(stream, size // (self.options.micro_batch_size * self.ranks))):
@@ -155,11 +155,11 @@ class CalibrationRun:
                 batch = next_batch(loader)
             except StopIteration:
                 return
-            assert batch is not None  # only a stage of a pipeline that reads no data has none
+            assert batch is not None  # None only on pipeline stages without data
             yield batch
 
     def loss_of_checkpoint(self, save: str, target: ModelConfig, files: TokenizerFiles) -> Loss:
-        """The loss of a checkpoint on the same text; the source's model is given up first."""
+        """The loss of a checkpoint on the same text; frees the source's model first."""
         self.model = None
         run = self._configuration(target, files)
         model = frozen_model(run)
@@ -168,13 +168,13 @@ class CalibrationRun:
         return mean_loss(model, self.windows, self.options.micro_batch_size, self.tokenizer.token_bytes())
 
 
-def _dtype(asked: str | None, stored: torch.dtype) -> torch.dtype:
-    """The number format to run in: by default the stored one on a GPU, and fp32 on a CPU."""
-    if asked:
-        return {"fp32": torch.float32, "bf16": torch.bfloat16}[asked]
+def _dtype(given: str | None, stored: torch.dtype) -> torch.dtype:
+    """The number format of the calibration: by default the stored one on a GPU and fp32 on a CPU."""
+    if given:
+        return {"fp32": torch.float32, "bf16": torch.bfloat16}[given]
     return stored if platform.on_gpu() else torch.float32
 
 
 def _with_rows(key: str, weights: Tensor, rows: Rows | None) -> Tensor:
-    """The rows of the target's vocabulary, where a tensor has a vocabulary."""
+    """Select the rows of the target's vocabulary, if the tensor has a vocabulary axis."""
     return weights if rows is None or Axis.VOCABULARY not in axes_of(key) else rows.take(weights)

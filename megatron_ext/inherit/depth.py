@@ -1,4 +1,4 @@
-"""Which layers a shallower model keeps (arXiv 2402.02791, section 3.3)."""
+"""Selection of the layers to keep (arXiv 2402.02791, section 3.3)."""
 
 import torch
 from torch import Tensor
@@ -7,31 +7,31 @@ from megatron_ext.inherit.selection import top
 
 
 def ends(layers: int, keep: int) -> Tensor:
-    """The first and the last layers, the middle dropped; of an odd number the first get one more.
+    """The first and the last layers, without the middle; with an odd number, one more of the first.
 
-    The paper finds the first two or three layers and the last few the most important.
+    According to the paper the first two or three layers and the last few are the most important.
     """
     first = (keep + 1) // 2
     return torch.cat([torch.arange(first), torch.arange(layers - (keep - first), layers)])
 
 
 def uniform(layers: int, keep: int) -> Tensor:
-    """Layers at even distances, the first and the last among them."""
+    """Evenly spaced layers, including the first and the last."""
     if keep == 1:
         return torch.zeros(1, dtype=torch.int64)
     return torch.tensor([round(i * (layers - 1) / (keep - 1)) for i in range(keep)])
 
 
 def by_importance(losses_without: Tensor, keep: int) -> Tensor:
-    """The layers whose absence costs most; ``losses_without`` [L]: the loss with each layer skipped."""
+    """The layers whose removal increases the loss most; ``losses_without`` [L]: the loss without each."""
     return top(losses_without, keep)
 
 
 def listed(wanted: list[int], layers: int, keep: int) -> Tensor:
-    """Layers that the user names, from 0.
+    """The layers that the user lists, from 0.
 
     Raises:
-        ValueError: another number of layers than the target has, or a layer that the source lacks.
+        ValueError: the number of layers is not the target's, or a layer does not exist in the source.
     """
     chosen = sorted(set(wanted))
     if len(chosen) != len(wanted) or len(wanted) != keep:

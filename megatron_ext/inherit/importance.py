@@ -1,4 +1,4 @@
-"""What units are worth, measured on text: layers by skipping them, the rest by first-order Taylor."""
+"""Importance of units, measured on text: of layers by skipping them, of others by first-order Taylor."""
 
 from collections.abc import Callable, Iterable
 
@@ -15,9 +15,9 @@ from megatron_ext.training.batch import Batch
 def losses_without_each_layer(
     model: nn.Module, config: ModelConfig, loss: Callable[[], float], note: Callable[[int], None]
 ) -> Tensor:
-    """The loss with each layer skipped in turn, float64 [L]; ``note`` hears of each layer done.
+    """The loss with each layer skipped in turn, float64 [L]; calls ``note`` after each layer.
 
-    The paper's measure of a layer: skipping it leaves the residual stream as it is.
+    The paper's measure of a layer: a skipped layer leaves the residual stream unchanged.
     """
     losses = torch.zeros(config.num_layers, dtype=torch.float64)
     masks = Masks.ones(config, platform.current_device())
@@ -31,12 +31,12 @@ def losses_without_each_layer(
 
 
 def taylor(model: nn.Module, config: ModelConfig, layers: Tensor, batches: Iterable[Batch]) -> Masks:
-    """First-order importance of every unit of the model with ``layers`` alone.
+    """First-order importance of every unit of the model with only ``layers``.
 
-    The mean over microbatches of (dL/dmask)^2: with a mask at 1, dL/dmask is the sum of activation times
-    gradient over what the unit computes, that is, to first order, the change of the loss if the unit were
-    gone (arXiv 1906.10771, equation 8, there with weights in the place of masks). Returned in the places
-    of the masks, float64; a collective call.
+    The mean over microbatches of (dL/dmask)^2: at a mask of 1, dL/dmask is the sum of activation times
+    gradient over the unit's outputs, which is to first order the change of the loss if the unit is removed
+    (arXiv 1906.10771, equation 8, which uses weights instead of masks). Returned in the form of masks,
+    float64; a collective call.
     """
     masks = Masks.ones(config, platform.current_device())
     masks.layers.zero_()[layers] = 1.0

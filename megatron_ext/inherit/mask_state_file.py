@@ -1,4 +1,4 @@
-"""The state of the masks' training on disk: written aside and replaced, resumed bit for bit."""
+"""The state of mask training on disk: written atomically, resumed bit for bit."""
 
 import dataclasses
 import pickle
@@ -16,11 +16,11 @@ SECONDS_BETWEEN_SAVES = 60.0
 
 
 class StateFile:
-    """One file; the first rank writes it, every rank reads it.
+    """The state file; the first rank writes it, every rank reads it.
 
     Args:
         path: None saves nothing.
-        training, counts, source: what the state belongs to; another's state is refused.
+        training, counts, source: identify the state; the state of another training is refused.
     """
 
     def __init__(self, path: str | None, training: MaskTraining, counts: dict[str, int], source: Source):
@@ -34,10 +34,10 @@ class StateFile:
         self.saved = time.monotonic()
 
     def resume(self, state: MaskState) -> None:
-        """Go on from the file if it is there.
+        """Resume from the file if it exists.
 
         Raises:
-            ValueError: it is damaged, or the state of another training.
+            ValueError: the file is damaged, or is the state of another training.
         """
         if self.path is None or not self.path.exists():
             return
@@ -58,7 +58,7 @@ class StateFile:
         state.restore(stored)
 
     def save(self, state: MaskState, always: bool = False) -> None:
-        """Write the state, once a minute unless ``always``."""
+        """Write the state, at most once a minute unless ``always``."""
         due = always or time.monotonic() - self.saved >= SECONDS_BETWEEN_SAVES
         if self.path is None or not due or torch.distributed.get_rank():
             return

@@ -1,14 +1,15 @@
-"""Learned masks: which units to keep is trained, on the language-model loss, with the weights frozen.
+"""Learned masks: trains which units to keep, on the language-model loss, with frozen weights.
 
-The paper finds learned masks better than Taylor, l2 and l1, and publishes neither formula nor granularity.
-Our reading: one logit for each hidden channel, FFN channel, query group and layer. A mask is the sigmoid of
-its logits around a threshold at which the masks sum to the target's number of units; the temperature falls,
-so that in the end they are all but 0 or 1, and the units of the highest logits are kept.
+The paper finds learned masks better than Taylor, l2 and l1, but publishes neither formula nor granularity.
+Our reading: one logit for each hidden channel, FFN channel, query group and layer. The masks are the sigmoid
+of the logits around a threshold at which they sum to the target's number of units. The temperature falls
+until the masks are almost 0 or 1, and the units with the highest logits are kept.
 
-Masks between 0 and 1 are what makes gradients comparable. A trained model's loss is flat in the mask of a
-unit that is fully there, dL/dmask = 0 at 1, and steep where it is missing: hard masks with straight-through
-gradients pull in whatever is dropped, however little it is worth, and did worse than the scores they started
-from (docs/inheritance.md). At 1/2 the slope is what the unit is worth, for a loss that is quadratic in it.
+Masks between 0 and 1 make gradients comparable. A trained model's loss is flat in the mask of a unit that is
+present, dL/dmask = 0 at 1, and steep in the mask of a missing one: hard masks with straight-through gradients
+pull in any dropped unit, however unimportant, and gave worse results than their initial scores
+(docs/inheritance.md). At 1/2 the slope is the importance of the unit, for a loss that is quadratic in the
+mask.
 """
 
 import time
@@ -30,7 +31,7 @@ from megatron_ext.training.batch import Batch
 
 @dataclass(frozen=True)
 class MaskTraining:
-    """How masks are trained."""
+    """Hyperparameters of mask training."""
 
     steps: int = 100
     learning_rate: float = 0.03
@@ -39,18 +40,18 @@ class MaskTraining:
     seed: int = 1234
 
     def temperature_at(self, step: int) -> float:
-        """Falls geometrically from start to end over the steps."""
+        """The temperature, which falls geometrically from start to end over the steps."""
         start, end = self.temperature
         return start * (end / start) ** (step / max(1, self.steps - 1))
 
     def rate_at(self, step: int) -> float:
-        """Falls to 0, so that the last steps average over batches instead of following them."""
+        """The learning rate, which falls to 0 so that the last steps average over batches."""
         return self.learning_rate * (1 - step / self.steps)
 
 
 @dataclass
 class MaskState:
-    """Where the training stands; what ``save`` writes and ``load`` reads."""
+    """The state of mask training, as saved and resumed."""
 
     logits: dict[str, Tensor]
     step: int = 0
@@ -60,12 +61,12 @@ class MaskState:
     losses: list[float] = field(default_factory=list)
 
     def state(self) -> dict[str, Any]:
-        """Plain values and tensors, which load without unpickling anything else."""
+        """The state as plain values and tensors, which the weights-only unpickler can load."""
         plain = {name: getattr(self, name) for name in _COUNTERS}
         return plain | {"logits": {name: value.detach() for name, value in self.logits.items()}}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from what :meth:`state` gave."""
+        """Restore the result of :meth:`state`."""
         for name in _COUNTERS:
             setattr(self, name, state[name])
         with torch.no_grad():
@@ -77,10 +78,10 @@ _COUNTERS = ("step", "unchanged", "tokens", "seconds", "losses")
 
 
 def begin(start: Masks, settled: Collection[str] = ()) -> MaskState:
-    """Logits from the ranks of first scores: a unit's share of those below it, as a normal quantile.
+    """Initial logits from the ranks of ``start``: the normal quantile of each unit's relative rank.
 
-    Ranks have the same spread for every kind of unit, whatever the unit of the score, so one learning
-    rate and one temperature fit all. The masks named in ``settled`` stay as the first scores selected them.
+    Ranks have the same spread for every kind of unit, whatever the scale of the score, so one learning
+    rate and one temperature fit all. The masks named in ``settled`` keep the selection of ``start``.
     """
     device = platform.current_device()
     logits = {name: _normal_ranks(score).float().to(device) for name, score in vars(start).items()}
@@ -97,7 +98,7 @@ def _normal_ranks(scores: Tensor) -> Tensor:
 def relaxed(logits: Tensor, count: int, temperature: float) -> Tensor:
     """Masks between 0 and 1, the sigmoid of the logits, that sum to ``count`` over the last axis.
 
-    Their threshold is found by bisection and takes no part in the gradient: it goes to the logits alone.
+    The threshold is found by bisection and is constant for the gradient, which flows only to the logits.
     """
     if count == logits.size(-1):
         return torch.ones_like(logits)
@@ -111,7 +112,7 @@ def relaxed(logits: Tensor, count: int, temperature: float) -> Tensor:
     return torch.sigmoid((logits - (low + high) / 2) / temperature)
 
 
-#: Beyond so many temperatures a sigmoid is 0 or 1 in fp32; so often the threshold's interval is halved.
+#: Distance in temperatures at which a sigmoid is 0 or 1 in fp32; number of bisections of the threshold.
 _FAR, _HALVINGS = 20.0, 40
 
 
@@ -123,16 +124,16 @@ def train(
     training: MaskTraining,
     note: Callable[[MaskState], None],
 ) -> None:
-    """Train the logits in place for its steps, or until the selection stops changing.
+    """Train the logits in place, for all steps or until the selection stops changing.
 
     Args:
         model: the source, frozen.
         counts: name of a mask -> number of units to keep.
-        steps: step -> this rank's microbatches of each step from there on.
-        note: hears of every step done; where progress is shown and states are saved.
+        steps: step -> an iterator over this rank's microbatches of each step from there on.
+        note: called after every step, to show progress and save the state.
 
-    It stops early when the selection has been the same for ``patience`` steps. A collective
-    call; all ranks end with the same logits, bit for bit.
+    Stops early if the selection was the same for ``patience`` steps. A collective call; all ranks end with
+    bitwise equal logits.
     """
     masks = Masks(**state.logits)
     before = selection_of(state, counts)
@@ -159,7 +160,7 @@ def _step(
     microbatches: list[Batch],
     training: MaskTraining,
 ) -> Tensor:
-    """One update of the logits; the mean loss of this rank's microbatches, float64."""
+    """One update of the logits; returns the mean loss of this rank's microbatches, float64."""
     temperature = training.temperature_at(state.step)
     loss = torch.zeros((), dtype=torch.float64)
     for batch in microbatches:
@@ -178,9 +179,9 @@ def _step(
 
 @torch.no_grad()
 def _descend(logits: Tensor, gradient: Tensor, rate: float) -> None:
-    """A step of ``rate`` for a unit of the usual gradient of its kind, and in proportion for the others.
+    """Update logits by ``rate`` times the gradient, normalized by the typical gradient of their kind.
 
-    Adam would move every logit at the same speed, those of noise alone too.
+    Adam would move every logit at the same speed, even those whose gradient is only noise.
     """
     logits -= rate * gradient / (gradient.square().mean().sqrt() + 1e-12)
     logits.grad = None
@@ -192,12 +193,12 @@ def hard(logits: Tensor, count: int) -> Tensor:
 
 
 def selection_of(state: MaskState, counts: dict[str, int]) -> dict[str, Tensor]:
-    """The units that the logits keep, by mask; ascending indices on the CPU."""
+    """The units to keep according to the logits, by mask; ascending indices on the CPU."""
     return {name: top(logits.detach().cpu(), counts[name]) for name, logits in state.logits.items()}
 
 
 def training_from(options: InheritOptions) -> MaskTraining:
-    """The training that the tool's flags give."""
+    """The hyperparameters in the tool's flags."""
     return MaskTraining(
         steps=options.mask_steps,
         learning_rate=options.mask_lr,

@@ -1,8 +1,8 @@
-"""The source model with some of its units switched off: what a slice of it computes, at full size.
+"""Masks for the units of the source model, so that it computes what a slice of it would.
 
-With masks of 0 and 1 the masked model's logits are the sliced model's, which the tests hold to 1e-5. With
-masks of 1 that ask for gradients, dL/dmask is the first-order effect of a unit (width criterion taylor).
-With masks between both it is what learned masks train.
+With masks of 0 and 1 the masked model has the logits of the sliced model, which tests check to 1e-5. With
+masks of 1 that require gradients, dL/dmask is the first-order effect of a unit (width criterion taylor). Mask
+training uses values in between.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ from megatron_ext.inherit.selection import Selection
 class Masks:
     """A factor for every unit. L layers, h hidden channels, f FFN channels, g query groups.
 
-    They may be replaced while they are attached: each forward pass reads them anew.
+    The tensors may be replaced while attached: each forward pass reads them again.
     """
 
     hidden: Tensor  # [h]
@@ -32,14 +32,14 @@ class Masks:
 
     @classmethod
     def ones(cls, source: ModelConfig, device: torch.device | str = "cpu") -> "Masks":
-        """Everything on."""
+        """Masks of 1 for all units."""
         layers = source.num_layers
         sizes = ((source.hidden_size,), (layers, source.ffn_hidden_size), (layers, source.query_groups))
         return cls(*(torch.ones(size, device=device) for size in (*sizes, (layers,))))
 
     @classmethod
     def of(cls, selection: Selection, source: ModelConfig) -> "Masks":
-        """What ``selection`` keeps of ``source`` is on."""
+        """Masks of 1 for the units of ``source`` in ``selection``, 0 for the others."""
         masks = cls.ones(source)
         for mask in vars(masks).values():
             mask.zero_()
@@ -52,13 +52,13 @@ class Masks:
 
 @contextmanager
 def attached(model: nn.Module, masks: Masks, hidden_kept: int | None = None) -> Iterator[None]:
-    """Within it ``model`` (a GPTModel at tensor and pipeline size 1) computes with ``masks``.
+    """Apply ``masks`` to ``model`` (a GPTModel at tensor and pipeline size 1) inside the context.
 
     The residual stream is masked where it is written: after the embedding, the attention (with its
     shortcuts) and the MLP. A query group is masked before linear_proj, an FFN channel before linear_fc2.
     ``hidden_kept`` is the number k of hidden channels of the slice: RMSNorm then divides by the mean
     square over k channels instead of all h, that is x / sqrt(sum(x^2) / k + eps). As sum(x^2) / k is
-    mean(x^2) * h / k, scaling the gain by sqrt(k / h) and eps by k / h does it.
+    mean(x^2) * h / k, this is done by scaling the gain by sqrt(k / h) and eps by k / h.
     """
     with ExitStack() as stack:
 
@@ -74,7 +74,7 @@ def attached(model: nn.Module, masks: Masks, hidden_kept: int | None = None) -> 
 
 
 def _hook_layer(hook: Callable[[RemovableHandle], None], index: int, layer: nn.Module, masks: Masks) -> None:
-    """Mask one layer's groups and FFN channels where they enter a matmul, and what it writes."""
+    """Mask one layer's groups and FFN channels at the input of a matmul, and the layer's outputs."""
 
     def written(_: nn.Module, __: Any, output: Any) -> Any:
         value, bias = output

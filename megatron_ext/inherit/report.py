@@ -1,4 +1,4 @@
-"""What an inheritance says of itself: progress while it runs, numbers and a chart afterwards."""
+"""Progress during an inheritance, and its report: numbers and a chart."""
 
 import os
 import sys
@@ -15,12 +15,12 @@ from megatron_ext.inherit.selection import Selection
 
 
 def progress(what: str, total: int | None) -> Progress:
-    """A count to ``total``, shown by the first rank alone."""
+    """A progress bar to ``total``, shown only on the first rank."""
     return Progress(what, total, quiet=os.environ.get("RANK", "0") != "0")
 
 
 def facts(model: ModelConfig, dtype: torch.dtype) -> dict[str, object]:
-    """What the report says of a model, and a state of masks of its source: names of their own, for good."""
+    """A model's entry in the report, and the source's in a mask state; its names must not change."""
     return {
         "num_layers": model.num_layers,
         "hidden_size": model.hidden_size,
@@ -58,7 +58,7 @@ def write(folder: Path, summary: dict[str, Any], result: Any) -> None:
 
 
 def draw(file: Any, summary: dict[str, Any], result: Any) -> None:
-    """Layers with what they are worth, the channels kept, and the masks' training where there was one."""
+    """Draw the importance of layers, the channels kept, and the mask training if there was one."""
     from matplotlib import pyplot
 
     learned = summary.get("learned")
@@ -87,7 +87,7 @@ def _draw_layers(axis: Any, summary: dict[str, Any]) -> None:
 
 
 def _draw_channels(axis: Any, summary: dict[str, Any], selection: Selection) -> None:
-    """A line for the residual stream and one for each layer's FFN: how densely channels are kept."""
+    """Draw the density of kept channels: a line for the residual stream and one per layer's FFN."""
     source, bins = summary["source"], 128
     rows = [_density(selection.hidden.numpy(), source["hidden_size"], bins)]
     rows += [_density(ffn.numpy(), source["ffn_hidden_size"], bins) for ffn in selection.ffn]
@@ -102,7 +102,7 @@ def _draw_channels(axis: Any, summary: dict[str, Any], selection: Selection) -> 
 
 
 def _density(kept: np.ndarray, count: int, bins: int) -> np.ndarray:
-    """Share of channels kept in each of ``bins`` parts of them."""
+    """Fraction of the channels that are kept, in each of ``bins`` bins."""
     edges = np.linspace(0, count, min(bins, count) + 1)
     share = np.histogram(kept, edges)[0] / np.histogram(np.arange(count), edges)[0]
     return np.repeat(share, -(-bins // len(share)))[:bins]

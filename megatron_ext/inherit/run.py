@@ -1,4 +1,4 @@
-"""The whole of tools/inherit_checkpoint.py: open, choose, cut, write, measure, report."""
+"""Implements tools/inherit_checkpoint.py: open, select, slice, write, measure, report."""
 
 import sys
 import time
@@ -26,16 +26,16 @@ from megatron_ext.interchange.target import write_checkpoint
 from megatron_ext.interchange.tokenizer_files import TokenizerFiles
 from megatron_ext.platform.collective import rank
 
-#: Tensors of the pi modules: a target may have more of them than its source.
+#: Tensors of the pi modules, of which a target may have more than its source.
 _PI = (".series_activation.", ".augmented_shortcut.")
 _INIT_STD = 0.02
 
 
 def inherit(options: InheritOptions) -> dict[str, Any]:
-    """Make the target's checkpoint in ``options.save``; returns the report.
+    """Write the target's checkpoint to ``options.save``; returns the report.
 
     Raises:
-        ValueError, OSError: an input cannot be used; nothing is left behind then.
+        ValueError, OSError: an input cannot be used; nothing is left behind.
     """
     started = time.perf_counter()
     source = open_source(
@@ -71,7 +71,7 @@ def inherit(options: InheritOptions) -> dict[str, Any]:
 
 
 def _target_tokenizer(options: InheritOptions, source: Source) -> tuple[TokenizerFiles | None, Rows | None]:
-    """The target's tokenizer, and the source's rows that its pieces start from (None: the same rows)."""
+    """The target's tokenizer, and the source rows of its pieces (None: the same rows)."""
     if not options.target_tokenizer_model:
         return source.tokenizer, None
     if source.tokenizer is None:
@@ -92,7 +92,7 @@ def _target_tokenizer(options: InheritOptions, source: Source) -> tuple[Tokenize
 def _calibration(
     options: InheritOptions, source: Source, files: TokenizerFiles | None, rows: Rows | None
 ) -> Any:
-    """What runs the source on text; None without --data-path."""
+    """The calibration run of the source; None without --data-path."""
     if not options.data_path:
         return None
     if files is None:
@@ -105,7 +105,7 @@ def _calibration(
 def target_tensor(
     key: str, source: Source, target: ModelConfig, selection: Selection, rows: Rows | None, seed: int
 ) -> Tensor:
-    """One tensor of the target, by its name in checkpoints."""
+    """Compute one tensor of the target, by its name in checkpoints."""
     from_key = source_key(key, selection)
     there = source.model.parameters()
     if key == "output_layer.weight" and key not in there:  # the source ties it to the embedding
@@ -132,7 +132,7 @@ def _write(
     rows: Rows | None,
     selection: Selection,
 ) -> None:
-    """Let the first rank write the checkpoint, tensor by tensor; raises on all ranks if it could not."""
+    """Write the checkpoint on the first rank, tensor by tensor; raises on all ranks if that fails."""
 
     def write() -> None:
         with report.progress("writing", len(target.parameters())) as progress:

@@ -1,4 +1,4 @@
-"""From the flags to a selection: which layers, then which channels and groups."""
+"""Selects layers, then channels and groups, according to the flags."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +16,7 @@ from megatron_ext.interchange.source import Source
 
 @dataclass
 class SelectionResult:
-    """What is kept and how that was found."""
+    """The selection, and the measurements that led to it."""
 
     depth_policy: str
     width_criterion: str
@@ -43,7 +43,7 @@ class SelectionResult:
 
 
 def select(options: InheritOptions, source: Source, target: ModelConfig, calibration: Any) -> SelectionResult:
-    """Choose as the flags say; ``calibration`` runs the source on text, None where no flag needs it."""
+    """Select according to the flags; ``calibration`` runs the source on text, None if not needed."""
     losses = None
     if options.depth_policy in ("importance", "learned"):
         losses = _losses_without(calibration)
@@ -76,7 +76,7 @@ def _losses_without(calibration: Any) -> Tensor:
 
 
 def _scores(options: InheritOptions, source: Source, calibration: Any, layers: Tensor) -> Scores:
-    """The scores of the criteria that are no training."""
+    """The scores of the criteria without training."""
     if options.width_criterion == "random":
         return width.random(source.model, options.seed)
     power = 1 if options.width_criterion == "l1" else 2
@@ -87,7 +87,7 @@ def _scores(options: InheritOptions, source: Source, calibration: Any, layers: T
 
 
 def _taylor(source: Source, calibration: Any, layers: Tensor) -> Scores:
-    """First-order scores with the layers that go switched off; of bottleneck units the l2."""
+    """First-order scores with only ``layers`` active; l2 scores for bottleneck units."""
     from megatron_ext.inherit.importance import taylor
 
     with report.progress("taylor", None) as progress:
@@ -108,7 +108,7 @@ def _learned(
     layers: Tensor,
     losses: Tensor | None,
 ) -> SelectionResult:
-    """Masks trained from where the first-order scores stand."""
+    """Train masks, starting from the first-order scores."""
     from megatron_ext.inherit import mask_training
     from megatron_ext.inherit.mask_state_file import StateFile
     from megatron_ext.inherit.masks import Masks

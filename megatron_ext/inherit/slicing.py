@@ -1,4 +1,4 @@
-"""The target's tensors, cut out of the source's one at a time."""
+"""Slices the target's tensors out of the source's, one at a time."""
 
 from collections.abc import Callable
 
@@ -20,7 +20,7 @@ _UNITS = {
 
 
 def source_key(target_key: str, selection: Selection) -> str:
-    """The source's name of a target's tensor: its layer is another one."""
+    """The source's name of a target's tensor, with the number of the source's layer."""
     layer = layer_of(target_key)
     if layer is None:
         return target_key
@@ -30,10 +30,10 @@ def source_key(target_key: str, selection: Selection) -> str:
 def cut(
     target_key: str, weights: Tensor, selection: Selection, source: ModelConfig, rows: Rows | None
 ) -> Tensor:
-    """The target's tensor ``target_key`` from the source's, a tensor of its own.
+    """The target's tensor ``target_key``, copied from the source's.
 
-    ``rows`` says which rows of the vocabulary to take; None takes all. Values are copied bit for bit, but
-    for pieces that start from the mean of several.
+    ``rows`` selects rows of the vocabulary; None takes all. Values are copied bit for bit, except for pieces
+    that start from the mean of several rows.
     """
     layer = layer_of(target_key)
     for number, axis in enumerate(axes_of(target_key)):
@@ -48,11 +48,11 @@ def cut(
 def grown(
     key: str, weights: Tensor | None, size: tuple[int, ...], draw: Callable[[tuple[int, ...]], Tensor]
 ) -> Tensor:
-    """A tensor of the pi modules at the target's size; what the source has not starts as the identity.
+    """A tensor of the pi modules, extended to the target's size so that the function does not change.
 
-    Further terms of the series activation are 0, but the first, where the source has no series, has scale
-    1. Further bottleneck units have an ``up`` of 0 and a ``down`` from ``draw(size)``: they change nothing
-    and learn from the first step on.
+    New terms of the series activation are 0; if the source has no series, the first term has scale 1. New
+    bottleneck units have an ``up`` of 0 and a ``down`` from ``draw(size)``: they have no effect, but are
+    trained from the first step on.
     """
     fresh = draw(size) if key.endswith(".down") else torch.zeros(size)
     if weights is None:

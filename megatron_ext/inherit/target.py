@@ -1,4 +1,4 @@
-"""The target model, and whether it can be cut out of the source."""
+"""The target model, and the check that it can be sliced from the source."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from megatron_ext.inherit.options import InheritOptions
 
 
 class InheritanceError(ValueError):
-    """The target cannot be made of the source; the message has every reason, one a line."""
+    """The target cannot be made from the source; the message lists all reasons, one per line."""
 
     def __init__(self, problems: list[str]):
         super().__init__("\n".join(problems))
@@ -20,10 +20,10 @@ class InheritanceError(ValueError):
 
 
 def target_model(options: InheritOptions, source: ModelConfig, vocab_size: int) -> ModelConfig:
-    """The target that the flags ask for: a preset, over it what is typed, the rest as in the source.
+    """The target model: the flags, then the preset, then the source's values.
 
     Raises:
-        InheritanceError: with every reason why it cannot be cut out of ``source``.
+        InheritanceError: with all reasons why it cannot be sliced from ``source``.
     """
     wanted = _wanted(options)
     heads, groups = wanted.get("num_attention_heads"), wanted.get("num_query_groups")
@@ -41,7 +41,7 @@ def target_model(options: InheritOptions, source: ModelConfig, vocab_size: int) 
         raise InheritanceError([_in_flags_of_the_tool(problem) for problem in error.problems]) from error
 
 
-#: What a preset says of the target; how positions enter and the norm's epsilon stay the source's.
+#: The target's fields taken from a preset; position embedding and the norm's epsilon stay the source's.
 _OF_A_PRESET = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels"),
     *("untie_embeddings_and_output_weights", "series_activation_order"),
@@ -50,7 +50,7 @@ _OF_A_PRESET = (
 
 
 def _wanted(options: InheritOptions) -> dict[str, Any]:
-    """Field of ModelConfig -> what the flags say; a field that none says is not there."""
+    """Field of ModelConfig -> value of its flag or preset; without fields that neither sets."""
     wanted: dict[str, Any] = {}
     if options.model_preset:
         try:
@@ -83,14 +83,14 @@ _FLAGS = {
 
 
 def _in_flags_of_the_tool(problem: str) -> str:
-    """A sentence of ModelConfig's, which names the trainer's flags."""
+    """Replace the trainer's flags in a sentence of ModelConfig by the tool's."""
     for name, flag in _FLAGS.items():
         problem = problem.replace(f"{flag_of(name)} ", f"{flag} ")
     return problem
 
 
 def _problems(source: ModelConfig, target: dict[str, Any]) -> Iterator[str]:
-    """Why a model with ``target``'s fields, the others as in ``source``, is no part of it."""
+    """The reasons why ``target``, with other fields as in ``source``, cannot be sliced from it."""
     have = vars(source) | {"num_query_groups": source.query_groups}
     get = have | target
     for name, flag in _FLAGS.items():

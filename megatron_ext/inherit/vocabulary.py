@@ -1,4 +1,4 @@
-"""Which rows of the source's vocabulary each piece of the target's starts from."""
+"""Maps each piece of the target's vocabulary to rows of the source's."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -14,14 +14,14 @@ from megatron_ext.tokenizer.build import HuggingFaceTokenizer, SentencePieceToke
 
 @dataclass(frozen=True)
 class Rows:
-    """For each target id the source ids whose mean it starts from: ``ids[starts[i]:starts[i + 1]]``."""
+    """For each target id i, the source ids whose mean it starts from: ``ids[starts[i]:starts[i + 1]]``."""
 
     ids: np.ndarray  # int64, all lists one after the other
     starts: np.ndarray  # int64 [target vocabulary + 1]
 
     @classmethod
     def of(cls, lists: Sequence[Sequence[int]]) -> "Rows":
-        """From a list of source ids for each target id."""
+        """Rows from a list of source ids for each target id."""
         starts = np.cumsum([0] + [len(ids) for ids in lists], dtype=np.int64)
         return cls(np.array([i for ids in lists for i in ids], dtype=np.int64), starts)
 
@@ -45,7 +45,7 @@ class Rows:
 
 
 class Piece(NamedTuple):
-    """How a tokenizer spells an id, and the bytes that it stands for: none where it is special."""
+    """The spelling of an id, and the bytes that it represents, none for a special piece."""
 
     name: str
     text: bytes
@@ -57,18 +57,18 @@ def match(
     roles: dict[int, int],
     encode: Callable[[Piece], list[int]],
 ) -> Rows:
-    """Rows by the bytes that pieces stand for, of special pieces by their name.
+    """Match pieces by the bytes that they represent, and special pieces by their name.
 
-    Of several source pieces with the same bytes, the one of the same name is taken, and one of a byte (as in
-    byte fallback) last, for the others are what a text becomes.
+    Among source pieces with the same bytes, the one with the same name is preferred, and byte pieces (as in
+    byte fallback) come last, because text is encoded with the others.
 
     Args:
         target, source: pieces by id.
-        roles: target id -> source id of special pieces, which may be spelled differently.
+        roles: target id -> source id of special pieces, whose spelling may differ.
         encode: piece -> ids of the source tokenizer for its text, for pieces that the source lacks.
 
     Raises:
-        ValueError: nothing stands for a piece in the source.
+        ValueError: the source has nothing to represent a piece.
     """
     same = {piece: i for i, piece in enumerate(source)}
     by_text = _by_text(source)
@@ -87,7 +87,7 @@ def match(
 
 
 def _by_text(source: Sequence[Piece]) -> dict[bytes, int]:
-    """Bytes -> id; a piece that is named after its byte only where there is no other."""
+    """Bytes -> id; byte pieces only if there is no other piece for the byte."""
     byte_last = sorted(
         enumerate(source), key=lambda each: each[1].name == f"<0x{each[1].text.hex().upper()}>"
     )
@@ -127,9 +127,9 @@ def pieces(tokenizer: Tokenizer) -> list[str]:
 
 
 def encode_piece(piece: Piece, source: Tokenizer, by_text: dict[bytes, int]) -> list[int]:
-    """Ids of a piece's bytes inside a longer text; a special piece counts as the text of its name.
+    """Encode a piece's bytes as part of a longer text; a special piece is encoded as the text of its name.
 
-    Bytes that are no characters, as in a piece that ends within one, become those of single bytes.
+    Bytes that are not whole characters, as in a piece that ends within one, become byte pieces.
     """
     text = (piece.text or piece.name.encode()).decode("utf-8", errors="surrogateescape")
     ids = []
@@ -147,7 +147,7 @@ def encode_piece(piece: Piece, source: Tokenizer, by_text: dict[bytes, int]) -> 
 
 
 def _encode_inside(text: str, source: Tokenizer) -> list[int]:
-    """Ids of a text inside a longer one: no dummy blank is put in front of it."""
+    """Encode a text as part of a longer one, without the dummy prefix."""
     before = source.tokenize("\n")
     together = source.tokenize("\n" + text)
     if together[: len(before)] == before:

@@ -1,4 +1,4 @@
-"""Scores of hidden channels, FFN channels, query groups and bottleneck units: the higher, the rather kept."""
+"""Scores of hidden channels, FFN channels, query groups and bottleneck units; high scores are kept."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from megatron_ext.config.model import ModelConfig
 from megatron_ext.inherit.axes import Axis, axes_of, layer_of, unit_sums
 from megatron_ext.inherit.selection import Selection, top
 
-#: Whose score the entries of an axis add to; the vocabulary is chosen by its tokenizer.
+#: The score that the entries of an axis add to; the vocabulary is selected by its tokenizer.
 _SCORED = {
     Axis.HIDDEN: "hidden",
     Axis.QKV: "groups",
@@ -23,7 +23,7 @@ _SCORED = {
 
 @dataclass
 class Scores:
-    """One score a unit, of a source of L layers."""
+    """One score per unit, for a source of L layers."""
 
     hidden: Tensor  # [h]
     ffn: Tensor  # [L, f]
@@ -32,7 +32,7 @@ class Scores:
 
     @classmethod
     def zeros(cls, source: ModelConfig) -> "Scores":
-        """All 0, float64: sums of millions of squares go in."""
+        """Zero scores, in float64 for sums of millions of squares."""
         return cls(*(torch.zeros(size, dtype=torch.float64) for size in _sizes(source)))
 
 
@@ -43,7 +43,7 @@ def _sizes(source: ModelConfig) -> list[tuple[int, ...]]:
 
 
 def select(scores: Scores, layers: Tensor, target: ModelConfig) -> Selection:
-    """The best units of the layers that are kept."""
+    """Select the units with the highest scores in the kept layers."""
     available = scores.bottleneck.size(1)
     return Selection(
         layers=layers,
@@ -55,7 +55,7 @@ def select(scores: Scores, layers: Tensor, target: ModelConfig) -> Selection:
 
 
 def random(source: ModelConfig, seed: int) -> Scores:
-    """Scores without meaning: a selection at random, the same for the same seed."""
+    """Random scores, the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
     return Scores(*(torch.rand(size, generator=generator) for size in _sizes(source)))
 
@@ -64,7 +64,7 @@ def magnitude(keys: Iterable[str], get: Callable[[str], Tensor], source: ModelCo
     """Sum of |w|^power over all weights of a unit: ``power`` 1 is l1, 2 is l2.
 
     One tensor is in memory at a time. Only matrices count: a norm's gains, biases and the scales of the
-    series activation have another meaning, and another size.
+    series activation have another meaning and another magnitude.
     """
     scores = Scores.zeros(source)
     for key in keys:
