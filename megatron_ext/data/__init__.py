@@ -6,7 +6,7 @@ __all__ = ["DatasetError", "build_data_loader", "build_datasets"]
 
 
 def __getattr__(name: str) -> Any:
-    # Looked up late: the tools that write datasets need neither torch nor Megatron-Core.
+    # Imported lazily: the tools that write datasets need neither torch nor Megatron-Core.
     if name == "build_data_loader":
         from megatron_ext.data.loader import build_data_loader
 

@@ -1,4 +1,4 @@
-"""How often a run reads its data: epochs, and datasets of a blend that give it nothing."""
+"""How much of its data a run reads: epochs, and datasets of a blend without a sample."""
 
 import numpy as np
 from megatron.core.datasets.blended_dataset import BlendedDataset
@@ -8,7 +8,7 @@ from megatron_ext.data.views import Chained
 
 
 def epochs(dataset: Chained | BlendedDataset | GPTDataset, samples: int) -> float:
-    """How often ``samples`` of a dataset of Megatron-Core go through its documents; of a blend, the most."""
+    """Epochs that ``samples`` of a Megatron-Core dataset are; the largest number in a blend."""
     if isinstance(dataset, Chained):
         often = 0.0
         for part in dataset.parts:
@@ -24,12 +24,12 @@ def epochs(dataset: Chained | BlendedDataset | GPTDataset, samples: int) -> floa
 
 
 def without_a_sample(dataset: Chained | BlendedDataset | GPTDataset) -> list[str]:
-    """The prefixes of a blend of which no sample is drawn, because their weight is too small for the run."""
+    """The prefixes of a blend without any sample, because their weight is too small for the run."""
     if isinstance(dataset, Chained):
         return without_a_sample(dataset.parts[0])
     if not isinstance(dataset, BlendedDataset):
         return []
-    # Only then can there be one; counting reads the whole order.
+    # Otherwise every dataset has a sample; counting would read the whole order.
     if min(dataset.weights) / sum(dataset.weights) * len(dataset) >= 2:
         return []
     counts = np.bincount(dataset.dataset_index, minlength=len(dataset.datasets))

@@ -2,8 +2,8 @@
 
 The samples are those of Megatron-LM's pretrain_gpt.py for the same flags: Megatron-Core's own
 GPTDataset, blended by its own builder, with the configuration that core_gpt_dataset_config_from_args
-gives it. Ours is around them: the files are checked first, the index is built once and atomically,
-and what goes wrong on one rank is raised on all.
+creates. Around them, this module checks the files first, builds the index once and atomically, and raises
+errors of one rank on all ranks.
 """
 
 import copy
@@ -40,19 +40,19 @@ logger = logging.getLogger(__name__)
 def build_datasets(
     run: RunConfig, tokenizer: TokenizerLike, sizes: Sequence[int | None]
 ) -> tuple[Samples | None, ...]:
-    """Build (train, valid, test); None where the flags give no such set. A collective call.
+    """Build (train, valid, test), each None if the flags define no such set. A collective call.
 
     Args:
         run: data_path, split, {train,valid,test}_data_path, data_args_path,
             per_split_data_args_path, mock_data, data_cache_path, seed, seq_length and the other
             data flags.
-        tokenizer: of build_tokenizer.
-        sizes: samples to draw from each set; None draws one epoch, whatever the weights of a blend.
+        tokenizer: the result of build_tokenizer.
+        sizes: number of samples of each set; None means one epoch, ignoring the weights of a blend.
 
     Returns:
         Megatron-Core datasets; a sample is a dict of tokens, labels (int64 [s]), loss_mask (float
-        [s]), position_ids (int64 [s]) and, only if --reset-attention-mask makes it other than
-        causal, attention_mask (bool [1, s, s], True = forbidden).
+        [s]), position_ids (int64 [s]) and, only with a non-causal mask (--reset-attention-mask),
+        attention_mask (bool [1, s, s], True = forbidden).
 
     Raises:
         DatasetError: on every rank, if data is missing, damaged, of another tokenizer, too small,
@@ -79,7 +79,7 @@ def build_datasets(
 
 
 def _leave_out(config: GPTDatasetConfig, split: Split) -> None:
-    """Build no such set."""
+    """Exclude a set from the configuration."""
     if config.blend_per_split:
         config.blend_per_split[split.value] = None
     else:
@@ -87,10 +87,10 @@ def _leave_out(config: GPTDatasetConfig, split: Split) -> None:
 
 
 def dataset_config(run: RunConfig, tokenizer: TokenizerLike) -> GPTDatasetConfig:
-    """The configuration that Megatron-LM's core_gpt_dataset_config_from_args makes of the flags."""
+    """The configuration as from Megatron-LM's core_gpt_dataset_config_from_args."""
     blend, blend_per_split = blends(run.data)
     if not run.data.mock_data and not blend and not any(blend_per_split or ()):
-        # Megatron-Core would train on made-up data.
+        # Megatron-Core would silently train on mock data.
         named = run.data.data_args_path or run.data.per_split_data_args_path
         raise DatasetError(f"{named}: names no data; give a prefix of at least one dataset")
     return GPTDatasetConfig(
@@ -107,7 +107,7 @@ def dataset_config(run: RunConfig, tokenizer: TokenizerLike) -> GPTDatasetConfig
         reset_position_ids=run.data.reset_position_ids,
         reset_attention_mask=run.data.reset_attention_mask,
         eod_mask_loss=run.data.eod_mask_loss,
-        # Without resets the mask is causal, which attention knows by itself: s * s bytes a sample saved.
+        # Without resets the mask is causal and not needed, which saves s * s bytes per sample.
         create_attention_mask=run.data.create_attention_mask_in_dataloader and run.data.reset_attention_mask,
     )
 
@@ -165,24 +165,24 @@ def _read_per_split(path: str) -> list[list[str] | None]:
 
 
 def _prefixes(config: GPTDatasetConfig) -> set[str]:
-    found = [config.blend] if config.blend else config.blend_per_split or []
-    return {prefix for blend in found if blend for prefix in blend[0]}
+    blends = [config.blend] if config.blend else config.blend_per_split or []
+    return {prefix for blend in blends if blend for prefix in blend[0]}
 
 
 def _check_data(
     config: GPTDatasetConfig, sizes: Sequence[int | None], tokenizer: TokenizerLike, split: str | None
 ) -> None:
-    """Check every dataset, and that each part of it holds text."""
+    """Check every dataset, and that each of its parts has text."""
     indices = {prefix: check_dataset(prefix, tokenizer) for prefix in sorted(_prefixes(config))}
     check_parts(config, indices, sizes, split)
     _warn_of_pad_tokens(indices, tokenizer)
 
 
 def _warn_of_pad_tokens(indices: dict[str, Index], tokenizer: TokenizerLike) -> None:
-    """Say so where the text holds the pad token, which upstream's samples then neither predict nor read."""
+    """Warn if the text contains the pad token, which upstream's samples neither predict nor read."""
     pad = tokenizer.pad
     if pad < 0 or pad in (tokenizer.eod, tokenizer.eos):
-        return  # upstream takes no token for the pad token then
+        return  # upstream then treats no token as the pad token
     for prefix, index in indices.items():
         if any((piece == pad).any() for piece in sampled_ids(prefix, index)):
             logger.warning(
@@ -192,9 +192,9 @@ def _warn_of_pad_tokens(indices: dict[str, Index], tokenizer: TokenizerLike) -> 
 
 
 class LocalBuilder(BlendedMegatronDatasetBuilder):
-    """Megatron-Core's builder without its barriers: each rank builds for itself.
+    """Megatron-Core's builder without its barriers: each rank builds independently.
 
-    The order of the ranks is settled around it, where an error cannot leave the others waiting.
+    The callers synchronize the ranks, so that an error cannot leave the others waiting.
     """
 
     def __init__(self, kind: type[Any], sizes: Sequence[int | None], config: GPTDatasetConfig) -> None:
@@ -206,7 +206,7 @@ class LocalBuilder(BlendedMegatronDatasetBuilder):
     ) -> Any:
         """Construct ``cls(*arguments)``."""
         if cls is BlendedDataset and not torch.distributed.is_initialized():
-            # With a cache BlendedDataset asks for the rank, which a lone process has not.
+            # With a cache BlendedDataset needs the rank, which a single process does not have.
             arguments = (*arguments[:-1], copy.copy(arguments[-1]))
             arguments[-1].path_to_cache = None
         return cls(*arguments)
@@ -238,21 +238,21 @@ def _build(kind: type[Any], sizes: Sequence[int | None], config: GPTDatasetConfi
 def _by_weights(
     config: GPTDatasetConfig, sizes: Sequence[int | None]
 ) -> list[tuple[GPTDatasetConfig, Sequence[int | None]]]:
-    """What to build, in two steps where weights decide some sets and of others one epoch is drawn.
+    """The configurations to build, separately for weighted sets and for sets of one epoch.
 
-    An epoch takes all of each dataset, so that weights have no say in it; Megatron-Core refuses them.
+    An epoch contains each dataset once, whatever its weight; Megatron-Core refuses weights for it.
     """
     weighted = [blend for blend in (config.blend, *(config.blend_per_split or ())) if blend and blend[1]]
     if config.mock or not weighted or None not in sizes:
         return [(config, sizes)]
-    drawn, whole = copy.copy(config), copy.copy(config)
-    for part, blends in ((drawn, lambda blend: blend), (whole, lambda blend: blend and (blend[0], None))):
+    sampled, whole = copy.copy(config), copy.copy(config)
+    for part, blends in ((sampled, lambda blend: blend), (whole, lambda blend: blend and (blend[0], None))):
         part.blend = blends(config.blend)
         part.blend_per_split = config.blend_per_split and list(map(blends, config.blend_per_split))
         part.split_matrix = config.blend and list(config.split_matrix)
     for split in Split:
-        _leave_out(drawn if sizes[split.value] is None else whole, split)
-    return [(drawn, [size or 0 for size in sizes]), (whole, sizes)]
+        _leave_out(sampled if sizes[split.value] is None else whole, split)
+    return [(sampled, [size or 0 for size in sizes]), (whole, sizes)]
 
 
 def _explain(error: Exception, config: GPTDatasetConfig) -> str:
@@ -265,7 +265,7 @@ def _explain(error: Exception, config: GPTDatasetConfig) -> str:
 
 
 def _fill_cache(kind: type[Any], sizes: Sequence[int | None], config: GPTDatasetConfig) -> str:
-    """Build what is missing in the cache of index files; returns the folder."""
+    """Build the missing index files in the cache; returns its folder."""
 
     def build(aside: Path) -> list[Samples | None]:
         staged = copy.copy(config)
@@ -282,9 +282,9 @@ def _fill_cache(kind: type[Any], sizes: Sequence[int | None], config: GPTDataset
 
 
 def _cache_folders(config: GPTDatasetConfig) -> list[str]:
-    """Folders to try, best first: --data-cache-path, or upstream's place beside the data.
+    """Folders to try, in order: --data-cache-path, or upstream's folder next to the data.
 
-    For data that cannot be written beside there is the user's own cache, if there is one node.
+    If that is not writable, the user's own cache folder is tried on a single node.
     """
     if config.path_to_cache:
         return [config.path_to_cache]

@@ -1,4 +1,4 @@
-"""Real text that every machine with Python has: its documentation, standard library and packages."""
+"""Real text from every Python installation: its documentation, standard library and packages."""
 
 import gzip
 import json
@@ -11,18 +11,18 @@ from typing import Any
 
 from megatron_ext.common.files import sha256, write_aside
 
-#: Shorter files say nothing, longer ones are mostly tables and generated code.
+#: Shorter files have little content, longer ones are mostly tables and generated code.
 MIN_CHARACTERS, MAX_CHARACTERS = 400, 60_000
-#: Prose first, then the standard library, then packages: when space is short, prose is kept.
+#: Prose first, then the standard library, then packages: if space is short, prose is kept.
 SHARES = (("documentation", 0.4), ("standard library", 0.35), ("packages", 1.0))
 VALID_SHARE = 0.02
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
 
 def collect(max_bytes: int) -> list[dict[str, Any]]:
-    """Documents {"text", "source"} of ``max_bytes`` UTF-8 bytes at most, in an order by hash of text.
+    """Documents {"text", "source"} of at most ``max_bytes`` UTF-8 bytes, ordered by the hash of their text.
 
-    Files are taken by the hash of their names, and reading ends when there is enough.
+    Files are read in the order of the hashes of their names, until there are enough.
     """
     seen: set[str] = set()
     chosen: list[tuple[str, dict[str, Any]]] = []
@@ -42,7 +42,7 @@ def collect(max_bytes: int) -> list[dict[str, Any]]:
 
 
 def digest(text: str) -> str:
-    """What identifies a text: its hash without white space."""
+    """The hash of a text without white space, which identifies it."""
     return sha256("".join(text.split()))
 
 
@@ -60,7 +60,7 @@ def split(documents: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[d
 
 
 def write(path: str, documents: list[dict[str, Any]]) -> dict[str, Any]:
-    """Write JSON lines, gzip-compressed if the name ends in .gz; counts."""
+    """Write JSON lines, gzip-compressed if the name ends in .gz; returns counts."""
     lines = b"".join(json.dumps(d, ensure_ascii=False).encode("utf-8") + b"\n" for d in documents)
     data = gzip.compress(lines, 6, mtime=0) if path.endswith(".gz") else lines
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +69,7 @@ def write(path: str, documents: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def clean(text: str) -> str:
-    """Unix line ends, no control characters, no trailing blanks, at most two empty lines in a row."""
+    """Normalize a text: Unix line ends, no control characters, at most two empty lines in a row."""
     text = CONTROL.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
     lines = "\n".join(line.rstrip() for line in text.split("\n"))
     return re.sub(r"\n{4,}", "\n\n\n", lines).strip()

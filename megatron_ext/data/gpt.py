@@ -1,8 +1,8 @@
-"""Megatron-Core's GPT datasets, with a loss mask of its own for every sample.
+"""Megatron-Core's GPT datasets, with a separate loss mask for every sample.
 
-Upstream keeps the masks and positions of the first sample that a process reads and takes copies of
-them for all later ones, but only after it has masked that sample's pad tokens: they stay masked in
-every other sample, so that losses depend on ``--num-workers`` and on where a run was resumed.
+Upstream caches the masks and positions of the first sample that a process reads and copies them for all later
+ones, but only after masking that sample's pad tokens: these positions stay masked in all other samples, so
+that losses depend on ``--num-workers`` and on the point of resumption.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from megatron.core.datasets import gpt_dataset
 
 
 class _OwnLossMasks:
-    """Fills upstream's cache at the start, from a sequence without special tokens."""
+    """Fills upstream's cache initially from a sequence without special tokens."""
 
     config: gpt_dataset.GPTDatasetConfig
     masks_and_position_ids_are_cacheable: bool
@@ -34,7 +34,7 @@ class _OwnLossMasks:
         self.masks_and_position_ids_are_cached = True
 
 
-# The names are upstream's, because they are part of the names of index files.
+# The class names are upstream's, because the names of index files contain them.
 
 
 class GPTDataset(_OwnLossMasks, gpt_dataset.GPTDataset):
@@ -42,4 +42,4 @@ class GPTDataset(_OwnLossMasks, gpt_dataset.GPTDataset):
 
 
 class MockGPTDataset(_OwnLossMasks, gpt_dataset.MockGPTDataset):
-    """Samples of [s] made-up tokens (``--mock-data``)."""
+    """Samples of [s] generated tokens (``--mock-data``)."""

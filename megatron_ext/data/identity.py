@@ -1,9 +1,9 @@
-"""Which training set a file of losses or an index of samples speaks of.
+"""Identifies the training set that a file of losses or an index of samples refers to.
 
-A sample's number means something only together with what decides the samples and their order: the
-data, its share for training, sequence length, seed, tokenizer, and the number of samples drawn
-(Megatron-Core shuffles whole epochs, so it decides where one ends). Where the data lies does not
-matter: a source is known by its content.
+A sample's number is only meaningful together with everything that determines the samples and their order: the
+data, its training split, the sequence length, the seed, the tokenizer, and the number of samples
+(Megatron-Core shuffles whole epochs, and the number decides how many). The location of the data does not
+matter: a source is identified by its content.
 """
 
 import hashlib
@@ -23,18 +23,18 @@ from megatron_ext.data.manifest import TokenizerLike, read_manifest
 if TYPE_CHECKING:
     from megatron_ext.data.views import Samples
 
-#: What is read of each file of a source: this many pieces of this many bytes, spread evenly.
+#: Number and size in bytes of the evenly spread pieces that are read of each file of a source.
 PIECES, PIECE_BYTES = 64, 1 << 14
-#: Samples whose tokens are compared at the end.
+#: Number of samples whose tokens are compared.
 PROBES = 16
 
 
 def identify(run: RunConfig, tokenizer: TokenizerLike, samples: int) -> dict[str, Any]:
-    """What decides the first ``samples`` samples of the training set that the flags describe.
+    """Describe everything that determines the first ``samples`` samples of the training set.
 
-    Reads about a megabyte of each file, whatever its size. ``tokenizer`` is of build_tokenizer.
+    Reads about a megabyte of each file, whatever its size. ``tokenizer`` is the result of build_tokenizer.
     """
-    # Imported here, because it brings torch: tools/build_round.py only passes descriptions on.
+    # Imported here, because it imports torch, which tools/build_round.py does not need.
     from megatron_ext.data.datasets import dataset_config
 
     config = dataset_config(run, tokenizer)
@@ -49,7 +49,7 @@ def identify(run: RunConfig, tokenizer: TokenizerLike, samples: int) -> dict[str
     return {
         "sources": [Path(prefix).name for prefix in blend[0]],
         "fingerprints": fingerprints,
-        # Without weights a blend takes what is there, which is not the same as equal weights.
+        # Without weights a blend contains each dataset once, which is not the same as equal weights.
         "weights": None if blend[1] is None else (weights / weights.sum()).tolist(),
         "documents": list(part) if part else None,
         "seq_length": run.data.seq_length,
@@ -60,10 +60,10 @@ def identify(run: RunConfig, tokenizer: TokenizerLike, samples: int) -> dict[str
 
 
 def stated(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """What the arguments in a checkpoint say of its training set, as fields of :func:`identify`.
+    """The training set according to the arguments in a checkpoint, as fields of :func:`identify`.
 
-    For checkpoints that hold no description, as Megatron-LM's. The datasets' paths are not among them: the
-    same data may have moved.
+    For checkpoints without a description, such as Megatron-LM's. The datasets' paths are not included: the
+    data may have moved.
     """
     from megatron.core.datasets.blended_megatron_dataset_config import (
         convert_split_vector_to_split_matrix,
@@ -99,7 +99,7 @@ def fingerprint(prefix: str) -> str:
 
 
 def probe(dataset: "Samples", samples: int) -> str:
-    """sha256 over the tokens of some samples: the order is Megatron-Core's and NumPy's to change."""
+    """sha256 over the tokens of some samples: another Megatron-Core or NumPy may change their order."""
     digest = hashlib.sha256()
     for number in np.unique(np.linspace(0, samples - 1, PROBES).astype(np.int64)).tolist():
         digest.update(np.ascontiguousarray(dataset[number]["tokens"], dtype=np.int64).tobytes())
@@ -107,9 +107,9 @@ def probe(dataset: "Samples", samples: int) -> str:
 
 
 def dataset_hash(identity: dict[str, Any]) -> str:
-    """One sha256 for all that decides the samples; names of files are left out."""
-    told = {name: value for name, value in identity.items() if name not in ("sources", "hash")}
-    return sha256(json.dumps(told, sort_keys=True))
+    """A sha256 over everything that determines the samples, without file names."""
+    hashed = {name: value for name, value in identity.items() if name not in ("sources", "hash")}
+    return sha256(json.dumps(hashed, sort_keys=True))
 
 
 def _share(part: list[float] | None) -> str:
@@ -120,7 +120,7 @@ def _short(text: str | None) -> str:
     return str(text)[:12]
 
 
-#: Field -> the flag that decides it, and how its value is told.
+#: Field -> the flag that sets it, and a function to print its value.
 _FIELDS: dict[str, tuple[str, Callable[[Any], object]]] = {
     "fingerprints": ("--data-path", lambda values: " ".join(map(_short, values))),
     "weights": ("the weights of the blend", lambda values: values and [round(value, 6) for value in values]),
@@ -136,20 +136,20 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], object]]] = {
 
 
 def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
-    """Where two descriptions differ, a phrase each, of the fields that ``ours`` has."""
+    """The differences of two descriptions in the fields of ``ours``, a phrase each."""
     return [
-        f"{flag}: {told(theirs.get(name))} there, {told(ours[name])} here"
-        for name, (flag, told) in _FIELDS.items()
+        f"{flag}: {shown(theirs.get(name))} there, {shown(ours[name])} here"
+        for name, (flag, shown) in _FIELDS.items()
         if name in ours and theirs.get(name) != ours[name]
     ]
 
 
 def require_same(theirs: dict[str, Any], ours: dict[str, Any], of: str, advice: str) -> None:
-    """Raise unless two descriptions agree in every field that ``ours`` has.
+    """Raise unless two descriptions agree in every field of ``ours``.
 
     Args:
-        theirs, ours: of :func:`identify`, with or without a ``probe``.
-        of: what ``theirs`` was read from, such as the path of an index.
+        theirs, ours: results of :func:`identify`, with or without a ``probe``.
+        of: the origin of ``theirs``, such as the path of an index.
         advice: what to do, the end of the message.
 
     Raises:

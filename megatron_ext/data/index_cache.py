@@ -1,11 +1,11 @@
-"""The index files of Megatron-Core's datasets, published whole, each beside its checksum.
+"""The index files of Megatron-Core's datasets, published atomically, each with a checksum.
 
-Megatron-Core saves the document, sample and shuffle order of a dataset under the final names
-while it computes them, and takes any file with such a name for complete: a job that is killed
-meanwhile, or two jobs at once, leave indices that fail later or train on the wrong samples. Here
-they are built in a folder of their own, which sees the sound files of the cache through links,
-and each new file is then moved into place. ``NAME.sha256`` is there before NAME is; the files of a
-cache that Megatron-LM made have none, and are known by their size only.
+Megatron-Core saves the document, sample and shuffle order of a dataset under the final names while it
+computes them, and assumes that a file with such a name is complete: a job that is killed meanwhile, or two
+jobs at once, leave indices that fail later or train on the wrong samples. Here they are built in a temporary
+folder with links to the valid files of the cache, and each new file is then moved into the cache.
+``NAME.sha256`` is published before NAME; the files of a Megatron-LM cache have none, and only their size is
+checked.
 """
 
 import contextlib
@@ -29,29 +29,29 @@ from megatron_ext.common.lock import try_lock
 from megatron_ext.data.indexed import DatasetError
 
 BUILDING, CHECKSUM = ".building-", ".sha256"
-#: Locked in the folder of a build as long as the process that builds lives.
+#: Lock file in the folder of a build, held as long as the building process runs.
 LOCK = ".lock"
-#: A folder of a build that was killed is removed once it is older than this and its lock is free.
+#: The folder of a killed build is removed once it is older than this and its lock is free.
 ABANDONED_AFTER_S = 24 * 3600
-#: Files that are read at the same time to be compared with their checksums.
+#: Number of files whose checksums are verified in parallel.
 _READERS = 4
 
 logger = logging.getLogger(__name__)
 
 
 def fill(cache: Path, build: Callable[[Path], object]) -> None:
-    """Let ``build(folder)`` make the datasets of a run, with the index files that ``cache`` lacks put there.
+    """Run ``build(folder)`` to build the datasets of a run, and add new index files to ``cache``.
 
-    Every index file that the datasets use is compared with its checksum; one that was altered is
-    reported by name and built again.
+    Every index file that the datasets use is compared with its checksum; an altered one is reported by name
+    and rebuilt.
 
-    Raises OSError if the cache cannot be written or read, and what ``build`` raises.
+    Raises OSError if the cache cannot be written or read, and any error of ``build``.
     """
     with _staging(cache) as folder:
         try:
             damaged = _damaged(folder, _hashes(build(folder)))
         except DatasetError:
-            # Perhaps because of the damage.
+            # Possibly because of a damaged file.
             damaged = _damaged(folder, None)
             if not damaged:
                 raise
@@ -63,7 +63,7 @@ def fill(cache: Path, build: Callable[[Path], object]) -> None:
 
 
 def _hashes(built: Any) -> set[str]:
-    """What the names of the index files of these datasets begin with."""
+    """The prefixes of the names of these datasets' index files."""
     if isinstance(built, list | tuple):
         return set().union(*map(_hashes, built))
     if built is None:
@@ -78,19 +78,19 @@ def _dataset_of(path: Path) -> str:
 
 
 def _files_of(dataset: str) -> int:
-    """Files of a dataset in the cache: its description and two indices of a blend, three of others."""
+    """Number of files of a dataset: its description and two indices for a blend, otherwise three."""
     return 3 if "-BlendedDataset-" in dataset else 4
 
 
 def _unlink(folder: Path, datasets: set[str]) -> None:
-    """Remove all links of these datasets: a dataset is built whole, and would be written through them."""
+    """Remove all links of these datasets: they are rebuilt completely, and writes would follow the links."""
     for entry in list(folder.iterdir()):
         if entry.is_symlink() and _dataset_of(entry) in datasets:
             entry.unlink()
 
 
 def _damaged(folder: Path, hashes: set[str] | None) -> list[Path]:
-    """The links to files that are not what was written, of those with the hashes; None is all."""
+    """The links to damaged files, among those with these hashes; None checks all."""
     links = [entry for entry in folder.iterdir() if entry.is_symlink()]
     used = [link for link in links if hashes is None or link.name.split("-")[0] in hashes]
     with ThreadPoolExecutor(_READERS) as threads:
@@ -111,7 +111,7 @@ def _checksum_of(path: Path) -> Path:
 
 @contextmanager
 def _staging(cache: Path) -> Iterator[Path]:
-    """A folder to build index files in; on success its new files move to ``cache``."""
+    """A temporary folder for a build; on success its new files are moved to ``cache``."""
     cache.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(cache)
     folder = Path(tempfile.mkdtemp(prefix=BUILDING, dir=cache))
@@ -136,12 +136,12 @@ def _staging(cache: Path) -> Iterator[Path]:
 
 
 def _is_index_file(entry: Path) -> bool:
-    """Not a checksum, and not what another job is writing at this moment: such names begin with a dot."""
+    """Excludes checksums, and temporary files of other jobs, whose names start with a dot."""
     return entry.suffix != CHECKSUM and not entry.name.startswith(".") and entry.is_file()
 
 
 def is_sound(path: Path) -> bool:
-    """Whether an index file is complete: an .npy file has the size that its header promises."""
+    """Whether an index file is complete: an .npy file must have the size given by its header."""
     try:
         if path.suffix != ".npy":
             return path.stat().st_size > 0
@@ -152,7 +152,7 @@ def is_sound(path: Path) -> bool:
                 (2, 0): np.lib.format.read_array_header_2_0,
             }[version]
             shape, _, dtype = read_header(file)
-            if dtype.hasobject:  # would be unpickled when it is loaded
+            if dtype.hasobject:  # would be unpickled on load
                 return False
             return file.tell() + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize == path.stat().st_size
     except (OSError, ValueError, KeyError):
@@ -168,16 +168,16 @@ def _publish(source: Path, target: Path) -> None:
 
 def _remove_abandoned(cache: Path) -> None:
     for folder in cache.glob(f"{BUILDING}*"):
-        with contextlib.suppress(OSError):  # another job removed it first
+        with contextlib.suppress(OSError):  # removed by another job
             if time.time() - folder.stat().st_mtime > ABANDONED_AFTER_S and not _is_alive(folder):
                 shutil.rmtree(folder, ignore_errors=True)
 
 
 def _is_alive(folder: Path) -> bool:
-    """Whether the process that builds there still holds its lock; clocks and dates may be wrong."""
+    """Whether the building process still holds its lock; modification times may be wrong."""
     try:
         lock = os.open(folder / LOCK, os.O_RDWR)
-    except FileNotFoundError:  # of an earlier version
+    except FileNotFoundError:  # left by an earlier version
         return False
     try:
         return not try_lock(lock)

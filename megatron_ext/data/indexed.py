@@ -1,6 +1,6 @@
-"""The .bin/.idx format of Megatron-Core's IndexedDataset, in NumPy alone.
+"""The .bin/.idx format of Megatron-Core's IndexedDataset, in pure NumPy.
 
-A dataset PREFIX is two files. ``PREFIX.bin`` holds the ids of all sequences one behind the other.
+A dataset PREFIX is two files. ``PREFIX.bin`` holds the concatenated ids of all sequences.
 ``PREFIX.idx`` holds, little-endian: the magic ``MMIDIDX\\0\\0``, version (uint64, 1), dtype code
 (uint8), number of sequences N and of document bounds D (uint64 each), then sequence lengths
 (int32 [N]), byte offsets in .bin (int64 [N]) and document bounds (int64 [D]: 0, ..., N).
@@ -41,12 +41,12 @@ def manifest_path(prefix: str | Path) -> Path:
 
 
 def dataset_files(prefix: str | Path) -> list[Path]:
-    """Every file of a dataset, the manifest last, which may not be there."""
+    """All files of a dataset; the last one, the manifest, need not exist."""
     return [bin_path(prefix), idx_path(prefix), manifest_path(prefix)]
 
 
 def optimal_dtype(vocab_size: int) -> np.dtype:
-    """uint16 for vocabularies below 65,500, else int32 (upstream's DType.optimal_dtype)."""
+    """uint16 for vocabularies below 65,500, otherwise int32 (upstream's DType.optimal_dtype)."""
     return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
 
 
@@ -97,13 +97,13 @@ def read_index(prefix: str | Path) -> Index:
 
 
 class Writable(Protocol):
-    """What an index is written to: a file, or what hashes on the way to one."""
+    """A file, or a wrapper of one that computes a hash."""
 
     def write(self, data: bytes | memoryview, /) -> object: ...
 
 
 def write_index(file: Writable, dtype: np.dtype, lengths: np.ndarray, documents: np.ndarray) -> None:
-    """Write an index byte for byte as Megatron-Core's IndexedDatasetBuilder does.
+    """Write an index, byte for byte as Megatron-Core's IndexedDatasetBuilder does.
 
     ``lengths`` int32 [sequences], ``documents`` int64 [documents + 1].
     """
@@ -125,7 +125,7 @@ def map_tokens(prefix: str | Path, index: Index) -> np.ndarray:
 
 
 def check_layout(prefix: str | Path) -> Index:
-    """Read the index and check that .bin and .idx belong together.
+    """Read the index, and check that .bin and .idx belong together.
 
     Takes a fraction of a second for millions of documents; the ids themselves are not read.
 

@@ -1,4 +1,4 @@
-"""What is in a dataset: statistics, a histogram of lengths, samples, and a check of every byte."""
+"""Inspects a dataset: statistics, a histogram of lengths, samples, and a check of every byte."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ BLOCK_IDS = 1 << 24
 
 @dataclass
 class Report:
-    """Facts of a dataset; ``histogram`` holds (from, below, documents) in powers of two."""
+    """Statistics of a dataset; ``histogram`` holds (from, below, documents) in powers of two."""
 
     documents: int
     sequences: int
@@ -31,14 +31,14 @@ class Report:
 
 
 def report(prefix: str | Path, tokenizer: TokenizerLike | None = None) -> tuple[Report, Index]:
-    """Statistics from the index alone; the files are checked as training checks them.
+    """Statistics from the index only; the files are checked as in training.
 
     Raises:
         DatasetError: the dataset is damaged, or of another tokenizer.
     """
     index = check_dataset(prefix, tokenizer)
     lengths = document_lengths(index)
-    found = Report(
+    facts = Report(
         documents=len(lengths),
         sequences=len(index.lengths),
         tokens=index.num_tokens,
@@ -48,17 +48,17 @@ def report(prefix: str | Path, tokenizer: TokenizerLike | None = None) -> tuple[
         lengths=_quantiles(lengths),
         histogram=histogram(lengths),
     )
-    return found, index
+    return facts, index
 
 
 def document_lengths(index: Index) -> np.ndarray:
-    """Ids of each document, int64 [documents]."""
+    """Number of ids of each document, int64 [documents]."""
     ends = np.concatenate([[0], np.cumsum(index.lengths, dtype=np.int64)])
     return np.diff(ends[index.documents])
 
 
 def histogram(lengths: np.ndarray) -> list[tuple[int, int, int]]:
-    """Documents with lengths in [0, 1), [1, 2), [2, 4), [4, 8), ...; (from, below, documents)."""
+    """Number of documents with lengths in [0, 1), [1, 2), [2, 4), ...: (from, below, documents)."""
     if not len(lengths):
         return []
     edges = [0, 1]
@@ -70,11 +70,11 @@ def histogram(lengths: np.ndarray) -> list[tuple[int, int, int]]:
     return bars[first:]
 
 
-def verify(prefix: str | Path, index: Index, found: Report, vocab_size: int | None) -> None:
-    """Read every id and compare checksums and counts with the manifest; completes ``found``.
+def verify(prefix: str | Path, index: Index, facts: Report, vocab_size: int | None) -> None:
+    """Read every id, and compare checksums and counts with the manifest; completes ``facts``.
 
     Raises:
-        DatasetError: something differs; it names the file.
+        DatasetError: naming the file that differs.
     """
     largest, seen = -1, np.zeros(0, dtype=bool)
     ids = map_tokens(prefix, index)
@@ -88,23 +88,23 @@ def verify(prefix: str | Path, index: Index, found: Report, vocab_size: int | No
         counts = np.bincount(block)
         seen = np.pad(seen, (0, max(0, len(counts) - len(seen))))
         seen[: len(counts)] |= counts > 0
-    found.largest_id, found.distinct_ids = (largest, int(seen.sum())) if largest >= 0 else (None, 0)
-    found.verified = ["layout", "ids"] + _compare_with_manifest(prefix, found)
+    facts.largest_id, facts.distinct_ids = (largest, int(seen.sum())) if largest >= 0 else (None, 0)
+    facts.verified = ["layout", "ids"] + _compare_with_manifest(prefix, facts)
 
 
-def _compare_with_manifest(prefix: str | Path, found: Report) -> list[str]:
+def _compare_with_manifest(prefix: str | Path, facts: Report) -> list[str]:
     manifest = read_manifest(prefix)
     if manifest is None:
         return []
     for name in ("documents", "sequences", "tokens"):
-        if name in manifest and manifest[name] != getattr(found, name):
+        if name in manifest and manifest[name] != getattr(facts, name):
             raise DatasetError(
                 f"{manifest_path(prefix)}: says {manifest[name]:,} {name}, "
-                f"the dataset has {getattr(found, name):,}"
+                f"the dataset has {getattr(facts, name):,}"
             )
-    for suffix, facts in manifest.get("files", {}).items():
+    for suffix, entry in manifest.get("files", {}).items():
         path = Path(f"{prefix}.{suffix}")
-        if "sha256" in facts and sha256_file(path) != facts["sha256"]:
+        if "sha256" in entry and sha256_file(path) != entry["sha256"]:
             raise DatasetError(
                 f"{path}: its sha256 is not the manifest's: it was changed or damaged; make the dataset again"
             )

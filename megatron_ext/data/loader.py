@@ -14,16 +14,16 @@ SAMPLERS: dict[str, type[SequentialSampler] | type[CyclicSampler]] = {
     "single": SequentialSampler,
     "cyclic": CyclicSampler,
 }
-#: A signal for the job reaches every process of its group; these are the trainer's to answer.
+#: A signal to the job reaches every process of its group; workers leave these to the trainer.
 TRAINERS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def build_data_loader(dataset: Dataset, run: RunConfig, consumed_samples: int, rank: int = 0) -> DataLoader:
-    """Microbatches of this rank, beginning after ``consumed_samples`` samples of the whole job.
+    """Microbatches of this rank, starting after ``consumed_samples`` samples of the whole job.
 
-    Reads micro_batch_size, dataloader_type ("single": once in order; "cyclic": without end,
-    shuffled) and num_workers of ``run``; the data parallel rank and size are Megatron-Core's, or
-    ``rank`` and data_parallel_size where it is not initialised.
+    Uses micro_batch_size, dataloader_type ("single": once in order; "cyclic": endless, shuffled)
+    and num_workers of ``run``; the data parallel rank and size are Megatron-Core's, or ``rank`` and
+    data_parallel_size if it is not initialised.
 
     Returns:
         A loader of dicts: the dataset's samples stacked along a new first axis of
@@ -38,8 +38,9 @@ def build_data_loader(dataset: Dataset, run: RunConfig, consumed_samples: int, r
         batch_sampler=_sampler(dataset, run, consumed_samples, rank, size),
         num_workers=run.data.num_workers,
         worker_init_fn=_leave_signals_to_trainer,
-        # Its own, because an iterator draws a seed: from the default generator that would be one
-        # number of the dropout's on a CPU, and a resumed run would no longer be the whole one.
+        # An own generator, because an iterator consumes a random number for its seed. Taken from the
+        # default generator, which dropout uses on a CPU, a resumed run would differ from an uninterrupted
+        # one.
         generator=torch.Generator(),
     )
 

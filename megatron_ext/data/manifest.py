@@ -1,11 +1,11 @@
-"""The manifest beside a dataset: ``PREFIX.json`` says what PREFIX.bin and PREFIX.idx were made of.
+"""The manifest of a dataset: ``PREFIX.json`` describes how PREFIX.bin and PREFIX.idx were made.
 
     {"format": "megatron_ext.dataset/1", "dtype": "uint16", "documents": ..., "tokens": ...,
      "files": {"bin": {"bytes": ..., "sha256": ..., "pieces_sha256": ...}, "idx": {...}},
      "tokenizer": {"type": ..., "name": ..., "sha256": ..., "vocab_size": ..., "eod": ...},
      "options": {...}, "inputs": [{"name": ..., "bytes": ..., "sha256": ...}], "lines": {...}}
 
-Datasets of other tools have none; what can be checked without one is checked.
+Datasets of other tools have no manifest; they are checked as far as possible without one.
 """
 
 import json
@@ -19,12 +19,12 @@ from megatron_ext.common.files import pieces_digest, refuse_replacing, sha256_fi
 from megatron_ext.data.indexed import DatasetError, Index, bin_path, check_layout, manifest_path, map_tokens
 
 FORMAT = "megatron_ext.dataset/1"
-#: Ids looked at where there is no manifest: this many pieces of this many ids, spread evenly.
+#: Number and length of the evenly spread pieces of ids that are checked without a manifest.
 SAMPLED_PIECES, SAMPLED_IDS = 64, 16384
 
 
 class TokenizerLike(Protocol):
-    """What data asks of a tokenizer; those of ``megatron_ext/tokenizer/build.py`` have it."""
+    """The interface of tokenizers that data needs; ``megatron_ext/tokenizer/build.py`` implements it."""
 
     vocab_size: int
     eod: int
@@ -39,7 +39,7 @@ def read_manifest(prefix: str | Path) -> dict[str, Any] | None:
     """The manifest of a dataset, or None if there is none.
 
     Raises:
-        DatasetError: PREFIX.json is there and is no manifest, or has entries of another form.
+        DatasetError: PREFIX.json exists but is not a manifest, or has invalid entries.
     """
     path = manifest_path(prefix)
     try:
@@ -66,7 +66,7 @@ _KINDS = {
 
 
 def _require_form(manifest: dict[str, Any]) -> None:
-    """Raise ValueError for an entry of another kind, and for a file that is not .bin or .idx."""
+    """Raise ValueError for an entry of another type, and for a file that is not .bin or .idx."""
     for name, kind in _KINDS.items():
         if type(manifest.get(name, kind())) is not kind:
             raise ValueError(f"its {name!r} is not of type {kind.__name__}")
@@ -84,19 +84,19 @@ def _require_form(manifest: dict[str, Any]) -> None:
 
 
 def refuse_replacing_others(prefix: str | Path) -> None:
-    """Raise OverwritesInput if PREFIX.json is another file than the manifest of a dataset."""
+    """Raise OverwritesInput if PREFIX.json exists and is not the manifest of a dataset."""
     refuse_replacing(manifest_path(prefix), FORMAT)
 
 
 def write_manifest(prefix: str | Path, manifest: dict[str, Any]) -> None:
-    """Write PREFIX.json in one step; the last file of a dataset to appear."""
+    """Write PREFIX.json atomically; it is the last file of a dataset to appear."""
     write_json(manifest_path(prefix), {"format": FORMAT} | manifest)
 
 
 def check_dataset(prefix: str | Path, tokenizer: TokenizerLike | None = None) -> Index:
-    """Check that a dataset is whole and was made with ``tokenizer``; takes a fraction of a second.
+    """Check that a dataset is complete and was made with ``tokenizer``; takes a fraction of a second.
 
-    The index, and a .bin of up to 16 MiB, are compared with the manifest byte for byte, a longer .bin
+    The index, and a .bin of up to 16 MiB, are compared with the manifest completely, a longer .bin
     in pieces (``inspect.verify`` reads everything).
 
     Raises:
@@ -132,10 +132,11 @@ def _check_files(prefix: str | Path, manifest: dict[str, Any]) -> None:
 
 
 def _is_same(suffix: str, path: Path, facts: dict[str, Any]) -> bool:
-    """Whether a file has the content that the manifest says; of a long .bin only pieces are compared."""
-    if suffix == "idx" and "sha256" in facts:  # it is read whole anyway, and one number moves all samples
+    """Whether a file has the content described in the manifest; only pieces of a long .bin are compared."""
+    # The index is read completely anyway, and one wrong number in it shifts all samples.
+    if suffix == "idx" and "sha256" in facts:
         return sha256_file(path) == facts["sha256"]
-    # Manifests of earlier versions do not have it.
+    # Missing in manifests of earlier versions.
     return "pieces_sha256" not in facts or pieces_digest(path) == facts["pieces_sha256"]
 
 
@@ -162,7 +163,7 @@ def _check_largest_id(prefix: str | Path, index: Index, vocab_size: int) -> None
 
 
 def sampled_ids(prefix: str | Path, index: Index) -> Iterator[np.ndarray]:
-    """Pieces of the dataset's ids, spread evenly; all of them where they are few."""
+    """Evenly spread pieces of the dataset's ids; all ids of a small dataset."""
     ids = map_tokens(prefix, index)
     starts = np.unique(np.linspace(0, max(len(ids) - SAMPLED_IDS, 0), SAMPLED_PIECES).astype(np.int64))
     for start in starts.tolist():

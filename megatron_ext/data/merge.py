@@ -1,4 +1,4 @@
-"""Several datasets -> one, document after document, as Megatron-LM's merge_datasets.py joins them."""
+"""Concatenates several datasets into one, as Megatron-LM's merge_datasets.py does."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -14,14 +14,14 @@ from megatron_ext.data.writer import file_blocks, publish, write_dataset
 
 
 def find_prefixes(inputs: Sequence[str]) -> list[str]:
-    """The datasets that ``inputs`` name: prefixes, .bin or .idx files, or folders (sorted by name).
+    """The datasets in ``inputs``: prefixes, .bin or .idx files, or folders (sorted by name).
 
-    A dataset's name is also that of the folder of its cached indices: the dataset is meant.
+    If a folder of cached indices has the same name as a dataset, the name refers to the dataset.
 
     Raises:
-        DatasetError: a folder without datasets, or a .bin without .idx or the other way round.
+        DatasetError: a folder without datasets, a .bin without .idx, or a .idx without .bin.
     """
-    found = []
+    prefixes = []
     for word in inputs:
         if Path(word).is_dir() and not idx_path(word).is_file():
             names = {
@@ -29,25 +29,25 @@ def find_prefixes(inputs: Sequence[str]) -> list[str]:
             }
             if not names:
                 raise DatasetError(f"--input {word}: the folder holds no datasets (.bin and .idx)")
-            found += sorted(names)
+            prefixes += sorted(names)
         else:
-            found.append(word.removesuffix(".bin").removesuffix(".idx"))
-    for prefix in found:
+            prefixes.append(word.removesuffix(".bin").removesuffix(".idx"))
+    for prefix in prefixes:
         for path in (bin_path(prefix), idx_path(prefix)):
             if not path.is_file():
                 raise DatasetError(f"{path}: there is no such file")
-    return found
+    return prefixes
 
 
 def merge(prefixes: Sequence[str], output_prefix: str | Path) -> dict[str, Any]:
     """Write the documents of all ``prefixes``, in this order, as one dataset; returns its manifest.
 
-    Memory: 28 bytes a document.
+    Needs 28 bytes of memory per document.
 
     Raises:
         DatasetError: a dataset is damaged, or two were made with different tokenizers, id types or ends
             of documents.
-        ValueError: a dataset would be overwritten, or changes meanwhile.
+        ValueError: a dataset would be overwritten, or changed during the merge.
     """
     files = [path for prefix in prefixes for path in dataset_files(prefix)]
     refuse_overwriting(dataset_files(output_prefix), files)
@@ -75,13 +75,13 @@ def merge(prefixes: Sequence[str], output_prefix: str | Path) -> dict[str, Any]:
 
 
 def _checked_blocks(prefix: str, manifest: dict[str, Any]) -> Iterator[bytes]:
-    """The content of PREFIX.bin, which is compared with the manifest on the way."""
+    """The content of PREFIX.bin, compared with the manifest while it is read."""
     digest = hashlib.sha256()
     for block in file_blocks(bin_path(prefix)):
         digest.update(block)
         yield block
-    told = manifest.get("files", {}).get("bin", {}).get("sha256")
-    if told not in (None, digest.hexdigest()):
+    expected = manifest.get("files", {}).get("bin", {}).get("sha256")
+    if expected not in (None, digest.hexdigest()):
         raise DatasetError(
             f"{bin_path(prefix)}: its sha256 is not the manifest's: it was changed or damaged; copy it "
             "again or make the dataset again"
@@ -101,7 +101,7 @@ def _knows(manifest: dict[str, Any]) -> bool:
 
 
 def _says(manifest: dict[str, Any]) -> bool:
-    """Whether it is known if documents end with an id of their own."""
+    """Whether the manifest states if documents end with an end of document id."""
     return "append_eod" in manifest.get("options", {})
 
 
@@ -117,7 +117,7 @@ def _check_same(prefixes: Sequence[str], values: Sequence[object], what: str) ->
 def _joined_manifest(
     prefixes: Sequence[str], manifests: list[dict[str, Any]], dtype: np.dtype
 ) -> dict[str, Any]:
-    """What is known of the whole: a fact that one dataset lacks is left out."""
+    """The manifest of the result, without entries that one of the datasets lacks."""
     joined: dict[str, Any] = {
         "dtype": np.dtype(dtype).name,
         "merged_from": [Path(prefix).name for prefix in prefixes],

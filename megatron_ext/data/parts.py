@@ -1,6 +1,6 @@
-"""What each set gets of the documents, before anything is built of them.
+"""Checks that every set gets documents, before any dataset is built.
 
-Megatron-Core adds epochs of an empty part until there are enough tokens: for ever.
+Megatron-Core would add epochs of an empty part until there are enough tokens, which never ends.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,12 +14,12 @@ from megatron_ext.data.indexed import DatasetError, Index
 def check_parts(
     config: GPTDatasetConfig, indices: dict[str, Index], sizes: Sequence[int | None], split: str | None
 ) -> None:
-    """Raise DatasetError, naming all, where a dataset leaves no text, or no sample of an epoch, to a set.
+    """Raise DatasetError, naming all of them, if a set gets no text, or no sample per epoch, from a dataset.
 
     Args:
-        indices: of each prefix.
-        sizes: samples to draw from each set; None draws one epoch.
-        split: ``--split`` as it was given.
+        indices: the index of each prefix.
+        sizes: number of samples of each set; None means one epoch.
+        split: the value of ``--split``.
     """
     problems = []
     for prefix, index in indices.items():
@@ -30,7 +30,7 @@ def check_parts(
             continue
         for kind, part in parts:
             tokens = int(index.lengths[_documents(index, part)].sum(dtype="int64"))
-            once = sizes[kind.value] is None or _takes_what_is_there(config, kind)
+            once = sizes[kind.value] is None or _is_unweighted_blend(config, kind)
             if once and tokens <= config.sequence_length:
                 problems.append(
                     f"{prefix}: its {kind.name} set has {tokens} tokens, which is no sample of --seq-length "
@@ -41,7 +41,7 @@ def check_parts(
 
 
 def _parts_of(prefix: str, config: GPTDatasetConfig) -> Iterator[tuple[Split, tuple[float, float]]]:
-    """The sets that draw from a prefix, and between which shares of its documents."""
+    """The sets that use a prefix, each with its range as fractions of the documents."""
     for kind in Split:
         if config.blend:
             blend, part = config.blend, config.split_matrix[kind.value]
@@ -52,12 +52,12 @@ def _parts_of(prefix: str, config: GPTDatasetConfig) -> Iterator[tuple[Split, tu
 
 
 def _documents(index: Index, part: tuple[float, float]) -> slice:
-    """Rounded as in BlendedMegatronDatasetBuilder._build_megatron_dataset_splits."""
+    """The documents of a part, rounded as in BlendedMegatronDatasetBuilder._build_megatron_dataset_splits."""
     return slice(*(int(round(bound * float(len(index.lengths)))) for bound in part))
 
 
-def _takes_what_is_there(config: GPTDatasetConfig, kind: Split) -> bool:
-    """Whether the set blends several datasets without weights: one epoch of each, in proportion."""
+def _is_unweighted_blend(config: GPTDatasetConfig, kind: Split) -> bool:
+    """Whether the set blends several datasets without weights, that is, one epoch of each."""
     prefixes, weights = config.blend or config.blend_per_split[kind.value]
     return weights is None and len(prefixes) > 1
 
@@ -80,7 +80,7 @@ def _no_text(empty: list[str], index: Index, kinds: list[Split], split: str | No
 
 
 def smallest_shares(documents: int, kinds: Sequence[Split]) -> str:
-    """A --split that gives one document to each of the sets, and the rest to the first of them."""
+    """A --split that gives one document to each of the sets, and the rest to the first."""
     shares = [int(kind in kinds) for kind in Split]
     shares[min(kind.value for kind in kinds)] += documents - len(kinds)
     return ",".join(map(str, shares))

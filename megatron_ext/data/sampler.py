@@ -1,9 +1,9 @@
-"""Which samples make up the microbatches of a data parallel rank, in Megatron-LM's order.
+"""The samples of each microbatch of a data parallel rank, in Megatron-LM's order.
 
 Microbatch j of the job holds the samples j*m to j*m + m - 1 (m: micro batch size) of the order;
-rank r of d data parallel ranks reads microbatches r, d + r, 2d + r, ... after those consumed. So
-what a job has read after n samples does not depend on d, nor on the number of microbatches in a
-step. Source: megatron/training/datasets/data_samplers.py of Megatron-LM.
+rank r of d data parallel ranks reads microbatches r, d + r, 2d + r, ... after the consumed ones. The
+samples that a job has read after n samples therefore do not depend on d, nor on the number of microbatches
+per step. Source: megatron/training/datasets/data_samplers.py of Megatron-LM.
 """
 
 from collections.abc import Iterator
@@ -16,9 +16,9 @@ from megatron_ext.data.indexed import DatasetError
 
 @dataclass(frozen=True)
 class SequentialSampler:
-    """``--dataloader-type single``: the dataset from ``consumed_samples`` on, once, in its order.
+    """``--dataloader-type single``: reads the dataset once in order, after ``consumed_samples``.
 
-    A last group that cannot give every rank a whole microbatch is left out (drop_last).
+    The last samples are dropped if they do not fill a microbatch for every rank (drop_last).
     """
 
     total_samples: int
@@ -41,11 +41,11 @@ class SequentialSampler:
 
 @dataclass(frozen=True)
 class CyclicSampler:
-    """``--dataloader-type cyclic``: epoch after epoch without end, each in its own random order.
+    """``--dataloader-type cyclic``: endless epochs, each in its own random order.
 
-    Epoch e takes whole microbatches in the order of ``torch.randperm`` seeded with e, as upstream
-    does with one data parallel rank. With more, upstream gives each rank a part of the data of its
-    own, so that its order depends on their number; here the one order is dealt out to all ranks.
+    Epoch e has the order of ``torch.randperm`` seeded with e, in whole microbatches, as upstream does with
+    one data parallel rank. With several ranks upstream divides the data among them, so that the order depends
+    on their number; here the ranks share one order.
     """
 
     total_samples: int

@@ -1,4 +1,4 @@
-"""From a sample back to the documents it was cut from."""
+"""Traces a sample back to its documents."""
 
 from typing import Any
 
@@ -10,24 +10,24 @@ from megatron_ext.data.views import Chained, Samples
 
 
 def trace_sample(dataset: Samples, number: int) -> dict[str, Any]:
-    """Where sample ``number`` of a dataset comes from.
+    """The origin of sample ``number`` of a dataset.
 
-    ``{"number"}`` (in a round, that in the first round's training set), and of a GPTDataset, alone or
-    in a blend, also ``"dataset"`` (its PREFIX) and ``"documents"``, the numbers in it of the documents
-    that the sample has tokens of.
+    Returns ``{"number"}`` (in a round, the number in the first round's training set); for a GPTDataset, alone
+    or in a blend, also ``"dataset"`` (its PREFIX) and ``"documents"``, the numbers of the documents in the
+    sample.
     """
     if isinstance(dataset, NumberedDataset):
         return trace_sample(dataset.dataset, dataset.sample_id(number))
-    found: dict[str, Any] = {"number": int(number)}
+    origin: dict[str, Any] = {"number": int(number)}
     if isinstance(dataset, Chained):
         part, place = dataset.locate(number)
-        return trace_sample(part, place) | found
+        return trace_sample(part, place) | origin
     if isinstance(dataset, BlendedDataset):
         part = dataset.datasets[int(dataset.dataset_index[number])]
-        return trace_sample(part, int(dataset.dataset_sample_index[number])) | found
+        return trace_sample(part, int(dataset.dataset_sample_index[number])) | origin
     if isinstance(dataset, GPTDataset) and not isinstance(dataset, MockGPTDataset):
         place = int(dataset.shuffle_index[number])
         first, last = (int(dataset.sample_index[end][0]) for end in (place, place + 1))
-        found["dataset"] = dataset.dataset.path_prefix
-        found["documents"] = sorted({int(i) for i in dataset.document_index[first : last + 1]})
-    return found
+        origin["dataset"] = dataset.dataset.path_prefix
+        origin["documents"] = sorted({int(i) for i in dataset.document_index[first : last + 1]})
+    return origin

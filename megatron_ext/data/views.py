@@ -1,4 +1,4 @@
-"""Datasets seen in another way: without an end, and once through in whole microbatches."""
+"""Views of datasets: endless, chained, and one pass in whole microbatches."""
 
 import sys
 from bisect import bisect_right
@@ -10,7 +10,7 @@ import torch
 
 
 class Samples(Protocol):
-    """A dataset: Megatron-Core's, or one of those that see another one otherwise."""
+    """A dataset: Megatron-Core's, or a view of one."""
 
     def __len__(self) -> int: ...
 
@@ -18,7 +18,7 @@ class Samples(Protocol):
 
 
 class Endless:
-    """A dataset that begins again at its end."""
+    """A dataset that starts over at its end."""
 
     def __init__(self, dataset: Samples) -> None:
         self.dataset = dataset
@@ -31,7 +31,7 @@ class Endless:
 
 
 class Chained:
-    """Datasets one after the other."""
+    """The concatenation of datasets."""
 
     def __init__(self, parts: Sequence[Samples]) -> None:
         self.parts = list(parts)
@@ -41,7 +41,7 @@ class Chained:
         return self._ends[-1]
 
     def locate(self, place: int) -> tuple[Any, int]:
-        """The dataset that a sample is of, and its place in it."""
+        """The dataset of a sample, and the sample's index in it."""
         part = bisect_right(self._ends, place)
         return self.parts[part], place - (self._ends[part - 1] if part else 0)
 
@@ -51,10 +51,10 @@ class Chained:
 
 
 class Span:
-    """Samples ``begin`` .. ``end`` - 1 of a dataset, filled up to a multiple of ``unit``.
+    """Samples ``begin`` .. ``end`` - 1 of a dataset, padded to a multiple of ``unit``.
 
-    What fills it is the last sample, with no token that counts in the loss and numbered from ``end`` on. Each
-    sample says its number in the dataset, as ``sample_id``.
+    Padding repeats the last sample with a loss mask of 0, numbered from ``end`` on. Each sample has its
+    number in the dataset as ``sample_id``.
     """
 
     def __init__(self, dataset: Samples, begin: int, end: int, unit: int) -> None:

@@ -1,4 +1,4 @@
-"""A new dataset: .bin and .idx written under other names, then published with the manifest last."""
+"""Writes a dataset: .bin and .idx under temporary names, then published with the manifest last."""
 
 import hashlib
 import os
@@ -17,10 +17,10 @@ from megatron_ext.data.manifest import write_manifest
 
 @dataclass
 class Written:
-    """A dataset that is complete on disk, but not yet under its name.
+    """A dataset that is complete on disk, but not published yet.
 
-    ``files`` holds size and checksums of "bin" and "idx", as the manifest has them. ``lock``, the
-    .idx, is locked until it has its name or is removed: two runs must not write one dataset.
+    ``files`` holds size and checksums of "bin" and "idx", as in the manifest. ``lock``, the .idx, is locked
+    until it is published or removed: two runs must not write the same dataset.
     """
 
     prefix: str
@@ -31,7 +31,7 @@ class Written:
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def counts(self) -> dict[str, Any]:
-        """The manifest's entries that are known here."""
+        """The part of the manifest that is known here."""
         return {
             "documents": self.documents,
             "sequences": self.sequences,
@@ -49,12 +49,12 @@ class Written:
 def write_dataset(
     prefix: str | Path, blocks: Iterable[bytes], dtype: np.dtype, lengths: np.ndarray, documents: np.ndarray
 ) -> Written:
-    """Write ids and index of a new dataset beside their place; ``publish`` puts them there.
+    """Write ids and index of a new dataset to temporary files; ``publish`` renames them.
 
     Args:
         blocks: the bytes of .bin, in order.
-        dtype: of the ids.
-        lengths: ids of each sequence, int32 [sequences]; looked at when all blocks are written.
+        dtype: type of the ids.
+        lengths: number of ids of each sequence, int32 [sequences]; read after all blocks are written.
         documents: bounds of the documents in sequences, int64 [documents + 1], from 0.
 
     Raises:
@@ -76,7 +76,7 @@ def write_dataset(
 
 
 def _lock(path: Path) -> BinaryIO:
-    """The file, new and empty, for this process alone as long as it is open."""
+    """Create an empty file that is locked by this process as long as it is open."""
     try:
         file = open(path, "r+b", opener=lambda *_: open_locked(path, inherited=True))  # noqa: SIM115 - of Written
     except BlockingIOError:
@@ -86,7 +86,7 @@ def _lock(path: Path) -> BinaryIO:
 
 
 def publish(written: Written, manifest: dict[str, Any]) -> None:
-    """Give the files their names. A dataset with a manifest is complete; one without may not be."""
+    """Rename the files. A dataset with a manifest is complete; one without may not be."""
     prefix = written.prefix
     manifest_path(prefix).unlink(missing_ok=True)
     idx_path(prefix).unlink(missing_ok=True)
@@ -113,7 +113,7 @@ def _copy(blocks: Iterable[bytes], file: "_Hashing") -> None:
 
 
 class _Hashing:
-    """A file that knows the sha256 of what was written to it."""
+    """A file that computes the sha256 of its content."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.digest = file, hashlib.sha256()
@@ -124,7 +124,7 @@ class _Hashing:
 
 
 def _write(raw: BinaryIO, write: Callable[["_Hashing"], object]) -> dict[str, Any]:
-    """Write an open file and wait until it is on disk; what the manifest says of it."""
+    """Write an open file and wait until it is on disk; returns its entry in the manifest."""
     file = _Hashing(raw)
     write(file)
     raw.flush()

@@ -1,1 +1,1 @@
-"""Whether a run fits a machine and how long it takes; what a machine has and lacks."""
+"""Estimates whether a run fits a machine and how long it takes; checks what a machine provides."""

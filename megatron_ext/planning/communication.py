@@ -1,9 +1,9 @@
-"""What a training step sends between devices, from the model's shape and its layout alone.
+"""Calculates the communication of a training step from the model's shape and its layout.
 
-Every collective of one step on one rank, with the size of its whole tensor; what a rank sends is
-that of the ring algorithms: an all-reduce of n bytes among p ranks sends 2 (p - 1) / p n, a gather
+Lists every collective of one step on one rank, with the size of its whole tensor. The bytes that a rank sends
+are those of the ring algorithms: an all-reduce of n bytes among p ranks sends 2 (p - 1) / p n, a gather
 or a scatter half of it. tests/distributed/test_communication.py compares the list with the
-collectives that a run calls. docs/scaling.md shows what follows for the 1.5B model.
+collectives that a run calls. docs/scaling.md shows the results for the 1.5B model.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from megatron_ext.config.model import ModelConfig
 
 @dataclass(frozen=True)
 class Collective:
-    """``times`` calls of one operation in a step, each on a tensor of ``size`` bytes among ``ranks``."""
+    """``times`` calls of one operation per step, each on a tensor of ``size`` bytes over ``ranks``."""
 
     dimension: str
     operation: str
@@ -25,19 +25,19 @@ class Collective:
 
     @property
     def sent(self) -> float:
-        """Bytes that a rank sends in a step, by ring algorithms."""
+        """Bytes that a rank sends per step, with ring algorithms."""
         share = {"send": 1.0, "all_reduce": 2 * (self.ranks - 1) / self.ranks}
         return self.times * self.size * share.get(self.operation, (self.ranks - 1) / self.ranks)
 
 
 def collectives(model: ModelConfig, layout: Layout, stage: int = 0) -> list[Collective]:
     """The collectives of one step on a rank of a pipeline stage; only those that grow with the model."""
-    found = [*_tensor(model, layout, stage), *_pipeline(model, layout, stage), *_data(model, layout, stage)]
-    return [collective for collective in found if collective.times]
+    calls = [*_tensor(model, layout, stage), *_pipeline(model, layout, stage), *_data(model, layout, stage)]
+    return [collective for collective in calls if collective.times]
 
 
 def bytes_sent(model: ModelConfig, layout: Layout) -> dict[str, float]:
-    """Dimension -> bytes that a rank sends in one step, on the pipeline stage that sends most."""
+    """Dimension -> bytes that a rank sends per step, on the pipeline stage that sends most."""
     totals = []
     for stage in range(layout.pipeline):
         total = dict.fromkeys(("tensor", "pipeline", "data"), 0.0)
@@ -53,11 +53,11 @@ def _activation(model: ModelConfig, layout: Layout) -> float:
 
 
 def _tensor(model: ModelConfig, layout: Layout, stage: int) -> Iterator[Collective]:
-    """Attention and FFN each end with a sum over the ranks, and so does their backward pass.
+    """Attention and FFN each end with an all-reduce, in the forward and in the backward pass.
 
-    Sequence parallelism gathers before and scatters after instead, the same bytes, and gathers the
-    inputs of both column parallel layers once more for their weights' gradients. It also sums the
-    gradients of the vectors and shortcuts that are whole on every rank, once a step.
+    Sequence parallelism replaces it by a gather before and a scatter after, with the same number of bytes,
+    and gathers the inputs of both column parallel layers again for their weights' gradients. It also reduces
+    the gradients of the vectors and shortcuts that are replicated on every rank, once per step.
     """
     p = layout.tensor
     if p == 1:
@@ -80,14 +80,14 @@ def _tensor(model: ModelConfig, layout: Layout, stage: int) -> Iterator[Collecti
 
 
 def _pipeline(model: ModelConfig, layout: Layout, stage: int) -> Iterator[Collective]:
-    """The residual stream from each chunk to the next, and its gradient to the one before."""
+    """The residual stream from each chunk to the next, and its gradient to the previous one."""
     size = _activation(model, layout) / (layout.tensor if layout.sequence_parallel else 1)
     ways = 2 * len(layout.chunks(model, stage)) - (stage == 0) - (stage == layout.pipeline - 1)
     yield Collective("pipeline", "send", size, ways * layout.micro_batches, layout.pipeline)
 
 
 def _data(model: ModelConfig, layout: Layout, stage: int) -> Iterator[Collective]:
-    """Gradients in fp32 once a step; with the distributed optimizer also the new parameters."""
+    """Gradients in fp32 once per step; with the distributed optimizer also the updated parameters."""
     d, held = layout.data, parameters_of_rank(model, layout, stage)
     if d == 1:
         return

@@ -1,7 +1,7 @@
-"""What this machine has and lacks, for tools/doctor.py; looks, and changes nothing.
+"""Checks of this machine for tools/doctor.py, which change nothing.
 
-Each check returns a :class:`Finding`. Packages that can break on import, such as Transformer Engine
-on a machine without a GPU, are imported in a process of their own, and only where they could be used.
+Each check returns a :class:`Finding`. Packages whose import can fail badly, such as Transformer Engine on a
+machine without a GPU, are imported in a separate process, and only if they could be used.
 """
 
 import importlib.util
@@ -23,9 +23,9 @@ from megatron_ext.platform.seams import SUPPORTED_MEGATRON_CORE
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found, and what follows (``use``).
+    """The result of a check, and its consequence (``use``).
 
-    ``state``: ok; absent (something else is used); warning (it is used, untested); problem (a run fails).
+    ``state``: ok; absent (something else is used); warning (used, but untested); problem (a run fails).
     """
 
     name: str
@@ -36,13 +36,13 @@ class Finding:
 
 
 def findings() -> Iterator[Finding]:
-    """Every check, in the order of the screen."""
+    """Run every check, in the order of the output."""
     for check in CHECKS:
         yield check()
 
 
 def python() -> Finding:
-    """The interpreter."""
+    """The Python interpreter."""
     found = f"{python_platform.python_version()} on {python_platform.system()} {python_platform.machine()}"
     good = (3, 10) <= sys.version_info[:2] < (3, 13)
     command = "" if good else "PYTHON=python3.12 bash tools/setup.sh"
@@ -50,7 +50,7 @@ def python() -> Finding:
 
 
 def torch() -> Finding:
-    """torch and the CUDA it was built for."""
+    """torch, and the CUDA version that it was built for."""
     version = version_of("torch")
     if version is None:
         return Finding("torch", "problem", "not installed", "nothing runs without it", "bash tools/setup.sh")
@@ -61,7 +61,7 @@ def torch() -> Finding:
 
 
 def megatron_core() -> Finding:
-    """Megatron-Core, whose seams are checked for certain versions."""
+    """Megatron-Core, which is supported in certain versions."""
     version, wanted = version_of("megatron-core"), SUPPORTED_MEGATRON_CORE[-1]
     good = version in SUPPORTED_MEGATRON_CORE
     command = "" if good else f"pip install megatron-core=={wanted}"
@@ -90,9 +90,9 @@ def gpu() -> Finding:
 
 
 def attention_kernel(torch_version: str | None, cudnn: int | None, capability: tuple[int, int]) -> str:
-    """What torch's scaled_dot_product_attention takes first in half precision; its own choice is kept.
+    """The kernel that torch's scaled_dot_product_attention prefers in half precision; it is not overridden.
 
-    cuDNN's attention is the fastest on Hopper and Blackwell. torch puts it first there since 2.10, and only
+    cuDNN's attention is the fastest on Hopper and Blackwell. torch prefers it there since 2.10, but only
     with cuDNN 9.15.1 or newer (torch's wheels since 2.11): older ones were wrong for some sequence lengths.
     """
     if capability[0] not in (9, 10):
@@ -102,7 +102,7 @@ def attention_kernel(torch_version: str | None, cudnn: int | None, capability: t
 
 
 def transformer_engine() -> Finding:
-    """Transformer Engine: installed, of a version that Megatron-Core accepts, imports."""
+    """Transformer Engine: installed, in a version that Megatron-Core accepts, and importable."""
     version, name = version_of("transformer-engine"), "Transformer Engine"
     install = engine.INSTALL
     if version is None:
@@ -124,7 +124,7 @@ def transformer_engine() -> Finding:
 
 
 def apex() -> Finding:
-    """Apex, which Megatron-Core uses by itself where it finds it."""
+    """Apex, which Megatron-Core uses if it is installed."""
     return _optional("Apex", "apex", "used by Megatron-Core", "torch's kernels instead; nothing to do")
 
 
@@ -136,7 +136,7 @@ def triton() -> Finding:
 
 
 def _optional(name: str, module: str, use: str, otherwise: str, command: str = "") -> Finding:
-    """A package that is used where it imports; it is tried only where there is a GPU for it."""
+    """A package that is used if it can be imported; tested only if there is a GPU for it."""
     if importlib.util.find_spec(module) is None:
         return Finding(name, "absent", "not installed", otherwise, command)
     reason = _import_problem(module) if _gpu_count() else None
@@ -146,7 +146,7 @@ def _optional(name: str, module: str, use: str, otherwise: str, command: str = "
 
 
 def _import_problem(module: str) -> str | None:
-    """The last line of what an import says in a process of its own, None if it succeeds."""
+    """The last line of the error of an import in a separate process, None if it succeeds."""
     done = _run([sys.executable, "-c", f"import {module}"])
     if done is None:
         return "it hangs"
@@ -154,7 +154,7 @@ def _import_problem(module: str) -> str | None:
 
 
 def extensions() -> Finding:
-    """The compiled extensions, and the compiler that makes them."""
+    """The compiled extensions, and the compiler to build them."""
     compiler = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
     built = [name for name in ("kernels", "encoder") if importlib.util.find_spec(f"megatron_ext._{name}")]
     if len(built) == 2:
@@ -166,7 +166,7 @@ def extensions() -> Finding:
 
 
 def interface() -> Finding:
-    """The network that gloo would use."""
+    """The network interface that gloo would use."""
     name = socket.gethostname()
     try:
         address = socket.gethostbyname(name)
@@ -177,7 +177,7 @@ def interface() -> Finding:
 
 
 def memory() -> Finding:
-    """Cores, memory and room on the disk here."""
+    """Cores, memory and free disk space."""
     import psutil
 
     ram, disk = psutil.virtual_memory(), shutil.disk_usage(".")
@@ -206,7 +206,7 @@ def _gpu_count() -> int:
 
 
 def _run(command: list[str], seconds: float = 120) -> subprocess.CompletedProcess[str] | None:
-    """A command's end, None where it is not there or does not come to one."""
+    """Run a command; None if it does not exist or does not finish in time."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     except (OSError, subprocess.TimeoutExpired):

@@ -1,7 +1,8 @@
-"""Does a layout fit, how long does a step take, and which layouts suit N devices: estimates.
+"""Estimates whether a layout fits, how long a step takes, and which layouts suit N devices.
 
-The machines' figures are their data sheets'; how much of them a run gets are two assumptions below,
-not measurements. ``Machine.scaled`` takes measured speeds instead (tools/doctor.py --speed).
+The machines' figures are from their data sheets; the fractions of them that a run achieves are two
+assumptions below, not measurements. ``Machine.scaled`` uses measured speeds instead (tools/doctor.py
+--speed).
 """
 
 from collections.abc import Iterator
@@ -12,15 +13,15 @@ from megatron_ext.config.footprint import memory
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.planning.communication import bytes_sent
 
-#: Share of the data sheet's matmul speed that a training step gets, and of its link speeds.
+#: Fractions of the data sheet's matmul speed and link speeds that a training step achieves.
 MATMUL_SHARE, LINK_SHARE = 0.55, 0.8
-#: Share of a device's memory that a plan may use; the rest is for workspaces and fragmentation.
+#: Fraction of a device's memory that a plan may use; the rest is for workspaces and fragmentation.
 MEMORY_SHARE = 0.9
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A device and its links: memory in bytes, speeds in operations and bytes a second."""
+    """A device and its links: memory in bytes, speeds in FLOP/s and bytes per second."""
 
     memory: float
     flops: float
@@ -33,7 +34,7 @@ class Machine:
     devices_per_host: int = 8
 
     def scaled(self, flops: float | None, near: float | None, far: float | None) -> "Machine":
-        """The machine with measured speeds in place of assumed ones."""
+        """The machine with measured speeds instead of assumed ones."""
         return replace(self, flops=flops or self.flops, near=near or self.near, far=far or self.far)
 
 
@@ -51,18 +52,18 @@ MACHINES = {
 
 
 def fits(model: ModelConfig, layout: Layout, machine: Machine) -> bool:
-    """Whether the fullest device has room for its part."""
+    """Whether the pipeline stage that needs most memory fits on its device."""
     return sum(memory(model, layout).values()) < MEMORY_SHARE * machine.memory
 
 
 def step_seconds(
     model: ModelConfig, layout: Layout, machine: Machine, overlap: bool = True
 ) -> dict[str, float]:
-    """What -> seconds of one optimizer step; the sum is the step.
+    """Component -> seconds of one optimizer step; the sum is the whole step.
 
-    Tensor parallel sums wait for nothing to overlap with. With ``overlap`` the exchange among data
-    parallel ranks hides behind the backward pass of the last micro batch. The pipeline idles for
-    its stages but one, in units of a chunk's micro batch (1F1B, or interleaved with several chunks).
+    Tensor parallel all-reduces are not overlapped. With ``overlap`` the data parallel communication is hidden
+    by the backward pass of the last micro batch. The pipeline bubble is (stages - 1) times the micro batch of
+    a chunk (1F1B, or interleaved with several chunks).
     """
     devices = layout.tensor * layout.pipeline * layout.data
     tokens = layout.micro_batch * layout.micro_batches * layout.data * layout.seq_length
@@ -83,7 +84,7 @@ def step_seconds(
         "tensor parallel": tensor,
         "pipeline sends": pipeline,
         "data parallel": data,
-        # Gradient, main weight and two moments are read, the last three and the weight written.
+        # Reads the gradient, main weight and two moments; writes the last three and the weight.
         "optimizer": held / share * 30 / machine.memory_speed,
     }
 
@@ -97,20 +98,20 @@ def suggestions(
     bytes_each: int = 2,
     kernels: bool = True,
 ) -> Iterator[tuple[float, Layout]]:
-    """(Seconds of a step, layout) of the layouts of so many devices that fit, fastest first."""
+    """(seconds per step, layout) of the layouts on ``devices`` that fit, fastest first."""
     found = []
     for layout in _layouts(model, devices, global_batch, machine, seq_length):
         layout = replace(layout, bytes_each=bytes_each, kernels=kernels)
         if fits(model, layout, machine):
             found.append((sum(step_seconds(model, layout, machine).values()), layout))
-    # Of equally fast ones the least divided first.
+    # Among equally fast layouts the least divided comes first.
     yield from sorted(found, key=lambda f: (f[0], f[1].tensor, f[1].pipeline, f[1].micro_batch))
 
 
 def _layouts(
     model: ModelConfig, devices: int, global_batch: int, machine: Machine, seq_length: int
 ) -> Iterator[Layout]:
-    """Every division of model and batch without a remainder, tensor parallel within a host."""
+    """Every division of model and batch without remainder, with tensor parallelism within a host."""
     for tensor in _divisors(devices):
         split = (model.num_attention_heads, model.ffn_hidden_size, model.vocab_rows, seq_length)
         if tensor > machine.devices_per_host or any(size % tensor for size in split):

@@ -1,4 +1,4 @@
-"""How fast a GPU multiplies by its data sheet, two processes exchange bytes, and the disk takes them."""
+"""Data sheet speeds of GPUs, and measurements of the link between processes and of the disk."""
 
 import os
 import re
@@ -11,9 +11,9 @@ from megatron_ext.common import network
 if TYPE_CHECKING:
     from multiprocessing.queues import SimpleQueue
 
-#: Words of a GPU's name -> dense peaks of its data sheet in TFLOP/s: bf16 and fp16, fp32. The first row whose
-#: words are all in the name. Half of what is advertised "with sparsity"; fp32 is that of the ordinary units,
-#: because TF32 is not switched on.
+#: Words in a GPU's name -> dense peaks of its data sheet in TFLOP/s: bf16 and fp16, fp32. The first row whose
+#: words are all in the name is used. These are half of the figures "with sparsity"; fp32 is without TF32,
+#: which is not enabled.
 _DATA_SHEETS = (
     ("GB200", 2500, 80),
     ("B200", 2250, 75),
@@ -30,7 +30,7 @@ _DATA_SHEETS = (
 
 
 def data_sheet_flops(name: str, half: bool) -> float | None:
-    """Floating point operations per second of a GPU by its name, in half or single precision, if known."""
+    """Peak FLOP/s of a GPU by its name, in half or single precision, if known."""
     said = re.split(r"[\s_-]+", name.upper())
     for words, in_half, in_single in _DATA_SHEETS:
         if set(words.upper().split()) <= set(said):
@@ -39,7 +39,7 @@ def data_sheet_flops(name: str, half: bool) -> float | None:
 
 
 def link_bytes_per_second(size: int = 64 << 20, times: int = 5) -> float:
-    """Bytes per second that an all-reduce between two processes sends one way; the best of a few."""
+    """Bytes per second in one direction of an all-reduce between two processes; the best of a few."""
     import torch.multiprocessing as mp
 
     with tempfile.TemporaryDirectory() as folder:
@@ -66,12 +66,12 @@ def _all_reduce(rank: int, store: str, size: int, times: int, result: "SimpleQue
         platform.synchronize()
         best = min(best, time.perf_counter() - start)
     if rank == 0:
-        result.put(size / best)  # 2 (p - 1) / p of the tensor is one whole for two ranks
+        result.put(size / best)  # 2 (p - 1) / p of the tensor is once the tensor for two ranks
     dist.destroy_process_group()
 
 
 def disk_bytes_per_second(size: int = 64 << 20) -> float:
-    """Bytes per second written here and brought to the disk."""
+    """Bytes per second written to disk in the current folder, with fsync."""
     block = os.urandom(size)
     with tempfile.NamedTemporaryFile(dir=".") as file:
         start = time.perf_counter()

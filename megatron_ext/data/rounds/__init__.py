@@ -1,1 +1,1 @@
-"""Training in rounds: losses of samples, the draw of the next round, its dataset."""
+"""Multiple-round training: recorded losses, sampling of the next round, its dataset."""

@@ -1,8 +1,8 @@
-"""From the losses of a training set to the samples of the next round (arXiv 2402.02791, section 3).
+"""Selects the samples of the next round by their losses (arXiv 2402.02791, section 3).
 
-Samples are taken in groups, as they were trained in batches. With the group losses l_1 .. l_N of the
-frozen model p_i = exp(l_i / T) / sum_j exp(l_j / T), and N_0 of the N groups are drawn without
-replacement: what the model does badly, often what it saw early and forgot, is likely to be seen again.
+Samples are selected in groups, as they are trained in batches. With the group losses l_1 .. l_N of the frozen
+model, p_i = exp(l_i / T) / sum_j exp(l_j / T), and N_0 of the N groups are sampled without replacement:
+samples with a high loss, often those that the model saw early and forgot, are likely to be trained on again.
 """
 
 import hashlib
@@ -29,15 +29,15 @@ from megatron_ext.data.rounds.dataset import FORMAT, RoundPaths, round_paths
 from megatron_ext.data.rounds.loss_record import Losses, read_losses, record_paths
 
 HISTOGRAM_BINS = 60
-#: Bins in which losses are counted to work out what is to be expected of a draw.
+#: Number of bins for the losses, from which the expected numbers of samples are calculated.
 FINE_BINS = 6000
-#: Samples with a bad loss that an error names.
+#: Number of samples with a bad loss that an error names.
 NAMED = 10
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoundOptions:
-    """How the samples of a round are drawn; each field is a flag of tools/build_round.py."""
+    """How the samples of a round are selected; each field is a flag of tools/build_round.py."""
 
     rate: float = flag(above=0, maximum=1)
     """Share of the groups to draw."""
@@ -65,16 +65,16 @@ class RoundOptions:
         return (self.seed, self.rounds_seen)
 
     def problems(self) -> list[str]:
-        """What is wrong with the numbers, by the names of the flags."""
+        """Problems of the values, by the names of the flags."""
         return list(wrong_fields(self))
 
 
 @dataclass
 class Groups:
-    """The losses of a recording as group losses, chunk after chunk.
+    """The losses of a recording as group losses, in chunks.
 
-    A group's loss is the mean over its tokens (over its samples where no tokens are known), as the
-    loss of a batch is; the last group may be smaller.
+    A group's loss is the mean over its tokens, like the loss of a batch, or over its samples if the numbers
+    of tokens are unknown; the last group may be smaller.
     """
 
     source: Losses
@@ -84,7 +84,7 @@ class Groups:
         return -(-len(self.source.losses) // self.size)
 
     def spans(self) -> Iterator[tuple[int, int]]:
-        """First sample of each chunk and of the next."""
+        """The first sample of each chunk and of the next chunk."""
         step, samples = drawing.CHUNK * self.size, len(self.source.losses)
         for begin in range(0, samples, step):
             yield begin, min(begin + step, samples)
@@ -106,12 +106,12 @@ class Groups:
 
 @dataclass
 class Report:
-    """What was kept and dropped; counts are of groups in the histogram, of samples by source."""
+    """What was kept and dropped: counts of groups in the histogram, and of samples by source."""
 
     edges: np.ndarray  # [bins + 1] group losses
     groups: np.ndarray  # int [bins]
     kept: np.ndarray  # int [bins]
-    expected: np.ndarray  # float [bins], groups expected to be drawn
+    expected: np.ndarray  # float [bins], expected number of selected groups
     source_names: list[str]
     source_before: np.ndarray  # int [sources]
     source_after: np.ndarray  # int [sources]
@@ -142,11 +142,11 @@ def build_round(
     output: str | Path,
     show_progress: bool = False,
 ) -> tuple[dict[str, Any], Report]:
-    """Draw a round and write its index and manifest; returns the manifest and the report.
+    """Select a round, and write its index and manifest; returns the manifest and the report.
 
     Raises:
-        DatasetError: the losses are not complete, hold NaN or Inf, or cannot be drawn from like this.
-        ValueError: the losses would be overwritten, or change meanwhile.
+        DatasetError: the losses are incomplete, have NaN or Inf, or do not allow this selection.
+        ValueError: the losses would be overwritten, or changed while they were read.
     """
     files, paths = vars(record_paths(losses_path)).values(), round_paths(output)
     refuse_overwriting(vars(paths).values(), files)
@@ -167,7 +167,7 @@ def _build(
     check_finite(source)
     stratum_of, counts = _strata(source, groups, options)
 
-    # The losses are gone through once to count them, twice to find the threshold and once to write.
+    # The losses are read once to count them, twice to find the threshold and once to write.
     progress = Progress("drawing a round", 4 * len(source.losses), " losses", quiet=not show_progress)
 
     def chunks() -> Iterator[drawing.Chunk]:
@@ -181,7 +181,7 @@ def _build(
         levels = _expected_levels(chunks, counts, report.edges / options.temperature)
         limits = drawing.thresholds(chunks, counts, options.key)
         paths.index.parent.mkdir(parents=True, exist_ok=True)
-        paths.manifest.unlink(missing_ok=True)  # until the new index is whole there is none
+        paths.manifest.unlink(missing_ok=True)  # there is none until the new index is complete
         drawn = drawing.draw(chunks, limits, options.key)
         selected, sha256 = _write_index(paths.index, _ids(drawn, levels, groups, options, report), watch)
     manifest = _manifest(source, options, selected, sha256, len(groups), sum(counts), report)
@@ -190,10 +190,10 @@ def _build(
 
 
 def check_finite(source: Losses) -> None:
-    """Refuse losses that are NaN or Inf.
+    """Raise for losses that are NaN or Inf.
 
     Raises:
-        DatasetError: with their number, and the first samples that have them.
+        DatasetError: with their number, and the first samples that have one.
     """
     named: list[int] = []
     bad = 0
@@ -213,7 +213,7 @@ def check_finite(source: Losses) -> None:
 
 
 def _strata(source: Losses, groups: Groups, options: RoundOptions) -> tuple[np.ndarray | None, list[int]]:
-    """Stratum of each source (None: one for all), and the groups to draw from each stratum."""
+    """Stratum of each source (None: one for all), and the number of groups to select per stratum."""
 
     def count(population: int) -> int:
         return max(1, round(options.rate * population))
@@ -236,7 +236,7 @@ def _range(groups: Groups) -> tuple[float, float]:
 def _expected_levels(
     chunks: Callable[[], Iterator[drawing.Chunk]], counts: list[int], edges: np.ndarray
 ) -> np.ndarray:
-    """For each stratum the level that ``counts[stratum]`` noisy scores are expected above."""
+    """For each stratum, the level above which ``counts[stratum]`` noisy scores are expected."""
     low, width = edges[0], (edges[-1] - edges[0]) / FINE_BINS
     numbers = np.zeros(len(counts) * FINE_BINS, dtype=np.int64)
     for scores, strata in chunks():
@@ -264,7 +264,7 @@ def _empty_report(low: float, high: float, names: list[str]) -> Report:
 def _ids(
     drawn: Iterator[drawing.Drawn], levels: np.ndarray, groups: Groups, options: RoundOptions, report: Report
 ) -> Iterator[np.ndarray]:
-    """Sample numbers of each chunk's drawn groups, ascending; fills in the report on the way."""
+    """Sample numbers of each chunk's selected groups, ascending; also completes the report."""
     low, width = report.edges[0], report.edges[1] - report.edges[0]
     for (begin, end), (scores, strata, is_drawn) in zip(groups.spans(), drawn, strict=True):
         chance = drawing.chance_above(levels[0] if strata is None else levels[strata], scores)
@@ -291,14 +291,14 @@ def _ids(
 def _write_index(path: Path, ids: Iterator[np.ndarray], watch: Watch) -> tuple[int, str]:
     """Write an int64 .npy of all ids; returns their number and the sha256 of their bytes.
 
-    ``watch``: what they are made of, which must not have changed before they are put in place.
+    ``watch``: the input files, which must be unchanged when the index is published.
     """
     count, digest = 0, hashlib.sha256()
 
     def header(file: BinaryIO) -> None:
-        # NumPy leaves room for any length, so the header can be written again at the end.
-        told = {"descr": "<i8", "fortran_order": False, "shape": (count,)}
-        np.lib.format.write_array_header_1_0(file, told)
+        # NumPy pads the header for any length, so it can be rewritten at the end.
+        header = {"descr": "<i8", "fortran_order": False, "shape": (count,)}
+        np.lib.format.write_array_header_1_0(file, header)
 
     def write(file: BinaryIO) -> None:
         nonlocal count

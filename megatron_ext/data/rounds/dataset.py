@@ -1,4 +1,4 @@
-"""The training set of a round: the samples that an index selects, epoch after epoch.
+"""The training set of a round: the samples that an index selects, for several epochs.
 
 ROUND.npy     int64 [selected]: numbers of samples of the first round's training set, ascending
 ROUND.json    the manifest (megatron_ext/data/rounds/build_round.py writes both)
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     from megatron_ext.data.views import Samples
 
 FORMAT = "megatron_ext.round/1"
-#: How training may take the samples.
+#: Orders of the samples in training.
 ORDERS = ("shuffled", "training")
 _MASK = (1 << 64) - 1
 _FEISTEL_ROUNDS = 6
-#: Ids that are read at a time.
+#: Number of ids read at a time.
 _BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
 class RoundPaths:
-    """The files of a round, by any of the spellings ROUND and ROUND.npy."""
+    """The files of a round, named ROUND or ROUND.npy."""
 
     index: Path
     manifest: Path
@@ -53,10 +53,10 @@ class RoundIndex:
 
 
 def read_round(path: str | Path) -> RoundIndex:
-    """Open an index and check that it is the one its manifest was written for; reads all of it.
+    """Open an index, and check it against its manifest; reads all of it.
 
     Raises:
-        DatasetError: a file is missing, damaged, or something else.
+        DatasetError: a file is missing, damaged, or of another format.
     """
     paths = round_paths(path)
     if not paths.manifest.exists():
@@ -79,7 +79,7 @@ def read_round(path: str | Path) -> RoundIndex:
 
 
 def _check_ids(paths: RoundPaths, ids: np.ndarray, manifest: dict[str, Any]) -> None:
-    """Every id is read: one that is another sample's would train on it without a word."""
+    """Check every id: a wrong one would silently train on another sample."""
     digest, before = hashlib.sha256(), -1
     for begin in range(0, len(ids), _BLOCK):
         block = np.ascontiguousarray(ids[begin : begin + _BLOCK], dtype="<i8")
@@ -98,7 +98,7 @@ def _check_ids(paths: RoundPaths, ids: np.ndarray, manifest: dict[str, Any]) -> 
 
 
 class NumberedDataset:
-    """A dataset whose samples say their number in it, as ``sample_id``."""
+    """A dataset whose samples have their number in it, as ``sample_id``."""
 
     def __init__(self, dataset: "Samples") -> None:
         self.dataset = dataset
@@ -107,7 +107,7 @@ class NumberedDataset:
         return len(self.dataset)
 
     def sample_id(self, place: int) -> int:
-        """The number, in the underlying dataset, of the sample at a place: the place itself."""
+        """The number in the underlying dataset of the sample at index ``place``: the index itself."""
         return place
 
     def __getitem__(self, place: int) -> dict[str, Any]:
@@ -118,16 +118,15 @@ class NumberedDataset:
 class RoundDataset(NumberedDataset):
     """The selected samples of a dataset, for as many epochs as ``samples`` need.
 
-    Place i is in epoch i // n, n being the number of selected samples; each epoch takes all of them in
-    an order of its own that seed and epoch decide, or in the order of the index where its manifest says so.
-    No order is stored, so that ten billion samples cost no memory and a resumed run needs no more than
-    the number of samples it has consumed.
+    Index i is in epoch i // n, where n is the number of selected samples. Each epoch has its own order,
+    determined by seed and epoch, or the order of the index if its manifest says so. No order is stored, so
+    that ten billion samples need no memory, and a resumed run needs only its number of consumed samples.
 
     Args:
         dataset: the first round's training set.
-        index: numbers of its samples.
-        samples: how many are wanted; the length is that of whole epochs.
-        seed: of the order.
+        index: the numbers of the selected samples.
+        samples: the number of samples needed; the length is rounded up to whole epochs.
+        seed: seed of the order.
     """
 
     def __init__(self, dataset: "Samples", index: RoundIndex, samples: int, seed: int) -> None:
@@ -141,7 +140,7 @@ class RoundDataset(NumberedDataset):
         return self.epochs * len(self.ids)
 
     def sample_id(self, place: int) -> int:
-        """The number, in the underlying dataset, of the sample at a place."""
+        """The number in the underlying dataset of the sample at index ``place``."""
         epoch, place = divmod(place, len(self.ids))
         if self.shuffled:
             place = Permutation(len(self.ids), (self.seed, epoch))(place)
@@ -150,11 +149,11 @@ class RoundDataset(NumberedDataset):
 
 @dataclass(frozen=True)
 class Permutation:
-    """A pseudo-random order of 0 .. size - 1 that is computed place by place.
+    """A pseudo-random permutation of 0 .. size - 1, computed element by element.
 
-    A Feistel network over the next power of four, keyed by ``key``, is a bijection of it; walking
-    on until the result is below ``size`` makes it one of 0 .. size - 1 (Black and Rogaway 2002). At
-    most four steps are needed on average.
+    A Feistel network with the key ``key`` is a bijection of the next power of four; repeating it until the
+    result is below ``size`` gives a bijection of 0 .. size - 1 (cycle walking, Black and Rogaway 2002). It
+    needs at most four steps on average.
     """
 
     size: int

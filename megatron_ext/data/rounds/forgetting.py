@@ -1,7 +1,7 @@
-"""The forgetting curve: a model's loss on its training samples, in the order it was trained on them.
+"""The forgetting curve: a model's loss on its training samples, in training order.
 
-The motivation of multiple-round training (arXiv 2402.02791, section 3): of a model at the end of its
-training, the loss on what it saw early is higher than on what it saw last.
+The motivation of multiple-round training (arXiv 2402.02791, section 3): at the end of training, the loss is
+higher on early samples than on late ones.
 """
 
 from dataclasses import dataclass
@@ -16,22 +16,22 @@ from megatron_ext.data.rounds.sampling import CHUNK
 
 @dataclass(frozen=True)
 class Curve:
-    """Means over equal stretches of the training order."""
+    """Means over equal intervals of the training order."""
 
-    place: np.ndarray  # [points] number of the stretch's middle sample
-    loss: np.ndarray  # [points] mean loss of its tokens, nats; NaN where it has none
+    place: np.ndarray  # [points] number of the interval's middle sample
+    loss: np.ndarray  # [points] mean loss of its tokens, nats; NaN without tokens
     error: np.ndarray  # [points] standard error of the mean over its samples
 
     def ends(self) -> tuple[float, float]:
-        """Mean loss of the first and of the last tenth."""
+        """Mean losses of the first and of the last tenth."""
         tenth = max(1, len(self.loss) // 10)
         return float(np.nanmean(self.loss[:tenth])), float(np.nanmean(self.loss[-tenth:]))
 
 
 def curve(losses: Losses, points: int) -> Curve:
-    """The curve in ``points`` stretches (fewer if there are fewer samples), in constant memory.
+    """The curve in ``points`` intervals (fewer if there are fewer samples), in constant memory.
 
-    Losses that are not finite are passed over.
+    Losses that are not finite are ignored.
     """
     samples = len(losses.losses)
     points = min(points, samples)
@@ -61,10 +61,10 @@ def plot(curves: dict[str, Curve], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    for name, found in curves.items():
-        [line] = axes.plot(found.place, found.loss, linewidth=1.2, label=name)
-        low, high = found.loss - found.error, found.loss + found.error
-        axes.fill_between(found.place, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+    for name, each in curves.items():
+        [line] = axes.plot(each.place, each.loss, linewidth=1.2, label=name)
+        low, high = each.loss - each.error, each.loss + each.error
+        axes.fill_between(each.place, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
     axes.set(xlabel="sample, in the order of training", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()

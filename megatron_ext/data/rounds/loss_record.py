@@ -1,13 +1,13 @@
 """One loss for each sample of a training set, in files that NumPy maps into memory.
 
     LOSSES.npy           float32 [samples]: mean loss of the sample's tokens, nats
-    LOSSES.tokens.npy    int32 [samples]: tokens that count in it; -1 where nothing is recorded yet
-    LOSSES.sources.npy   int16 [samples]: which source of a blend the sample is of (blends only)
-    LOSSES.json          the manifest: of which training set and model, how many are recorded
+    LOSSES.tokens.npy    int32 [samples]: number of tokens in the loss; -1 if not recorded yet
+    LOSSES.sources.npy   int16 [samples]: the sample's source in a blend (only for blends)
+    LOSSES.json          the manifest: the training set, the model, and how many are recorded
 
-A sample's place is its number in the training set of the run: its place in training order with
-``--dataloader-type single``. The manifest is replaced after the losses it counts are on the disk,
-so that a recording that was killed goes on where its manifest says.
+The index of a sample is its number in the training set of the run, that is, the training order with
+``--dataloader-type single``. The manifest is replaced after the losses that it counts are on disk, so that
+a killed recording resumes at the position in its manifest.
 """
 
 import json
@@ -24,14 +24,14 @@ from megatron_ext.common.files import sha256_file, write_aside, write_json
 from megatron_ext.data.indexed import DatasetError
 
 FORMAT = "megatron_ext.sample_losses/1"
-#: Seconds between two markers of a recording.
+#: Seconds between two updates of a recording's manifest.
 MARK_EVERY_S = 5.0
 _BLOCK = 1 << 24
 
 
 @dataclass(frozen=True)
 class RecordPaths:
-    """The files of a recording, by any of the spellings LOSSES and LOSSES.npy."""
+    """The files of a recording, named LOSSES or LOSSES.npy."""
 
     losses: Path
     tokens: Path
@@ -39,7 +39,7 @@ class RecordPaths:
     manifest: Path
 
     def checksums(self) -> dict[str, str]:
-        """sha256 of the files of numbers that are there, by the names they have here."""
+        """sha256 of the existing array files, by field name."""
         named = {"losses": self.losses, "tokens": self.tokens, "sources": self.sources}
         return {name: sha256_file(path) for name, path in named.items() if path.exists()}
 
@@ -53,8 +53,8 @@ def record_paths(path: str | Path) -> RecordPaths:
 class LossRecord:
     """A recording that is being written, by one process.
 
-    ``recorded`` is the number of samples whose losses were on the disk when it was opened; a frozen
-    model is recorded in the order of the samples, so that these are the first ones.
+    ``recorded`` is the number of samples whose losses were on disk when it was opened; a frozen model is
+    recorded in the order of the samples, so these are the first ones.
     """
 
     def __init__(self, path: str | Path, manifest: dict[str, Any]) -> None:
@@ -67,18 +67,18 @@ class LossRecord:
         self._marked = time.monotonic()
 
     def write(self, ids: np.ndarray, losses: np.ndarray, tokens: np.ndarray) -> None:
-        """Note losses (float) and token counts (int) of samples; numbers past the last are padding."""
+        """Write losses (float) and token counts (int) of samples; ids beyond the last sample are padding."""
         real = ids < self.samples
         ids = ids[real]
-        if self.manifest.pop("sha256", None) is not None:  # a complete recording that is written to again
+        if self.manifest.pop("sha256", None) is not None:  # a complete recording is written to again
             write_record_manifest(self.paths.manifest, self.manifest)
         self.losses[ids] = losses[real]
         self.tokens[ids] = tokens[real]
 
     def mark(self, recorded: int | None = None, force: bool = False) -> None:
-        """Make what was written count: to the disk, then into the manifest; at most every 5 seconds.
+        """Flush to disk, then update the manifest; at most every 5 seconds unless ``force``.
 
-        ``recorded`` samples count from then on; by default those that have a loss are counted.
+        ``recorded`` is the new number of recorded samples; by default the samples with a loss are counted.
         """
         if not force and time.monotonic() - self._marked < MARK_EVERY_S:
             return
@@ -94,12 +94,12 @@ class LossRecord:
 
 
 def count_recorded(tokens: np.ndarray) -> int:
-    """How many samples have a loss."""
+    """Number of samples with a loss."""
     return sum(int((tokens[i : i + _BLOCK] >= 0).sum()) for i in range(0, len(tokens), _BLOCK))
 
 
 def summarize(losses: np.ndarray, tokens: np.ndarray) -> dict[str, Any]:
-    """Tokens, mean loss per token (nats) over the finite losses, and the number of those that are not."""
+    """Number of tokens, mean finite loss per token (nats), and number of losses that are not finite."""
     total, counted, bad = 0.0, 0, 0
     for start in range(0, len(losses), _BLOCK):
         values = losses[start : start + _BLOCK].astype(np.float64)
@@ -112,24 +112,24 @@ def summarize(losses: np.ndarray, tokens: np.ndarray) -> dict[str, Any]:
 
 
 def open_record(path: str | Path, manifest: dict[str, Any], sources: np.ndarray | None) -> dict[str, Any]:
-    """Begin a recording, or find the one that is there and is the same; returns its manifest.
+    """Create a recording, or open an existing one of the same kind; returns its manifest.
 
     Args:
         path: LOSSES or LOSSES.npy.
         manifest: ``kind`` ("frozen" or "online"), ``samples``, ``dataset`` (of identify) and
-            ``model``; what must agree for a recording to be gone on with.
+            ``model``; they must be equal to resume a recording.
         sources: int16 [samples], the source of each sample, or None for a single dataset.
 
     Raises:
-        DatasetError: other losses lie there.
+        DatasetError: the files hold other losses.
     """
     paths = record_paths(path)
     if paths.manifest.exists():
-        found = read_record_manifest(paths.manifest)
-        _require_same_recording(found, manifest, paths)
+        existing = read_record_manifest(paths.manifest)
+        _require_same_recording(existing, manifest, paths)
         if paths.losses.exists() and paths.tokens.exists():
-            return found
-        if found["recorded"]:
+            return existing
+        if existing["recorded"]:
             raise DatasetError(f"{paths.losses} or {paths.tokens.name} is missing; remove {paths.manifest}")
     elif paths.losses.exists():
         raise DatasetError(f"{paths.losses} is there and has no manifest: remove it, or give another path")
@@ -159,21 +159,21 @@ def _create(
     write_aside(path, write)
 
 
-def _require_same_recording(found: dict[str, Any], wanted: dict[str, Any], paths: RecordPaths) -> None:
+def _require_same_recording(existing: dict[str, Any], wanted: dict[str, Any], paths: RecordPaths) -> None:
     from megatron_ext.data.identity import require_same
 
-    if found["kind"] != wanted["kind"]:
+    if existing["kind"] != wanted["kind"]:
         raise DatasetError(
-            f"{paths.losses} holds {found['kind']} losses, not {wanted['kind']} ones: remove it and "
+            f"{paths.losses} holds {existing['kind']} losses, not {wanted['kind']} ones: remove it and "
             f"{paths.manifest.name}, or give another path"
         )
     advice = f"Remove it and {paths.manifest.name}, or give another --record-sample-loss"
-    require_same(found["dataset"], wanted["dataset"], str(paths.losses), advice)
-    if found["model"] != wanted["model"]:
+    require_same(existing["dataset"], wanted["dataset"], str(paths.losses), advice)
+    if existing["model"] != wanted["model"]:
         differing = sorted(
             name
-            for name in found["model"].keys() | wanted["model"].keys()
-            if found["model"].get(name) != wanted["model"].get(name)
+            for name in existing["model"].keys() | wanted["model"].keys()
+            if existing["model"].get(name) != wanted["model"].get(name)
         )
         raise DatasetError(
             f"{paths.losses} was begun with another model or other options ({', '.join(differing)}). {advice}"
@@ -181,24 +181,24 @@ def _require_same_recording(found: dict[str, Any], wanted: dict[str, Any], paths
 
 
 def write_record_manifest(path: Path, manifest: dict[str, Any]) -> None:
-    """Replace the manifest in one step."""
+    """Replace the manifest atomically."""
     write_json(path, manifest)
 
 
 def read_record_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a recording.
+    """Read the manifest of a recording.
 
     Raises:
-        DatasetError: the file is something else.
+        DatasetError: the file is of another format.
     """
     return read_json(path, FORMAT, ("kind", "samples", "recorded", "complete", "dataset", "model"))
 
 
 def read_json(path: Path, expected_format: str, names: tuple[str, ...]) -> dict[str, Any]:
-    """A manifest of the format, with at least these fields, ``samples`` among them.
+    """Read a manifest of this format with at least these fields, including ``samples``.
 
     Raises:
-        DatasetError: it cannot be read, or is something else.
+        DatasetError: it cannot be read, or is of another format.
     """
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -218,7 +218,7 @@ def read_json(path: Path, expected_format: str, names: tuple[str, ...]) -> dict[
 
 @dataclass(frozen=True)
 class Losses:
-    """Losses to read; arrays are mapped into memory. A plain .npy has no more than its losses."""
+    """Losses as arrays that are mapped into memory. A plain .npy has only losses."""
 
     path: Path
     losses: np.ndarray  # float32 [samples]
@@ -235,7 +235,7 @@ def read_losses(path: str | Path, allow_incomplete: bool = False) -> Losses:
     """Map a recording, or a plain .npy of floats, into memory.
 
     Raises:
-        DatasetError: it is not there, damaged, of another form, or not complete.
+        DatasetError: it is missing, damaged, of another format, or incomplete.
     """
     paths = record_paths(path)
     losses = map_array(paths.losses, np.floating)
@@ -260,11 +260,11 @@ def read_losses(path: str | Path, allow_incomplete: bool = False) -> Losses:
 
 
 def _check_checksums(paths: RecordPaths, manifest: dict[str, Any]) -> None:
-    told = manifest.get("sha256")  # a recording of an earlier version, or an incomplete one, has none
-    if told is None:
+    expected = manifest.get("sha256")  # missing in incomplete recordings and those of earlier versions
+    if expected is None:
         return
-    for name, found in paths.checksums().items():
-        if told.get(name) != found:
+    for name, actual in paths.checksums().items():
+        if expected.get(name) != actual:
             raise DatasetError(
                 f"{getattr(paths, name)}: was altered since it was recorded (its sha256 is not that of "
                 f"{paths.manifest.name}); copy it again, or record again"
@@ -272,10 +272,10 @@ def _check_checksums(paths: RecordPaths, manifest: dict[str, Any]) -> None:
 
 
 def map_array(path: Path, kind: type[np.generic]) -> np.ndarray:
-    """An .npy file of one axis, mapped into memory.
+    """Map a one-dimensional .npy file into memory.
 
     Raises:
-        DatasetError: it is not there, cut off, or holds something else.
+        DatasetError: it is missing, truncated, or of another type.
     """
     try:
         array = np.load(path, mmap_mode="r")

@@ -1,4 +1,4 @@
-"""What a round keeps, for people: a few lines and a picture."""
+"""The report of a round: a few lines of text and a picture."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ LINES = 12
 
 
 def text(manifest: dict[str, Any], report: Report) -> str:
-    """Counts, the histogram of losses and the shares of the sources, as lines."""
+    """Counts, the histogram of losses and the shares of the sources, as text."""
     losses = manifest["losses"]
     known = f"{losses['kind']} losses" if manifest["dataset"] else "plain losses, no manifest: not checked"
     lines = [
@@ -36,7 +36,7 @@ def text(manifest: dict[str, Any], report: Report) -> str:
 
 
 def _merge(report: Report) -> list[tuple[float, float, int, float, int]]:
-    """The histogram in at most ``LINES`` rows, from the first loss to the last."""
+    """The histogram, merged into at most ``LINES`` rows."""
     bins = len(report.groups)
     bounds = np.unique(np.linspace(0, bins, LINES + 1).astype(int))
     return [

@@ -1,14 +1,14 @@
 """Weighted sampling without replacement over any number of groups, exact, in a few passes.
 
-With scores s_i, p = softmax(s), the k largest of s_i + G_i (G_i independent standard Gumbel) are
-distributed as k draws without replacement, each with the remaining p renormalised (Gumbel top-k;
-Yellott 1977, Efraimidis and Spirakis 2006). Neither the sum of exponentials nor an array of all
-keys is needed: the keys come from a generator that each chunk of groups seeds anew, so they are made
-again in every pass. One pass counts them in 65,536 bins, the second gathers the keys of the bin
-that the k-th largest is in, which gives its value, and the last hands out the keys above it. Memory
-is that of a chunk and of one bin, about a hundredth of a float a group.
+With scores s_i and p = softmax(s), the k largest of s_i + G_i (G_i independent standard Gumbel) are
+distributed as k samples without replacement, each with the remaining p renormalised (Gumbel top-k;
+Yellott 1977, Efraimidis and Spirakis 2006). Neither the sum of exponentials nor an array of all keys is
+needed: the keys come from a generator that is seeded for each chunk of groups, so every pass regenerates
+them. The first pass counts them in 65,536 bins, the second gathers the keys of the bin with the k-th largest
+key, which gives its value, and the last pass returns the keys above it. It needs the memory of a chunk and of
+one bin, about a hundredth of a float per group.
 
-Groups can lie in strata, from each of which a number of its own is drawn.
+Groups can be divided into strata, each with its own number of samples.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -16,13 +16,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-#: Groups of one chunk; a chunk's number seeds its keys.
+#: Number of groups per chunk; a chunk's number seeds its keys.
 CHUNK = 1 << 20
 BINS = 1 << 16
 
-#: One chunk: scores (float64 [n]) and strata (int [n]; None where there is one stratum).
+#: One chunk: scores (float64 [n]) and strata (int [n]; None for a single stratum).
 Chunk = tuple[np.ndarray, np.ndarray | None]
-#: The same, and which of the groups are drawn (bool [n]).
+#: The same, and which of the groups are selected (bool [n]).
 Drawn = tuple[np.ndarray, np.ndarray | None, np.ndarray]
 
 
@@ -35,7 +35,7 @@ def gumbel_keys(scores: np.ndarray, seed: tuple[int, ...], chunk: int) -> np.nda
 
 @dataclass(frozen=True)
 class Threshold:
-    """The keys that are drawn: those above ``key``, and the first ``ties`` of those equal to it."""
+    """Selects the keys above ``key``, and the first ``ties`` keys equal to it."""
 
     key: float
     ties: int = 0
@@ -44,28 +44,28 @@ class Threshold:
 def thresholds(
     chunks: Callable[[], Iterable[Chunk]], counts: list[int], seed: tuple[int, ...]
 ) -> list[Threshold]:
-    """For each stratum the threshold above which ``counts[stratum]`` keys lie.
+    """For each stratum, the threshold that selects ``counts[stratum]`` keys.
 
     Args:
-        chunks: gives all groups, in chunks of ``CHUNK`` (the last may be shorter); called twice.
-        counts: how many to draw from each stratum, at least one and at most what it holds.
+        chunks: returns all groups in chunks of ``CHUNK`` (the last may be shorter); called twice.
+        counts: number of groups to select from each stratum, from one to all of them.
     """
     histogram = np.zeros(len(counts) * BINS, dtype=np.int64)
     for bins, _ in _binned(chunks, seed):
         histogram += np.bincount(bins, minlength=len(histogram))
-    found = [_bin_of(part, count) for part, count in zip(histogram.reshape(-1, BINS), counts, strict=True)]
-    border = np.array([stratum * BINS + bin_ for stratum, (bin_, _) in enumerate(found)])
+    bins = [_bin_of(part, count) for part, count in zip(histogram.reshape(-1, BINS), counts, strict=True)]
+    border = np.array([stratum * BINS + bin_ for stratum, (bin_, _) in enumerate(bins)])
     gathered: list[list[np.ndarray]] = [[] for _ in counts]
     for bins, keys in _binned(chunks, seed):
         for stratum, place in enumerate(border):
             gathered[stratum].append(keys[bins == place])
-    return [_threshold(np.concatenate(keys), rank) for keys, (_, rank) in zip(gathered, found, strict=True)]
+    return [_threshold(np.concatenate(keys), rank) for keys, (_, rank) in zip(gathered, bins, strict=True)]
 
 
 def draw(
     chunks: Callable[[], Iterable[Chunk]], limits: list[Threshold], seed: tuple[int, ...]
 ) -> Iterator[Drawn]:
-    """Chunk after chunk: scores [n], strata ([n] or None), and which groups are drawn (bool [n])."""
+    """For each chunk: scores [n], strata ([n] or None), and which groups are selected (bool [n])."""
     keys_of = np.array([limit.key for limit in limits])
     ties = [limit.ties for limit in limits]
     for number, (scores, strata) in enumerate(chunks()):
@@ -88,11 +88,11 @@ def expected_level(scores: np.ndarray, numbers: np.ndarray, count: int) -> float
     """The level above which ``count`` of the noisy scores are expected (by bisection).
 
     Args:
-        scores: [bins] of groups with about the same score.
-        numbers: [bins] how many groups these are.
+        scores: [bins] scores, each of groups with about the same score.
+        numbers: [bins] numbers of these groups.
 
-    :func:`chance_above` at this level is a group's chance to be drawn, but for a term of the order of
-    1 / count (Rosen 1972): what a report can compare a draw with.
+    :func:`chance_above` at this level is a group's probability of being selected, up to a term of the order
+    of 1 / count (Rosen 1972), which a report can compare with the selection.
     """
     if count >= numbers.sum():
         return -np.inf
@@ -107,11 +107,11 @@ def expected_level(scores: np.ndarray, numbers: np.ndarray, count: int) -> float
 def _binned(
     chunks: Callable[[], Iterable[Chunk]], seed: tuple[int, ...]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(stratum * BINS + bin, key) of each group, chunk after chunk; a larger key has no smaller bin."""
+    """(stratum * BINS + bin, key) of each group, in chunks; bins are ordered like the keys."""
     for number, (scores, strata) in enumerate(chunks()):
         keys = gumbel_keys(scores, seed, number)
         bits = keys.astype(np.float32).view(np.uint32)
-        # Floats sort as integers do once the negative ones are turned over.
+        # Floats sort like integers if the bits of negative ones are inverted.
         ordered = np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31)) >> 16
         bins = ordered.astype(np.int64)
         if strata is not None:
@@ -120,7 +120,7 @@ def _binned(
 
 
 def _bin_of(histogram: np.ndarray, count: int) -> tuple[int, int]:
-    """The bin that the ``count``-th largest key is in, and which of the bin's largest it is (from 1)."""
+    """The bin of the ``count``-th largest key, and its rank within the bin (from 1)."""
     if not 1 <= count <= histogram.sum():
         raise ValueError(f"cannot draw {count} of {histogram.sum()}")
     above = np.cumsum(histogram[::-1])[::-1]  # keys in this bin or a higher one
