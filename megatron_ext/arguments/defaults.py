@@ -1,4 +1,4 @@
-"""What follows from other flags, as Megatron-LM's validate_args and training loop work it out."""
+"""Values derived from other flags, as in Megatron-LM's validate_args and training loop."""
 
 import os
 
@@ -11,7 +11,7 @@ LEGACY_SPLIT = "969, 30, 1"
 
 
 def from_environment(process: ProcessConfig, world_size: int | None) -> None:
-    """Set world_size, rank and local_rank from what torchrun put in the environment."""
+    """Set world_size, rank and local_rank from torchrun's environment variables."""
     process.world_size = int(os.environ.get("WORLD_SIZE", 1)) if world_size is None else world_size
     process.rank = int(os.environ.get("RANK", 0))
     if process.local_rank is None:
@@ -19,7 +19,7 @@ def from_environment(process: ProcessConfig, world_size: int | None) -> None:
 
 
 def device(run: RunConfig, assumed: platform.Device | None) -> list[str]:
-    """Settle the device as cpu or cuda, the backend and the layers; returns problems."""
+    """Choose the device, cpu or cuda, the backend and the layers; returns problems."""
     process = run.process
     if assumed is not None:
         process.device = assumed
@@ -43,9 +43,9 @@ def device(run: RunConfig, assumed: platform.Device | None) -> list[str]:
 
 
 def before_rules(run: RunConfig) -> list[str]:
-    """Fill in what one flag says for another; returns warnings.
+    """Set values that other flags imply; returns warnings.
 
-    Nothing here may fail on a wrong value: the rules report those.
+    Must not fail on a wrong value: the rules report those.
     """
     warnings = []
     if run.layers.use_rotary_position_embeddings:
@@ -71,7 +71,7 @@ def before_rules(run: RunConfig) -> list[str]:
 
 
 def pipeline_layers(run: RunConfig) -> int:
-    """Layers that the pipeline divides, with the embedding and the loss where they count as one."""
+    """Number of layers to divide among stages, including embedding and loss if they count as layers."""
     return (
         (run.model.num_layers or 0)
         + run.parallel.account_for_embedding_in_pipeline_split
@@ -91,23 +91,23 @@ def _layout(run: RunConfig) -> None:
         stages = on_rank // run.parallel.num_layers_per_virtual_pipeline_stage
     run.parallel.virtual_pipeline_model_parallel_size = stages if stages and stages > 1 else None
     if run.parallel.virtual_pipeline_model_parallel_size is None:
-        # Only the interleaved schedule can overlap sends, or align what the stages gather.
+        # Only the interleaved schedule can overlap sends, or align the gathering of parameters.
         run.parallel.overlap_p2p_comm = run.parallel.align_param_gather = False
 
 
 def _precision(run: RunConfig, warnings: list[str]) -> None:
     if run.precision.bf16:
-        # Sums of many small bf16 numbers lose most of them, so main gradients stay in fp32.
+        # Summing many small bf16 numbers loses most of them, so main gradients stay in fp32.
         run.parallel.accumulate_allreduce_grads_in_fp32 = not run.parallel.grad_reduce_in_bf16
     if run.precision.fp16 and not run.precision.loss_scale:
-        # An Inf is then the loss scaler's signal to take a smaller scale.
+        # An Inf then makes the loss scaler reduce its scale.
         if run.training.check_for_nan_in_loss_and_grad:
             warnings.append("--fp16 with an adapting loss scale: NaN in loss and gradients is not an error")
         run.training.check_for_nan_in_loss_and_grad = False
 
 
 def after_rules(run: RunConfig) -> None:
-    """Fill in what only a consistent command line has: dtype, iterations and the schedule's steps."""
+    """Set values that need a consistent command line: dtype, iterations and the schedule's steps."""
     import torch
 
     run.precision.params_dtype = (
@@ -115,7 +115,7 @@ def after_rules(run: RunConfig) -> None:
     )
     run.training.variable_seq_lengths = False
     if run.rounds.round_index is not None and run.rounds.round_schedule == "continue":
-        # Its length grows with the rounds: the position is the checkpoint's, the shape this run's.
+        # Its length grows with the rounds: the position is from the checkpoint, the shape from this run.
         run.schedule.override_opt_param_scheduler = True
     run.training.consumed_train_samples = run.training.consumed_valid_samples = (
         run.training.skipped_train_samples
@@ -128,7 +128,7 @@ def after_rules(run: RunConfig) -> None:
 
 
 def iterations_left(run: RunConfig, consumed: int = 0) -> int:
-    """Optimizer steps from ``consumed`` samples to --train-samples, through the batches of a ramp-up."""
+    """Optimizer steps from ``consumed`` samples to --train-samples, including batch size ramp-up."""
     ramp, iterations = run.training.rampup_batch_size, 0
     samples = run.training.train_samples or 0
     while ramp and consumed <= ramp[2] and consumed < samples:
@@ -138,9 +138,9 @@ def iterations_left(run: RunConfig, consumed: int = 0) -> int:
 
 
 def running_batch(run: RunConfig, consumed: int | None = None) -> int:
-    """Samples of a step after ``consumed`` samples, by default of a full one.
+    """Samples of a step after ``consumed`` samples, by default after ramp-up.
 
-    Rounded down to whole micro batches of all ranks, where --decrease-batch-size-if-needed allows it.
+    Rounded down to whole micro batches of all ranks with --decrease-batch-size-if-needed.
     """
     ramp = run.training.rampup_batch_size
     batch = (
@@ -155,7 +155,7 @@ def running_batch(run: RunConfig, consumed: int | None = None) -> int:
 
 
 def batch_at(consumed: int, global_batch: int, rampup: list[int] | None) -> int:
-    """The global batch after ``consumed`` samples, as Megatron-Core's microbatch calculator grows it."""
+    """The global batch size after ``consumed`` samples, as in Megatron-Core's microbatch calculator."""
     if not rampup or consumed > rampup[2]:
         return global_batch
     start, increment, samples = rampup

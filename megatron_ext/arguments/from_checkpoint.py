@@ -1,4 +1,4 @@
-"""What a command line leaves open of the model is taken from the checkpoint that the run starts from."""
+"""Completes the model's flags from the checkpoint that the run starts from."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,7 @@ from megatron_ext.config import RunConfig, model_function
 from megatron_ext.config.model_function import Saved
 from megatron_ext.config.presets import PRESETS, preset_values
 
-#: What ``--use-checkpoint-args`` takes besides the model's function (Megatron-LM's
+#: Arguments that ``--use-checkpoint-args`` takes besides the model's function (Megatron-LM's
 #: checkpointing.py:load_args_from_checkpoint).
 BESIDES = (
     "seq_length",
@@ -21,55 +21,55 @@ BESIDES = (
 
 
 def take_model(values: dict[str, Any], typed: Mapping[str, Any]) -> tuple[list[str], str | None]:
-    """Complete what the command line says of the model from the checkpoint that the run would start from.
+    """Complete the model's flags from the checkpoint that the run starts from.
 
-    That is the one in --load, or, before there is one, that in --pretrained-checkpoint. What was typed,
-    or set by a preset, stays, and must not contradict the checkpoint. ``--use-checkpoint-args`` takes the
-    tokenizer and the dropouts too, what a preset says gives way to it, and it is a problem if there is no
+    That is the checkpoint in --load or, if there is none yet, in --pretrained-checkpoint. Flags on the
+    command line and of a preset are kept, and must not contradict the checkpoint. ``--use-checkpoint-args``
+    also takes the tokenizer and the dropouts, and overrides a preset; it is a problem if there is no
     checkpoint and nothing else describes the model.
 
     Args:
-        values: name -> value of every flag; completed here.
-        typed: those of the command line.
+        values: name -> value of every flag; completed in place.
+        typed: the flags on the command line.
 
-    Returns problems, and a sentence on what was taken, None if nothing was.
+    Returns problems, and a sentence on the values taken, None if there are none.
     """
-    asked = values["use_checkpoint_args"]
+    required = values["use_checkpoint_args"]
     if values["load"] is None:
-        return (["--use-checkpoint-args needs --load"] if asked else []), None
+        return (["--use-checkpoint-args needs --load"] if required else []), None
     try:
         where, saved = start_of(RunConfig.of(values))
     except (RunError, OSError, ValueError) as error:
-        # Without the flag, loading tells what is wrong with the checkpoint.
-        return ([f"--use-checkpoint-args: {error}"] if asked else []), None
+        # Without the flag, the error is reported when the checkpoint is loaded.
+        return ([f"--use-checkpoint-args: {error}"] if required else []), None
     if saved is None:
-        # The first start of a run that is given its shape, as upstream has it.
-        missing = asked and values["num_layers"] is None
+        # As upstream: the first start of a run whose flags describe the model.
+        missing = required and values["num_layers"] is None
         return ([f"--use-checkpoint-args: there is no checkpoint in {where}"] if missing else []), None
     if "num_layers" not in saved:
         problem = f"--use-checkpoint-args: the checkpoint in {where} holds no arguments"
-        return ([problem] if asked else []), None
-    said = {*typed}
-    if not asked and values["model_preset"] in PRESETS:
-        said |= preset_values(values["model_preset"]).keys()
+        return ([problem] if required else []), None
+    given = {*typed}
+    if not required and values["model_preset"] in PRESETS:
+        given |= preset_values(values["model_preset"]).keys()
     before = RunConfig.of(values)
-    found = model_function.taken(saved, said, BESIDES if asked else ())
-    values |= found
+    taken = model_function.taken(saved, given, BESIDES if required else ())
+    values |= taken
     after = RunConfig.of(values)
-    told = ", ".join(
+    changes = ", ".join(
         f"{model_function.spelled(name)} {after.get(name)}"
-        for name in found
+        for name in taken
         if after.get(name) != before.get(name)
     )
     others = model_function.differences(saved, after.model)
     problems = [f"the checkpoint in {where} is of another model: {'; '.join(others)}"] if others else []
-    return problems, f"taken from the checkpoint in {where}: {told}" if told else None
+    return problems, f"taken from the checkpoint in {where}: {changes}" if changes else None
 
 
 def start_of(run: RunConfig) -> tuple[str, Saved | None]:
-    """Where a run begins, in flags, and the arguments of the checkpoint that is there, if any.
+    """The flag and folder that a run starts from, and the arguments of the checkpoint there, if any.
 
-    Raises RunError, OSError or ValueError for a checkpoint that cannot be read, or something else there.
+    Raises RunError, OSError or ValueError if the checkpoint cannot be read, or the folder has other content.
     """
     from megatron_ext.checkpoint import outputs_of, read_checkpoint_args
 

@@ -1,4 +1,4 @@
-"""From a command line to a complete, checked namespace."""
+"""Parses a command line into a complete, validated configuration."""
 
 import argparse
 import os
@@ -24,7 +24,7 @@ Two processes that share the model by tensor parallelism, on a CPU or on two GPU
 
 
 class CommandLineError(ValueError):
-    """A command line that cannot run; ``problems`` are its reasons, one sentence each."""
+    """An invalid command line; ``problems`` are the reasons, one sentence each."""
 
     def __init__(self, problems: Sequence[str]):
         super().__init__("\n".join(f"  - {problem}" for problem in problems))
@@ -32,21 +32,21 @@ class CommandLineError(ValueError):
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse that raises instead of leaving, so that every caller reports in one place."""
+    """An ArgumentParser that raises instead of exiting, so that all problems are reported together."""
 
     def error(self, message: str) -> NoReturn:
         raise CommandLineError([message])
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Help lines that do not break inside a flag or a preset's name."""
+    """Wraps help without breaking lines inside a flag or a preset's name."""
 
     def _split_lines(self, text: str, width: int) -> list[str]:
         return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser with a section for each group of flags; abbreviated flags are not understood."""
+    """The parser with a section for each group of flags; abbreviated flags are not accepted."""
     parser = _Parser(
         prog="pretrain_pangu_pro.py",
         usage="%(prog)s [flags]   (torchrun --nproc-per-node N %(prog)s [flags])",
@@ -66,14 +66,14 @@ def parse_args(
     device: Device | None = None,
     check_files: bool = True,
 ) -> RunConfig:
-    """Parse, fill in, check; on any problem print all of them and leave with exit code 2.
+    """Parse, complete and validate; if there are problems print all of them and exit with code 2.
 
     Args:
         argv: the command line without the program; by default this process's.
-        world_size: processes of the job; by default what the launcher put in the environment.
+        world_size: number of processes of the job; by default from the launcher's environment.
         device: ``"cpu"`` or ``"cuda"`` to check a command line for another machine; by default this
-            process's device, which is thereby settled.
-        check_files: whether the data, the tokenizer and the folders to write to must be there.
+            process's device, which this call chooses.
+        check_files: whether the data, the tokenizer and the output folders must exist.
     """
     try:
         return read_args(argv, world_size=world_size, device=device, check_files=check_files)
@@ -89,7 +89,7 @@ def read_args(
     check_files: bool = True,
     change: Callable[[dict[str, Any]], dict[str, Any]] = dict,
 ) -> RunConfig:
-    """:func:`parse_args` for callers that want the problems as an exception.
+    """:func:`parse_args` for callers that need the problems as an exception.
 
     ``change`` gets the typed values by name, and gives those to use.
 
@@ -116,9 +116,9 @@ def configured(
     device: Device | None = None,
     check_files: bool = True,
 ) -> RunConfig:
-    """The configuration of a run of these values, by name; the others have their flags' defaults.
+    """The configuration with these values, by name; other fields have their flags' defaults.
 
-    What follows from them is filled in, and all is checked, as in :func:`read_args`.
+    It is completed and validated as in :func:`read_args`.
 
     Raises:
         CommandLineError: with every problem of the values.
@@ -136,7 +136,7 @@ def _complete(
     device: Device | None,
     check_files: bool,
 ) -> None:
-    """Fill in what follows from values, job and machine, and check all; ``problems`` are known already."""
+    """Complete the configuration and validate it; ``problems`` were found before."""
     defaults.from_environment(run.process, world_size)
     problems = problems + defaults.device(run, device)
     warnings = defaults.before_rules(run)
@@ -150,7 +150,7 @@ def _complete(
 
 
 def with_defaults(typed: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
-    """Name -> value: defaults, over them the preset's values, over them what was typed."""
+    """Name -> value: defaults, overridden by the preset, overridden by the command line."""
     values = {name: default_of(option) for name, option in options().items()}
     values = {name: value.copy() if isinstance(value, list) else value for name, value in values.items()}
     if typed.get("model_preset") is not None:
@@ -160,7 +160,7 @@ def with_defaults(typed: Mapping[str, Any], problems: list[str]) -> dict[str, An
             problems.append(str(error.args[0]))
     values |= typed
     if "seq_length" in typed and "max_position_embeddings" not in typed and values["model_preset"] in PRESETS:
-        # A preset is trained at its own length, but rotary positions have no end.
+        # A preset is trained at its own length, but rotary positions are unlimited.
         values["max_position_embeddings"] = max(values["max_position_embeddings"], values["seq_length"])
     return values
 
@@ -168,7 +168,7 @@ def with_defaults(typed: Mapping[str, Any], problems: list[str]) -> dict[str, An
 def _leave(error: CommandLineError) -> NoReturn:
     rank = int(os.environ.get("RANK", 0))
     if rank:
-        # Rank 0 reports. torchrun ends the whole job as soon as one process fails, so the others wait.
+        # Rank 0 reports. torchrun ends the job as soon as one process fails, so the others wait.
         time.sleep(2)
         raise SystemExit(2)
     count = "a problem" if len(error.problems) == 1 else f"{len(error.problems)} problems"

@@ -1,4 +1,4 @@
-"""Flags that are not understood: why, and what may have been meant."""
+"""Unsupported and unknown flags: reasons and suggestions."""
 
 import difflib
 from collections.abc import Sequence
@@ -28,12 +28,12 @@ def known_to_upstream() -> dict[str, str]:
 
 @cache
 def spellings() -> tuple[str, ...]:
-    """Every flag that is understood."""
+    """All supported spellings of flags."""
     return tuple(name for option in options().values() for name in argparse_form(option)[0])
 
 
 def problems(unknown: Sequence[str]) -> list[str]:
-    """One sentence for each word of the command line that no flag took."""
+    """One sentence for each unknown word of the command line."""
     found, of_refused_flag = [], False
     for word in unknown:
         if word.startswith("--"):

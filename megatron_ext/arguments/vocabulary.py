@@ -1,8 +1,8 @@
-"""Rows of the vocabulary: how many there are, and how many take part in the softmax of the loss.
+"""The rows of the vocabulary, and how many of them are in the softmax of the loss.
 
-The embedding has more rows than there are tokens, so that it divides among devices. Megatron-LM lets the
-rest take part in the softmax, and pads by the tensor parallel size: a model's loss then depends on the
-layout it was trained at. Here the padding is masked, and a checkpoint that was trained with it goes on so.
+The embedding has more rows than tokens, so that it can be divided among devices. Megatron-LM includes the
+padding in the softmax, and its size depends on the tensor parallel size: a model's loss then depends on the
+layout it was trained at. Here the padding is masked, unless a checkpoint was trained with it.
 """
 
 import dataclasses
@@ -15,11 +15,11 @@ from megatron_ext.tokenizer import Tokenizer
 
 
 def settle_vocabulary(run: RunConfig, tokenizer: Tokenizer) -> str:
-    """Settle the vocabulary's rows and the tokenizer's hash in ``run``; returns a line for the log.
+    """Set the vocabulary's rows and the tokenizer's hash in ``run``; returns a line for the log.
 
-    The rows that take part in the softmax are those that the checkpoint which the run starts from was
-    trained with, else the tokenizer's; ``--vocab-padding`` says otherwise. All rows of a checkpoint take
-    part that does not say it: Megatron-LM's, and ours of before padding was masked.
+    The rows in the softmax are those of the checkpoint that the run starts from, or without one the
+    tokenizer's; ``--vocab-padding`` overrides this. Checkpoints that do not state it (Megatron-LM's, and
+    older ones of ours) have all rows in the softmax.
 
     Raises:
         ValueError: --vocab-size or --padded-vocab-size does not fit the tokenizer or the checkpoint, or the
@@ -45,10 +45,10 @@ def settle_vocabulary(run: RunConfig, tokenizer: Tokenizer) -> str:
 
 
 def _of_checkpoint(run: RunConfig, tokenizer: Tokenizer) -> tuple[str, int | None]:
-    """Where the run starts, and the rows in the softmax there; None without a checkpoint of these tokens."""
+    """The run's start, and the rows in the softmax there; None without a checkpoint of this tokenizer."""
     where, saved = start_of(run)
     if saved is None or saved.get("tokenizer_sha256") not in (None, tokenizer.sha256):
-        return where, None  # the rows of another tokenizer are other tokens'
+        return where, None  # the rows belong to another tokenizer
     rows = saved.get("softmax_vocab_size") or saved.get("padded_vocab_size")
     if rows is None and run.tokenizer.vocab_padding is None:
         raise ValueError(
@@ -70,10 +70,10 @@ def _line(tokens: int, taking_part: int, rows: int, where: str) -> str:
 def padded_vocab_size(true_size: int, run: RunConfig) -> int:
     """Rows of the embedding for a tokenizer of ``true_size`` pieces.
 
-    A multiple of --make-vocab-size-divisible-by, the same at every tensor parallel size: Megatron-LM
+    A multiple of --make-vocab-size-divisible-by, independent of the tensor parallel size: Megatron-LM
     pads to that number times the tensor parallel size, so its checkpoints change shape with the
-    layout. Only a tensor parallel size that does not divide the result pads further, to the least
-    multiple that it divides. --padded-vocab-size wins.
+    layout. If the tensor parallel size does not divide the result, it is padded further to the next multiple
+    that it divides. --padded-vocab-size overrides this.
 
     Raises:
         ValueError: --vocab-size or --padded-vocab-size does not fit the tokenizer.

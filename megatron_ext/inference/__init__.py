@@ -1,4 +1,4 @@
-"""Text from a trained model."""
+"""Text generation with a trained model."""
 
 from megatron_ext.inference.generate import Sampling, generate
 from megatron_ext.inference.load import load_for_inference

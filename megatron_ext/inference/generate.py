@@ -14,10 +14,10 @@ from megatron_ext.models.gpt_model import PanguModel
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen.
+    """How the next token is sampled.
 
-    ``temperature`` 0 takes the most likely token. ``top_k`` keeps that many, ``top_p`` the fewest
-    that hold that much probability; 0 and 1 keep all.
+    ``temperature`` 0 selects the most likely token. ``top_k`` keeps that many tokens, ``top_p`` the fewest
+    tokens with that total probability; 0 and 1 keep all.
     """
 
     temperature: float = 1.0
@@ -36,10 +36,10 @@ class Sampling:
             raise ValueError(f"--seed must be at least 0 and below 2^63, it is {self.seed}")
 
     def choose(self, logits: Tensor, generator: torch.Generator) -> int:
-        """A token id from one position's logits, [v]."""
+        """Sample a token id from the logits of one position, [v]."""
         if self.temperature == 0:
             return int(logits.argmax())
-        # On the CPU in float64, so that every tensor parallel rank and every device draws the same.
+        # On the CPU in float64, so that all tensor parallel ranks and devices sample the same token.
         probabilities = torch.softmax(logits.double().cpu() / self.temperature, dim=-1)
         ranked, ids = probabilities.sort(descending=True, stable=True)
         kept = ranked.cumsum(0) - ranked < self.top_p
@@ -60,8 +60,8 @@ def generate(
 ) -> Iterator[int]:
     """Yield the ids that continue ``prompt``, up to ``max_new_tokens`` or the id ``stop``.
 
-    Each step computes one position; the keys and values of the others are kept. The padding of the
-    vocabulary beyond ``vocab_size`` is never chosen. Under tensor parallelism every rank calls this
+    Each step computes one position; the keys and values of earlier positions are cached. The padding of the
+    vocabulary beyond ``vocab_size`` is never sampled. Under tensor parallelism every rank calls this
     and yields the same ids.
 
     Raises:
@@ -87,7 +87,7 @@ def generate(
 
 
 def _next_logits(model: PanguModel, ids: list[int], cache: StaticInferenceContext) -> Tensor:
-    """Logits after ``ids``, [v]; the cache holds what came before and takes ``ids`` in."""
+    """Logits after ``ids``, [v]; the cache holds the earlier positions, and ``ids`` are added."""
     device = platform.current_device()
     tokens = torch.tensor([ids], device=device)
     position_ids = cache.sequence_len_offset + torch.arange(len(ids), device=device)[None]

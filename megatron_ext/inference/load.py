@@ -1,4 +1,4 @@
-"""A model from a checkpoint, with its own arguments and tokenizer, ready to be asked."""
+"""Loads a model for inference, with the arguments and the tokenizer of its checkpoint."""
 
 from pathlib import Path
 from typing import Any
@@ -26,17 +26,17 @@ def load_for_inference(
 ) -> tuple[PanguModel, Tokenizer, RunConfig]:
     """Build the model that the checkpoint in ``load`` describes and load its weights.
 
-    The processes of the job, one or more, all go to tensor parallelism: a checkpoint loads on any
-    layout. ``tokenizer_model`` is the tokenizer's file or folder instead of the one that the checkpoint
-    names; its kind is found. ``trust_remote_code`` lets a Hugging Face folder run its code.
-    ``overrides`` replace arguments that the checkpoint was made with.
+    All processes of the job are used for tensor parallelism, as a checkpoint can be loaded at any layout.
+    ``tokenizer_model`` is a file or folder to use instead of the tokenizer that the checkpoint names; its
+    type is detected. ``trust_remote_code`` lets a Hugging Face folder run its code. ``overrides`` replace
+    arguments of the checkpoint.
 
     Returns (model, tokenizer, configuration).
 
     Raises:
-        ValueError: the checkpoint does not say what its model is, or the tokenizer cannot be used.
-        CheckpointError: it is damaged, or of another tokenizer.
-        FileNotFoundError: there is none.
+        ValueError: the checkpoint does not describe its model, or the tokenizer cannot be used.
+        CheckpointError: the checkpoint is damaged, or of another tokenizer.
+        FileNotFoundError: there is no checkpoint.
     """
     saved = read_checkpoint_args(load, iteration)
     if saved is None:
@@ -52,10 +52,10 @@ def load_for_inference(
         run.tokenizer.tokenizer_model = tokenizer_model
     tokenizer = build_tokenizer(run.tokenizer)
     distributed.initialize(run)
-    run = run.but(padded_vocab_size=None)  # as many rows as this layout needs
+    run = run.but(padded_vocab_size=None)  # padded for this layout
     settle_vocabulary(run, tokenizer)
     if tokenizer_model and bare:
-        run.tokenizer.tokenizer_sha256 = None  # the checkpoint cannot say which one is its own
+        run.tokenizer.tokenizer_sha256 = None  # the checkpoint does not identify its tokenizer
     model = build_model(transformer_config(run), run)
     if load_checkpoint(load, model=model, run=run, iteration=iteration) is None:
         raise FileNotFoundError(f"--load {load}: no checkpoint found")
@@ -63,9 +63,9 @@ def load_for_inference(
 
 
 def arguments(saved: Saved, load: str | Path, iteration: int | None = None) -> RunConfig:
-    """The trainer's defaults with the model and the tokenizer of a checkpoint, for this job and machine.
+    """The trainer's defaults with a checkpoint's model and tokenizer, for this job and machine.
 
-    Raises ValueError, naming what is missing or wrong, if ``saved`` does not describe a model.
+    Raises ValueError, naming the missing or wrong arguments, if ``saved`` does not describe a model.
     """
     values = with_defaults({}, [])
     values |= model_function.taken(saved, set(), (*saved_args.MODEL, *saved_args.TOKENIZER))

@@ -1,9 +1,9 @@
-"""What a command line must fulfil, as many small rules, each a sentence that names the flags.
+"""Validation of a command line by many small rules, each of which yields sentences that name the flags.
 
-A rule is a function ``rule(run, typed)`` that yields its problems: ``run`` is the complete
-namespace, ``typed`` maps the destinations that were on the command line to their values. Every rule
-is asked and all problems are reported together; only a number that is out of range, or a missing
-size, is reported before the rules that calculate with it.
+A rule is a function ``rule(run, typed)`` that yields problems: ``run`` is the complete configuration, and
+``typed`` maps the destinations on the command line to their values. All rules run and all problems are
+reported together; only numbers out of range and missing sizes are reported first, because other rules
+calculate with them.
 """
 
 from megatron_ext.arguments.validate import (
@@ -21,7 +21,7 @@ from megatron_ext.config import RunConfig
 
 
 def problems(run: RunConfig, typed: Typed, check_files: bool = True) -> list[str]:
-    """The problems of every rule; ``check_files=False`` leaves this machine's files out."""
+    """The problems of all rules; ``check_files=False`` does not look at this machine's files."""
     found = _ask(numbers.RULES, run, typed)
     calculable = not found and not numbers.missing(run)
     rules = (
@@ -34,7 +34,7 @@ def problems(run: RunConfig, typed: Typed, check_files: bool = True) -> list[str
 
 
 def problems_of_model(run: RunConfig) -> list[str]:
-    """The problems of a model's sizes and kinds alone, whatever is done with it."""
+    """The problems of the model itself, independent of its use."""
     found = _ask(numbers.RULES, run, {})
     return found if found or numbers.missing(run) else _ask(model.RULES_OF_SHAPE, run, {})
 

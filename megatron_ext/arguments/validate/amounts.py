@@ -1,4 +1,4 @@
-"""Rules against a run of nothing: no iteration, no training data, nothing to evaluate."""
+"""Rules against empty runs: no iteration, no training data, nothing to evaluate."""
 
 from megatron_ext.arguments.defaults import iterations_left, running_batch
 from megatron_ext.arguments.validate.rule import Problems, Typed
@@ -19,7 +19,7 @@ def a_run_has_an_iteration(run: RunConfig, typed: Typed) -> Problems:
 
 
 def shares(run: RunConfig) -> list[float]:
-    """Of training, validation and test, above 0 where there is such a set; as far as the flags alone tell."""
+    """Shares of training, validation and test set as far as the flags tell; 0 for a missing set."""
     if run.data.data_path or run.data.data_args_path:
         try:
             given = [float(share) for share in (run.data.split or "").split(",")]

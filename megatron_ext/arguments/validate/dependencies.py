@@ -1,4 +1,4 @@
-"""A flag that was typed and cannot take effect is an error, never ignored."""
+"""Rules that report a flag on the command line that has no effect."""
 
 from megatron_ext.arguments.validate.rule import Problems, Typed
 from megatron_ext.common.flags import Need

@@ -1,4 +1,4 @@
-"""Rules of Transformer Engine: that it is there, FP8's recipes and shapes, CUDA graphs."""
+"""Rules of Transformer Engine: its availability, FP8 recipes and shapes, CUDA graphs."""
 
 from collections.abc import Iterator
 
@@ -28,7 +28,7 @@ def engine_features(run: RunConfig, typed: Typed) -> Problems:
 
 
 def engine_masks_are_causal(run: RunConfig, typed: Typed) -> Problems:
-    """Transformer Engine reads masks of the kinds padding and arbitrary alone (NVIDIA/Megatron-LM#2357)."""
+    """Transformer Engine uses masks only of the types padding and arbitrary (NVIDIA/Megatron-LM#2357)."""
     if run.data.reset_attention_mask and run.layers.transformer_impl == "transformer_engine":
         yield (
             "--reset-attention-mask has no effect on Transformer Engine's attention, where documents would "
@@ -65,7 +65,7 @@ def eight_bit_formats_agree(run: RunConfig, typed: Typed) -> Problems:
 
 
 def recipe_suits_the_machine(run: RunConfig, typed: Typed) -> Problems:
-    """Only where the run will be: a command line that is checked for another machine has no GPU yet."""
+    """Only on the machine of the run: a command line that is checked for another one has no GPU yet."""
     if run.precision.fp8 and run.precision.fp8_recipe in RECIPES and run.process.gpu is not None:
         problem = recipe_problem(run.precision.fp8_recipe, *run.process.gpu)
         if problem is not None:
@@ -94,9 +94,9 @@ def recomputed_norms_and_delayed_scaling(run: RunConfig, typed: Typed) -> Proble
 
 
 def shapes_suit_fp8(run: RunConfig, typed: Typed) -> Problems:
-    """Every matrix that is multiplied in FP8, as a rank holds it, is made of whole blocks.
+    """Every shard of a matrix that is multiplied in FP8 must consist of whole blocks.
 
-    A shard's columns are another matmul's rows in the backward pass, so a weight's both sides are
+    A shard's columns are another matmul's rows in the backward pass, so both dimensions of a weight must be
     multiples of the columns' unit; the tokens of a micro batch are rows.
     """
     if not run.precision.fp8 or run.precision.fp8_recipe not in RECIPES or run.model.kv_channels is None:

@@ -1,4 +1,4 @@
-"""Rules of data, tokenizer and checkpoints; the second list looks at this machine's files."""
+"""Rules of data, tokenizer and checkpoints; those of the second list check this machine's files."""
 
 import importlib.util
 import os
@@ -13,7 +13,7 @@ from megatron_ext.platform.environment import not_deterministic
 
 SENTENCEPIECE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 SUPPORTED_TOKENIZERS = (*SENTENCEPIECE, "HuggingFaceTokenizer", "NullTokenizer")
-#: What every record of a metrics file begins with (training/reporting.py).
+#: The start of every record in a metrics file (training/reporting.py).
 METRICS_START = b'{"iteration": '
 SPLIT_PATHS = ("train_data_path", "valid_data_path", "test_data_path")
 
@@ -107,7 +107,7 @@ def datasets_exist(run: RunConfig, typed: Typed) -> Problems:
 
 
 def blend_problems(flag: str, words: list[str]) -> Iterator[str]:
-    """What is wrong with 'prefix ...' or 'weight prefix weight prefix ...'."""
+    """The problems of 'prefix ...' or 'weight prefix weight prefix ...'."""
     weights = [is_number(word) for word in words[::2]]
     weighted = bool(words) and len(words) % 2 == 0 and any(weights)
     if weighted and not all(weights):
@@ -121,7 +121,7 @@ def blend_problems(flag: str, words: list[str]) -> Iterator[str]:
 
 
 def dataset_problems(flag: str, prefix: str) -> Iterator[str]:
-    """What is wrong with PREFIX.bin and PREFIX.idx."""
+    """The problems of PREFIX.bin and PREFIX.idx."""
     missing = [suffix for suffix in (".bin", ".idx") if not os.path.exists(prefix + suffix)]
     if not missing:
         return
@@ -147,7 +147,7 @@ def named_files_exist(run: RunConfig, typed: Typed) -> Problems:
 
 
 def round_problems(path: str) -> Iterator[str]:
-    """What is wrong with the files of ``--round-index``; what is in them is compared with the data later."""
+    """The problems of the files of ``--round-index``; their content is compared with the data later."""
     stem = path.removesuffix(".npy")
     for name in (f"{stem}.npy", f"{stem}.json"):
         if not os.access(name, os.R_OK):
@@ -184,17 +184,17 @@ def outputs_are_writable(run: RunConfig, typed: Typed) -> Problems:
 
 
 def _holds_metrics(path: str) -> bool:
-    """Whether a file begins as a metrics file does, of which a killed run may have left half a line."""
+    """Whether a file starts like a metrics file; a killed run may have left an incomplete line."""
     try:
         with open(path, "rb") as file:
             start = file.read(len(METRICS_START))
-    except OSError:  # said by the rule of what can be written
+    except OSError:  # reported by the rule on writable paths
         return True
     return METRICS_START.startswith(start)
 
 
 def _unwritable(flag: str, folder: Path) -> Iterator[str]:
-    """Try to write into the folder, or into the nearest one above it that is there already."""
+    """Try to write to the folder, or to its nearest existing parent."""
     there = folder.absolute()
     while not os.path.lexists(there):
         there = there.parent
@@ -203,8 +203,8 @@ def _unwritable(flag: str, folder: Path) -> Iterator[str]:
         yield f"{flag} {folder}: {there} is {link}"
         return
     try:
-        # Permission bits do not tell of read-only mounts, and mean nothing to root: so try it.
-        tempfile.TemporaryFile(dir=there).close()  # which leaves nothing behind, however this process ends
+        # Permission bits do not show read-only mounts, and do not apply to root, so try it.
+        tempfile.TemporaryFile(dir=there).close()  # leaves nothing behind, even if the process is killed
     except OSError as error:
         yield f"{flag} {folder}: cannot be written ({error.strerror} in {there})"
 

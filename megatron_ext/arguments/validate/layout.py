@@ -1,4 +1,4 @@
-"""Rules of the division of a model over processes."""
+"""Rules of the parallel layout."""
 
 from megatron_ext.arguments.defaults import pipeline_layers
 from megatron_ext.arguments.validate.rule import Problems, Typed
@@ -65,7 +65,7 @@ def experts_are_not_supported(run: RunConfig, typed: Typed) -> Problems:
 
 
 def layers_are_divisible(run: RunConfig, typed: Typed) -> Problems:
-    """Layers over pipeline stages, with --decoder-first/last-pipeline-num-layers taken out first."""
+    """Layers must be divisible by stages, without those of --decoder-first/last-pipeline-num-layers."""
     stages, layers = run.parallel.pipeline_model_parallel_size, pipeline_layers(run)
     given = (run.parallel.decoder_first_pipeline_num_layers, run.parallel.decoder_last_pipeline_num_layers)
     ends = [count for count in given if count is not None]

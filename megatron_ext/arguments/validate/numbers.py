@@ -1,4 +1,4 @@
-"""Sizes that must be given, and ranges of numbers."""
+"""Rules on required sizes and on the ranges of numbers."""
 
 from megatron_ext.arguments.validate.rule import Problems, Typed
 from megatron_ext.common.flags import wrong
@@ -9,13 +9,13 @@ REQUIRED = ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "m
 
 
 def missing(run: RunConfig) -> list[str]:
-    """The required sizes that neither a flag nor a preset gives."""
+    """The required sizes that neither a flag nor a preset sets."""
     return [name for name in (*REQUIRED, "micro_batch_size") if run.get(name) is None]
 
 
 def sizes_are_given(run: RunConfig, typed: Typed) -> Problems:
     if run.init.model_preset not in (None, *PRESETS):
-        return  # reported already, and the reason for what is missing
+        return  # already reported, and the reason for the missing sizes
     for name in missing(run):
         preset = ", or a --model-preset that sets it" if name in REQUIRED else ""
         yield f"{flag_of(name)} is required{preset}"

@@ -1,11 +1,11 @@
-"""What a rule is."""
+"""The types of rules."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from megatron_ext.config import RunConfig
 
-#: Destination -> value of what was on the command line.
+#: Destination -> value of the flags on the command line.
 Typed = Mapping[str, Any]
 #: One sentence each.
 Problems = Iterator[str]

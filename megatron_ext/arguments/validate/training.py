@@ -14,7 +14,7 @@ def duration_is_given_once(run: RunConfig, typed: Typed) -> Problems:
 
 
 def units_agree(run: RunConfig, typed: Typed) -> Problems:
-    """A run in iterations takes flags in iterations, a run in samples flags in samples."""
+    """A run in iterations must use flags in iterations, a run in samples flags in samples."""
     in_samples = ("lr_decay_samples", "lr_warmup_samples", "lr_wsd_decay_samples", "rampup_batch_size")
     in_iterations = ("lr_decay_iters", "lr_warmup_iters", "lr_wsd_decay_iters")
     if (run.training.train_iters is None) == (run.training.train_samples is None):

@@ -40,25 +40,25 @@ class RoundOptions:
     """How the samples of a round are selected; each field is a flag of tools/build_round.py."""
 
     rate: float = flag(above=0, maximum=1)
-    """Share of the groups to draw."""
+    """Fraction of the groups to select."""
 
     group_size: int = flag(1, minimum=1, below=2**53)
-    """Samples drawn together."""
+    """Number of samples in a group, which are selected together."""
 
     temperature: float = flag(1.0, minimum=1e-9, maximum=1e9)
     """Temperature of the softmax."""
 
     seed: int = flag(1234, minimum=0)
-    """Seed of the draw."""
+    """Seed of the selection."""
 
     rounds_seen: int = flag(1, minimum=1)
-    """Rounds trained so far; enters the seed, so that each round is drawn anew."""
+    """Number of rounds trained so far; part of the seed, so that each round has a new selection."""
 
     per_source: bool = False
-    """Draw the rate from every source of a blend by itself, so that the blend's shares stay."""
+    """Apply the rate to every source of a blend separately, which keeps the blend's proportions."""
 
     order: Literal["shuffled", "training"] = "shuffled"
-    """Order in which training takes the samples: shuffled, each epoch anew, or training order."""
+    """Order of the samples in training: shuffled in each epoch, or the training order."""
 
     @property
     def key(self) -> tuple[int, ...]:
