@@ -1,7 +1,7 @@
 // Python binding of the exact SentencePiece-BPE encoder: documents in, arrays of ids out, without the GIL.
 //
-// The semantics are those of sentencepiece 0.2.3; encoder_tables.h says why cutting and table look-ups give the same
-// ids as its merge loop.
+// The semantics are those of sentencepiece 0.2.3; encoder_tables.h explains why cutting and table look-ups give the
+// same ids as its merge loop.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -21,7 +21,7 @@ namespace py = pybind11;
 
 namespace encoder {
 
-// The texts of a call: views into Python's objects, which are kept alive.
+// The texts of a call: views into Python objects, which are kept alive.
 struct Texts {
   explicit Texts(const py::sequence& items) {
     const size_t count = py::len(items);
@@ -72,7 +72,7 @@ class Encoder {
 
   const Tables& tables() const { return tables_; }
 
-  // Ids of all texts one behind the other, and how many each has. `eod` >= 0 is appended to every text with ids.
+  // Concatenated ids of all texts, and the number of ids of each. `eod` >= 0 is appended to every text with ids.
   template <typename T>
   std::pair<py::array_t<T>, py::array_t<int32_t>> encode(const Texts& texts, size_t threads, int64_t eod) {
     const size_t count = texts.views.size();
@@ -95,7 +95,7 @@ class Encoder {
     return {to_array(std::move(flat)), to_array(std::move(sizes))};
   }
 
-  // How many ids each text has.
+  // The number of ids of each text.
   py::array_t<int64_t> count(const Texts& texts, size_t threads) {
     Buffer<int64_t> sizes;
     sizes.resize(texts.views.size());
@@ -111,7 +111,7 @@ class Encoder {
     return to_array(std::move(sizes));
   }
 
-  // Adds to histogram[id] how often each id occurs in all texts.
+  // Adds the number of occurrences of each id in all texts to histogram[id].
   void histogram(const Texts& texts, py::array_t<int64_t, py::array::c_style> histogram) {
     if (static_cast<size_t>(histogram.size()) != tables_.num_pieces) {
       throw py::value_error("the histogram needs one place a piece");
@@ -136,14 +136,14 @@ class Encoder {
     return result;
   }
 
-  // Forgets what was met before (for measuring).
+  // Empties the caches (for benchmarks).
   void clear_cache() {
     const std::lock_guard<std::mutex> lock(mutex_);
     for (const std::unique_ptr<Worker>& worker : idle_) worker->forget();
   }
 
  private:
-  static constexpr size_t kBlock = 16;  // texts a thread takes at a time
+  static constexpr size_t kBlock = 16;  // texts that a thread processes at a time
 
   template <typename T>
   static int32_t append(const Buffer<uint32_t>& ids, int64_t eod, Buffer<T>& to) {
@@ -184,7 +184,7 @@ class Encoder {
     idle_.push_back(std::move(worker));
   }
 
-  // work(worker, block, begin, end) for every block of texts; the first error of a thread is thrown here.
+  // work(worker, block, begin, end) for every block of texts; the first error of a thread is rethrown here.
   template <typename Work>
   void for_each_block(size_t count, size_t threads, const Work& work) {
     std::atomic<size_t> next{0};
@@ -199,7 +199,7 @@ class Encoder {
       } catch (...) {
         const std::lock_guard<std::mutex> lock(mutex_);
         if (!error) error = std::current_exception();
-        next = count;  // block * kBlock >= count from here on: the others stop
+        next = count;  // block * kBlock >= count from now on: the other threads stop
       }
     };
     std::vector<std::thread> others;

@@ -11,11 +11,11 @@
 namespace encoder {
 
 constexpr uint32_t kNone = 0xFFFFFFFFu;
-// A node number takes 20 bits of a pair table entry.
+// A node number occupies 20 bits of a pair table entry.
 constexpr uint32_t kMaxNodes = (1u << 20) - 1;
 
-// (left, right) -> merged node. Open addressing in 8 bytes an entry, behind a filter that fits the second-level cache:
-// most pairs asked for are not there.
+// (left, right) -> merged node. Open addressing with 8 bytes per entry, behind a filter that fits into the L2 cache:
+// most pairs that are looked up are not in the table.
 class PairTable {
  public:
   explicit PairTable(size_t expected = 0) {
@@ -33,7 +33,7 @@ class PairTable {
     entries_[at] = key << 20 | merged;
   }
 
-  // Brings the place of a pair into the nearest cache, if it may be there.
+  // Prefetches the entry of a pair, if the pair may be in the table.
   void prefetch(uint32_t left, uint32_t right) const {
     const uint64_t key = key_of(left, right);
     const uint64_t bit = filter_bit(key);
@@ -52,7 +52,7 @@ class PairTable {
   }
 
  private:
-  // The top bit tells an entry of nodes 0, 0, 0 from an empty one.
+  // The top bit distinguishes an entry of nodes 0, 0, 0 from an empty one.
   static uint64_t key_of(uint32_t left, uint32_t right) {
     return uint64_t{1} << 43 | static_cast<uint64_t>(left) << 20 | right;
   }
@@ -66,11 +66,11 @@ class PairTable {
   std::vector<uint64_t> entries_;
 };
 
-// Merges a run of symbols: of all adjacent pairs that the table knows, always the one of the lowest rank, of equal
-// ranks the leftmost, until none is left. Keeps its work space between calls.
+// Merges a run of symbols: repeatedly the adjacent pair in the table with the lowest rank, the leftmost among equal
+// ranks, until there is none. Keeps its work space between calls.
 class Merger {
  public:
-  // rank[node]: place of the node's score, 0 the highest; equal scores share a rank.
+  // rank[node]: rank of the node's score, 0 is the highest; equal scores share a rank.
   Merger(const PairTable& pairs, const std::vector<uint32_t>& rank) : pairs_(pairs), rank_(rank) {}
 
   // nodes[count] and starts[count] (offset of each symbol in its text) are overwritten by the result; returns how
@@ -79,7 +79,7 @@ class Merger {
     return count <= kShort ? run_short(nodes, starts, count) : run_long(nodes, starts, count);
   }
 
-  // The pair merged last by run(), the derivation of its result if that is a single symbol.
+  // The last pair merged by run(): the derivation of its result if that is a single symbol.
   std::pair<uint32_t, uint32_t> last_pair() const { return last_; }
 
  private:
@@ -87,7 +87,7 @@ class Merger {
 
   uint32_t rank_of(uint32_t merged) const { return merged == kNone ? kNone : rank_[merged]; }
 
-  // Linear search for the best pair: quickest for words.
+  // Linear search for the best pair: fastest for words.
   size_t run_short(uint32_t* nodes, uint32_t* starts, size_t count) {
     uint32_t merged[kShort], rank[kShort];
     for (size_t i = 0; i + 1 < count; ++i) pairs_.prefetch(nodes[i], nodes[i + 1]);
@@ -119,7 +119,7 @@ class Merger {
     rank[at] = rank_of(merged[at]);
   }
 
-  // Linked list and heap: O(n log n). A heap entry is stale if the pair at its place has another rank by now.
+  // Linked list and heap: O(n log n). A heap entry is stale if the rank of its pair has changed.
   size_t run_long(uint32_t* nodes, uint32_t* starts, size_t count) {
     links_.resize(count);
     heap_.clear();
@@ -160,7 +160,7 @@ class Merger {
     if (link.prev != kNone) push(nodes, link.prev, at);
   }
 
-  // Notes the pair (left, right) as it is now; true if the table knows it.
+  // Updates the pair (left, right); true if it is in the table.
   bool look_up(const uint32_t* nodes, uint32_t left, uint32_t right) {
     Link& link = links_[left];
     link.merged = pairs_.find(nodes[left], nodes[right]);
@@ -176,7 +176,7 @@ class Merger {
 
   struct Link {
     uint32_t prev, next;
-    uint32_t merged, rank;  // of the pair (this, next); kNone where the table has none
+    uint32_t merged, rank;  // of the pair (this, next); kNone if it is not in the table
   };
 
   const PairTable& pairs_;

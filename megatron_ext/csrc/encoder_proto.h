@@ -31,7 +31,7 @@ struct ModelFile {
   bool escape_whitespaces = true;
 };
 
-// One protobuf message: next() steps to a field, then exactly one of the readers or skip() takes its value.
+// One protobuf message: next() advances to a field, then exactly one of the readers or skip() consumes its value.
 class WireReader {
  public:
   explicit WireReader(std::string_view data)
@@ -139,7 +139,7 @@ inline void read_normalizer_spec(std::string_view data, ModelFile& model) {
   }
 }
 
-// Throws std::invalid_argument where the bytes are not a protobuf message.
+// Throws std::invalid_argument if the bytes are not a protobuf message.
 inline ModelFile read_model(std::string_view data) {
   ModelFile model;
   for (WireReader reader(data); reader.next();) {

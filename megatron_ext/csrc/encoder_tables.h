@@ -1,12 +1,12 @@
-// What the encoder looks up while it reads text, computed once from a model.
+// Look-up tables of the encoder, computed once from a model.
 //
-// Two facts carry the design (both follow from the merge order being "highest score, then leftmost"):
+// The design relies on two facts, which follow from the merge order "highest score, then leftmost":
 // - If a symbol is formed over a span, no earlier merge crossed the ends of the span, so the merges inside are those
-//   of the span alone. Hence a piece can be produced anywhere if and only if merging its own characters gives it, and
-//   its last merge is always the same pair: one table entry a piece is enough, and pieces that do not produce
-//   themselves can be left out.
-// - A merge across a boundary makes a piece that contains the two characters at the boundary side by side. Where no
-//   producible piece contains them so, text can be cut and the parts merged independently.
+//   of the span by itself. Hence a piece can be produced anywhere if and only if merging its own characters produces
+//   it, and its last merge is always the same pair: one table entry per piece is enough, and pieces that do not
+//   produce themselves can be omitted.
+// - A merge across a boundary creates a piece that contains the two characters at the boundary next to each other. If
+//   no producible piece contains them in this way, text can be cut there and the parts merged independently.
 #pragma once
 
 #include <array>
@@ -26,7 +26,7 @@
 
 namespace encoder {
 
-// A model whose ids this encoder does not promise to reproduce.
+// A model whose ids this encoder is not guaranteed to reproduce.
 struct Unsupported : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
@@ -35,7 +35,7 @@ struct Unsupported : std::runtime_error {
 class UserSymbols {
  public:
   bool empty() const { return firsts_.empty(); }
-  // The code points that symbols begin with.
+  // The first code points of symbols.
   const std::unordered_set<uint32_t>& firsts() const { return firsts_; }
 
   void add(const std::vector<uint32_t>& codes, int32_t id) {
@@ -49,7 +49,7 @@ class UserSymbols {
     ids_[state] = id;
   }
 
-  // Bytes of the longest symbol at `at`, 0 if there is none; a blank in the text is read as `blank`.
+  // Length in bytes of the longest symbol at `at`, 0 if there is none; a blank in the text is read as `blank`.
   size_t match(const uint8_t* at, const uint8_t* end, uint32_t blank, int32_t* id) const {
     uint32_t state = 0;
     size_t size = 0;
@@ -92,10 +92,10 @@ class Tables {
   }
   uint32_t code_of(uint32_t raw) const { return raw == ' ' ? blank : raw; }
 
-  // The text has to go through SentencePiece's own normalizer first; it then is encoded as it stands.
+  // The text has to be normalized by SentencePiece first; it is then encoded unchanged.
   bool needs_normalizer = false;
   bool byte_fallback = false, add_dummy_prefix = false, remove_extra_whitespaces = false;
-  uint32_t blank = ' ';  // the code point that ' ' stands for
+  uint32_t blank = ' ';  // the code point that ' ' represents
   int32_t unknown_id = -1;
   std::array<int32_t, 256> byte_ids{};
   size_t num_pieces = 0;
@@ -103,13 +103,13 @@ class Tables {
   std::vector<CharEntry> chars;  // by code point
   std::vector<uint32_t> rank;    // by node
   std::vector<int32_t> node_id;  // by node; -1: unknown
-  uint32_t unknown_node = 0;     // stands for every character that is in no piece; it never merges
+  uint32_t unknown_node = 0;     // represents every character that is in no piece; it never merges
   PairTable pairs;
   UserSymbols user;
-  std::array<bool, 256> user_first{};  // by byte: a user-defined symbol may begin with it
+  std::array<bool, 256> user_first{};  // by byte: a user-defined symbol may start with it
   std::array<uint8_t, 128 * 256> ascii_join{};
-  // By piece id, the two pieces that its last merge joins: -1 for a character that is no piece; {-1, -1} also for
-  // single characters and for what is not merged at all; {-2, -2} for a normal piece that cannot be produced.
+  // By piece id, the two pieces that its last merge joins: -1 for a character that is not a piece; {-1, -1} also for
+  // single characters and for pieces that are never merged; {-2, -2} for a normal piece that cannot be produced.
   std::vector<std::array<int32_t, 2>> derivation;
 
  private:
@@ -135,7 +135,7 @@ class Tables {
     float score;
     bool unused;
   };
-  std::vector<Node> nodes_;  // mergeable pieces by score descending; emptied once the tables are there
+  std::vector<Node> nodes_;  // mergeable pieces by score descending; emptied once the tables are built
   std::vector<uint64_t> join_bits_;
 };
 
@@ -195,7 +195,7 @@ inline bool Tables::contains_user_symbol(const std::string& text) const {
   const uint8_t* at = reinterpret_cast<const uint8_t*>(text.data());
   int32_t id;
   for (const uint8_t* end = at + text.size(); at < end; at += decode_char(at).size) {
-    // A literal blank cannot come out of normalization as such where blanks are escaped, and then matches nothing.
+    // If blanks are escaped, normalization never outputs a literal blank, so it matches nothing.
     if (user.match(at, end, ' ', &id) > 0) return true;
   }
   return false;
@@ -205,7 +205,7 @@ inline void Tables::number_nodes(const ModelFile& model) {
   for (size_t i = 0; i < model.pieces.size(); ++i) {
     const Piece& piece = model.pieces[i];
     if (piece.type != kNormal && piece.type != kUnused) continue;
-    // SentencePiece takes a piece with a NUL for unused.
+    // SentencePiece treats a piece with a NUL as unused.
     const bool unused = piece.type == kUnused || piece.text.find('\0') != std::string::npos;
     nodes_.push_back({static_cast<int32_t>(i), piece.text, code_points(piece.text), piece.score, unused});
   }
@@ -218,7 +218,7 @@ inline void Tables::number_nodes(const ModelFile& model) {
     node_id.push_back(node.unused ? -1 : node.id);
     if (node.codes.size() == 1) chars[node.codes[0]] = {static_cast<uint32_t>(i), node_id.back()};
   }
-  const auto add_node = [&] {  // a symbol without a piece of its own
+  const auto add_node = [&] {  // a symbol that is not a piece itself
     rank.push_back(place);
     node_id.push_back(-1);
     return static_cast<uint32_t>(rank.size() - 1);
@@ -264,7 +264,7 @@ inline PairTable Tables::all_splits() const {
   return splits;
 }
 
-// Merges each piece's own characters; keeps the last pair of those that come out whole.
+// Merges each piece's own characters; keeps the last pair of the pieces that are produced.
 inline void Tables::derive(const PairTable& splits) {
   struct Entry {
     uint32_t left, right, merged;
@@ -300,7 +300,7 @@ inline void Tables::add_piece_joins(const std::vector<uint32_t>& codes) {
 inline void Tables::add_join(uint32_t left, uint32_t right) {
   const uint32_t bit = join_bit(left, right);
   join_bits_[bit >> 6] |= uint64_t{1} << (bit & 63);
-  // In the table of bytes a blank is the byte 0x20, whatever it stands for.
+  // In the table of bytes a blank is the byte 0x20, whatever it represents.
   const uint32_t a = left == blank ? ' ' : left, b = right == blank ? ' ' : right;
   if (a < 128 && b < 128) ascii_join[a << 8 | b] |= 1;
 }
@@ -315,7 +315,7 @@ inline void Tables::finish_ascii() {
   }
   for (uint32_t a = 0; a < 128; ++a) {
     for (uint32_t b = 0; b < 256; ++b) {
-      // NUL may be the padding behind the text, bytes from 128 begin longer characters.
+      // NUL may be the padding after the text; bytes from 128 start longer characters.
       if (b == 0 || b >= 128 || user_first[b]) ascii_join[a << 8 | b] |= kLookCloser;
     }
   }

@@ -38,7 +38,7 @@ inline uint32_t encode_char(uint32_t code, uint8_t* out) {
   return size;
 }
 
-// Bytes of the valid character at `at`, 0 where there is none (overlong forms, surrogates and values above
+// Length in bytes of the valid character at `at`, 0 if there is none (overlong forms, surrogates and values above
 // U+10FFFF are not characters).
 inline uint32_t valid_char_size(const uint8_t* at, size_t left) {
   const auto tail = [&](uint32_t i) { return (at[i] & 0xC0) == 0x80; };
@@ -73,7 +73,7 @@ inline size_t valid_prefix(std::string_view text) {
   return at;
 }
 
-// Every byte that is part of no valid character becomes one U+FFFD, as in SentencePiece.
+// Replaces every byte that is not part of a valid character by U+FFFD, as SentencePiece does.
 inline std::string repair(std::string_view text) {
   std::string fixed;
   while (true) {

@@ -1,4 +1,4 @@
-// Encodes documents, one at a time; each thread has a worker of its own.
+// Encodes documents, one at a time; each thread has its own worker.
 #pragma once
 
 #include <algorithm>
@@ -34,7 +34,7 @@ class Buffer {
   size_t size() const { return size_; }
   void clear() { size_ = 0; }
   void resize(size_t size) { reserve(size), size_ = size; }
-  void push(T value) { data_[size_++] = value; }  // the caller has reserved
+  void push(T value) { data_[size_++] = value; }  // the caller has reserved space
 
   void reserve(size_t size) {
     if (size <= capacity_) return;
@@ -56,7 +56,7 @@ class Buffer {
   size_t size_ = 0, capacity_ = 0;
 };
 
-// Results of segments met before: fixed in size, two places a hash value, the older one is overwritten.
+// A cache of segments' results: fixed size, two slots per hash value, the older one is overwritten.
 template <uint32_t kWords, uint32_t kMaxIds, uint32_t kBits>
 class SegmentCache {
  public:
@@ -91,7 +91,7 @@ class SegmentCache {
   void clear() { std::fill(entries_.begin(), entries_.end(), Entry{}); }
   const Entry* place(uint32_t slot) const { return &entries_[size_t{2} * slot]; }
 
-  // nullptr if the segment is not there.
+  // nullptr if the segment is not in the cache.
   const Entry* find(const Key& key, uint32_t bytes, uint32_t slot) const {
     const Entry* entry = place(slot);
     for (uint32_t way = 0; way < 2; ++way, ++entry) {
@@ -143,8 +143,8 @@ class Worker {
   static constexpr size_t kPadding = 64;
   static constexpr size_t kQueue = 64;
 
-  // A run of characters that merges within itself. One or two characters are looked up, longer runs are looked for
-  // in the cache.
+  // A run of characters that merges independently. One or two characters are looked up in tables, longer runs in the
+  // cache.
   struct Segment {
     const uint8_t* at;
     uint32_t bytes;
@@ -156,7 +156,7 @@ class Worker {
     uint32_t slot;
   };
 
-  // Copies the text, normalised, with zeros behind it.
+  // Copies the normalized text and appends zeros.
   void prepare(std::string_view text) {
     text_.clear();
     text_.reserve(text.size() + 1 + kPadding);
@@ -180,7 +180,7 @@ class Worker {
     while (size_t size = trailing_blank()) text_.resize(text_.size() - size);
   }
 
-  // Bytes of a blank at the end; where blanks are escaped, a literal U+2581 is one too.
+  // Length in bytes of a blank at the end; if blanks are escaped, a literal U+2581 counts as one.
   size_t trailing_blank() const {
     const size_t size = text_.size();
     if (size >= 1 && text_.data()[size - 1] == ' ') return 1;
@@ -188,7 +188,7 @@ class Worker {
     return std::memcmp(text_.data() + size - 3, "\xE2\x96\x81", 3) == 0 ? 3 : 0;
   }
 
-  // Cuts the text where no piece joins two neighbours, and at user-defined symbols.
+  // Cuts the text between characters that no piece joins, and at user-defined symbols.
   void scan() {
     const uint8_t* at = text_.data();
     const uint8_t* const end = at + text_.size();
@@ -207,7 +207,7 @@ class Worker {
     resolve_queue();
   }
 
-  // Queues the segment that begins at `at` and returns its end.
+  // Queues the segment that starts at `at` and returns its end.
   const uint8_t* take_segment(const uint8_t* at, const uint8_t* end) {
     Segment& segment = queue_[queued_];
     segment.at = at;
@@ -327,8 +327,8 @@ class Worker {
     out_.resize(static_cast<size_t>(to - out_.data()) + entry.count);
   }
 
-  // Merges a segment and appends its ids; returns the place of the first, whether or not it was swallowed by an
-  // unknown before it.
+  // Merges a segment and appends its ids; returns the position of the first, even if a preceding unknown has absorbed
+  // it.
   size_t merge(const Segment& segment) {
     nodes_.clear();
     starts_.clear();

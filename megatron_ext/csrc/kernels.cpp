@@ -1,15 +1,15 @@
 // megatron_ext._kernels: fused CPU kernels, forward and backward each one pass over memory.
 //
-// Takes addresses and sizes, so that it builds without torch; megatron_ext/kernels/fused.py is its
-// face and checks what it is given. Formulas and numerics: docs/kernels.md.
+// The functions receive addresses and sizes, so that the module builds without torch;
+// megatron_ext/kernels/fused.py wraps them and checks their arguments. Formulas and numerics: docs/kernels.md.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include "kernels_common.h"
 
-// Every namespace below holds the same kernels, compiled for its instruction set. `portable` runs
-// on any processor; the others on x86 processors that have them, chosen when the module is loaded.
+// Every namespace below has the same kernels, compiled for its instruction set. `portable` runs
+// on any processor, the others on x86 processors that support them; chosen when the module is loaded.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define KERNELS_X86 1
 #include <immintrin.h>
@@ -88,7 +88,7 @@ void use_isa(const std::string &name) {
 
 using Address = uintptr_t;
 
-// An address that becomes a pointer of the type that the kernel's parameter asks for.
+// An address that converts to the pointer type of the kernel's parameter.
 template <class T>
 T *at(Address address) {
   return reinterpret_cast<T *>(address);
@@ -209,7 +209,7 @@ void exponential(Address x, Address y, int64_t n) { RUN(exponential, at<const fl
 }  // namespace
 }  // namespace kernels
 
-// Raised with every change of a function below; megatron_ext/kernels/fused.py uses no other version.
+// Incremented with every change of a function below; megatron_ext/kernels/fused.py requires this version.
 constexpr int kAbi = 1;
 
 PYBIND11_MODULE(_kernels, m) {

@@ -1,6 +1,6 @@
 // Series activation on the SwiGLU gate (no include guard: once per instruction set).
 //   y = (sum_i silu(a_i g + b_i)) u,  x = [g | u]: [rows, 2 f],  a, b: [n, f],  y: [rows, f]
-// Terms >= 0 fixes n at compile time; -1 reads it. n = 0 means y = silu(g) u.
+// Terms >= 0 fixes n at compile time; with -1 it is read at run time. n = 0 means y = silu(g) u.
 
 INLINE void value_and_slope(F z, F &value, F &slope) {
   F s = sigmoid(z);
@@ -25,7 +25,7 @@ static void series_forward_tile(const T *x, const float *a, const float *b, T *y
   }
 }
 
-// `sums` holds this row block's share of [da; db]: [2 n, f].
+// `sums` holds this row block's part of [da; db]: [2 n, f].
 template <class T, int Terms>
 static void series_backward_tile(const T *x, const float *a, const float *b, const T *dy, T *dx, float *sums,
                                  int64_t rows, int64_t f, int64_t n, int64_t width) {
@@ -58,7 +58,7 @@ static void series_backward_tile(const T *x, const float *a, const float *b, con
   }
 }
 
-// Tiles keep a, b and the running sums of a column range in the first-level cache.
+// Tiles keep a, b and the running sums of a column range in the L1 cache.
 constexpr int64_t kTile = 1024;
 
 template <class T>

@@ -1,15 +1,15 @@
-// Causal self attention straight from the joint QKV projection, rotary embedding included (no include
-// guard: once per instruction set). No [s, s] matrix is held: scores come in blocks of kBlock x kBlock.
+// Causal self attention on the joint QKV projection, including the rotary embedding (no include guard:
+// once per instruction set). No [s, s] matrix is stored: scores are computed in blocks of kBlock x kBlock.
 //   qkv: [s, b, groups, (r + 2) d], the r query heads of a group, then its key, then its value
 //   out: [s, b, groups r d];  lse: [b, groups r, s], the logarithm of each softmax's denominator
-// Scores are kept transposed, [key, query]: a vector holds one key's scores of W queries, so that
-// maxima and sums over keys need no exchange between lanes. Everything inside is float32.
+// Scores are stored transposed, [key, query]: a vector holds one key's scores for W queries, so that
+// maxima and sums over keys need no exchange between lanes. All intermediate values are float32.
 
 constexpr int64_t kBlock = 64;
-constexpr int64_t kStrip = 16;  // blocks on the causal diagonal are cut into strips, to leave out what is masked
-constexpr int64_t kAhead = 8;   // rows that are asked for before they are read
+constexpr int64_t kStrip = 16;  // blocks on the causal diagonal are cut into strips, to skip masked scores
+constexpr int64_t kAhead = 8;   // number of rows to prefetch ahead
 
-// Rows lie far apart, where the processor does not guess the next one.
+// Rows are far apart in memory, so the hardware prefetcher does not predict the next one.
 template <class T>
 INLINE void prefetch(const T *row, int64_t n) {
   for (int64_t j = 0; j < n; j += 64 / sizeof(T)) __builtin_prefetch(row + j);
@@ -33,7 +33,7 @@ static void gather(const T *src, int64_t stride, int64_t rows, const Rotation &b
   }
 }
 
-// The gradient's way back: dst = factor * src [rows, d], rotated by the opposite angles.
+// The backward pass: dst = factor * src [rows, d], rotated by the opposite angles.
 template <class T>
 static void scatter(const float *src, int64_t rows, const Rotation &by, int64_t first, float factor, T *dst,
                     int64_t stride, int64_t d) {
@@ -59,8 +59,8 @@ static void transpose_block(const float *src, int64_t rows, int64_t d, float fac
   }
 }
 
-// Scores [keys, kBlock] of a block on the diagonal: -inf where the key comes after the query. Left of
-// its strip nothing of a row is ever read.
+// Scores [keys, kBlock] of a block on the diagonal: -inf if the key comes after the query. A row is
+// never read to the left of its strip.
 static void mask_block(float *scores, int64_t keys) {
   for (int64_t r = 0; r < keys; ++r) {
     const int64_t strip = r / kStrip * kStrip;
@@ -68,8 +68,8 @@ static void mask_block(float *scores, int64_t keys) {
   }
 }
 
-// Turns scores into exp(score - top) with a running maximum `top` and sum `total` of each query;
-// `decay` is what earlier sums are multiplied by.
+// Replaces scores by exp(score - top), with the running maximum `top` and sum `total` of each query;
+// `decay` is the factor for earlier sums.
 static void softmax_block(float *scores, int64_t keys, int64_t strip, float *top, float *total, float *decay) {
   for (int64_t j = 0; j < kBlock; j += W) {
     const int64_t count = std::min(keys, j / strip * strip + strip);
@@ -90,8 +90,8 @@ static void softmax_block(float *scores, int64_t keys, int64_t strip, float *top
   }
 }
 
-// The three products with a block of scores [keys, queries]. On the diagonal, where keys of a strip meet
-// only the queries from their strip on, `strip` is kStrip; elsewhere it is kBlock: all in one.
+// The three products with a block of scores [keys, queries]. On the diagonal, where the keys of a strip are
+// visible only to queries from that strip on, `strip` is kStrip; elsewhere it is kBlock, the whole block.
 
 // scores [keys, kBlock] = k [keys, d] q_t [d, kBlock]
 static void scores_block(const float *k, const float *q_t, float *scores, int64_t keys, int64_t d, int64_t strip) {
@@ -114,7 +114,7 @@ static void key_sums(const float *scores, const float *y, float *out, int64_t n,
     product(scores + t * kBlock + t, kBlock, 1, y + t * d, d, out + t * d, d, std::min(strip, keys - t), d, n - t, true);
 }
 
-struct AttentionBlock {  // what one task holds of a block of queries
+struct AttentionBlock {  // the state of a task for a block of queries
   float *q, *q_t, *scores, *out, *grad, *grad_t, *score_grads;
 };
 
@@ -182,7 +182,7 @@ static void softmax_block_backward(AttentionBlock w, int64_t keys, int64_t strip
   }
 }
 
-// Adds what queries q0 .. q0 + n give to the gradients of keys and values; their own in `w.out`.
+// Adds the contribution of queries q0 .. q0 + n to the gradients of keys and values; their own are in `w.out`.
 static void attend_queries_backward(const float *keys, const float *values, int64_t q0, int64_t n, int64_t d,
                                     AttentionBlock w, const float *lse, const float *delta, float *key_grads,
                                     float *value_grads) {
@@ -199,7 +199,7 @@ static void attend_queries_backward(const float *keys, const float *values, int6
   }
 }
 
-// delta_i = sum_j grad_ij out_ij, one number a query.
+// delta_i = sum_j grad_ij out_ij, one number per query.
 template <class T>
 static void row_dots(const float *grad, const T *out, int64_t stride, int64_t rows, int64_t d, float *delta) {
   std::fill_n(delta, kBlock, 0.0f);

@@ -1,4 +1,4 @@
-// What all instruction sets share: storage types, shapes, and the cutting of work into tasks.
+// Shared by all instruction sets: storage types, shapes, and the division of work into tasks.
 #pragma once
 
 #include <algorithm>
@@ -26,15 +26,15 @@ inline float to_float(Bf16 value) {
   return result;
 }
 
-// Cuts rows into at most `most` blocks of at least `smallest` rows. Depends on the shape alone: a
-// sum over rows is the sum of its blocks' sums in order, whatever the number of threads.
+// Divides rows into at most `most` blocks of at least `smallest` rows. Depends only on the shape: a sum
+// over rows is the sum of its blocks' sums in order, for any number of threads.
 struct Blocks {
   int64_t size, count;
   Blocks(int64_t rows, int64_t smallest, int64_t most = 32)
       : size(std::max(smallest, (rows + most - 1) / most)), count((rows + size - 1) / size) {}
 };
 
-// Rows that make a task worth handing to another thread, at `width` elements a row.
+// Minimum number of rows for a task of its own, at `width` elements per row.
 inline int64_t rows_for(int64_t width) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, width)); }
 
 // out[j] = sum over blocks of sums[block * stride + j], j in [0, n).
@@ -48,13 +48,13 @@ inline void add_blocks(const float *sums, int64_t blocks, int64_t stride, int64_
   });
 }
 
-// Extents of t [s, b, n, d], how many of d are rotated, and the strides of s, b, n.
+// Sizes of t [s, b, n, d], the number of rotated elements of d, and the strides of s, b, n.
 struct RopeShape {
   int64_t s, b, n, d, rot;
   int64_t in[3], out[3];
 };
 
-// Causal self attention: s tokens, b samples, `groups` keys and values of r query heads each, width d.
+// Causal self attention: s tokens, b samples, `groups` key and value heads with r query heads each, width d.
 struct AttentionShape {
   int64_t s, b, groups, r, d;
   float scale;
@@ -66,12 +66,12 @@ struct Rotation {
   int64_t rot = 0;
 };
 
-constexpr int64_t kLine = 16;  // floats of a cache line
+constexpr int64_t kLine = 16;  // floats per cache line
 
-// Room for a task's temporaries, kept by the thread between tasks: fresh memory costs page faults.
+// Memory for a task's temporaries, kept by the thread between tasks: new memory costs page faults.
 class Scratch {
  public:
-  // `floats`: all that will be taken; each piece starts at a cache line.
+  // `floats`: total size; each allocation starts at a cache line.
   explicit Scratch(int64_t floats) {
     static thread_local std::vector<float> room;
     if (room.size() < static_cast<size_t>(floats + kSlack)) room.resize(floats + kSlack);

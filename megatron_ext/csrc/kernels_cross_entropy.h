@@ -1,8 +1,8 @@
 // Cross entropy over a shard of the vocabulary (no include guard: once per instruction set).
 // logits: [rows, v], this shard's columns [first, first + v) of the vocabulary; target: [rows]. The first n columns
-// take part in the softmax; the others are the vocabulary's padding, as good as -inf.
+// are in the softmax; the others are the vocabulary's padding and count as -inf.
 
-// top = max_j l_j,  total = sum_j exp(l_j - top),  chosen = l_target, or 0 where another shard has it.
+// top = max_j l_j,  total = sum_j exp(l_j - top),  chosen = l_target, or 0 if it is in another shard.
 template <class T>
 static void cross_entropy_row(const T *l, int64_t column, float *top, float *total, float *chosen, int64_t n,
                               int64_t v) {
@@ -33,7 +33,7 @@ template <class T>
 static void cross_entropy_row_backward(const T *l, int64_t column, float top, float total, float grad, T *out,
                                        int64_t n, int64_t v) {
   float scale = grad / total;
-  // kept before the loop overwrites it: the subtraction is done in float, then rounded once
+  // saved before the loop overwrites it: subtracted in float, then rounded once
   float chosen = column >= 0 && column < n ? to_float(l[column]) : 0.0f;
   FOR_LANES(j, n, { store(out + j, exp(load(l + j, lanes) - top) * scale, lanes); })
   std::fill(out + n, out + v, T{});

@@ -1,5 +1,5 @@
-// The kernels for one instruction set: KERNELS_WIDTH floats a vector, KERNELS_SCALE
-// x 2^k where one instruction does it.
+// The kernels for one instruction set: KERNELS_WIDTH floats per vector; KERNELS_SCALE computes x 2^k
+// if there is an instruction for it.
 // Included once for every set (no include guard), inside its namespace.
 #include "kernels_simd.h"
 //

@@ -1,5 +1,5 @@
 // Sum of squares and scaling over lists of flat tensors (no include guard: once per
-// instruction set). Lists come cut into pieces, each a range of one tensor.
+// instruction set). Lists are divided into pieces, each a range of one tensor.
 
 template <class T>
 static double squares_of_piece(const T *p, int64_t n) {

@@ -1,10 +1,10 @@
-// Small products, straight from where their operands lie (no include guard: once per instruction set).
+// Small matrix products without packing their operands (no include guard: once per instruction set).
 
-constexpr int kRows = 4;  // rows and vectors of a tile: all sums fit the registers
+constexpr int kRows = 4;  // rows and vectors of a tile: all sums fit into registers
 constexpr int kVectors = W == 16 ? 4 : 2;
 
-// total[i][j] += sum_k a[i * a_row + k * a_step] b[k * ldb + j], in registers. With `Ahead` each step asks for
-// what lies so far behind its a.
+// total[i][j] += sum_k a[i * a_row + k * a_step] b[k * ldb + j], in registers. With `Ahead` each step
+// prefetches the element of a at that distance.
 template <int Ahead = 0, int Rows, int Vectors>
 INLINE void add_products(F (&total)[Rows][Vectors], const float *a, int64_t a_row, int64_t a_step, const float *b,
                          int64_t ldb, int64_t depth) {
@@ -48,7 +48,7 @@ static void product_panel(const float *a, int64_t a_row, int64_t a_step, const f
     product_tile<1, Vectors>(a + i * a_row, a_row, a_step, b, ldb, c + i * ldc, ldc, depth, add);
 }
 
-// c [m, n] (+)= a [m, depth] b [depth, n]; n a multiple of W, a by its two strides.
+// c [m, n] (+)= a [m, depth] b [depth, n]; n is a multiple of W; a has two strides.
 static void product(const float *a, int64_t a_row, int64_t a_step, const float *b, int64_t ldb, float *c, int64_t ldc,
                     int64_t m, int64_t n, int64_t depth, bool add) {
   int64_t j = 0;

@@ -1,8 +1,8 @@
-// Rotary position embedding, the two halves rotated against each other (GPT-NeoX; no include guard:
+// Rotary position embedding, which rotates the two halves (GPT-NeoX style; no include guard:
 // once per instruction set).
-//   y1 = t1 c1 - t2 s1,  y2 = t2 c2 + t1 s2, the elements past `rot` copied;
-// the transpose, which is the backward:  d1 = y1 c1 + y2 s2,  d2 = y2 c2 - y1 s1.
-// t: [s, b, n, d] with any strides but 1 for d; out the same; cosine, sine: [s, rot].
+//   y1 = t1 c1 - t2 s1,  y2 = t2 c2 + t1 s2, elements past `rot` are copied;
+// its transpose is the backward pass:  d1 = y1 c1 + y2 s2,  d2 = y2 c2 - y1 s1.
+// t: [s, b, n, d] with stride 1 for d and any other strides; out likewise; cosine, sine: [s, rot].
 
 template <class T, bool Transpose>
 static void rope_head(const T *t, const float *c, const float *s, T *out, int64_t half) {

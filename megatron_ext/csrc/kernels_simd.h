@@ -1,6 +1,6 @@
 // Vectors of W floats, W = KERNELS_WIDTH. Included once for every instruction set, inside its
 // namespace (no include guard), so that each set gets its own copy of everything below.
-// GCC's and clang's vector extensions stand for the instructions; there are no intrinsics.
+// Uses the vector extensions of GCC and clang, without intrinsics.
 
 constexpr int W = KERNELS_WIDTH;
 typedef float F __attribute__((vector_size(4 * W)));
@@ -12,7 +12,7 @@ typedef double D __attribute__((vector_size(4 * W)));  // W / 2 doubles
 
 #define INLINE static inline __attribute__((always_inline))
 
-INLINE F splat(float value) { return value - F{}; }  // x - 0 is x, -0 included, and costs nothing
+INLINE F splat(float value) { return value - F{}; }  // x - 0 is x, also for -0, and costs nothing
 
 INLINE F widen(H bits) { return (F)(__builtin_convertvector(bits, U) << 16); }
 
@@ -40,8 +40,8 @@ INLINE void store(Bf16 *p, F value) {
   __builtin_memcpy(p, &bits, sizeof(H));
 }
 
-// The first `lanes` elements of a row's end. Out of line, for the size and the compile time of what
-// calls them: they run once a row at most.
+// The first `lanes` elements at a row's end. Not inlined, to reduce code size and compile time: they run
+// at most once per row.
 template <class T>
 __attribute__((noinline)) static F load_part(const T *p, int lanes, float rest) {
   T buffer[W] = {};
@@ -57,8 +57,8 @@ __attribute__((noinline)) static void store_part(T *p, F value, int lanes) {
   std::copy_n(buffer, lanes, p);
 }
 
-// The first `lanes` elements, the other lanes taken as `rest`. In FOR_LANES's full steps `lanes` is
-// a constant and the test costs nothing.
+// The first `lanes` elements, with `rest` in the other lanes. In FOR_LANES's full steps `lanes` is a
+// constant and the test costs nothing.
 template <class T>
 INLINE F load(const T *p, int lanes, float rest = 0.0f) {
   return lanes == W ? load(p) : load_part(p, lanes, rest);
@@ -81,7 +81,7 @@ INLINE float maximum(F value) {
 INLINE F larger(F a, F b) { return a > b ? a : b; }
 
 // exp(x), about 1 ulp (docs/kernels.md): x = k ln 2 + r, a polynomial in r, then 2^k by one instruction or
-// in two factors, so that overflow gives inf and underflow goes through the subnormals to 0.
+// as two factors, so that overflow gives inf and underflow passes through subnormals to 0.
 INLINE F exp(F x) {
   x = x > splat(89.0f) ? splat(89.0f) : x;
   x = x < splat(-104.0f) ? splat(-104.0f) : x;  // a NaN passes both
@@ -108,8 +108,8 @@ INLINE F exp(F x) {
 
 INLINE F sigmoid(F z) { return 1.0f / (1.0f + exp(-z)); }
 
-// Runs the block over [0, n) in steps of W: `j` is the first element, `lanes` how many there are, a
-// constant but in the last, partial step.
+// Runs the block over [0, n) in steps of W: `j` is the first element, `lanes` the number of elements, which
+// is a constant except in the last, partial step.
 #define FOR_LANES(j, n, ...)                                                    \
   {                                                                             \
     int64_t j = 0;                                                              \

@@ -1,5 +1,5 @@
-// How the kernels share work among threads. A kernel is cut into tasks whose number and borders
-// depend on its shapes alone, so results are the same for any number of threads.
+// Divides the work of kernels among threads. The number and bounds of a kernel's tasks depend only on
+// its shapes, so results are the same for any number of threads.
 #pragma once
 
 #include <pthread.h>
@@ -19,15 +19,15 @@ namespace kernels {
 
 using GompParallel = void (*)(void (*)(void *), void *, unsigned, unsigned);
 
-// torch's OpenMP threads spin for milliseconds after each of its operators; a second pool would
-// fight them for the cores. So we borrow that pool, through the entry point that compilers emit
-// for `#pragma omp parallel`, where the process has one (Linux wheels of torch do).
+// torch's OpenMP threads spin for milliseconds after each of its operators; a second pool would compete
+// with them for the cores. We therefore use that pool, through the entry point that compilers emit for
+// `#pragma omp parallel`, if the process has one (with the Linux wheels of torch it has).
 inline GompParallel find_torch_pool() {
   return reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
 }
 
-// libgomp's pool does not survive a fork: entering it in the child would wait for ever for
-// threads that exist in the parent only. A forked child starts threads of its own instead.
+// libgomp's pool does not survive a fork: using it in the child would wait forever for threads that
+// exist only in the parent. A forked child starts its own threads instead.
 inline std::atomic<bool> in_forked_child{false};
 
 inline void watch_forks() {
@@ -65,8 +65,8 @@ void parallel_for(int64_t tasks, int threads, const Body &body) {
   for (auto &helper : helpers) helper.join();
 }
 
-// Fresh memory is mapped page by page as it is first written; for large results that costs more
-// than computing them. Where the system allows it, ask for 2 MiB pages instead of 4 KiB ones.
+// New memory is mapped page by page when it is first written; for large results that costs more than
+// computing them. If the system supports it, request 2 MiB pages instead of 4 KiB ones.
 inline void expect_large_write(void *data, int64_t bytes) {
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t kHuge = 2u << 20;

@@ -1,38 +1,38 @@
-// The gradient of a linear layer's weight, added to what is there (no include guard: once per
+// The gradient of a linear layer's weight, accumulated in place (no include guard: once per
 // instruction set): sum [m, n] += g^T x, g [rows, m], x [rows, n], all float32 and contiguous.
 //
-// A task owns a block of `sum`. It walks over the rows, kDepth at a time, and adds outer products in
-// registers, kTileRows by kTileVectors at once: g is read where it lies, x packed, so that a tile reads
-// straight on. Both have left the caches since they were made, so their next pieces are asked for
-// ahead. Its additions come in the order of the rows, whatever the number of threads.
+// A task owns a block of `sum`. It processes the rows, kDepth at a time, and adds outer products in
+// registers, kTileRows by kTileVectors at once: g is read in place, x is packed, so that a tile reads
+// contiguous memory. Neither is in the caches any more, so the next pieces are prefetched. The order of
+// the additions is that of the rows, for any number of threads.
 
-constexpr int kTileRows = W == 16 ? 12 : 6;  // all sums of a tile fit the registers
+constexpr int kTileRows = W == 16 ? 12 : 6;  // all sums of a tile fit into registers
 constexpr int kTileVectors = 2;
 constexpr int64_t kTileColumns = kTileVectors * W;
 constexpr int64_t kDepth = 192;
-constexpr int64_t kMostRows = 384, kMostColumns = 512;  // of a block: packed, x takes 384 KiB
+constexpr int64_t kMostRows = 384, kMostColumns = 512;  // of a block; packed x needs 384 KiB
 
-// sum [Rows, kTileColumns] += left^T right; left [depth, Rows] lies m apart, right is packed.
+// sum [Rows, kTileColumns] += left^T right; left [depth, Rows] has stride m, right is packed.
 template <int Rows>
 static void add_tile(const float *left, int64_t m, const float *right, float *sum, int64_t n, int64_t depth) {
   F total[Rows][kTileVectors] = {};
   for (int i = 0; i < Rows; ++i)
     for (int64_t j = 0; j < kTileColumns; j += kLine) __builtin_prefetch(sum + i * n + j, 1);
-  add_products<2 * kTileRows>(total, left, 1, m, right, kTileColumns, depth);  // ahead: the tile after the next
+  add_products<2 * kTileRows>(total, left, 1, m, right, kTileColumns, depth);  // prefetches the tile after the next
 #pragma GCC unroll 12
   for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 2
     for (int j = 0; j < kTileVectors; ++j) store(sum + i * n + j * W, load(sum + i * n + j * W) + total[i][j]);
 }
 
-// Columns begin .. end of x [rows, n], kDepth rows at a time in panels [kDepth, kTileColumns].
+// Packs columns begin .. end of x [rows, n], kDepth rows at a time, into panels [kDepth, kTileColumns].
 struct Panels {
   const float *x;
   int64_t rows, n, begin, end;
   float *room;
-  int64_t next_row = 0, next_column = 0;  // what `prefetch` asks for next
+  int64_t next_row = 0, next_column = 0;  // the next position of `prefetch`
 
-  static constexpr int64_t kStride = kDepth * kTileColumns + kLine;  // begin in different sets of the cache
+  static constexpr int64_t kStride = kDepth * kTileColumns + kLine;  // start in different cache sets
   static constexpr int64_t kFloats = kMostColumns / kTileColumns * kStride;
   const float *panel(int64_t column) const { return room + (column - begin) / kTileColumns * kStride; }
 
@@ -46,7 +46,7 @@ struct Panels {
     next_row = first + depth, next_column = begin;
   }
 
-  // 1 / `parts` of what the next `pack` will read.
+  // Prefetches 1 / `parts` of what the next `pack` will read.
   void prefetch(int64_t parts) {
     const int64_t last = std::min(rows, next_row + kDepth);
     for (int64_t lines = kDepth * (end - begin) / kLine / parts + 1; lines > 0 && next_row < last; --lines) {
@@ -81,7 +81,7 @@ static void weight_gradient(const float *g, const float *x, float *sum, int64_t 
                             int threads) {
   const int64_t tiles = (m + kTileRows - 1) / kTileRows;
   int64_t blocks = (tiles * kTileRows + kMostRows - 1) / kMostRows;
-  blocks += blocks % 2;  // two threads get the same
+  blocks += blocks % 2;  // two threads get the same amount of work
   const int64_t height = (tiles + blocks - 1) / blocks * kTileRows;
   blocks = (m + height - 1) / height;
   parallel_for(blocks * ((n + kMostColumns - 1) / kMostColumns), threads, [&](int64_t task) {
