@@ -1,4 +1,4 @@
-"""The trainer on bad files, and the generator: an error of the expected kinds that names the file."""
+"""Trainer and generator with bad files: an error of the expected kinds that names the file."""
 
 import contextlib
 import importlib
@@ -59,7 +59,7 @@ def filled(run: dict, bad: Path, good: Path) -> list[str]:
 
 
 def train(argv: list[str]) -> tuple[object, str]:
-    """How a rank ended: its exit code or "done"; and its last words."""
+    """The end of a rank: its exit code or "done", and its last message."""
     import pretrain_pangu_pro
 
     said = io.StringIO()

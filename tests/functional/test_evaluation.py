@@ -1,4 +1,4 @@
-"""Held-out losses: every sample once, at any batch and layout; a set that is used up begins again."""
+"""Held-out losses: every sample once, at any batch and layout; an exhausted set starts over."""
 
 import math
 
@@ -54,7 +54,7 @@ def test_full_validation_looks_at_every_sample_once(pool, data):
 
 
 def test_full_validation_with_a_weighted_blend(pool, data, tmp_path):
-    """The weights decide what is trained on; each held-out sample is looked at once all the same."""
+    """The weights apply to training only; each held-out sample is still evaluated once."""
     other = corpora.make_dataset(tmp_path / "other", LENGTHS, seed=1)
     blends = ["0.9", data["data_path"], "0.1", other], ["0.2", data["data_path"], "0.8", other]
     base = data | dict(full_validation=True, skip_train=True)
@@ -78,7 +78,7 @@ def test_validation_without_batches_is_left_out(pool, tmp_path):
 
 
 def test_validation_settings_may_change(pool, data, tmp_path):
-    """Fewer or rarer validations, or other sets: a set that is used up begins again."""
+    """Fewer or rarer validations, or other sets: an exhausted set starts over."""
     begun = data | dict(eval_iters=20, eval_interval=1, save=tmp_path / "run", save_interval=3)
     pretrain(pool, 1, flags(**begun | dict(exit_interval=3)))
     resumed = data | dict(load=tmp_path / "run")

@@ -63,7 +63,7 @@ def test_usage(script):
 
 @pytest.mark.slow
 def test_smoke_trains_a_narrowed_model(tmp_path):
-    """The flags of the 1.5B model, but for those of SMOKE_ARGS, on two processes; in a path with a blank."""
+    """The flags of the 1.5B model, except those of SMOKE_ARGS, on two processes; in a path with a blank."""
     checkpoints = tmp_path / "check points"
     words = [str(checkpoints), str(tmp_path / "logs"), "MOCK", "MOCK"]
     port = free_port()

@@ -1,4 +1,4 @@
-"""tests/gpu/run.sh: that it starts, brings what is missing, and leaves its results where they are wanted.
+"""tests/gpu/run.sh starts, installs missing packages, and writes its results to the given folder.
 
 Its stages are rehearsed by hand: GPU_REHEARSAL=1 bash tests/gpu/run.sh
 """

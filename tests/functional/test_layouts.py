@@ -114,7 +114,7 @@ def test_loss_falls(references):
 
 
 def test_golden_trace_is_ours(references, request):
-    """The trace in golden/ was made by this program; a change of it has to be meant."""
+    """The trace in golden/ was made by this program; changes of it must be intended."""
     stored = REPOSITORY / "tests" / "functional" / "golden" / "blend.json"
     if ITERATIONS != 6:
         pytest.skip("the stored trace has 6 iterations")

@@ -1,4 +1,4 @@
-"""Rounds as a user has them: recorded at every layout, killed and gone on with, trained on, resumed."""
+"""Rounds as users run them: recorded at every layout, killed and resumed, trained on, resumed."""
 
 import json
 import os
@@ -130,7 +130,7 @@ def test_online_recording_resumes(pool, home, tmp_path):
 
 
 def test_killed_recording_goes_on(home, frozen, tmp_path):
-    """SIGKILL at RECORDING_KILLS random moments, each time started again: the same bytes as without."""
+    """SIGKILL at RECORDING_KILLS random moments, restarted each time: the same bytes as without."""
     path = tmp_path / "losses.npy"
     command = [sys.executable, "-c", _SLOW_RECORDING, *flags(**home.data, load=home.path / "round1")]
     command += ["--record-sample-loss", str(path)]

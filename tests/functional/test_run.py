@@ -1,4 +1,4 @@
-"""A run as a user has it: resumed, stopped, ramped up, in bf16, gone wrong, and asked for text."""
+"""Runs as a user starts them: resumed, stopped, ramped up, in bf16, with errors, and text generation."""
 
 import os
 import signal
@@ -66,7 +66,7 @@ def test_sigterm_on_one_rank_saves_on_all(pool, tmp_path):
 
 
 def _memory_given_back(argv: list[str], level: int) -> int:
-    """How often a run gives the cache of GPU memory back: on a CPU, how often it would."""
+    """How often a run releases cached GPU memory; on a CPU, how often it would."""
     from megatron_ext import arguments, platform
 
     calls, parse = [], arguments.parse_args
@@ -106,7 +106,7 @@ def _processes_left(argv: list[str]) -> list[str]:
 
 
 def test_processes_that_read_data_end_with_the_run(pool):
-    """Python joins them at its exit: one that is left hangs the job after its last line."""
+    """Python joins worker processes at exit: a remaining one hangs the job after its last line."""
     assert pool.run(1, _processes_left, flags(**BASE | dict(num_workers=1))) == [[]]
 
 

@@ -38,7 +38,7 @@ def output(folder: Path) -> str:
 
 
 def test_preempted_job_requeues_itself_and_goes_on(cluster, pool, tmp_path):
-    """Two nodes in data parallel; the losses are, bit for bit, those of a run that nobody disturbed."""
+    """Two nodes in data parallel; the losses equal those of an uninterrupted run bit for bit."""
     metrics, logs = tmp_path / "metrics.jsonl", tmp_path / "logs"
     run = BASE | dict(train_iters=120, global_batch_size=32, eval_iters=0)
     places = dict(save=tmp_path / "ck", load=tmp_path / "ck", save_interval=1000, metrics_file=metrics)

@@ -1,4 +1,4 @@
-"""The program's losses do not depend on the vocabulary's padding, or do so as a checkpoint was trained."""
+"""Losses do not depend on the vocabulary's padding, unless a checkpoint was trained with it."""
 
 import shutil
 from pathlib import Path
@@ -82,7 +82,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def as_of_megatron_lm(folder: Path) -> None:
-    """Take from a checkpoint all that is ours: what a run of Megatron-LM saves has none of it."""
+    """Remove everything from a checkpoint that Megatron-LM would not save."""
     common = load_object(folder / "common.pt")
     for ours in ("softmax_vocab_size", "vocab_padding", "tokenizer_sha256", "series_activation_order"):
         delattr(common["args"], ours)

@@ -297,8 +297,8 @@ def _write_index(path: Path, ids: Iterator[np.ndarray], watch: Watch) -> tuple[i
 
     def header(file: BinaryIO) -> None:
         # NumPy pads the header for any length, so it can be rewritten at the end.
-        header = {"descr": "<i8", "fortran_order": False, "shape": (count,)}
-        np.lib.format.write_array_header_1_0(file, header)
+        fields = {"descr": "<i8", "fortran_order": False, "shape": (count,)}
+        np.lib.format.write_array_header_1_0(file, fields)
 
     def write(file: BinaryIO) -> None:
         nonlocal count

@@ -53,13 +53,13 @@ def thresholds(
     histogram = np.zeros(len(counts) * BINS, dtype=np.int64)
     for bins, _ in _binned(chunks, seed):
         histogram += np.bincount(bins, minlength=len(histogram))
-    bins = [_bin_of(part, count) for part, count in zip(histogram.reshape(-1, BINS), counts, strict=True)]
-    border = np.array([stratum * BINS + bin_ for stratum, (bin_, _) in enumerate(bins)])
+    borders = [_bin_of(part, count) for part, count in zip(histogram.reshape(-1, BINS), counts, strict=True)]
+    border_bins = np.array([stratum * BINS + bin_ for stratum, (bin_, _) in enumerate(borders)])
     gathered: list[list[np.ndarray]] = [[] for _ in counts]
     for bins, keys in _binned(chunks, seed):
-        for stratum, place in enumerate(border):
+        for stratum, place in enumerate(border_bins):
             gathered[stratum].append(keys[bins == place])
-    return [_threshold(np.concatenate(keys), rank) for keys, (_, rank) in zip(gathered, bins, strict=True)]
+    return [_threshold(np.concatenate(keys), rank) for keys, (_, rank) in zip(gathered, borders, strict=True)]
 
 
 def draw(

@@ -46,7 +46,7 @@ def small_disk(tmp_path):
 
 @pytest.mark.parametrize("more", [{}, {"async_save": True}], ids=["sync", "async"])
 def test_full_disk(pool, small_disk, tmp_path, more):
-    """The save that does not fit fails on all ranks; the one before is whole and the run goes on."""
+    """The save that does not fit fails on all ranks; its predecessor is intact and the run resumes."""
     argv = flags(**RUN | dict(save=small_disk / "run", load=small_disk / "run") | more)
     with pytest.raises(WorkerError) as failed:
         pool.run(2, fused_run, argv, None)
@@ -129,12 +129,12 @@ def two_checkpoints(pool, tmp_path_factory):
 
 
 def load_iterations(cases: list[str]) -> list[int]:
-    """What a run would continue from in each folder; on two ranks."""
+    """The checkpoint that a run would resume from in each folder; on two ranks."""
     return [load._find(Path(case), None, [])[1] for case in cases]
 
 
 def test_damaged_checkpoints(pool, two_checkpoints, tmp_path):
-    """Whatever happens to whichever file of the newest, the one before it is used."""
+    """Any damage to any file of the newest checkpoint makes its predecessor be used."""
     rng, cases = random.Random(SEED), []
     names = sorted(entry.name for entry in checkpoint_dir(two_checkpoints, 2).iterdir())
     assert len(names) == 6

@@ -1,4 +1,4 @@
-"""Ctrl-C: the first ends in order and saves, the second at once; one line, no stacks."""
+"""Ctrl-C: the first one saves and stops orderly, the second ends at once; one line, no stacks."""
 
 import os
 import signal
@@ -88,7 +88,7 @@ def test_ahead_of_a_time_limit_there_is_time_for_an_iteration(tmp_path):
 
 
 def test_while_it_waits_for_the_others(tmp_path):
-    """The other rank never comes; the wait is one that Python cannot interrupt."""
+    """The other rank never arrives; Python cannot interrupt this wait."""
     [port] = free_ports(1)
     place = dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     run = start([sys.executable, PROGRAM, *flags(**LONG)], tmp_path, **place)
@@ -141,7 +141,7 @@ def test_at_a_terminal(tmp_path):
 
 
 def test_a_frozen_recording(pool, tmp_path):
-    """It stops, and goes on where it was."""
+    """It stops, and resumes where it was."""
     trained = dict(save=tmp_path / "model", save_interval=6)
     pool.run(1, fused_run, flags(**BASE | trained | dict(eval_iters=0)), None)
     losses = tmp_path / "losses.npy"

@@ -1,4 +1,4 @@
-"""kill -9 at any moment loses nothing: the run goes on from the newest checkpoint, on the same trace.
+"""kill -9 at any moment loses nothing: the run resumes from the newest checkpoint with the same trace.
 
 FAULT_KILLS sets the number of kills (``make faults`` takes 500), FAULT_SEED other moments.
 """
@@ -77,7 +77,7 @@ def test_killed_again_and_again(pool, tmp_path, job, record_property):
 
 
 def test_the_killed_launcher_leaves_no_orphans_and_a_checkpoint(tmp_path):
-    """torchrun is killed: its processes notice, save and end by themselves."""
+    """torchrun is killed: its processes detect it, save and end."""
     folder = tmp_path / "run"
     argv = run_flags(folder, tmp_path / "metrics.jsonl", train_iters=100_000, lr_decay_iters=100)
     argv[argv.index("--save-interval") + 1] = "100000"

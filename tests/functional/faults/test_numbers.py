@@ -1,4 +1,4 @@
-"""NaN and Inf: named with rank, iteration, microbatch and samples, and passed over up to a limit."""
+"""NaN and Inf: reported with rank, iteration, microbatch and samples, and skipped up to a limit."""
 
 import json
 

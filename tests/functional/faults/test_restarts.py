@@ -1,4 +1,4 @@
-"""torchrun --max-restarts: after a rank was killed all start again, and the run goes on."""
+"""torchrun --max-restarts: after a rank is killed all ranks restart, and the run resumes."""
 
 import os
 import signal

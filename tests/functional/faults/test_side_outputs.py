@@ -1,4 +1,4 @@
-"""Full disks and closed pipes under all that a run writes beside training: it goes on, and saves."""
+"""Full disks and closed pipes for all side outputs of a run: training goes on, and saves."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ PROGRAM = str(REPOSITORY / "pretrain_pangu_pro.py")
 
 @pytest.fixture
 def full_disk(tmp_path):
-    """A file system of its own without room."""
+    """A file system without free space."""
     place = tmp_path / "disk"
     place.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(place)]

@@ -1,4 +1,4 @@
-"""Signals whenever they come: all ranks save and end in order, and the run goes on on the same trace."""
+"""Signals at any time: all ranks save and stop orderly, and the resumed run has the same trace."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def whole(pool, tmp_path_factory):
 
 
 def assert_is_whole(pool, folder, whole) -> None:
-    """Bring the run to its end; every iteration and validation is that of the uninterrupted run."""
+    """Finish the run; every iteration and validation equals that of the uninterrupted run."""
     pool.run(2, fused_run, run_flags(folder), None, timeout=240)
     trace, evaluated = whole
     found = steps_in(folder.with_suffix(".jsonl"))
@@ -54,7 +54,7 @@ def assert_is_whole(pool, folder, whole) -> None:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_in_the_middle_of_a_validation(pool, tmp_path, whole, rank):
-    """It is cut short, and made first when the run goes on."""
+    """A validation is cut short, and repeated first when the run resumes."""
     folder = tmp_path / "run"
     pool.run(2, fused_run, run_flags(folder), Fuse(rank, "evaluating", 2, signals=TERM))
     assert newest_whole(folder) == 2 and (2, "validation") not in validations(folder)

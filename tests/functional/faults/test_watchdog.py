@@ -21,7 +21,7 @@ ARGV = flags(**BASE | dict(train_iters=6, eval_iters=0, watchdog_minutes=0.03))
 
 
 def hang(argv: list[str], rank: int, seconds: float, log: str) -> None:
-    """One rank stands still for some seconds in the middle of its third step; standard error to a file."""
+    """One rank hangs for some seconds in the middle of its third step; standard error goes to a file."""
     count, original = 0, batch.next_batch
 
     def slow(iterator):
@@ -55,7 +55,7 @@ def test_a_run_without_hangs_reports_none(pool, tmp_path):
 
 
 def stop_and_report(argv: list[str], log: str) -> None:
-    """Rank 1 is stopped by a signal, as a frozen machine is; rank 0 has to tell who is silent."""
+    """Rank 1 is stopped by a signal, like a frozen machine; rank 0 must report the silent rank."""
     rank = torch.distributed.get_rank()
     pids = [None, None]
     torch.distributed.all_gather_object(pids, os.getpid())
@@ -88,7 +88,7 @@ def test_a_stopped_process_is_named(pool, tmp_path):
 
 
 def fail_on_one_rank(argv: list[str], where: str) -> None:
-    """Rank 1 fails alone: while the tokenizer is made, or in the middle of its third step."""
+    """Only rank 1 fails: while it builds the tokenizer, or in the middle of its third step."""
     count, original = 0, batch.next_batch
 
     def broken(*args):
@@ -119,7 +119,7 @@ def test_the_failure_of_one_rank_is_told_by_all(pool, where):
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_rank_that_is_killed_while_they_connect_is_missed_at_once(pool, tmp_path, rank):
-    """The others wait for it in the making of process groups, where no closed connection tells them."""
+    """The others wait for it in the creation of process groups, where no connection would be closed."""
     started = time.monotonic()
     argv = flags(**BASE | dict(global_batch_size=6))  # --distributed-timeout-minutes is 10
     # Not within the watchdog's first entry in the store: the pool's is a file, which that would tear.

@@ -1,4 +1,4 @@
-"""What follows from other flags, as Megatron-LM works it out."""
+"""Values derived from other flags, as in Megatron-LM."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Transformer Engine's options: shapes, recipes, refusals that say what to install, the way to the config."""
+"""Transformer Engine's options: shapes, recipes, errors that say what to install, and the config."""
 
 import sys
 
@@ -223,7 +223,7 @@ def test_context_ranks_share_the_sequence():
 
 
 def test_a_checkpoint_of_such_a_run_is_read_for_inference(single_process):
-    """FP8, graphs, an uneven pipeline and the rest belong to the job that trained, not to the model."""
+    """FP8, graphs, an uneven pipeline and the like belong to the training job, not to the model."""
     line = (
         f"{FP8} --use-distributed-optimizer --fp8-param-gather --first-last-layers-bf16 "
         "--cuda-graph-impl local --context-parallel-size 2 --cp-comm-type all_gather "

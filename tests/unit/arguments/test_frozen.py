@@ -1,6 +1,6 @@
 """The command line and the args of a checkpoint are a contract: neither changes by accident.
 
-A wanted change is written down by ``python tests/unit/arguments/test_frozen.py`` and shows in the diff of
+An intended change is recorded by ``python tests/unit/arguments/test_frozen.py`` and shows in the diff of
 flags.json.
 """
 
@@ -25,7 +25,7 @@ SMALLEST = (
 
 
 def flags() -> dict[str, dict]:
-    """First spelling of each flag -> all that a user may rely on."""
+    """First spelling of each flag -> everything that a user may rely on."""
     described = {}
     for action in make_parser()._actions:
         if action.dest == "help":
@@ -48,12 +48,12 @@ def _kind(action: argparse.Action) -> str:
 
 
 def stored() -> list[str]:
-    """Names of the args that a checkpoint holds, but for where it stands."""
+    """Names of the args in a checkpoint, without its position."""
     return sorted(read_args(SMALLEST.split(), world_size=1, device="cpu").flat())
 
 
 def contract() -> str:
-    """What flags.json holds, a line for each flag."""
+    """The content of flags.json, one line per flag."""
     lines = [f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in flags().items()]
     return '{"flags": {\n' + ",\n".join(lines) + '\n},\n"stored": ' + json.dumps(stored(), indent=1) + "}\n"
 

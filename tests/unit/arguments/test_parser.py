@@ -1,4 +1,4 @@
-"""Defaults, presets, what was typed; and what is refused."""
+"""Defaults, presets and flags on the command line; and what is refused."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Spellings and defaults are Megatron-LM's: compared with the list of its flags."""
+"""Spellings and defaults equal Megatron-LM's, according to the list of its flags."""
 
 import ast
 import json

@@ -1,4 +1,4 @@
-"""Each rule: the command line that breaks it alone is refused with one sentence that names the flag."""
+"""Each rule: a command line that breaks only it is refused with one sentence that names the flag."""
 
 import pytest
 
@@ -246,7 +246,7 @@ class TestFiles:
         assert problems_of(f"{BASE} --position-embedding-type none --kv-channels 15") == []
 
     def test_metrics_are_appended_to_metrics(self, tmp_path):
-        """A metrics file is appended to, and its torn end cut off: no other file may be taken for one."""
+        """A metrics file is appended to and its incomplete end cut off: others must not be taken for one."""
         path = tmp_path / "metrics.jsonl"
         for content in ("", '{"iter', '{"iteration": 1, "lm_loss": 2.0}\n{"iterat'):
             path.write_text(content)

@@ -1,4 +1,4 @@
-"""One small checkpoint of ours, saved once, for tests that break copies of it."""
+"""A small checkpoint of ours, saved once, for tests that damage copies of it."""
 
 import shutil
 from pathlib import Path
@@ -14,7 +14,7 @@ _made: Path | None = None
 
 @pytest.fixture
 def saved_once(single_process: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with checkpoints of iterations 1 and 2, made by the first test that asks for it."""
+    """A folder with checkpoints of iterations 1 and 2, created by the first test that uses it."""
     global _made
     if _made is None:
         folder = tmp_path_factory.mktemp("saved")
@@ -28,5 +28,5 @@ def saved_once(single_process: None, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture
 def saved(saved_once: Path, tmp_path: Path) -> Path:
-    """A copy of the folder, to be broken."""
+    """A copy of the folder, to be damaged."""
     return shutil.copytree(saved_once, tmp_path / "saved")

@@ -1,4 +1,4 @@
-"""A few hostile bytes never turn into a hang, a crash or gigabytes: they are measured first."""
+"""Malicious bytes never cause a hang, a crash or gigabytes of memory: they are checked first."""
 
 import io
 import pickle
@@ -115,7 +115,7 @@ def archive(data: bytes, method: int = zipfile.ZIP_STORED, more: int = 0, names=
 
 
 def two_ends(first: bytes, second: bytes) -> bytes:
-    """Two archives in one file: which is read depends on where a reader looks for the directory."""
+    """Two archives in one file: readers differ in the directory that they find."""
     return first + second
 
 

@@ -1,4 +1,4 @@
-"""A torn or altered checkpoint is seen, named, and the one before it used."""
+"""An incomplete or altered checkpoint is detected and named, and its predecessor is used."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""A checkpoint appears, is found and disappears all or nothing, whenever the process is killed."""
+"""Publishing, finding and removing a checkpoint are atomic, whenever the process is killed."""
 
 import contextlib
 import errno
@@ -17,7 +17,7 @@ from megatron_ext.checkpoint import (
 
 
 class Killed(BaseException):
-    """Stands for a kill -9: nothing of ours may catch it or clean up after it."""
+    """Simulates kill -9: our code must not catch it or clean up after it."""
 
 
 def save(base, iteration, content="x"):
@@ -27,7 +27,7 @@ def save(base, iteration, content="x"):
 
 
 def kill_at(monkeypatch, call: int) -> list:
-    """Let the ``call``-th change of the disk below not happen, nor any after it."""
+    """Suppress the ``call``-th change to the disk and all later ones."""
     calls = []
 
     def counted(original):
@@ -75,7 +75,7 @@ def test_killed_at_any_change_of_the_disk(tmp_path, again):
 
 
 def test_killed_while_a_run_that_went_back_replaces_a_checkpoint(tmp_path):
-    """Killed anywhere, also again in cleaning up: the tracker names 20 where 20 is the new one, else 15."""
+    """Killed anywhere, also during clean-up: the tracker names 20 if 20 is the new one, otherwise 15."""
     call, finished = 0, False
     while not finished:
         call += 1
@@ -116,7 +116,7 @@ def test_a_full_disk_leaves_the_checkpoint_that_was_to_be_replaced(tmp_path, mon
 
 
 def test_cleaning_up_touches_what_saves_left_and_nothing_else(tmp_path):
-    """Neither what others write beside the checkpoints, nor what a link leads to."""
+    """Neither files of others next to the checkpoints, nor the targets of links."""
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "data").write_text("kept")
@@ -141,7 +141,7 @@ def test_cleaning_up_touches_what_saves_left_and_nothing_else(tmp_path):
 
 
 def test_a_linked_checkpoint_is_not_removed_and_ends_no_start(tmp_path):
-    """Moved to another disk, and a link left in its place."""
+    """A checkpoint that was moved to another disk and replaced by a link."""
     base, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     save(base, 10, "moved")
     checkpoint_dir(base, 10).rename(elsewhere)

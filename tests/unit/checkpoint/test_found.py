@@ -1,4 +1,4 @@
-"""Initial weights only where there is nothing; whatever else is there is used, or an error that names it."""
+"""Initial weights are used only for an empty folder; any other content is used or named in an error."""
 
 import hashlib
 import logging
@@ -139,7 +139,7 @@ def test_one_that_a_killed_save_had_moved_aside_is_found(tmp_path):
 
 
 def test_training_and_tools_agree(saved):
-    """Read by its arguments, loaded, or opened to be converted: the same checkpoint, or the same error."""
+    """Reading arguments, loading and converting all find the same checkpoint, or raise the same error."""
     run = Run(arguments(Layout()))
     (saved / TRACKER).write_text("0")
     for read in (lambda: load_checkpoint(saved, **run.parts), lambda: open_source(saved)):
@@ -168,7 +168,7 @@ def tree(base: Path) -> dict[str, str]:
 
 
 def test_loading_changes_nothing_even_of_a_save_that_was_cut_off(saved):
-    """The folder may be that of a run that is alive, which this one has named in --save too."""
+    """The folder may belong to a running job that saves there."""
     for name in (".incomplete_iter_0000003", ".removed_iter_0000001", ".incomplete_hf"):
         shutil.copytree(checkpoint_dir(saved, 2), saved / name)
     checkpoint_dir(saved, 2).rename(saved / ".replaced_iter_0000002")
@@ -180,7 +180,7 @@ def test_loading_changes_nothing_even_of_a_save_that_was_cut_off(saved):
 
 
 def test_a_run_falls_back_to_its_own_checkpoints_not_to_those_it_left_behind(saved_once, tmp_path, caplog):
-    """1, 2, 5 are saved; the run goes back to 1 and saves 3 and 6, of which 6 is damaged."""
+    """1, 2, 5 are saved; the run is set back to 1 and saves 3 and 6, of which 6 is damaged."""
     run = Run(arguments(Layout()))
     load_checkpoint(saved_once, **run.parts)
 

@@ -1,4 +1,4 @@
-"""A checkpoint written by Megatron-LM itself: everything in it arrives."""
+"""A checkpoint written by Megatron-LM itself is loaded completely."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""What a checkpoint says, who can read it, and what is refused."""
+"""The content of a checkpoint, the layouts that can load it, and what is refused."""
 
 import pickle
 

@@ -1,4 +1,4 @@
-"""One run at a time saves into a folder, whatever became of the one before."""
+"""Only one run at a time saves into a folder, however the previous one ended."""
 
 import errno
 import fcntl
@@ -18,7 +18,7 @@ from tests.helpers.training import _pretrain, flags
 
 @pytest.fixture
 def holder(tmp_path):
-    """The process id of one that holds the lock on ``tmp_path``, and has a child that lives longer."""
+    """The id of a process that holds the lock on ``tmp_path`` and has a child that outlives it."""
     reads, writes = os.pipe()
     gc.disable()  # in a fork the collector would end what threads hold that are not there
     pid = os.fork()
@@ -52,7 +52,7 @@ def test_a_folder_in_use_is_refused_until_its_process_is_killed(tmp_path, holder
 
 
 def test_a_lock_taken_twice_in_one_process_is_held_until_it_is_given_back_twice(tmp_path):
-    """A save takes the lock that its run holds; POSIX would give it back at the first closing."""
+    """A save uses the lock that its run holds; POSIX would release it at the first close."""
 
     def refused() -> bool:
         pid = os.fork()

@@ -1,4 +1,4 @@
-"""Generators in a checkpoint: of the same device, of another kind of device, with CUDA graphs."""
+"""Generators in a checkpoint: on the same device, on another kind of device, with CUDA graphs."""
 
 import io
 import random
@@ -19,7 +19,7 @@ def tracker(single_process):
 
 
 def saved_and_read(states: list[dict]) -> list[dict]:
-    """What a checkpoint gives back."""
+    """The states as loaded from a checkpoint."""
     file = io.BytesIO()
     torch.save(states, file)
     file.seek(0)
@@ -45,7 +45,7 @@ def dropout_draws(tracker) -> list[torch.Tensor]:
 @pytest.mark.parametrize("graphs_before", [False, True], ids=["states", "generators"])
 @pytest.mark.parametrize("graphs_after", [False, True], ids=["to-states", "to-generators"])
 def test_a_run_goes_on_with_the_same_numbers(tracker, graphs_before, graphs_after):
-    """CUDA graphs make the tracker keep generators; what is saved are their states."""
+    """With CUDA graphs the tracker holds generators; their states are saved."""
     names = list(tracker.get_states())
     assert names
 
@@ -68,7 +68,7 @@ def test_a_run_goes_on_with_the_same_numbers(tracker, graphs_before, graphs_afte
 
 @pytest.mark.parametrize("upstream", [False, True], ids=["ours", "of-megatron-lm"])
 def test_states_of_another_kind_of_device_are_left_alone(tracker, caplog, upstream):
-    """A GPU's have 16 bytes, a CPU's 5,056; what belongs to the host is restored."""
+    """A GPU's state has 16 bytes, a CPU's 5,056; the host's generators are restored."""
     (own,) = content.gather_rng()
     expected = host_draws()
     foreign = torch.zeros(16, dtype=torch.uint8)

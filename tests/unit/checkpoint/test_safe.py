@@ -1,4 +1,4 @@
-"""Nothing that a checkpoint's pickles ask for is run."""
+"""No code in a checkpoint's pickles is executed."""
 
 import io
 import pickle
@@ -49,7 +49,7 @@ def in_zip(original: bytes, pickled: bytes) -> bytes:
 
 
 def plant(folder: Path, name: str, trace: Path, plain: bool) -> None:
-    """Put a pickle that runs something into one file of a checkpoint that has no checksums."""
+    """Put a pickle that executes code into one file of a checkpoint without checksums."""
     path = folder / name
     original = path.read_bytes()
     if name != "__0_0.distcp":
@@ -104,7 +104,7 @@ def test_metadata_cannot_name_files_elsewhere(saved, place):
 
 
 def test_metadata_cannot_ask_for_gigabytes_of_memory(saved):
-    """Put an object under the number 2^30 - 1: the unpickler would make a table of 16 GiB."""
+    """Store an object under the number 2^30 - 1: the unpickler would allocate a table of 16 GiB."""
     path = checkpoint_dir(saved, 2) / ".metadata"
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + b"r" + (2**30 - 1).to_bytes(4, "little") + whole[-1:])
@@ -113,7 +113,7 @@ def test_metadata_cannot_ask_for_gigabytes_of_memory(saved):
 
 
 def test_a_signal_as_each_python_pickles_it(tmp_path):
-    """Megatron-LM's args hold --exit-signal; Python 3.10 writes it down as a name of the module signal."""
+    """Megatron-LM's args hold --exit-signal, which Python 3.10 pickles as a name of the module signal."""
     empty = io.BytesIO()
     torch.save({}, empty)
     for pickled in (b"\x80\x02csignal\nSIGTERM\n.", b"\x80\x02csignal\nSignals\nK\x0f\x85R."):
@@ -124,6 +124,6 @@ def test_a_signal_as_each_python_pickles_it(tmp_path):
 
 
 def test_fp8_state_is_not_unpickled_where_no_engine_reads_it():
-    """Its bytes may ask for anything; with Transformer Engine: tests/te/cases/test_extra_state.py."""
+    """Its bytes may contain any code; with Transformer Engine see tests/te/cases/test_extra_state.py."""
     data = torch.frombuffer(bytearray(b"cos\nabort\n(tR."), dtype=torch.uint8)
     assert without_code("decoder._extra_state/shard_0_1", [data, None]) == [None, None]

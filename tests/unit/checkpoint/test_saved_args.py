@@ -1,4 +1,4 @@
-"""A checkpoint's arguments are data: no reader trusts code, opens a check or writes where they say."""
+"""A checkpoint's arguments are data: they never enable code, disable a check, or choose a path to write."""
 
 import contextlib
 import importlib

@@ -1,4 +1,4 @@
-"""Two at work in one place: the second is refused and harms nothing; what a dead one left is used up."""
+"""Two runs in one folder: the second is refused without damage; leftovers of a dead run are cleaned up."""
 
 import os
 import signal
@@ -29,7 +29,7 @@ from tests.unit.checkpoint.tiny import Run, arguments
 
 @contextmanager
 def another(work: Callable[[Callable[[], None]], None]) -> Iterator[Callable[[], None]]:
-    """A process that does ``work`` and stays where that calls its argument; yields what kills it."""
+    """A process that runs ``work`` and stops where it calls its argument; yields a function to kill it."""
     reads, writes = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -77,7 +77,7 @@ def test_two_exports_to_one_folder_beside_a_run(saved):
 
 
 def test_a_conversion_into_the_folder_of_a_run_that_has_not_saved_yet(saved, tmp_path):
-    """The run's first save is being written: neither it nor the folder may go."""
+    """The run's first save is being written: neither it nor the folder may be removed."""
     source, base = open_source(saved), tmp_path / "run"
 
     def first_save(stay: Callable[[], None]) -> None:
@@ -132,7 +132,7 @@ def test_two_recordings_into_one_file(single_process, tmp_path):
 
 
 def test_a_lock_file_that_its_holder_removes_while_one_waits(tmp_path):
-    """The one that waits must not end with a lock on a file that has no name any more."""
+    """The waiting process must not end up with a lock on a file that was removed."""
     path = tmp_path / "lock"
 
     def holds(stay: Callable[[], None]) -> None:

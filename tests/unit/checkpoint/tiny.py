@@ -90,7 +90,7 @@ class Run:
 
     @property
     def parts(self) -> dict:
-        """What is saved and loaded."""
+        """The arguments of saving and loading."""
         return dict(model=self.model, optimizer=self.optimizer, scheduler=self.scheduler, run=self.config)
 
     @property
@@ -98,7 +98,7 @@ class Run:
         return {"consumed_train_samples": self.iteration * GLOBAL_BATCH, "round": 2}
 
     def train(self, steps: int, before_update: Callable[[], None] = lambda: None) -> "Run":
-        """Train ``steps`` iterations on tokens that depend on iteration and sample alone."""
+        """Train ``steps`` iterations on tokens that depend only on iteration and sample."""
         for _ in range(steps):
             iterators = [iter(self._microbatches()) for _ in self.model]
             parts = self.model, self.optimizer, self.scheduler

@@ -1,4 +1,4 @@
-"""What is said of a file that cannot be written."""
+"""Errors of files that cannot be written."""
 
 import errno
 import os
@@ -9,7 +9,7 @@ from megatron_ext.common.files import write_aside
 
 
 def test_an_error_names_the_file_that_was_meant(tmp_path):
-    """Not the one beside it, which nobody asked for, and not nothing, as where a disk is full."""
+    """Not the temporary file, which the user does not know, and not an error without a name."""
 
     def full(file) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -1,4 +1,4 @@
-"""Optional packages that are installed but broken, or made for a GPU: as if they were not installed."""
+"""Optional packages that are broken, or need a GPU, count as not installed."""
 
 import ast
 import importlib
@@ -60,7 +60,7 @@ def started(folder: Path, device: str, gpu: bool) -> subprocess.Popen:
 
 
 def said(process: subprocess.Popen) -> tuple[dict, str]:
-    """What it printed, and its warnings."""
+    """The output of the process, and its warnings."""
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     return json.loads(output.splitlines()[-1]), errors
@@ -89,7 +89,7 @@ def test_broken_packages_stop_no_run(tmp_path, device, gpu):
 
 
 def test_packages_for_gpus_are_not_there_on_a_cpu(tmp_path):
-    """They import without error, and would be given tensors of the CPU; torch sees a GPU."""
+    """They import without error, but would receive CPU tensors; torch sees a GPU."""
     for name in optional.GPU_ONLY:
         install(tmp_path, name, "raise SystemExit('imported')")
     found, _ = said(started(tmp_path, "cpu", gpu=True))
@@ -108,7 +108,7 @@ def test_an_engine_with_a_problem_is_not_there_on_a_gpu(monkeypatch, problem):
 
 @pytest.fixture
 def guarded(monkeypatch, tmp_path):
-    """A folder for packages that stand for Triton."""
+    """A folder for packages that replace Triton."""
     monkeypatch.syspath_prepend(str(tmp_path))
     kept = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "triton"}
     for name in kept:

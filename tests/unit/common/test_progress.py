@@ -1,4 +1,4 @@
-"""One count of long work: what it says on a terminal, to a file, and when it goes on."""
+"""Progress of long work: its output on a terminal, in a file, and after a restart."""
 
 import sys
 from io import StringIO
@@ -11,7 +11,7 @@ from megatron_ext.common.progress import Progress
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Seconds as the progress sees them."""
+    """The clock that the progress reads."""
     now = [100.0]
     monkeypatch.setattr(counting.time, "monotonic", lambda: now[0])
     return now

@@ -1,4 +1,4 @@
-"""Arithmetic about a model, compared with the model itself."""
+"""Calculated sizes of a model, compared with the model itself."""
 
 import json
 import subprocess
@@ -30,7 +30,7 @@ PLAIN = "--num-layers 3 --hidden-size 64 --num-attention-heads 4 --max-position-
 
 
 def built_parameters(run, vocabulary: int) -> int:
-    """Parameters of the model that the builder makes, without memory for their values."""
+    """Parameters of the built model, without memory for their values."""
     from megatron.core.models.gpt import GPTModel
 
     from megatron_ext.models.config import transformer_config

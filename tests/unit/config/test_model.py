@@ -1,4 +1,4 @@
-"""What follows from a model's configuration, and configurations of no model."""
+"""Values derived from a model's configuration, and invalid configurations."""
 
 import dataclasses
 

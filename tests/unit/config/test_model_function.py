@@ -1,4 +1,4 @@
-"""What a model computes is taken from its checkpoint and never contradicted; one table says what that is."""
+"""A model's function is taken from its checkpoint and never contradicted; one table defines it."""
 
 import ast
 import dataclasses
@@ -67,7 +67,7 @@ def another(name: str, value):
 
 
 def test_every_field_of_a_model_is_compared():
-    """A new field is compared as long as nobody writes down that the vocabulary settles it."""
+    """A new field is compared unless it is listed as determined by the vocabulary."""
     fields = {field.name for field in dataclasses.fields(ModelConfig)}
     assert fields == {*model_function.names()} | {"padded_vocab_size", "softmax_vocab_size"}
     assert {*read(LLAMA).model.effective()} == {*model_function.names()}
@@ -86,7 +86,7 @@ def test_a_difference_of_any_is_seen(name):
 
 
 def test_what_a_model_is_built_from_is_compared():
-    """The builder reads the model of the configuration, a seed, and no more of it."""
+    """The builder reads only the model and a seed of the configuration."""
     tree = ast.parse(inspect.getsource(builder.build_model) + inspect.getsource(builder._build_chunk))
     read_there = {
         ast.unparse(node)
@@ -97,7 +97,7 @@ def test_what_a_model_is_built_from_is_compared():
 
 
 def test_what_an_exchanged_model_cannot_say_has_one_value():
-    """Each argument that decides the function is read, or another value of it is refused."""
+    """Each argument that defines the function is read, or other values of it are refused."""
     plain = {"rotary_percent": 1.0, "rotary_seq_len_interpolation_factor": None, "qk_layernorm": False}
     saved = read(LLAMA).flat() | plain | {"padded_vocab_size": 128}
     model, refused = llama.of_saved(saved, 100), set()

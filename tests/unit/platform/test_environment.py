@@ -1,4 +1,4 @@
-"""Variables of CUDA's libraries: set where nobody has set them, complained of where they are wrong."""
+"""Environment variables of CUDA's libraries: set if missing, reported if wrong."""
 
 from datetime import timedelta
 
@@ -20,7 +20,7 @@ def bare(monkeypatch):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A process that has settled on a GPU: nothing is computed here."""
+    """A process that has chosen a GPU; nothing is computed on it."""
     monkeypatch.setattr(platform.device, "_device_type", "cuda")
 
 
@@ -72,7 +72,7 @@ def test_what_is_not_deterministic_is_refused(monkeypatch, name, value):
 
 
 def test_gloo_is_bound_beside_nccl_too(monkeypatch):
-    """This torch may have no nccl to join with, but by then the interface is chosen."""
+    """This torch may have no nccl, but the interface is chosen before that matters."""
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     store, minute = (

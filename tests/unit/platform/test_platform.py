@@ -1,4 +1,4 @@
-"""The platform layer: every seam finds its place, and nothing outside Megatron-Core changes."""
+"""The platform layer: every seam matches, and nothing outside of Megatron-Core changes."""
 
 import importlib
 import importlib.machinery

@@ -1,4 +1,4 @@
-"""Processes of one start of a job meet, whatever an earlier start has left in the store."""
+"""The processes of a start of a job find each other, whatever an earlier start left in the store."""
 
 import threading
 from datetime import timedelta
@@ -12,7 +12,7 @@ SOON = timedelta(seconds=20)
 
 
 def start(store, world_size: int, absent: tuple[int, ...] = (), late: tuple[int, ...] = ()) -> dict:
-    """What each rank that comes gets: its view of the store, or its error."""
+    """The result of each arriving rank: its view of the store, or its error."""
     got: dict = {}
     seconds = timedelta(seconds=0.5) if absent else SOON
 
@@ -50,7 +50,7 @@ def test_a_start_sees_nothing_of_the_one_before(store, late):
 
 
 def test_a_start_that_ended_half_way_is_no_hindrance(store):
-    """Of other sizes, too: a job may go on with fewer hosts."""
+    """With other sizes, too: a job may resume with fewer hosts."""
     assert isinstance(start(store, 4, absent=(2,))[0], RuntimeError)
     for size in (3, 5):
         views = start(store, size)

@@ -1,4 +1,4 @@
-"""Our Adam: torch's arithmetic, Apex's layout of the state."""
+"""Our Adam has torch's arithmetic and Apex's state layout."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Which files a profile leaves, and when; on a CPU the GPU's two recorders are counted, not run."""
+"""The files of a profile, and when they are written; calls of the GPU's recorders are counted."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ FLAGS = dict(
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What a GPU would be asked for."""
+    """The calls that a GPU would receive."""
     asked: list = []
 
     class Window:

@@ -1,4 +1,4 @@
-"""What a run says where there is nothing to say: no number in its place, and JSON that every reader takes."""
+"""Reports without a value: no invented number, and JSON that every parser reads."""
 
 import json
 import math
@@ -61,7 +61,7 @@ def test_a_run_that_stops_between_two_lines_shows_the_last_iterations(reporter, 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, 30.0])
 def test_held_out_losses_as_they_are(reporter, capsys, loss):
-    """Upstream shows exp(20) as the perplexity of every loss above 20, and of none."""
+    """Upstream shows exp(20) as the perplexity of every loss above 20, and without a loss."""
     reporter.evaluation(Evaluation(loss, math.nan, tokens=64), 4, 8, "validation")
     [record] = records(reporter)
     assert record["lm_loss"] == (loss if math.isfinite(loss) else None) and record["bits_per_byte"] is None

@@ -1,4 +1,4 @@
-"""A schedule and a checkpoint's: what differs, in the numbers that were typed, and where it goes on."""
+"""Schedules of a run and of a checkpoint: differences in the flags' units, and the resumed position."""
 
 from argparse import Namespace
 

@@ -1,4 +1,4 @@
-"""Which generators a run draws from."""
+"""The random generators of a run."""
 
 import pytest
 

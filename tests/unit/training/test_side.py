@@ -1,4 +1,4 @@
-"""What a run writes beside training: its failure is said once, ends nothing, and may pass."""
+"""Side outputs of training: a failure is reported once, does not end the run, and is retried."""
 
 import errno
 import json
@@ -17,7 +17,7 @@ from megatron_ext.training.side import LinesFile, Side
 
 @pytest.fixture
 def at_once(monkeypatch):
-    """What failed is tried again at the next call."""
+    """Retry failed outputs at the next call."""
     monkeypatch.setattr(side, "RETRY_SECONDS", 0.0)
     monkeypatch.setattr(side, "MAX_RETRY_SECONDS", 0.0)
 
@@ -42,7 +42,7 @@ def test_what_failed_is_left_alone_for_a_while(capsys):
 
 @pytest.fixture
 def tiny_disk(tmp_path):
-    """A file system of two pages; files take whole ones, so that a line is torn when it is full."""
+    """A file system of two pages: when it is full, a line is written only in part."""
     place = tmp_path / "disk"
     place.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", str(place)]
@@ -142,7 +142,7 @@ with steady_streams():
 
 
 def printed(setting: str, unbuffered: str = "") -> subprocess.CompletedProcess:
-    """A program that prints much, with what the shell makes of its streams."""
+    """Run a program that prints a lot, with streams set up by a shell."""
     environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
     command = ["bash", "-c", f'set -o pipefail; "$0" -c "$1" {setting}', sys.executable, PRINTS]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)

@@ -1,4 +1,4 @@
-"""Signals: the first is a request, the second the end; before there is anything to save, the first is."""
+"""The first signal requests a stop, the second ends the run; during set-up the first one ends it."""
 
 import os
 import signal

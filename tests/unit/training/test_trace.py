@@ -1,4 +1,4 @@
-"""A step of rank 0 of real layouts, traced: shapes, groups, operations and memory beside the arithmetic."""
+"""Traced steps of rank 0 in real layouts: shapes, groups, FLOPs and memory against the calculation."""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -47,7 +47,7 @@ def read(flags: str, processes: int) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def traces() -> dict[str, Trace]:
-    """Two at a time; each is a process of its own."""
+    """Two at a time, each in its own process."""
     with ThreadPoolExecutor(2) as threads:
         started = {
             name: threads.submit(trace, read(flags, processes), triton=triton)
@@ -57,14 +57,14 @@ def traces() -> dict[str, Trace]:
 
 
 def arithmetic(name: str) -> tuple[ModelConfig, describe.Layout]:
-    """Model and layout as tools/plan_run.py has them."""
+    """Model and layout as in tools/plan_run.py."""
     processes, triton, flags = CASES[name]
     run = read(flags, processes)
     return describe.with_vocabulary(run), replace(describe.layout_of(run), kernels=triton)
 
 
 def operations(model: ModelConfig, layout: describe.Layout, stage: int) -> float:
-    """Of a rank's step."""
+    """FLOPs of a rank's step."""
     tokens = layout.micro_batch * layout.micro_batches * layout.seq_length
     return tokens * describe.flops_of_rank(model, layout, stage)
 

@@ -1,4 +1,4 @@
-"""Which errors say that another process has gone, and which are this rank's own."""
+"""Which errors mean that another process is lost, and which are this rank's own."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def test_an_error_that_is_not_of_a_process_group_is_this_ranks_own():
 
 
 def timeouts() -> list[float]:
-    """Of the world, and of the control group that it would have if it were nccl's."""
+    """Timeouts of the world, and of the control group that it would have with nccl."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.distributed, "get_backend", lambda group: "nccl")
         group = collective._new_gloo_group.__wrapped__(torch.distributed.group.WORLD)
