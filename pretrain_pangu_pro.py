@@ -18,7 +18,7 @@ START = time.time()
 
 from megatron_ext.common import command  # noqa: E402
 from megatron_ext.common.errors import Interrupted, LostProcess  # noqa: E402
-from megatron_ext.training.side import steady_streams, tell  # noqa: E402
+from megatron_ext.training.side import report, steady_streams  # noqa: E402
 from megatron_ext.training.signals import StopSignals  # noqa: E402
 
 
@@ -60,7 +60,7 @@ def train(argv: list[str] | None, signals: StopSignals) -> None:
 
 def leave(error: BaseException, code: int) -> None:
     """Exit at once: an ordinary exit closes process groups, which may wait for lost processes."""
-    tell(f"pretrain_pangu_pro.py: error: {error}")
+    report(f"pretrain_pangu_pro.py: error: {error}")
     os._exit(code)
 
 

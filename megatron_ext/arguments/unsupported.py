@@ -34,14 +34,14 @@ def spellings() -> tuple[str, ...]:
 
 def problems(unknown: Sequence[str]) -> list[str]:
     """One sentence for each unknown word of the command line."""
-    found, of_refused_flag = [], False
+    sentences, of_refused_flag = [], False
     for word in unknown:
         if word.startswith("--"):
             of_refused_flag = True
-            found.append(_about_flag(word.split("=")[0]))
+            sentences.append(_about_flag(word.split("=")[0]))
         elif not of_refused_flag:
-            found.append(f"{word!r} belongs to no flag{_quoting_hint(word)}")
-    return found
+            sentences.append(f"{word!r} belongs to no flag{_quoting_hint(word)}")
+    return sentences
 
 
 def _about_flag(name: str) -> str:

@@ -48,14 +48,14 @@ def stored(base: str | os.PathLike[str]) -> dict[int, Path]:
 
     Includes a checkpoint that a killed save had moved aside in order to replace it.
     """
-    folder, found = Path(base), {}
+    folder, checkpoints = Path(base), {}
     for entry in folder.iterdir() if folder.is_dir() else ():
         name = entry.name.removeprefix(_REPLACED)
         match = _NAME.fullmatch(name)
         if match and name == checkpoint_dir(base, int(match[1])).name and entry.is_dir():
             in_place = folder / name
-            found[int(match[1])] = in_place if in_place.is_dir() else entry
-    return dict(sorted(found.items()))
+            checkpoints[int(match[1])] = in_place if in_place.is_dir() else entry
+    return dict(sorted(checkpoints.items()))
 
 
 def list_iterations(base: str | os.PathLike[str]) -> list[int]:

@@ -44,6 +44,6 @@ def _interface_of(address: str) -> str | None:
     import psutil
 
     for name, addresses in psutil.net_if_addrs().items():
-        if any(found.address.split("%")[0] == address for found in addresses):
+        if any(each.address.split("%")[0] == address for each in addresses):
             return name
     return None

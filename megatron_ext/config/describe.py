@@ -30,12 +30,12 @@ _PARTS = {
 
 def parts(model: ModelConfig) -> dict[str, int]:
     """Part -> number of parameters; the parts sum to the whole model."""
-    found = dict.fromkeys(_PARTS.values(), 0)
+    counts = dict.fromkeys(_PARTS.values(), 0)
     for name, shape in dataclasses.replace(model, num_layers=1).parameters().items():
         part = next(part for key, part in _PARTS.items() if key in name)
         in_layer = name.startswith("decoder.layers.")
-        found[part] += math.prod(shape) * (model.num_layers if in_layer else 1)
-    return found
+        counts[part] += math.prod(shape) * (model.num_layers if in_layer else 1)
+    return counts
 
 
 def embedding_share(model: ModelConfig) -> float:
@@ -110,10 +110,10 @@ def _stage_layers(layers: int, parallel: ParallelConfig) -> tuple[tuple[int, ...
     totals = [alike] * stages
     for place, end in zip((0, -1), ends, strict=True):
         totals[place] = totals[place] if end is None else end
-    found = [[total // chunks] * chunks for total in totals]
-    found[0][0] -= extra[0]
-    found[-1][-1] -= extra[1]
-    return tuple(map(tuple, found))
+    chunk_layers = [[total // chunks] * chunks for total in totals]
+    chunk_layers[0][0] -= extra[0]
+    chunk_layers[-1][-1] -= extra[1]
+    return tuple(map(tuple, chunk_layers))
 
 
 def vocabulary_of(run: RunConfig) -> int:
@@ -189,6 +189,6 @@ def candidates(
             )
             one, two = (of(ffn_hidden_size=ffn).num_parameters for ffn in (1, 2))
             ffn = 128 * round(((budget - one) / (two - one) + 1) / 128)
-            found = of(ffn_hidden_size=ffn) if ffn > 0 else like
-            if 2 * hidden <= ffn <= 4 * hidden and abs(found.num_parameters / budget - 1) <= tolerance:
-                yield found
+            model = of(ffn_hidden_size=ffn) if ffn > 0 else like
+            if 2 * hidden <= ffn <= 4 * hidden and abs(model.num_parameters / budget - 1) <= tolerance:
+                yield model

@@ -45,8 +45,8 @@ class Sampling:
         kept = ranked.cumsum(0) - ranked < self.top_p
         if self.top_k:
             kept[self.top_k :] = False
-        drawn = torch.multinomial(ranked * kept, 1, generator=generator)
-        return int(ids[drawn])
+        sampled = torch.multinomial(ranked * kept, 1, generator=generator)
+        return int(ids[sampled])
 
 
 @torch.no_grad()

@@ -46,8 +46,8 @@ def load_for_inference(
     run = run.but(**overrides)
     bare = run.tokenizer.tokenizer_type in (None, "NullTokenizer")
     if tokenizer_model and bare:
-        found = tokenizer_files.of_path(tokenizer_model)
-        run = run.but(tokenizer_type=found.kind, tokenizer_model=str(found.model), vocab_size=None)
+        files = tokenizer_files.of_path(tokenizer_model)
+        run = run.but(tokenizer_type=files.kind, tokenizer_model=str(files.model), vocab_size=None)
     elif tokenizer_model:
         run.tokenizer.tokenizer_model = tokenizer_model
     tokenizer = build_tokenizer(run.tokenizer)

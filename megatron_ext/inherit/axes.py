@@ -54,8 +54,8 @@ _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
 def layer_of(key: str) -> int | None:
     """The layer of a tensor, from 0; None for tensors outside of the layers."""
-    found = _LAYER.fullmatch(key)
-    return int(found[1]) if found else None
+    match = _LAYER.fullmatch(key)
+    return int(match[1]) if match else None
 
 
 def axes_of(key: str) -> tuple[Axis, ...]:
@@ -64,8 +64,8 @@ def axes_of(key: str) -> tuple[Axis, ...]:
     Raises:
         LookupError: unknown tensor; guessing its axes would silently break the model.
     """
-    found = _LAYER.fullmatch(key)
-    name = found[2] if found else key
+    match = _LAYER.fullmatch(key)
+    name = match[2] if match else key
     if name not in AXES:
         raise LookupError(f"{key}: inheritance does not know what the axes of this tensor count")
     return AXES[name]

@@ -126,8 +126,8 @@ def read_documents(prefixes: Sequence[str], tokens: int) -> list[list[int]]:
         index = check_dataset(prefix)
         ids, left = map_tokens(prefix, index), -(-tokens // len(prefixes))
         starts, lengths = index.pointers // index.dtype.itemsize, index.lengths
-        drawn = np.random.default_rng(0).choice(len(lengths), min(len(lengths), left), replace=False)
-        for start, length in zip(starts[drawn].tolist(), lengths[drawn].tolist(), strict=True):
+        sampled = np.random.default_rng(0).choice(len(lengths), min(len(lengths), left), replace=False)
+        for start, length in zip(starts[sampled].tolist(), lengths[sampled].tolist(), strict=True):
             documents.append(ids[start : start + min(length, left)].tolist())
             left -= length
             if left <= 0:

@@ -111,7 +111,7 @@ def _density(kept: np.ndarray, count: int, bins: int) -> np.ndarray:
 def lines(summary: dict[str, Any]) -> list[str]:
     """The report in a few lines of text."""
     source, target, vocabulary = (summary[name] for name in ("source", "target", "vocabulary"))
-    said = [
+    text = [
         f"{source['parameters']:,} parameters -> {target['parameters']:,}: layers {source['num_layers']} -> "
         f"{target['num_layers']}, hidden {source['hidden_size']} -> {target['hidden_size']}, FFN "
         f"{source['ffn_hidden_size']} -> {target['ffn_hidden_size']}, query groups "
@@ -124,15 +124,15 @@ def lines(summary: dict[str, Any]) -> list[str]:
     if "learned" in summary:
         learned = summary["learned"]
         early = ", the selection had stopped changing" if learned["stopped_early"] else ""
-        said.append(
+        text.append(
             f"masks: {learned['step']} steps, {learned['tokens']:,} tokens, {learned['seconds']:.1f} s{early}"
         )
     for name in ("loss_before", "loss_with_target_vocabulary", "loss_after"):
         if name in summary:
             loss = summary[name]
-            said.append(
+            text.append(
                 f"{name.replace('_', ' ')}: {loss['nats']:.4f} nats per token, "
                 f"{loss['bits_per_byte']:.4f} bits per byte ({loss['tokens']:,} tokens)"
             )
-    said.append(f"{summary['seconds']} s, at most {summary['peak_memory_gib']} GiB of memory")
-    return said
+    text.append(f"{summary['seconds']} s, at most {summary['peak_memory_gib']} GiB of memory")
+    return text

@@ -154,12 +154,12 @@ def _summary(
 ) -> dict[str, Any]:
     """The report's numbers."""
 
-    def told(model: ModelConfig) -> dict[str, Any]:
+    def description(model: ModelConfig) -> dict[str, Any]:
         return report.facts(model, source.dtype) | {"parameters": model.without_padding.num_parameters}
 
     return {
-        "source": {"path": str(source.path), "description": source.description} | told(source.model),
-        "target": told(target),
+        "source": {"path": str(source.path), "description": source.description} | description(source.model),
+        "target": description(target),
         "vocabulary": _vocabulary(source.model.vocab_size, rows),
         **result.summary(),
     }

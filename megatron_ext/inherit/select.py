@@ -91,8 +91,10 @@ def _taylor(source: Source, calibration: Any, layers: Tensor) -> Scores:
     from megatron_ext.inherit.importance import taylor
 
     with report.progress("taylor", None) as progress:
-        worth = taylor(calibration.model, calibration.config, layers, progress.over(calibration.batches()))
-    return Scores(worth.hidden, worth.ffn, worth.groups, _bottleneck(source))
+        importance = taylor(
+            calibration.model, calibration.config, layers, progress.over(calibration.batches())
+        )
+    return Scores(importance.hidden, importance.ffn, importance.groups, _bottleneck(source))
 
 
 def _bottleneck(source: Source) -> Tensor:
@@ -117,9 +119,9 @@ def _learned(
     free_depth = options.depth_policy == "learned"
     every = torch.arange(source.model.num_layers)
     first = _taylor(source, calibration, every if free_depth else layers)
-    worth = torch.zeros(source.model.num_layers, dtype=torch.float64)
-    worth[layers] = 1.0
-    start = Masks(first.hidden, first.ffn, first.groups, losses if free_depth else worth)
+    kept_layers = torch.zeros(source.model.num_layers, dtype=torch.float64)
+    kept_layers[layers] = 1.0
+    start = Masks(first.hidden, first.ffn, first.groups, losses if free_depth else kept_layers)
     learned = mask_training.begin(start, settled=() if free_depth else ("layers",))
     counts = {
         "hidden": target.hidden_size,

@@ -76,10 +76,10 @@ def match(
     special = {piece.name: i for i, piece in enumerate(source) if not piece.text}
     lists = []
     for i, piece in enumerate(target):
-        found = roles.get(i, same.get(piece, by_text.get(piece.text, special.get(piece.name))))
-        if found is None and not piece.text:
-            found = named.get(piece.name)
-        ids = encode(piece) if found is None else [found]
+        source_id = roles.get(i, same.get(piece, by_text.get(piece.text, special.get(piece.name))))
+        if source_id is None and not piece.text:
+            source_id = named.get(piece.name)
+        ids = encode(piece) if source_id is None else [source_id]
         if not ids:
             raise ValueError(f"the target tokenizer's piece {i} ({piece.name!r}) has no text and no source")
         lists.append(ids)
@@ -91,11 +91,11 @@ def _by_text(source: Sequence[Piece]) -> dict[bytes, int]:
     byte_last = sorted(
         enumerate(source), key=lambda each: each[1].name == f"<0x{each[1].text.hex().upper()}>"
     )
-    found: dict[bytes, int] = {}
+    ids: dict[bytes, int] = {}
     for i, piece in byte_last:
         if piece.text:
-            found.setdefault(piece.text, i)
-    return found
+            ids.setdefault(piece.text, i)
+    return ids
 
 
 def match_tokenizers(target: Tokenizer, source: Tokenizer) -> Rows:
@@ -138,11 +138,11 @@ def encode_piece(piece: Piece, source: Tokenizer, by_text: dict[bytes, int]) -> 
             ids += _encode_inside(part, source)
             continue
         for byte in part.encode("utf-8", errors="surrogateescape"):
-            if (found := by_text.get(bytes([byte]))) is None:
+            if (source_id := by_text.get(bytes([byte]))) is None:
                 raise ValueError(
                     f"the source tokenizer has nothing for byte {byte:#04x} of piece {piece.name!r}"
                 )
-            ids.append(found)
+            ids.append(source_id)
     return ids
 
 

@@ -99,13 +99,13 @@ def suggestions(
     kernels: bool = True,
 ) -> Iterator[tuple[float, Layout]]:
     """(seconds per step, layout) of the layouts on ``devices`` that fit, fastest first."""
-    found = []
+    fitting = []
     for layout in _layouts(model, devices, global_batch, machine, seq_length):
         layout = replace(layout, bytes_each=bytes_each, kernels=kernels)
         if fits(model, layout, machine):
-            found.append((sum(step_seconds(model, layout, machine).values()), layout))
+            fitting.append((sum(step_seconds(model, layout, machine).values()), layout))
     # Among equally fast layouts the least divided comes first.
-    yield from sorted(found, key=lambda f: (f[0], f[1].tensor, f[1].pipeline, f[1].micro_batch))
+    yield from sorted(fitting, key=lambda f: (f[0], f[1].tensor, f[1].pipeline, f[1].micro_batch))
 
 
 def _layouts(

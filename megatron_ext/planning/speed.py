@@ -31,9 +31,9 @@ _DATA_SHEETS = (
 
 def data_sheet_flops(name: str, half: bool) -> float | None:
     """Peak FLOP/s of a GPU by its name, in half or single precision, if known."""
-    said = re.split(r"[\s_-]+", name.upper())
+    in_name = re.split(r"[\s_-]+", name.upper())
     for words, in_half, in_single in _DATA_SHEETS:
-        if set(words.upper().split()) <= set(said):
+        if set(words.upper().split()) <= set(in_name):
             return (in_half if half else in_single) * 1e12
     return None
 

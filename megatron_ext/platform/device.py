@@ -1,7 +1,7 @@
 """The device of this process: its choice, streams and name.
 
 ``activate("cpu")`` or ``activate("cuda")``, called before the first import of Megatron-Core,
-overrides what is found on the machine.
+overrides the automatic choice.
 """
 
 import contextlib

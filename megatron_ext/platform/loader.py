@@ -22,26 +22,26 @@ from megatron_ext.platform.seams import SEAM_OF, Seam
 PACKAGE = "megatron.core"
 
 
-def rewrite(code: CodeType, seam: Seam, found: set[str] | None = None) -> CodeType:
+def rewrite(code: CodeType, seam: Seam, replaced: set[str] | None = None) -> CodeType:
     """Return ``code`` with the constants and names of ``seam`` replaced, nested code included.
 
-    ``found``, if given, collects the replaced names (a test checks that none is missing).
+    ``replaced``, if given, collects the replaced names (a test checks that none is missing).
     """
     constants, names = seam.constants or {}, seam.names or {}
 
     def swap(value: object) -> object:
         if isinstance(value, CodeType):
-            return rewrite(value, seam, found)
+            return rewrite(value, seam, replaced)
         if isinstance(value, tuple):
             return tuple(swap(item) for item in value)
         if isinstance(value, str) and value in constants:
-            if found is not None:
-                found.add(value)
+            if replaced is not None:
+                replaced.add(value)
             return constants[value]
         return value
 
-    if found is not None:
-        found.update(name for name in code.co_names if name in names)
+    if replaced is not None:
+        replaced.update(name for name in code.co_names if name in names)
     return code.replace(
         co_consts=tuple(swap(value) for value in code.co_consts),
         co_names=tuple(names.get(name, name) for name in code.co_names),

@@ -105,8 +105,8 @@ def _refuse(name: str, before: OpenedCheckpoint, run: RunConfig, changed: list[s
     """Raise CheckpointError for another schedule, optimizer or training set that no flag allows."""
     saved, problems = before.saved, []
     rates = before.common.get("opt_param_scheduler")
-    if rates and not run.checkpoint.no_load_optim and (found := schedule.conflicts(rates, saved, run)):
-        problems.append(f"another schedule ({'; '.join(found)}): {schedule.WAYS_OUT}")
+    if rates and not run.checkpoint.no_load_optim and (conflicts := schedule.conflicts(rates, saved, run)):
+        problems.append(f"another schedule ({'; '.join(conflicts)}): {schedule.WAYS_OUT}")
     theirs, ours = saved.get("optimizer"), run.optimizer.optimizer
     same = theirs in (None, ours) or {theirs, ours} == {"muon", "dist_muon"}
     if rates and not run.checkpoint.no_load_optim and not same:

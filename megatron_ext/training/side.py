@@ -39,12 +39,12 @@ class Side:
         except Exception as error:  # libraries raise anything
             if not self._failing:
                 reason = error if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
-                tell(f"WARNING: {self.name}: {reason}: training goes on without it")
+                report(f"WARNING: {self.name}: {reason}: training goes on without it")
             self._pause = min(2 * self._pause, MAX_RETRY_SECONDS) if self._failing else RETRY_SECONDS
             self._failing, self._retry_at = True, time.monotonic() + self._pause
             return False
         if self._failing:
-            tell(f"{self.name} works again")
+            report(f"{self.name} works again")
         self._failing = False
         return True
 
@@ -164,7 +164,7 @@ class SteadyStream:
             self.failing = True
             if not self._reported:
                 self._reported = True
-                tell(f"WARNING: {self._name}: {error}: training goes on; what cannot be written is dropped")
+                report(f"WARNING: {self._name}: {error}: training goes on; what cannot be written is dropped")
             return False
 
     def __getattr__(self, name: str) -> Any:
@@ -195,7 +195,7 @@ def _silence(stream: TextIO | SteadyStream) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def tell(text: str) -> None:
+def report(text: str) -> None:
     """Print to standard error, or, if that fails, to standard output."""
     for stream in (sys.stderr, sys.stdout):
         with contextlib.suppress(OSError, ValueError, AttributeError):

@@ -22,22 +22,22 @@ from megatron_ext.config import RunConfig
 
 def problems(run: RunConfig, typed: Typed, check_files: bool = True) -> list[str]:
     """The problems of all rules; ``check_files=False`` does not look at this machine's files."""
-    found = _ask(numbers.RULES, run, typed)
-    calculable = not found and not numbers.missing(run)
+    sentences = _apply(numbers.RULES, run, typed)
+    calculable = not sentences and not numbers.missing(run)
     rules = (
         (*model.RULES, *engine.RULES, *layout.RULES, *training.RULES, *amounts.RULES) if calculable else ()
     )
-    found += _ask((*dependencies.RULES, *rules, *files.RULES), run, typed)
+    sentences += _apply((*dependencies.RULES, *rules, *files.RULES), run, typed)
     if check_files:
-        found += _ask(files.RULES_OF_THIS_MACHINE, run, typed)
-    return found
+        sentences += _apply(files.RULES_OF_THIS_MACHINE, run, typed)
+    return sentences
 
 
 def problems_of_model(run: RunConfig) -> list[str]:
     """The problems of the model itself, independent of its use."""
-    found = _ask(numbers.RULES, run, {})
-    return found if found or numbers.missing(run) else _ask(model.RULES_OF_SHAPE, run, {})
+    sentences = _apply(numbers.RULES, run, {})
+    return sentences if sentences or numbers.missing(run) else _apply(model.RULES_OF_SHAPE, run, {})
 
 
-def _ask(rules: tuple[Rule, ...], run: RunConfig, typed: Typed) -> list[str]:
+def _apply(rules: tuple[Rule, ...], run: RunConfig, typed: Typed) -> list[str]:
     return [problem for rule in rules for problem in rule(run, typed)]
