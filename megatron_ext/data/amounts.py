@@ -8,19 +8,19 @@ from megatron_ext.data.views import Chained
 
 
 def epochs(dataset: Chained | BlendedDataset | GPTDataset, samples: int) -> float:
-    """Epochs that ``samples`` of a Megatron-Core dataset are; the largest number in a blend."""
+    """Number of epochs in the first ``samples`` of a dataset; in a blend, the largest of its datasets."""
     if isinstance(dataset, Chained):
-        often = 0.0
+        total = 0.0
         for part in dataset.parts:
-            often += epochs(part, min(samples, len(part)))
+            total += epochs(part, min(samples, len(part)))
             samples = max(0, samples - len(part))
-        return often
+        return total
     if isinstance(dataset, BlendedDataset):
         parts = zip(dataset.datasets, dataset.weights, strict=True)
         whole = sum(dataset.weights)
         return max(epochs(part, samples * weight / whole) for part, weight in parts)
-    drawn = len(dataset.document_index) / len(dataset.indices)
-    return samples * drawn / len(dataset)
+    built = len(dataset.document_index) / len(dataset.indices)  # the index covers this many epochs
+    return samples * built / len(dataset)
 
 
 def without_a_sample(dataset: Chained | BlendedDataset | GPTDataset) -> list[str]:
@@ -29,7 +29,7 @@ def without_a_sample(dataset: Chained | BlendedDataset | GPTDataset) -> list[str
         return without_a_sample(dataset.parts[0])
     if not isinstance(dataset, BlendedDataset):
         return []
-    # Otherwise every dataset has a sample; counting would read the whole order.
+    # Then every dataset has a sample; counting would read the whole order.
     if min(dataset.weights) / sum(dataset.weights) * len(dataset) >= 2:
         return []
     counts = np.bincount(dataset.dataset_index, minlength=len(dataset.datasets))
