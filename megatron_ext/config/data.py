@@ -17,16 +17,16 @@ class DataConfig:
     """One dataset, or a blend 'weight prefix weight prefix ...', divided by --split."""
 
     split: str | None = flag(None, needs=[SPLIT])
-    """Shares of training, validation and test, such as 949,50,1; with --data-path alone '969, 30, 1'."""
+    """Shares of training, validation and test, such as 949,50,1; by default '969, 30, 1' with --data-path."""
 
     train_data_path: list[str] | None = flag(None, **BLEND)
-    """Dataset or blend to train on, in place of --data-path."""
+    """Dataset or blend to train on instead of --data-path."""
 
     valid_data_path: list[str] | None = flag(None, **BLEND)
-    """Dataset or blend to validate on, in place of --data-path."""
+    """Dataset or blend to validate on instead of --data-path."""
 
     test_data_path: list[str] | None = flag(None, **BLEND)
-    """Dataset or blend to test on, in place of --data-path."""
+    """Dataset or blend to test on instead of --data-path."""
 
     data_args_path: str | None = flag(None, metavar="FILE")
     """File with the words of --data-path."""

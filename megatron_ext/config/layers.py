@@ -144,7 +144,7 @@ class InitConfig:
     """Use different random numbers on each data parallel rank; the initial weights stay the same."""
 
     use_cpu_initialization: bool = flag(False, default=None)
-    """Initialize weights on the CPU; no effect here, as they never depend on layout or device."""
+    """Initialize weights on the CPU; their values are independent of layout and device here."""
 
 
 @dataclass(kw_only=True)

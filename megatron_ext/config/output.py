@@ -27,7 +27,7 @@ class CheckpointConfig:
     """Checkpoints, in Megatron's torch_dist format."""
 
     save: str | None = flag(None, metavar="FOLDER")
-    """Where checkpoints are written; needs --save-interval."""
+    """Folder to write checkpoints to; needs --save-interval."""
 
     save_interval: int | None = flag(
         None, "--save-interval", "--persistent-save-interval", minimum=1, needs=[SAVE]
