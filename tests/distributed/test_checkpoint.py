@@ -1,4 +1,4 @@
-"""Resume is exact at the same layout and true at another; a failure anywhere is everyone's."""
+"""Resuming is exact at the same layout and correct at another; a failure is raised on all ranks."""
 
 import os
 import resource
@@ -50,7 +50,7 @@ def resume(folder: str, layout: Layout, flags: tuple = ()) -> list[float]:
 
 
 def resumed_bit_for_bit(folder: str, layout: Layout, flags: tuple, async_save: bool) -> None:
-    """The resumed run is the uninterrupted one: losses, gradient norms, every bit of the state."""
+    """The resumed run equals the uninterrupted one: losses, gradient norms, every bit of the state."""
     run = Run(arguments(layout, *flags)).train(2)
     pending = save_checkpoint(folder, 2, run_state=run.run_state, **run.parts, async_save=async_save)
     run.train(2)
@@ -83,7 +83,7 @@ def test_same_layout_is_bit_identical(pool, tmp_path, layout, flags, async_save)
 
 
 class SlowBuffers(dict):
-    """Memory for copies that is slow to be had: each copy takes a while to begin."""
+    """Buffers that are slow to allocate: each copy starts late."""
 
     def get(self, *key):
         time.sleep(0.03)
@@ -115,7 +115,7 @@ def contents_of_saves(folder: str, layout: Layout, flags: tuple) -> tuple[bool, 
 
 @pytest.mark.parametrize("flags", [(), (DISTRIBUTED,), ("--bf16",)], ids=str)
 def test_a_background_save_is_of_the_moment_it_was_asked_for(pool, tmp_path, flags):
-    """Training goes on while tensors are copied; every file equals that of a save in the way, bit for bit."""
+    """Training goes on while tensors are copied; every file equals that of a synchronous save bit for bit."""
     layout = Layout(dp=2)
     found = pool.run(layout, contents_of_saves, str(tmp_path), layout, flags, timeout=TIMEOUT)
     assert [waiting for waiting, _ in found] == [True, True]
@@ -155,7 +155,7 @@ def parameter_names(layout: Layout) -> list[str]:
 
 
 def test_every_parameter_and_its_moments_are_in_the_checkpoint(pool, saved):
-    """A parameter that no sharded_state_dict mentions is left out without a word (MLP of core 0.16.1)."""
+    """A parameter that no sharded_state_dict mentions is silently omitted (MLP of core 0.16.1)."""
     keys = set(load_metadata(checkpoint_dir(saved[0], 2)).state_dict_metadata)
     renamed = {
         "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
@@ -227,7 +227,7 @@ def load_one(folder: str, layout: Layout, *flags: str) -> int:
 
 
 def damage_is_seen_by_all(folder: str) -> int:
-    """Rank 0 alone may check the file that was altered; all ranks must fall back together."""
+    """Possibly only rank 0 checks the altered file; all ranks must fall back together."""
     return load_one(folder, Layout(dp=2))
 
 

@@ -21,7 +21,7 @@ MICROBATCHES, SAMPLES = 4, 2
 
 
 def microbatches(seed: int):
-    """This data parallel rank's share of four microbatches that do not depend on the layout."""
+    """This data parallel rank's part of four microbatches that are independent of the layout."""
     rank = parallel_state.get_data_parallel_rank()
     for index in range(rank, MICROBATCHES, parallel_state.get_data_parallel_world_size()):
         ids = tokens(SAMPLES, seed + index, SEQUENCE + 1)
@@ -66,7 +66,7 @@ def gradients(
 
 
 def _gather_reduced_shards(model) -> None:
-    """Make every rank's gradients whole: after the reduction each holds one share of a bucket."""
+    """Gather every rank's gradients: after the reduction each rank holds one shard of a bucket."""
     group, rank = parallel_state.get_data_parallel_group(), parallel_state.get_data_parallel_rank()
     buckets = [bucket for chunk in model for buffer in chunk.buffers for bucket in buffer.buckets]
     for bucket in buckets:
@@ -96,7 +96,7 @@ def _gradient_shards(model) -> list[tuple[str, tuple, torch.Tensor]]:
 
 
 def assemble(ranks: list, reference: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Full gradients from the shards of all ranks; replicas have to agree."""
+    """Full gradients from the shards of all ranks; replicas must be equal."""
     full = {name: torch.full_like(value, float("nan")) for name, value in reference.items()}
     for _, found, _ in ranks:
         for name, offset, value in found:

@@ -1,4 +1,4 @@
-"""Initial values of parameters that Transformer Engine keeps in FP8, as the optimizer takes them over."""
+"""Initial values of parameters that Transformer Engine keeps in FP8, as the optimizer copies them."""
 
 import torch
 
@@ -8,7 +8,7 @@ from tests.helpers.parallel import Layout
 
 
 def kept_values() -> list[tuple[str, bool, bool, bool]]:
-    """Of each drawn parameter: its name, and whether what is kept is flat, alone in its memory, and right."""
+    """For each random parameter: its name, and whether its copy is flat, contiguous and correct."""
     config = small_config()
     (model,) = small_model(config)
     for parameter in model.parameters():

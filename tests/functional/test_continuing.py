@@ -1,4 +1,4 @@
-"""What may change when a run goes on: each change works as it is meant, or is refused with the ways out."""
+"""Changes of a resumed run: each one works as intended, or is refused with the flags to resolve it."""
 
 import json
 
@@ -66,7 +66,7 @@ def test_the_same_data_elsewhere_goes_on(pool, begun, data, tmp_path):
 
 
 def test_another_training_set_that_is_meant_is_read_from_its_beginning(pool, begun, data, tmp_path):
-    """And a restart of that run, from a checkpoint made since, is the uninterrupted one."""
+    """A restart of that run, from a later checkpoint, equals the uninterrupted run."""
     other = corpora.make_dataset(tmp_path / "other", LENGTHS, seed=3)
     save = dict(save=tmp_path / "second", save_interval=1)
     values = begun | dict(data_path=other, override_training_set=True)
@@ -81,7 +81,7 @@ def test_another_training_set_that_is_meant_is_read_from_its_beginning(pool, beg
 
 
 def read_samples(argv: list[str], losses_file: str) -> None:
-    """A run that writes down which samples it reads, by the tokens they begin with."""
+    """A run that records which samples it reads, by their first tokens."""
     import pretrain_pangu_pro
     from megatron_ext.training import step
 
@@ -106,7 +106,7 @@ def samples_of(pool, values: dict, tmp_path) -> list[tuple]:
 
 @pytest.mark.parametrize("kind", ["one dataset", "weighted blend", "blend"])
 def test_a_longer_run_keeps_the_order_and_repeats_nothing_within_an_epoch(pool, data, tmp_path, kind):
-    """Upstream shuffles all epochs together, so that the next epoch changes what comes before it."""
+    """Upstream shuffles all epochs together, so that another epoch changes the earlier ones."""
     other = corpora.make_dataset(tmp_path / "other", LENGTHS, seed=3)
     words = {"one dataset": [data["data_path"]], "blend": [data["data_path"], other]}
     words["weighted blend"] = ["1", data["data_path"], "1", other]
@@ -178,7 +178,7 @@ def test_samples_for_iterations_is_no_other_schedule(pool, begun):
 
 @pytest.mark.parametrize("batch", [2, 8, 6])
 def test_another_batch_in_iterations(pool, begun, batch):
-    """The schedule goes on where the run is, and the samples where they were."""
+    """The schedule continues at the run's iteration, and the samples at their position."""
     plain = pretrain(pool, 1, flags(**begun))
     changed = pretrain(pool, 1, flags(**begun | dict(global_batch_size=batch)))
     assert rates(changed) == pytest.approx(rates(plain), rel=1e-9)
@@ -194,7 +194,7 @@ def test_another_optimizer_is_refused(pool, begun):
 
 
 def test_another_batch_twice(pool, begun, tmp_path):
-    """Each time from the position of the checkpoint that was written with the batch before."""
+    """Each time from the position in a checkpoint that was written with the previous batch size."""
     save = dict(save=tmp_path / "run", save_interval=1, global_batch_size=2)
     pretrain(pool, 1, flags(**begun | save | dict(exit_interval=4)))
     third = pretrain(pool, 1, flags(**begun | dict(global_batch_size=8)))
@@ -203,7 +203,7 @@ def test_another_batch_twice(pool, begun, tmp_path):
 
 @pytest.mark.parametrize("batch", [2, 8, 12])
 def test_another_batch_in_samples(pool, data, tmp_path, batch):
-    """All samples are trained on, at the rates that belong to them."""
+    """All samples are trained on, with their learning rates."""
     values = data | dict(train_iters=None, train_samples=36)
     pretrain(pool, 1, flags(**values | dict(save=tmp_path / "run", save_interval=3, exit_interval=3)))
     resumed = pretrain(pool, 1, flags(**values | dict(load=tmp_path / "run", global_batch_size=batch)))
@@ -221,7 +221,7 @@ def test_a_ramp_up_that_is_added(pool, data, tmp_path):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_more_and_fewer_ranks(pool, data, tmp_path, ranks):
-    """With --global-batch-size nothing changes; without, the batch is the ranks', and the schedule holds."""
+    """With --global-batch-size nothing changes; without it the batch follows the ranks."""
     values = data | dict(micro_batch_size=2)
     run = dict(save=tmp_path / "run", save_interval=3)
     pretrain(pool, 3 - ranks, flags(**values | run | dict(exit_interval=3)))
@@ -234,7 +234,7 @@ def test_more_and_fewer_ranks(pool, data, tmp_path, ranks):
 
 
 def test_batches_rounded_down_are_counted_as_they_are(pool, data, tmp_path):
-    """--decrease-batch-size-if-needed: a resumed run reads on where it stopped, and the rate comes down."""
+    """--decrease-batch-size-if-needed: a resumed run reads on where it stopped; the rate decays fully."""
     values = data | dict(global_batch_size=5, decrease_batch_size_if_needed=True, save_interval=3)
     whole = pretrain(pool, 1, flags(**values | dict(save=tmp_path / "run")))
     assert [s["consumed_samples"] for s in steps(whole)] == [4, 8, 12, 16, 20, 24]
@@ -253,7 +253,7 @@ def test_evaluating_alone_compares_neither_schedule_nor_training_set(pool, begun
 
 
 def test_checkpoints_without_a_description(pool, begun, tmp_path):
-    """As of Megatron-LM: what its arguments say is compared."""
+    """As a checkpoint of Megatron-LM: its arguments are compared."""
     common = tmp_path / "run" / "iter_0000003" / "common.pt"
     content = torch.load(common, weights_only=False)
     del content["pangu_pro"]

@@ -80,7 +80,7 @@ def _greedy(folder: str) -> list[int]:
 
 
 def test_megatron_lms_model_continues_text(pool, golden):
-    """Its arguments lack ours, and hold objects of Megatron-Core's where ours are plain."""
+    """Its arguments lack ours, and contain objects of Megatron-Core where ours are plain values."""
     _, argv = golden
     alone, (first, second) = pool.run(1, _greedy, str(argv[-1])), pool.run(2, _greedy, str(argv[-1]))
     assert len(alone[0]) == 4 and alone[0] == first == second

@@ -1,4 +1,4 @@
-"""A model of another maker's, imported by the tool, trains on and writes what transformers writes."""
+"""A third-party model, imported by the tool, continues training and generates what transformers does."""
 
 import contextlib
 import importlib
@@ -84,7 +84,7 @@ def test_trains_on_from_their_loss(pool, tmp_path, rows):
 
 
 def written(load: str, prompts: list[str]) -> list[dict]:
-    """What tools/generate_text.py writes, the most likely token each time."""
+    """The output of tools/generate_text.py, with the most likely token each time."""
     tool = importlib.import_module("tools.generate_text")
     argv = ["--load", load, "--temperature", "0", "--max-new-tokens", "16", "--json"]
     argv += [word for prompt in prompts for word in ("--prompt", prompt)]

@@ -30,7 +30,7 @@ RUNS = {
 
 
 def run_with_late_copies(argv: list[str]) -> None:
-    """The program; the copies of a background save begin when the next iteration has long begun."""
+    """Run the program with background saves whose copies start late, during the next iteration."""
     original = writer.snapshot
 
     def late(*args):
@@ -63,7 +63,7 @@ def run(pool, tmp_path, request):
 
 
 def tensors(folder, iteration: int) -> dict[str, torch.Tensor]:
-    """Everything sharded that a checkpoint holds."""
+    """The sharded part of a checkpoint."""
     path = checkpoint_dir(folder, iteration)
     found = {
         key: torch.empty(value.size, dtype=value.properties.dtype)

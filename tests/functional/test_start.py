@@ -1,4 +1,4 @@
-"""How a run starts: from nothing, from what it is told, or not at all; and what going back does."""
+"""How a run starts: from initial weights, from the given checkpoint, or not at all; and setting back."""
 
 import shutil
 from pathlib import Path
@@ -22,7 +22,7 @@ def saved(pool, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def own(saved, tmp_path) -> Path:
-    """A copy of it, for a run that goes on there."""
+    """A copy of it, for a run that resumes there."""
     return shutil.copytree(saved, tmp_path / "run")
 
 
@@ -31,7 +31,7 @@ def argv(**changes) -> list[str]:
 
 
 def refused(pool, processes: int, argv: list[str]) -> str:
-    """What every rank says of a start that it refuses."""
+    """The error of every rank for a refused start."""
     with pytest.raises(WorkerError) as failed:
         pool.run(processes, fused_run, argv, None, grace=20)
     text = str(failed.value)
@@ -45,7 +45,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def test_no_start_replaces_checkpoints_unasked(pool, own, tmp_path):
-    """From initial weights, another folder's checkpoint, or weights alone, each of which begins below."""
+    """From initial weights, another folder's checkpoint, or only weights, all at an earlier iteration."""
     before = content(own)
     starts = [
         dict(save=own),
@@ -81,7 +81,7 @@ def test_what_is_there_and_cannot_be_used_is_an_error_of_every_rank(pool, own, t
 
 
 def test_a_first_start_that_was_killed_starts_again(pool, tmp_path):
-    """Before its first save, with its logs and metrics beside its checkpoints; as a job that is requeued."""
+    """Before its first save, with logs and metrics in the same folder, like a requeued job."""
     folder = tmp_path / "run"
     start = argv(
         save=folder, load=folder, train_iters=4, metrics_file=folder / "metrics.jsonl",
@@ -93,7 +93,7 @@ def test_a_first_start_that_was_killed_starts_again(pool, tmp_path):
 
 
 def test_going_back_changes_nothing_until_something_is_saved(pool, own, tmp_path):
-    """Killed before its first save, and started without --ckpt-step: it goes on from where it was."""
+    """Killed before its first save and restarted without --ckpt-step, it resumes where it was."""
     before, metrics = content(own), tmp_path / "metrics.jsonl"
     back = argv(load=own, save=own, ckpt_step=2, metrics_file=metrics)
     assert killed(pool, 1, back, Fuse(0, "a training step", 2)) is not None
@@ -114,7 +114,7 @@ def test_going_back_removes_no_newer_checkpoint(pool, own):
 
 
 def test_what_a_run_went_back_behind_is_no_part_of_it(pool, own, tmp_path):
-    """It goes back to 2, saves 3 and 5 of its own; 4 and 6 are not counted, not removed, and not used."""
+    """Set back to 2, it saves its own 3 and 5; 4 and 6 are not counted, not removed, and not used."""
     metrics = tmp_path / "metrics.jsonl"
     start = dict(load=own, save=own, keep_latest_k=2, metrics_file=metrics)
     pool.run(1, fused_run, argv(**start, ckpt_step=2, exit_interval=3), None)

@@ -62,7 +62,7 @@ class Hosts:
             ip("-n", name, "link", "set", cable, "up")
 
     def cut(self) -> None:
-        """Unplug the second host: the first still has its address and its routes, and hears nothing."""
+        """Unplug the second host: the first keeps its address and routes, and receives nothing."""
         ip("-n", self.names[1], "link", "set", self.cables[1], "down")
 
     def sent(self) -> int:
@@ -94,7 +94,7 @@ class Hosts:
         return runs
 
     def close(self) -> None:
-        """Nobody is left: a host that is cut off waits for the others long after its launcher is gone."""
+        """Leave no process: a disconnected host waits for the others long after its launcher ended."""
         for name in self.names:
             pids = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True).stdout
             for pid in pids.split():
@@ -137,7 +137,7 @@ def records(path: Path) -> list[dict]:
 
 @pytest.mark.slow
 def test_two_hosts_are_one_until_the_cable_is_cut(hosts, pool, tmp_path):
-    """Losses equal one host's bit for bit; what crosses the cable is what docs/scaling.md says."""
+    """Losses equal those of one host bit for bit; the traffic is as predicted in docs/scaling.md."""
     metrics, checkpoints = tmp_path / "metrics.jsonl", tmp_path / "checkpoints"
     argv = flags(
         **LONG, lr_decay_iters=100, metrics_file=metrics, save=checkpoints,

@@ -1,1 +1,1 @@
-"""What the tests share: the worker pool and the set-up of Megatron-Core's global state."""
+"""Shared by the tests: the worker pool and the set-up of Megatron-Core's global state."""

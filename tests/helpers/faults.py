@@ -47,7 +47,7 @@ class Fuse:
     begins: str = "set-up"
 
     def arm(self) -> None:
-        """Light it in this process."""
+        """Arm it in this process."""
         seen = 0
 
         def event() -> None:
@@ -82,7 +82,7 @@ class Fuse:
             self._follow("start", self.where, event)
 
     def _follow(self, method: str, phase: str, event: Callable[[], None]) -> None:
-        """Let ``event`` happen after each call of a method of the watchdog's in the phase."""
+        """Trigger ``event`` after each call of a method of the watchdog in the phase."""
         original = getattr(Watchdog, method)
 
         def followed(dog: Watchdog, *args) -> None:
@@ -108,7 +108,7 @@ _restore: list = []
 
 
 def fused_run(argv: list[str], fuse: Fuse | None, log: str | None = None) -> float:
-    """The program with a fuse lit on one rank; seconds it took. ``log`` and the rank: where its errors go."""
+    """Run the program with a fuse on one rank; returns the seconds. Errors go to ``log`` and the rank."""
     started = time.monotonic()
     # As in a real run: connected at the start, so that a rank that dies is missed at once.
     os.environ["TORCH_GLOO_LAZY_INIT"] = "0"
@@ -128,7 +128,7 @@ def fused_run(argv: list[str], fuse: Fuse | None, log: str | None = None) -> flo
 
 
 def killed(pool: Pool, processes: int, argv: list, fuse: Fuse, ends_within: float = 60.0) -> list[int] | None:
-    """Run until the fuse kills its rank; None if the run came to its end before.
+    """Run until the fuse kills its rank; None if the run finished before.
 
     Every other rank has to end by itself, with the message that a process has gone: as an error, or,
     out of a call that waits for ever, from its watchdog. Returns the ranks that had done all that they
@@ -153,7 +153,7 @@ def killed(pool: Pool, processes: int, argv: list, fuse: Fuse, ends_within: floa
 
 
 def newest_whole(folder: Path) -> int | None:
-    """The iteration that a run would continue from; fails if that checkpoint is not whole."""
+    """The iteration that a run would resume from; fails if that checkpoint is damaged."""
     newest = latest_iteration(folder)
     if newest is not None:
         assert damage(checkpoint_dir(folder, newest)) is None
@@ -161,7 +161,7 @@ def newest_whole(folder: Path) -> int | None:
 
 
 def steps_in(path: Path) -> list[dict]:
-    """The iterations in a metrics file; a killed process may have left one line half written."""
+    """The iterations in a metrics file; a killed process may have left one incomplete line."""
     records = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -172,7 +172,7 @@ def steps_in(path: Path) -> list[dict]:
 
 
 def facts(step: dict) -> tuple:
-    """What has to be the same, bit for bit, however often an iteration is run."""
+    """The values that must be equal bit for bit whenever an iteration is run."""
     return step["lm_loss"], step["grad_norm"], step["learning_rate"], step["consumed_samples"]
 
 

@@ -71,7 +71,7 @@ class _Job:
 
 
 class Pool:
-    """The face of the pool in the pytest process."""
+    """The client of the pool, in the pytest process."""
 
     def __init__(self) -> None:
         for module in PRELOAD:
@@ -229,7 +229,7 @@ class _Server:
 
 
 def _run_to_exit(body: Callable[[], None]) -> NoReturn:
-    """Run a forked process and leave without pytest's clean-up, which belongs to the parent."""
+    """Run a forked process and exit without pytest's clean-up, which is the parent's."""
     # Ctrl-C reaches the whole group: pytest handles it, and its end closes the connection.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     code = 1
@@ -245,7 +245,7 @@ def _run_to_exit(body: Callable[[], None]) -> NoReturn:
 
 
 def _work(connection: Connection, stack_file: Any) -> None:
-    """A worker's life: take a job, run it, reply with (failure, result)."""
+    """The loop of a worker: receive a job, run it, reply with (failure, result)."""
     import torch
 
     torch.set_num_threads(1)
@@ -280,7 +280,7 @@ def _attempt(rank: int, pickled_job: bytes) -> tuple[str, bytes]:
 
 
 def _clean_up(environment: dict[str, str], folder: str) -> None:
-    """Leave the process as it was before the job."""
+    """Restore the state of the process before the job."""
     parallel.destroy()
     gc.collect()
     os.environ.clear()

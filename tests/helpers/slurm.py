@@ -47,7 +47,7 @@ def missing() -> str | None:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now."""
+    """Currently unused ports."""
     sockets = [socket.socket() for _ in range(count)]
     for sock in sockets:
         sock.bind(("127.0.0.1", 0))
@@ -94,7 +94,7 @@ class Cluster:
             time.sleep(0.1)
 
     def run(self, *command: str, check: bool = True, **environment: str) -> str:
-        """Call a command of SLURM's; its output, without the configuration's first moments of failing."""
+        """Call a command of SLURM, retrying while the configuration is not ready; returns its output."""
         done = subprocess.run(
             command, env=self.environment | environment, capture_output=True, text=True, timeout=120
         )

@@ -14,7 +14,7 @@ def _pretrain(argv: list[str]) -> None:
 
 
 def pretrain(pool: Pool, processes: int, argv: list, timeout: float = 240.0) -> list[dict]:
-    """Run ``pretrain_pangu_pro.py`` on so many processes; the records of its metrics file."""
+    """Run ``pretrain_pangu_pro.py`` on several processes; returns the records of its metrics file."""
     with tempfile.TemporaryDirectory() as folder:
         metrics = Path(folder, "metrics.jsonl")
         pool.run(processes, _pretrain, [*map(str, argv), "--metrics-file", str(metrics)], timeout=timeout)

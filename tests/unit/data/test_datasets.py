@@ -156,7 +156,7 @@ def test_damaged_datasets(tmp_path, damage, message):
 
 
 def test_an_altered_bound_in_a_long_index_is_seen(tmp_path, monkeypatch):
-    """Of a long .bin pieces are compared, of its index every byte: offsets can be sound and wrong."""
+    """Pieces of a long .bin and all of its index are compared: offsets can be valid and wrong."""
     monkeypatch.setattr(files, "PIECES", 2)
     monkeypatch.setattr(files, "PIECE_BYTES", 64)
     lengths = np.ones(1000, np.int32)
@@ -199,7 +199,7 @@ def test_wrong_blends(words):
 
 
 def test_a_half_written_cache_is_built_again(two, tmp_path):
-    """Files cut off, as a killed stock Megatron leaves them, are no cache."""
+    """Truncated files, as a killed stock Megatron leaves them, are not used as a cache."""
     run = arguments(data_path=two[:1], data_cache_path=str(tmp_path / "cache"))
     expected = tokens(build(run)[0])
     for path in (tmp_path / "cache").glob("*.npy"):
@@ -212,7 +212,7 @@ def test_a_half_written_cache_is_built_again(two, tmp_path):
 
 @pytest.mark.parametrize("words", [1, 2], ids=["one", "blend"])
 def test_an_altered_index_is_named_and_built_again(single_process, two, tmp_path, caplog, words):
-    """A flipped bit anywhere in a file that is used, found by its checksum."""
+    """A flipped bit anywhere in a used file is detected by its checksum."""
     cache = tmp_path / "cache"
     run = arguments(data_path=two[:words], data_cache_path=str(cache))
     expected = [tokens(dataset) for dataset in build(run)]
@@ -263,7 +263,7 @@ def job(cache: Path, seconds: float) -> None:
 
 
 def test_two_jobs_begin_at_once_on_a_new_cache(tmp_path):
-    """What one has in hand for a moment is not taken for a file of the cache by the other."""
+    """A temporary file of one job is not treated as a file of the cache by another."""
     rng, context = random.Random(0), multiprocessing.get_context("fork")
     for number in range(15):
         cache = tmp_path / str(number)
@@ -283,7 +283,7 @@ def test_what_others_are_writing_is_no_file_of_the_cache(tmp_path):
 
 
 def test_a_build_folder_is_removed_when_its_process_is_dead(tmp_path):
-    """Whatever the dates say: a clock may be wrong, a build may take days."""
+    """Independent of modification times: a clock may be wrong, a build may take days."""
     old = tmp_path / ".building-old"
     old.mkdir()
     code = (

@@ -1,4 +1,4 @@
-"""tools/make_demo_corpus.py: deterministic, clean, without doubles."""
+"""tools/make_demo_corpus.py: deterministic, clean, without duplicates."""
 
 import gzip
 import json

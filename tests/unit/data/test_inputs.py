@@ -202,7 +202,7 @@ def test_output_in_the_input_folder_is_no_input(model, tmp_path):
 
 
 def test_a_file_that_is_named_twice(tmp_path):
-    """By a folder and by its name, by two globs, by a link: its documents would come twice."""
+    """Given by folder and by name, by two globs, or by a link: its documents would be read twice."""
     (tmp_path / "in").mkdir()
     for name in ("in/a.jsonl", "in/b.jsonl"):
         corpora.write_jsonl(tmp_path / name, corpora.documents(3))
@@ -220,7 +220,7 @@ def test_a_file_that_is_named_twice(tmp_path):
 
 
 def change(how: str, path: Path) -> None:
-    """What happens to an input while it is read."""
+    """A change of an input while it is read."""
     state, data = path.stat(), path.read_bytes()
     if how == "removed":
         path.unlink()
@@ -282,7 +282,7 @@ def test_an_input_that_changes_makes_no_dataset(model, tmp_path, monkeypatch, na
 
 
 def test_parts_of_other_content_with_the_same_date_are_not_taken(model, tmp_path, monkeypatch):
-    """A run that was killed, an input rewritten and dated back: its parts say the same of size and time."""
+    """A killed run whose input was rewritten and dated back: size and time are unchanged."""
     source = corpora.write_jsonl(tmp_path / "in.jsonl", corpora.documents(120))
     with monkeypatch.context() as patched:
         patched.setattr(running._Run, "_assemble", lambda *_: 1 / 0)
@@ -385,7 +385,7 @@ def test_a_dataset_that_changes_is_not_joined_or_translated(there, monkeypatch, 
 
 
 def test_a_flipped_bit_is_not_merged(model, tmp_path, monkeypatch):
-    """Also of a .bin of which the start of training compares only pieces."""
+    """Also for a .bin of which training compares only pieces at its start."""
     source = corpora.write_jsonl(tmp_path / "in.jsonl", corpora.documents(120))
     running.preprocess(options(source, model), quiet=True)
     path = tmp_path / "out_text_document.bin"

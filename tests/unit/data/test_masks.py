@@ -1,4 +1,4 @@
-"""What of a sample counts is decided by that sample alone, whatever was read before it and by whom."""
+"""A sample's loss mask depends only on that sample, not on earlier reads or on the process."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Datasets too small for what is asked of them: said in numbers, with a way out that works."""
+"""Datasets that are too small: the error has numbers, and advice that works."""
 
 import re
 

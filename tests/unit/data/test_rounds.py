@@ -1,4 +1,4 @@
-"""Drawing a round: exact probabilities, no index twice, what is refused; and the order of a round."""
+"""Sampling a round: exact probabilities, no index twice, errors; and the order of a round."""
 
 import itertools
 import json
@@ -79,7 +79,7 @@ def test_first_draw_is_softmax():
 
 
 def test_chunks_hide_nothing(monkeypatch):
-    """Over many chunks: the very groups with the largest keys, each once, and the expected number of them."""
+    """Over many chunks: exactly the groups with the largest keys, each once, in the expected number."""
     monkeypatch.setattr(drawing, "CHUNK", 1000)
     scores = np.random.default_rng(0).normal(3, 1, 25_500)
     keys = [drawing.gumbel_keys(scores[i : i + 1000], (5,), i // 1000) for i in range(0, len(scores), 1000)]
@@ -271,7 +271,7 @@ def test_permutation_is_one(size):
 
 
 def test_permutation_is_even():
-    """A place goes everywhere equally often; neighbours do not stay neighbours."""
+    """Every position is equally likely; neighbours do not stay neighbours."""
     counts = Counter(Permutation(256, (seed,))(17) for seed in range(8192))
     assert chi_square(counts, {place: 32.0 for place in range(256)}) < CRITICAL[255]
     order = np.array(list(Permutation(10_000, (1, 2))))
@@ -323,7 +323,7 @@ def test_index_without_its_manifest_is_refused(tmp_path):
 
 
 def flip(path, place: int, bit: int) -> None:
-    """One bit of the number at ``place`` of an .npy file."""
+    """Flip one bit of the number at ``place`` of an .npy file."""
     numbers = np.load(path)
     numbers.view(f"u{numbers.itemsize}")[place] ^= 1 << bit
     np.save(path, numbers)
@@ -331,7 +331,7 @@ def flip(path, place: int, bit: int) -> None:
 
 @pytest.mark.parametrize("bit", [0, 1, 40, 63])
 def test_a_flipped_bit_in_an_index_is_seen(tmp_path, bit):
-    """Also one that leaves the order and the ends as they are: it would train on another sample."""
+    """Also a bit that preserves the order and the ends: it would train on another sample."""
     np.save(tmp_path / "plain.npy", np.ones(4000, np.float32))
     build_round(tmp_path / "plain.npy", RoundOptions(rate=0.01), tmp_path / "round")
     read_round(tmp_path / "round")
@@ -364,7 +364,7 @@ def test_a_flipped_bit_in_a_recording_is_seen(tmp_path, name):
 
 
 def test_a_recording_that_is_written_to_again_is_sealed_again(tmp_path):
-    """The second epoch of a round: killed between two marks, the recording is not refused."""
+    """The second epoch of a round: a recording that was killed between two marks is not refused."""
     path = recording(tmp_path)
     same = {"kind": "frozen", "samples": 100, "dataset": IDENTITY, "model": MODEL}
     record = LossRecord(path, open_record(path, same, None))
@@ -379,7 +379,7 @@ def test_a_recording_that_is_written_to_again_is_sealed_again(tmp_path):
 
 
 def test_forgetting_curve(tmp_path, capsys):
-    """Means over stretches, weighted by tokens; what is not finite is passed over."""
+    """Means over intervals, weighted by tokens; values that are not finite are ignored."""
     losses = np.linspace(5, 3, 100)
     losses[99] = np.nan
     found = forgetting.curve(read_losses(recording(tmp_path, losses=losses)), 10)

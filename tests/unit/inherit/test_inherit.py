@@ -160,7 +160,7 @@ def test_what_is_refused(folder, tmp_path, capsys, flags, says):
 
 
 def test_a_preset_says_sizes_and_modules_alone():
-    """Rotary base and scaling stay the source's, whose weights are of no use with others."""
+    """Rotary base and scaling stay the source's, because its weights depend on them."""
     values = {"rotary_base": 500000, "use_rope_scaling": True, "rope_scaling_factor": 32.0}
     values |= {"layernorm_epsilon": 1e-6, "max_position_embeddings": 4096, "padded_vocab_size": 512}
     values |= {"num_layers": 12, "hidden_size": 256, "ffn_hidden_size": 512, "kv_channels": 32}
@@ -213,7 +213,7 @@ LEARNED = "--width-criterion learned --depth-policy learned --mask-steps 6 --mas
 
 
 def test_ranks_share_the_text(folder, tmp_path, pool):
-    """Taylor and learned masks on two ranks choose what one rank chooses; its losses come out the same."""
+    """Taylor and learned masks on two ranks select the same as on one rank, with the same losses."""
     reports = []
     for ranks in (1, 2):
         save = tmp_path / str(ranks)
@@ -231,7 +231,7 @@ def test_ranks_share_the_text(folder, tmp_path, pool):
 
 
 def test_masks_resume_from_their_state(folder, tmp_path, pool):
-    """Stopped after its steps and asked again, nothing is trained; another training's state is refused."""
+    """Run again after all steps, nothing is trained; the state of another training is refused."""
     state = ["--mask-state", str(tmp_path / "state")]
     pool.run(1, calibrated, str(folder), str(tmp_path / "a"), LEARNED + state, timeout=200)
     pool.run(1, calibrated, str(folder), str(tmp_path / "b"), LEARNED + state, timeout=200)

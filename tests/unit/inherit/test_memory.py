@@ -1,4 +1,4 @@
-"""A source of 7B shape is cut within a small machine's memory; only with LONG_TESTS=1 (make test-long).
+"""A source of 7B shape is sliced in a small machine's memory; only with LONG_TESTS=1 (make test-long).
 
 INHERIT_LAYERS sets its number of layers (2): a layer is 0.4 GB on disk, the rest 0.5 GB.
 """
@@ -40,7 +40,7 @@ def base(tmp_path_factory):
 
 
 def peak(base, save, *flags: str) -> float:
-    """GiB that the tool held at most, in a process of its own, pages of the mapped source among them."""
+    """Peak memory of the tool in GiB, in a separate process, including pages of the mapped source."""
     command = [sys.executable, REPOSITORY / "tools" / "inherit_checkpoint.py", "--load", base / "source"]
     command += ["--save", save, "--target-num-layers", str(max(1, LAYERS // 2)), *TARGET, *flags, "--json"]
     done = subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE, text=True)
@@ -54,7 +54,7 @@ def test_magnitudes_hold_a_tensor_at_a_time(base, tmp_path):
 
 
 def test_text_is_read_with_one_copy_in_bf16(base, tmp_path):
-    """The source once, two bytes a parameter, and what does not grow with its layers."""
+    """The source once, at two bytes per parameter, plus memory that does not grow with its layers."""
     text = ["--data-path", str(base / "text"), "--data-cache-path", str(tmp_path / "cache"), *CALIBRATION]
     most = peak(base, tmp_path / "out", "--width-criterion", "taylor", "--depth-policy", "importance", *text)
     assert most < 2 * llama_7b(LAYERS).num_parameters / GIB + 3.5

@@ -1,4 +1,4 @@
-"""What tools/inherit_checkpoint.py refuses: exit code 1, a reason that names the input, nothing left."""
+"""Errors of tools/inherit_checkpoint.py: exit code 1, a reason that names the input, nothing left behind."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ def whole(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def folder(whole, tmp_path) -> Path:
-    """A copy, to be broken."""
+    """A copy, to be damaged."""
     return shutil.copytree(whole, tmp_path / "in")
 
 
@@ -46,14 +46,14 @@ def truncate(folder: Path) -> None:
 
 
 def header_of(file: Path) -> tuple[dict, bytes]:
-    """The header and the data behind it."""
+    """The header and the data after it."""
     content = file.read_bytes()
     (length,) = struct.unpack("<Q", content[:8])
     return json.loads(content[8 : 8 + length]), content[8 + length :]
 
 
 def change_header(folder: Path, **changes) -> None:
-    """Say something else of the tensor NORM than what lies in the file."""
+    """Describe the tensor NORM differently from the content of the file."""
     header, data = header_of(weights(folder))
     header[NORM] |= changes
     text = json.dumps(header).encode()
@@ -101,7 +101,7 @@ def call_it_gpt2(folder: Path) -> None:
 
 
 def pickle_of(folder: Path, content: object) -> None:
-    """The weights as pytorch_model.bin alone."""
+    """The weights only as pytorch_model.bin."""
     weights(folder).unlink()
     torch.save(content, folder / "llama" / "pytorch_model.bin")
 

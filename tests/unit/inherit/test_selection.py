@@ -1,4 +1,4 @@
-"""Which layers, channels and rows: functions from arrays to indices."""
+"""Selection of layers, channels and rows: functions from arrays to indices."""
 
 import random
 
@@ -117,7 +117,7 @@ def test_pieces_are_matched_by_bytes_name_and_role():
 
 
 def test_tokenizers_are_matched(tmp_path):
-    """To a smaller model every piece is there; back, pieces start from those of their text."""
+    """For a smaller vocabulary every piece exists; for a larger one pieces start from those of their text."""
     tokenizers = []
     for size in (900, 500):
         path = tmp_path / f"{size}.model"
@@ -159,7 +159,7 @@ def families(tmp_path_factory) -> tuple[SentencePieceTokenizer, HuggingFaceToken
 
 @pytest.mark.parametrize("down", [True, False])
 def test_families_of_tokenizers_are_matched_by_bytes(families, down):
-    """Every piece starts from pieces of exactly its bytes, of one piece where the source has one."""
+    """Every piece starts from pieces with exactly its bytes, from a single piece if the source has it."""
     target, source = families if down else families[::-1]
     rows, texts, theirs = match_tokenizers(target, source), target.token_texts(), source.token_texts()
     for i, text in enumerate(texts):

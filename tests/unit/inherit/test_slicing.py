@@ -77,7 +77,7 @@ def test_masks_leave_the_model_as_it_was():
 
 @pytest.mark.parametrize("order, shortcuts", [(0, 0), (1, 0), (2, 1), (0, 1)])
 def test_new_pi_modules_start_as_the_identity(order, shortcuts):
-    """What the target has more of than the source changes no logit: the padded model equals the source."""
+    """Units that the target has in addition change no logit: the extended model equals the source."""
     source = toy.config(series_activation_order=order, augmented_shortcuts=shortcuts)
     target = toy.config(series_activation_order=3, augmented_shortcuts=2)
     full, bigger = toy.model(source), toy.model(target)

@@ -39,7 +39,7 @@ def test_series_activation_is_the_formula(single_process):
 
 
 def test_series_activation_is_divided_without_metadata(single_process):
-    """Megatron-Core leaves the metadata out where the caller has none."""
+    """Megatron-Core omits the metadata if the caller has none."""
     module = SeriesActivation(small_config(series_activation_order=2), tp_group())
     assert set(module.sharded_state_dict("activation.")) == {"activation.scale", "activation.bias"}
 

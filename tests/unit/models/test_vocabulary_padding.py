@@ -1,4 +1,4 @@
-"""A model's loss and gradients are what they are without the rows that stand for no token."""
+"""A model's loss and gradients do not depend on the vocabulary's padding rows."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ TOKENS = 200
 def outcome(
     rows: int, tied: bool, softmax: int | None = TOKENS
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Losses [b, s] and every gradient of a model whose vocabulary has so many rows."""
+    """Losses [b, s] and all gradients of a model with this number of vocabulary rows."""
     run = model_arguments(tied)
     run = run.but(padded_vocab_size=rows, softmax_vocab_size=softmax)
     [model] = build_model(small_config(), run)
@@ -57,7 +57,7 @@ def losses_of_a_rank(rows: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("rows", [208, 1024])
 def test_each_rank_masks_its_own_padding(pool, rows):
-    """Of 1024 rows on four ranks, three hold padding alone."""
+    """Of 1024 rows on four ranks, three ranks hold only padding."""
     expected = pool.run(Layout(), losses_of_a_rank, TOKENS)[0]
     for losses in pool.run(Layout(tp=4), losses_of_a_rank, rows):
         torch.testing.assert_close(losses, expected, rtol=1e-5, atol=0)

@@ -1,4 +1,4 @@
-"""Plans: what fits, what a step costs, which layouts are suggested."""
+"""Plans: memory, time per step, suggested layouts."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Every tool, and everything that can be wrong with its input: one line and its exit code, no traceback.
+"""Every tool with every kind of bad input: one line and an exit code, no traceback.
 
 The tools run in this process, so an exception that nobody expected fails the test by itself.
 """
@@ -38,7 +38,7 @@ def run(tool: str, words: list, capsys) -> tuple[int, str, str]:
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory) -> Path:
-    """A folder with one sound input of each kind."""
+    """A folder with one valid input of each kind."""
     home = tmp_path_factory.mktemp("good")
     corpora.train_tokenizer(home)
     corpora.write_jsonl(home / "text.jsonl", corpora.documents(40))
@@ -311,7 +311,7 @@ def test_output_that_nothing_can_take():
     ],
 )
 def test_standard_streams_that_are_closed(good, tmp_path, words, closed):
-    """As under some daemons: the work is done, and what would be printed goes nowhere."""
+    """As under some daemons: the work is done, and the output is discarded."""
     line = f"{sys.executable} {REPOSITORY}/tools/{words.format(good=good, out=tmp_path)}"
     subprocess.run(["bash", "-c", f"{line} {closed}"], check=True, timeout=120, stdout=subprocess.DEVNULL)
     assert len(list(tmp_path.glob("*.json"))) == 1

@@ -1,4 +1,4 @@
-"""tools/doctor.py: what it finds here, and what it says of machines that lack things."""
+"""tools/doctor.py: its findings here, and on machines that lack something."""
 
 import importlib.util
 import json
