@@ -84,7 +84,7 @@ def settings(
 
 def record(run: RunConfig, folder: Path, steps: int) -> None:
     """Train so many steps and record them into ``folder``, which must be there; a collective call."""
-    store = distributed.rendezvous_store(run)
+    store = distributed.rendezvous_store(run.process)
     distributed.initialize(run, store)
     with StopSignals() as signals:
         trainer = build_trainer(run)

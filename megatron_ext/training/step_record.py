@@ -81,7 +81,7 @@ class StepRecorder(Callback):
         self.gradients = self._whole("gradient")
 
     def after_step(self, state: State, result: StepResult) -> None:
-        with parameters_in_place(state.model, state.run):
+        with parameters_in_place(state.model, state.run.parallel):
             tensors = self.gradients | self._whole("parameter")
         self.record.losses.append(None if result.lm_loss != result.lm_loss else result.lm_loss)
         self.record.grad_norms.append(result.grad_norm)
