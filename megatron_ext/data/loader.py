@@ -29,10 +29,7 @@ def build_data_loader(dataset: Dataset, run: RunConfig, consumed_samples: int, r
         A loader of dicts: the dataset's samples stacked along a new first axis of
         ``micro_batch_size``. With "single" it ends when the dataset does.
     """
-    size = run.parallel.data_parallel_size
-    if parallel_state.model_parallel_is_initialized():
-        rank = parallel_state.get_data_parallel_rank()
-        size = parallel_state.get_data_parallel_world_size()
+    rank, size = _data_parallel(rank, run.parallel.data_parallel_size)
     return DataLoader(
         dataset,
         batch_sampler=_sampler(dataset, run, consumed_samples, rank, size),
@@ -58,6 +55,12 @@ def _sampler(
 ) -> SequentialSampler | CyclicSampler:
     kind = SAMPLERS[run.data.dataloader_type or "single"]
     return kind(len(dataset), consumed_samples, run.training.micro_batch_size, rank, size)
+
+
+def _data_parallel(rank: int, size: int) -> tuple[int, int]:
+    if parallel_state.model_parallel_is_initialized():
+        return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    return rank, size
 
 
 def _leave_signals_to_trainer(_worker: int) -> None:
