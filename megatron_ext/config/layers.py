@@ -51,7 +51,7 @@ class LayersConfig:
     """Dropout of what attention and FFN add to the residual stream."""
 
     cross_entropy_loss_fusion: bool = False
-    """Use Megatron-Core's fused cross entropy; no effect here, where another fused one is always on."""
+    """Use Megatron-Core's fused cross entropy instead of the one here, which is fused too; needs --bf16."""
 
     deterministic_mode: bool = False
     """Use only bitwise reproducible kernels; slower, for tests and debugging."""

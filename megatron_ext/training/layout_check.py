@@ -1,11 +1,11 @@
-"""One process against the user's layout: the same steps from the same weights, tensor by tensor.
+"""Compares the user's layout with one process: the same steps from the same weights, tensor by tensor.
 
-A wrong composition of parallelisms trains and looks right; only its gradients tell. What is compared:
+A wrong composition of parallelisms trains and looks right; only its gradients show the error. Compared are:
 
 - the loss of each step, and the norm of its gradients;
-- every gradient, and every parameter after the update, put together from the ranks' shards;
-- copies of one tensor on several ranks: they must agree whatever the reference says. With dropout no other
-  layout computes the same numbers, so this comparison alone also runs with the user's dropout.
+- every gradient, and every parameter after the update, assembled from the ranks' shards;
+- copies of one tensor on several ranks, which must be equal whatever the reference. With dropout no other
+  layout computes the same numbers, so only this comparison also runs with the user's dropout.
 """
 
 import json
@@ -27,11 +27,11 @@ from megatron_ext.training.setup import build_trainer
 from megatron_ext.training.signals import StopSignals
 from megatron_ext.training.step_record import RankRecord, Shard, StepRecorder, relative_error
 
-#: How far a layout may be from one process, by the format of the parameters, relative to a tensor's norm.
+#: Allowed difference to one process relative to a tensor's norm, by the format of the parameters.
 TOLERANCES = {"float32": 1e-4, "float16": 0.05, "bfloat16": 0.05}
-#: A tensor whose norm is a smaller share of the norm of all is compared with this share: it is rounding.
+#: Differences are relative to at least this fraction of the norm of all tensors: smaller ones are rounding.
 SMALLEST_SHARE = 1e-3
-#: What a run leaves behind and what does not change its steps: left out of both runs.
+#: Concerns that do not change the steps of a run; both runs ignore their flags, except those in KEPT.
 LEFT_OUT = {"logging", "profiling", "checkpoint", "validation"}
 KEPT = {"load", "pretrained_checkpoint", "ckpt_step", "finetune", "use_checkpoint_args"}
 
@@ -56,7 +56,7 @@ class Difference:
 def settings(
     argv: list[str], world_size: int | None, *, one_process: bool, dropout: bool = False
 ) -> RunConfig:
-    """The user's command line, at its layout or, ``one_process``, at none, with the same global batch.
+    """The user's command line at its own layout, or with ``one_process`` on one, with the same global batch.
 
     Raises:
         CommandLineError: with every problem of the command line.
@@ -83,7 +83,7 @@ def settings(
 
 
 def record(run: RunConfig, folder: Path, steps: int) -> None:
-    """Train so many steps and record them into ``folder``, which must be there; a collective call."""
+    """Train ``steps`` steps and record them into an existing ``folder``; a collective call."""
     store = distributed.rendezvous_store(run.process)
     distributed.initialize(run, store)
     with StopSignals() as signals:
@@ -105,7 +105,7 @@ class Stored:
 
 
 class Record:
-    """What :func:`record` left in a folder."""
+    """A record that :func:`record` wrote to a folder."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -123,16 +123,16 @@ class Record:
         return TOLERANCES[self.ranks[0].dtype]
 
     def losses(self) -> list[float]:
-        """Of each step, by the rank that has it."""
+        """The loss of each step, from a rank that has it."""
         steps = zip(*(rank.losses for rank in self.ranks), strict=True)
         return [next((loss for loss in of_step if loss is not None), math.nan) for of_step in steps]
 
     def grad_norms(self) -> list[float]:
-        """Of each step, by the first rank."""
+        """The gradient norm of each step, from the first rank."""
         return self.ranks[0].grad_norms
 
     def shards(self, step: int) -> dict[str, list[Stored]]:
-        """Name -> where its shards of a step lie."""
+        """Name -> the stored shards of a step."""
         found: dict[str, list[Stored]] = {}
         for file in sorted(self.folder.glob(f"step_{step}_rank_*.safetensors")):
             with safe_open(file, framework="pt") as opened:
@@ -142,7 +142,7 @@ class Record:
 
 
 def compare(reference: Record, layout: Record) -> list[Difference]:
-    """All that differs by more than the tolerance, the first step first, the largest error first."""
+    """The differences above the tolerance, ordered by step, then by decreasing error."""
     if reference.steps != layout.steps:
         raise ValueError(f"{reference.folder} holds {reference.steps} steps, {layout.folder} {layout.steps}")
     tolerance, found = max(reference.tolerance, layout.tolerance), replicas(layout)
@@ -160,7 +160,7 @@ def compare(reference: Record, layout: Record) -> list[Difference]:
 
 
 def replicas(layout: Record) -> list[Difference]:
-    """Copies of one tensor that differ between ranks: over data parallelism as recorded, else as written."""
+    """Copies of a tensor that differ between ranks: data parallel ones as recorded, others as stored."""
     tolerance = layout.tolerance / 10
     found = [
         Difference("copies", f"{name} on data parallel rank {rank.rank}", 0, error)
@@ -202,7 +202,7 @@ def _norms(stored: dict[str, list[Stored]]) -> dict[str, float]:
 
 
 def _whole(places: list[Stored]) -> Tensor:
-    """The tensor from its shards; NaN where there is none."""
+    """The tensor assembled from its shards; NaN where a shard is missing."""
     shards = [place.read() for place in places]
     whole = torch.full(shards[0].shape, math.nan)
     for shard in shards:

@@ -1,4 +1,4 @@
-"""What the first steps of a run computed, whole: losses, gradients and parameters, on disk.
+"""Records the first steps of a run on disk: losses, gradients and parameters.
 
 ``layout_check.py`` compares two such records. A folder holds, for each rank, ``rank_R.json`` and, for each
 step, ``step_N_rank_R.safetensors`` with the rank's shards of every gradient and of every parameter after the
@@ -25,7 +25,7 @@ from megatron_ext.training.step import parameters_in_place
 
 @dataclass
 class RankRecord:
-    """``rank_R.json``: what rank ``rank`` of ``world_size`` saw.
+    """``rank_R.json``: the values of rank ``rank`` of ``world_size``.
 
     Attributes:
         dtype: the number format of the parameters.
@@ -44,7 +44,7 @@ class RankRecord:
 
 @dataclass(frozen=True)
 class Shard:
-    """A rank's part of a tensor: ``name`` in checkpoints, the whole's ``shape``, where it begins."""
+    """A rank's part of a tensor: its ``name`` in checkpoints, the full ``shape``, its ``offset``."""
 
     name: str
     shape: tuple[int, ...]
@@ -53,18 +53,18 @@ class Shard:
 
     @property
     def label(self) -> str:
-        """Name, shape and offset in one string, as the files have it."""
+        """Name, shape and offset in one string, the key in the files."""
         return f"{self.name} {'x'.join(map(str, self.shape))} {'x'.join(map(str, self.offset))}"
 
     @classmethod
     def of(cls, label: str, values: Tensor) -> "Shard":
-        """From a :attr:`label`."""
+        """A shard from its :attr:`label`."""
         name, shape, offset = label.rsplit(" ", 2)
         return cls(name, _sizes(shape), _sizes(offset), values)
 
 
 class StepRecorder(Callback):
-    """Records the first ``steps`` steps into ``folder``, then asks the run to end."""
+    """Records the first ``steps`` steps into ``folder``, then stops the run."""
 
     def __init__(self, folder: Path, steps: int, signals: StopSignals):
         self.folder, self.steps, self.signals = folder, steps, signals
@@ -75,7 +75,7 @@ class StepRecorder(Callback):
         self.record = RankRecord(rank, world, str(state.run.precision.params_dtype).removeprefix("torch."))
 
     def before_update(self) -> None:
-        """The gradients as the optimizer gets them: summed over microbatches, averaged over data."""
+        """Record the gradients that the optimizer receives: summed over microbatches, averaged over data."""
         if self.state.run.parallel.use_distributed_optimizer:
             _gather_reduced_shares(self.state.model)
         self.gradients = self._whole("gradient")
@@ -97,7 +97,7 @@ class StepRecorder(Callback):
         path.write_text(json.dumps(asdict(self.record)), encoding="utf-8")
 
     def _whole(self, kind: str) -> dict[str, Tensor]:
-        """Label -> this rank's shards, after a look at how far data parallel replicas differ."""
+        """Label -> this rank's shards; also compares them with the data parallel replicas."""
         tensors = {}
         for chunk in self.state.model:
             for shard in shards_of(unwrap(chunk), kind):
@@ -120,7 +120,7 @@ def shards_of(chunk: nn.Module, kind: str) -> Iterator[Shard]:
     for parameter, found in described(chunk):
         source = parameter.main_grad if kind == "gradient" else parameter.data
         for shard in found:
-            view = shard.data  # of the parameter; the same window is taken of its gradient
+            view = shard.data  # of the parameter; the gradient gets the same view
             begin = source.storage_offset() + view.storage_offset() - parameter.storage_offset()
             values = source.as_strided(view.size(), view.stride(), begin).detach()
             values = values.to(torch.float32, copy=True).contiguous()
@@ -128,7 +128,7 @@ def shards_of(chunk: nn.Module, kind: str) -> Iterator[Shard]:
 
 
 def _gather_reduced_shares(model: list[nn.Module]) -> None:
-    """Make every rank's gradients whole: for the distributed optimizer each has one share of a bucket."""
+    """Gather every rank's gradients: with the distributed optimizer each rank has one shard of a bucket."""
     for bucket in (bucket for chunk in model for buffer in chunk.buffers for bucket in buffer.buckets):
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         share = bucket.grad_data.chunk(group.size())[group.rank()].clone()
@@ -136,7 +136,7 @@ def _gather_reduced_shares(model: list[nn.Module]) -> None:
 
 
 def relative_error(values: Tensor, reference: Tensor, floor: float = 0.0) -> float:
-    """|values - reference| / max(|reference|, floor), by the Euclidean norm; 0 where both are 0."""
+    """|values - reference| / max(|reference|, floor), with the Euclidean norm; 0 if both are 0."""
     difference = torch.linalg.vector_norm((values - reference).double()).item()
     size = max(torch.linalg.vector_norm(reference.double()).item(), floor)
     return difference / size if size else (float("inf") if difference else 0.0)

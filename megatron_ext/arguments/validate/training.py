@@ -141,7 +141,7 @@ def exit_signal_can_be_caught(run: RunConfig, typed: Typed) -> Problems:
 
 
 def fused_cross_entropy_is_exact_enough(run: RunConfig, typed: Typed) -> Problems:
-    """Megatron-Core's returns the gradient of the logits in bf16, whatever they are in, and in any order."""
+    """Megatron-Core's returns the logits' gradient in bf16 for any dtype, and is not deterministic."""
     if run.layers.cross_entropy_loss_fusion and not run.precision.bf16:
         yield "--cross-entropy-loss-fusion rounds the logits' gradient to bf16: it goes with --bf16 only"
     if run.layers.cross_entropy_loss_fusion and run.layers.deterministic_mode:
