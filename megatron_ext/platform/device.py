@@ -7,6 +7,7 @@ overrides the automatic choice.
 import contextlib
 import importlib.metadata
 import importlib.util
+import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.machinery import ModuleSpec
@@ -93,6 +94,10 @@ def _see_cpu() -> None:
     from megatron_ext.platform.cpu_device import TorchView
 
     sys.meta_path.insert(0, loader.CpuFinder(TorchView()))
+    # It warns at each dropout that the CPU's generator moved while a GPU's was meant to: here they are one.
+    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
+        lambda record: not record.getMessage().startswith("CPU RNG state changed")
+    )
 
 
 def check_megatron_core_version() -> None:

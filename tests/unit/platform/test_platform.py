@@ -66,6 +66,15 @@ def test_generator_of_the_device_is_the_cpu_generator():
     assert torch.equal(torch.rand(3), expected)
 
 
+def test_dropout_on_a_cpu_warns_of_nothing(single_process, caplog):
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
+
+    model_parallel_cuda_manual_seed(1)
+    with get_cuda_rng_tracker().fork():
+        torch.rand(1)
+    assert caplog.text == ""
+
+
 def test_the_gradient_norm_is_exact_where_fp32_is_not():
     values = torch.full((4_000_003,), 0.1)
     exact = values.double().square().sum().item()
