@@ -89,7 +89,9 @@ def _write_aside(path: Path, content: bytes | Callable[[BinaryIO], object]) -> N
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Put an indented JSON file in place in one step."""
-    write_aside(path, json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
+    write_aside(
+        path, json.dumps(content, indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+    )
 
 
 def write_picture(figure: "Figure", path: Path) -> None:
