@@ -1,11 +1,12 @@
-"""JSON lines to .bin/.idx: ours beside a faithful loop in Megatron-LM's manner, in one run.
+"""Text to .bin/.idx: ours from JSON lines and parquet, beside a loop in Megatron-LM's manner, in one run.
 
     python benchmarks/preprocess.py --input corpus/train_*.jsonl.gz --tokenizer-model my.model --workers 2
 
 Upstream's manner: a multiprocessing pool, imap in groups of 32 lines over one open file, sentencepiece one
 document at a time, one IndexedDatasetBuilder in the parent (tools/preprocess_data.py of Megatron-LM
-0.16.1). Both read the same plain JSON lines, made from --input first; the outputs must be equal. The two
-take turns, --repeats times; medians are reported, with start-up (a run over one line) apart.
+0.16.1). Both read the same plain JSON lines, made from --input first, and ours also reads the same texts as
+parquet (zstd, row groups of --row-group-size); the outputs must be equal. They take turns, --repeats times;
+medians are reported, with start-up (a run over one line) apart.
 """
 
 import sys
@@ -53,16 +54,21 @@ def _encode(line: str) -> list[int]:
 
 def commands(source: Path, folder: Path, args: argparse.Namespace) -> dict[str, list[str]]:
     """The command of each contender."""
+
+    def ours(name: str, source: Path) -> list[str]:
+        return [
+            sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "--input", str(source),
+            "--output-prefix", str(folder / name), "--tokenizer-type", "SentencePieceTokenizer",
+            "--tokenizer-model", args.tokenizer_model, "--append-eod", "--workers", str(args.workers),
+        ]  # fmt: skip
+
     return {
         "upstream": [
             sys.executable, __file__, "--run-upstream", str(source), str(folder / "upstream"),
             args.tokenizer_model, str(args.workers),
         ],
-        "ours": [
-            sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "--input", str(source),
-            "--output-prefix", str(folder / "ours"), "--tokenizer-type", "SentencePieceTokenizer",
-            "--tokenizer-model", args.tokenizer_model, "--append-eod", "--workers", str(args.workers),
-        ],
+        "ours": ours("ours", source),
+        "parquet": ours("parquet", source.with_suffix(".parquet")),
     }  # fmt: skip
 
 
@@ -120,6 +126,17 @@ def corpus(inputs: list[str], path: Path, max_bytes: int) -> int:
     return written
 
 
+def write_parquet(source: Path, row_group_size: int) -> None:
+    """The texts of JSON lines as a parquet file beside them."""
+    import pyarrow
+    import pyarrow.parquet
+
+    with open(source, "rb") as lines:
+        table = pyarrow.table({"text": [json.loads(line)["text"] for line in lines]})
+    path = source.with_suffix(".parquet")
+    pyarrow.parquet.write_table(table, path, row_group_size=row_group_size, compression="zstd")
+
+
 def main() -> None:
     """Command line."""
     if sys.argv[1:2] == ["--run-upstream"]:
@@ -131,6 +148,7 @@ def main() -> None:
     p.add_argument("--workers", type=int, default=2)
     p.add_argument("--repeats", type=int, default=3)
     p.add_argument("--max-mb", type=int, default=50, help="size of the corpus (default: 50 MB)")
+    p.add_argument("--row-group-size", type=int, default=1000, help="rows of a row group (default: 1000)")
     p.add_argument("--json", action="store_true", help="print one JSON object")
     args = p.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -138,8 +156,11 @@ def main() -> None:
         size = corpus(args.input, whole, args.max_mb * 10**6)
         with open(whole, "rb") as file:
             first.write_bytes(file.readline())
-        startup = measure(first, args, ["upstream", "ours"], args.repeats)
-        full = measure(whole, args, ["upstream", "ours"], args.repeats)
+        for source in (whole, first):
+            write_parquet(source, args.row_group_size)
+        contenders = ["upstream", "ours", "parquet"]
+        startup = measure(first, args, contenders, args.repeats)
+        full = measure(whole, args, contenders, args.repeats)
     result: dict = {"corpus_bytes": size, "workers": args.workers, "repeats": args.repeats}
     for name in full:
         result[name] = full[name] | {
@@ -150,6 +171,7 @@ def main() -> None:
         }
     for unit in ("mb_per_s", "mb_per_cpu_s"):
         result[f"times_{unit}"] = result["ours"][unit] / result["upstream"][unit]
+        result[f"parquet_times_{unit}"] = result["parquet"][unit] / result["ours"][unit]
     if args.json:
         print(json.dumps(result))
         return
@@ -163,6 +185,8 @@ def main() -> None:
         )
     wall, cpu = result["times_mb_per_s"], result["times_mb_per_cpu_s"]
     print(f"    ours: {wall:.1f} times in wall, {cpu:.1f} in CPU time")
+    wall, cpu = result["parquet_times_mb_per_s"], result["parquet_times_mb_per_cpu_s"]
+    print(f" parquet: {wall:.2f} times JSON lines in wall, {cpu:.2f} in CPU time")
 
 
 if __name__ == "__main__":

@@ -31,13 +31,15 @@ from megatron_ext.tokenizer.compress_run import CompressOptions, compress
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = command.parser(__doc__)
-    p.add_argument("--input", nargs="+", default=[], metavar="FILE", help="JSON lines: files, globs, folders")
-    p.add_argument("--json-key", default="text", help="key of the text in each line (default text)")
+    p.add_argument(
+        "--input", nargs="+", default=[], metavar="FILE", help="JSON lines or parquet: files, globs, folders"
+    )
+    p.add_argument("--json-key", default="text", help="key or column of the text (default text)")
     p.add_argument(
         "--on-bad-line",
         choices=["stop", "skip"],
         default="stop",
-        help="a line that is not UTF-8, not JSON, or has no text: stop (default), or leave it out",
+        help="a line or row that is not UTF-8, not JSON, or has no text: stop (default), or leave it out",
     )
     p.add_argument(
         "--dataset", nargs="+", default=[], metavar="PREFIX", help=".bin/.idx made with the full model"
@@ -51,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--drop-fillers", action="store_true", help="let unused fillers (<TOKENS_UNUSED_n>) go")
     p.add_argument("--workers", type=int, default=1, help="processes that count text (default 1)")
     p.add_argument(
-        "--validation", nargs="+", default=[], metavar="FILE", help="held-out JSON lines for the report"
+        "--validation", nargs="+", default=[], metavar="FILE", help="held-out text for the report, as --input"
     )
     p.add_argument("--report", metavar="DIR", help="write report.md, report.json, report.png")
     p.add_argument(

@@ -1,12 +1,13 @@
-"""JSON lines -> PREFIX_KEY_document.bin and .idx, byte for byte as Megatron-LM's tool writes them.
+"""JSON lines or parquet -> PREFIX_KEY_document.bin and .idx, byte for byte as Megatron-LM's tool writes them.
 
     python tools/preprocess_data.py --input corpus/*.jsonl.gz --output-prefix data/my \\
         --tokenizer-type SentencePieceTokenizer --tokenizer-model my.model --append-eod --workers 8
     torchrun ... pretrain_pangu_pro.py --data-path data/my_text_document ...
 
-Each line of the input is a JSON object; the text is in its key "text" (--json-keys). The output
-does not depend on --workers. Killed at any moment, the same command goes on where it was. Files
-appear whole or not at all, and a manifest, PREFIX_KEY_document.json, says what they were made of.
+Each line of the input is a JSON object; the text is in its key "text" (--json-keys), and of parquet in the
+column of that name. The output does not depend on --workers. Killed at any moment, the same command goes
+on where it was. Files appear whole or not at all, and a manifest, PREFIX_KEY_document.json, says what they
+were made of.
 
 Many machines: --shard i/n on each (0 <= i < n), then tools/merge_datasets.py. In a SLURM array:
 --shard $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT
@@ -100,20 +101,20 @@ def _add_input(data: argparse._ArgumentGroup) -> None:
         nargs="+",
         required=True,
         metavar="PATH",
-        help="files (plain, .gz, .zst, .xz, .bz2), globs, folders, or - for standard input",
+        help="JSON lines (plain, .gz, .zst, .xz, .bz2) and parquet: files, globs, folders, or - for a pipe",
     )
     data.add_argument(
         "--json-keys",
         nargs="+",
         default=["text"],
         metavar="KEY",
-        help="keys to encode, each into a dataset of its own (default: text)",
+        help="keys or columns to encode, each into a dataset of its own (default: text)",
     )
     data.add_argument(
         "--on-bad-line",
         choices=["stop", "skip", "quarantine"],
         default="stop",
-        help="a line that is not UTF-8, not JSON, or has no text: stop without output (default), "
+        help="a line or row that is not UTF-8, not JSON, or has no text: stop without output (default), "
         "or leave it out and note file, line and reason in PREFIX_bad_lines.jsonl; quarantine "
         "also keeps the line there",
     )

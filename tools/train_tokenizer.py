@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train a SentencePiece BPE tokenizer on JSON Lines text.
+"""Train a SentencePiece BPE tokenizer on the text of JSON Lines or parquet.
 
     python tools/train_tokenizer.py --input train.jsonl --vocab-size 4096 --output my.model
 
@@ -58,15 +58,17 @@ def main(argv: list[str] | None = None) -> int:
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = command.parser(__doc__)
-    parser.add_argument("--input", nargs="+", required=True, help=".jsonl files, also .gz, .zst, .xz, .bz2")
+    parser.add_argument(
+        "--input", nargs="+", required=True, help=".jsonl (also .gz, .zst, .xz, .bz2) and .parquet files"
+    )
     parser.add_argument("--output", type=Path, required=True, help="the model file to write")
     parser.add_argument("--vocab-size", type=int, required=True, help="pieces, with 3 specials and 256 bytes")
-    parser.add_argument("--json-key", default="text", help="key of the text (default: text)")
+    parser.add_argument("--json-key", default="text", help="key or column of the text (default: text)")
     parser.add_argument(
         "--on-bad-line",
         choices=["stop", "skip"],
         default="stop",
-        help="a line that is not UTF-8, not JSON, or has no text: stop (default), or leave it out",
+        help="a line or row that is not UTF-8, not JSON, or has no text: stop (default), or leave it out",
     )
     parser.add_argument(
         "--sample-mb", type=float, default=10.0, help="text to learn from, in MB (default: 10)"

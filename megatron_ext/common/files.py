@@ -89,7 +89,8 @@ def _write_aside(path: Path, content: bytes | Callable[[BinaryIO], object]) -> N
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write an indented JSON file atomically."""
-    write_aside(path, json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    write_aside(path, text.encode("utf-8", "backslashreplace") + b"\n")
 
 
 def write_picture(figure: "Figure", path: Path) -> None:

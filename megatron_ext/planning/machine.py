@@ -135,6 +135,13 @@ def triton() -> Finding:
     return _optional("Triton", "triton", use, "plain PyTorch on a GPU; not used on a CPU", command)
 
 
+def pyarrow() -> Finding:
+    """pyarrow, for parquet."""
+    return _optional(
+        "pyarrow", "pyarrow", "text from parquet", "text from JSON lines only", "pip install pyarrow"
+    )
+
+
 def _optional(name: str, module: str, use: str, otherwise: str, command: str = "") -> Finding:
     """A package that is used if it can be imported; tested only if there is a GPU for it."""
     if importlib.util.find_spec(module) is None:
@@ -194,7 +201,7 @@ def slurm() -> Finding:
 
 
 CHECKS: tuple[Callable[[], Finding], ...] = (
-    *(python, torch, megatron_core, gpu, transformer_engine, apex, triton, extensions),
+    *(python, torch, megatron_core, gpu, transformer_engine, apex, triton, extensions, pyarrow),
     *(interface, memory, slurm),
 )
 

@@ -1,9 +1,10 @@
-"""JSON lines to .bin/.idx: in parallel, resumable, byte for byte what Megatron-LM's tool writes.
+"""JSON lines and parquet to .bin/.idx: in parallel, resumable, byte for byte what Megatron-LM's tool writes.
 
 sources      the words of --input -> files, and of what kind each is
 unpack       a compressed file or a pipe -> its text
+parquet      a parquet file -> its row groups and rows
 chunks       files -> chunks of bounded size, cut at line ends
-records      a line -> its texts, or the reason why it cannot be used
+records      a line or a row -> its texts, or the reason why it cannot be used
 documents    a chunk -> its documents: the one reader, also for tokenizers
 encoding     texts -> ids
 worker       a chunk -> a part of the dataset, written aside and marked complete

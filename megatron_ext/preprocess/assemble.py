@@ -51,7 +51,10 @@ def write_bad_lines(
     first_line: Callable[[Part], int],
     empty: Iterable[str],
 ) -> None:
-    """One JSON object for each line that was left out: file, line (from 1), reason, content."""
+    """One JSON object for each line that was left out: file, line (from 1), reason, content.
+
+    Of parquet it is row group and row (from 0) in place of the line.
+    """
 
     def write(file: BinaryIO) -> None:
         for part in parts:
@@ -59,8 +62,8 @@ def write_bad_lines(
                 continue
             notes = map(json.loads, part_file(folder, part.number, "bad").read_bytes().splitlines())
             for note in sorted(notes, key=lambda note: note["line"]):
-                note["line"] += first_line(part) - 1
-                line = {"file": names[part.source]} | note
+                place = note.pop("line") + first_line(part) - 1
+                line = {"file": names[part.source]} | ({} if "row" in note else {"line": place}) | note
                 file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
         for name in empty:
             note = {"file": name, "line": 0, "reason": "the file holds no documents"}

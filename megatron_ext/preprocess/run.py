@@ -37,7 +37,7 @@ def preprocess(options: Options, quiet: bool = False) -> dict[str, Any]:
         ValueError: the tokenizer cannot be built, an input is not there or would be overwritten.
         WorkerFailed: a worker died; what is finished is kept.
     """
-    sources = find_sources(options.inputs, options.produced())
+    sources = find_sources(options.inputs, options.produced(), options.json_keys)
     if options.shard is not None:
         refuse_pipes(sources, "--shard divides the input")
     refuse_overwriting(options.produced(), options.files_read(sources))
@@ -94,10 +94,9 @@ class _Run:
         self.folder = options.work_folder
         self.parts: dict[int, Part] = {}
         self.reused = 0
-        self.positions = [0] * len(sources)
         self.chunk_bytes = chunk_size(options, sources)
-        used = (which for which, _, _ in units(sources, self.chunk_bytes, options.shard))
-        self.check = InputCheck(sources, used, self.chunk_bytes)
+        mine = units(sources, self.chunk_bytes, options.shard)
+        self.check = InputCheck(sources, mine, self.chunk_bytes, options.json_keys)
 
     def run(self) -> dict[str, Any]:
         recipe = Recipe(
@@ -131,13 +130,10 @@ class _Run:
     def _done(self, chunk: Chunk, part: Part, reused: bool = False) -> None:
         self.parts[part.number] = part
         self.check.add(chunk, part.digest)
-        begin = chunk.begin if self.sources[chunk.source].kind == "plain" else self.positions[chunk.source]
-        self.positions[chunk.source] = max(self.positions[chunk.source], chunk.position)
-        size = max(0, chunk.position - begin)
         if reused:
-            self.progress.skip(size)
+            self.progress.skip(chunk.size)
         else:
-            self.progress.add_text(size, part.bytes, part.documents, sum(part.tokens.values()))
+            self.progress.add_text(chunk.size, part.bytes, part.documents, sum(part.tokens.values()))
 
     def _stopped(self, failure: Failure) -> PreprocessError:
         chunk = failure.chunk
@@ -155,7 +151,7 @@ class _Run:
         if self.options.shard is None or self.sources[source].kind != "plain":
             return 0
         mine = units(self.sources, self.chunk_bytes, self.options.shard)
-        begin = next(begin for which, begin, _ in mine if which == source)
+        begin = next(unit.begin for unit in mine if unit.source == source)
         return count_lines(self.sources[source].path, begin)
 
     def _check_documents(self, parts: list[Part]) -> list[str]:

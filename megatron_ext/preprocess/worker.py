@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from megatron_ext.data.text.chunks import Chunk
+from megatron_ext.data.text.chunks import Chunk, row_of
 from megatron_ext.data.text.documents import BadDocument, Document, Documents, StoppedAtBadLine
 from megatron_ext.data.text.pool import Note
 from megatron_ext.data.text.records import Texts, content_hash
@@ -89,7 +89,7 @@ class _Writer:
     """Gathers documents into batches, and writes ids, lengths and notes of bad lines."""
 
     def __init__(self, chunk: Chunk, recipe: Recipe, encode: Encode, note: Note) -> None:
-        self.recipe, self.encode, self.note = recipe, encode, note
+        self.chunk, self.recipe, self.encode, self.note = chunk, recipe, encode, note
         self.part = Part(chunk.number, chunk.source, chunk.fingerprint())
         self.part.tokens = dict.fromkeys(recipe.keys, 0)
         self.files: dict[str, BinaryIO] = {}
@@ -121,7 +121,10 @@ class _Writer:
     def bad(self, document: BadDocument) -> None:
         if self.recipe.on_bad_line == "stop":
             raise StoppedAtBadLine(document.place, document.reason)
-        note: dict[str, Any] = {"line": document.place, "reason": document.reason}
+        note: dict[str, Any] = {"line": document.place}
+        if self.chunk.rows is not None:
+            note["row_group"], note["row"] = row_of(self.chunk, document.place)
+        note["reason"] = document.reason
         if self.recipe.on_bad_line == "quarantine" and document.raw:
             note |= _quote(document.raw)
         self.part.bad_lines += 1

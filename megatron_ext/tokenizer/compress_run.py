@@ -178,8 +178,8 @@ class Files:
         """
         counts = Path(f"{options.output}.counts.npz")
         produced = produced_files(options.output, options.report)
-        inputs = find_sources(options.input, [*produced, counts])
-        validation = find_sources(options.validation, [*produced, counts])
+        inputs = find_sources(options.input, [*produced, counts], [options.json_key])
+        validation = find_sources(options.validation, [*produced, counts], [options.json_key])
         if options.vocab_size is not None:
             refuse_pipes(inputs, "the text is read twice")
         only_own = (

@@ -1,7 +1,7 @@
 """How often each id of a tokenizer occurs in a corpus, by group (input file and source).
 
-Counts come from JSON lines (any number of worker processes), from a .bin/.idx dataset, or from files written
-before; they add up, so that machines can count their own shares.
+Counts come from JSON lines or parquet (any number of worker processes), from a .bin/.idx dataset, or from
+files written before; they add up, so that machines can count their own shares.
 """
 
 from __future__ import annotations

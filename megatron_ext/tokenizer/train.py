@@ -1,4 +1,4 @@
-"""Train a SentencePiece BPE tokenizer on a sample of JSON Lines files.
+"""Train a SentencePiece BPE tokenizer on a sample of JSON Lines or parquet files.
 
 The settings are those of Llama's tokenizers: byte fallback (no text is unknown), digits one by one,
 no normalisation, spaces kept as they are. Decoding gives text and code back, but for U+2581, which
@@ -73,7 +73,7 @@ def train_tokenizer(
         raise TrainingTextError(
             f"--vocab-size {vocab_size}: byte fallback alone needs {SPECIAL_PIECES} pieces"
         )
-    sources = find_sources(inputs, [output])
+    sources = find_sources(inputs, [output], [key])
     refuse_pipes(sources, "the text is read twice")
     refuse_overwriting([output], [source.path for source in sources])
     with unchanged(source.path for source in sources):

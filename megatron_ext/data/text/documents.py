@@ -1,8 +1,7 @@
-"""The documents of a chunk: the one reader of JSON lines, of all tools that take text.
+"""The documents of a chunk: the one reader of JSON lines and parquet, of all tools that take text.
 
-What a line means, and whether it can be used, is settled here and in ``records`` alone. A document
-knows its place and its texts, and nothing of what it was read from, so that another format of input
-needs another ``Documents`` only.
+What a line or row means, and whether it can be used, is settled here and in ``records`` alone. A document
+knows its place and its texts, and nothing of what it was read from.
 """
 
 import codecs
@@ -11,8 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from megatron_ext.data.text.chunks import Chunk, line_number, lines_of
-from megatron_ext.data.text.records import BadLine, Texts, load_record, texts_of
+from megatron_ext.data.text.chunks import Chunk, lines_of, place_name, require_state
+from megatron_ext.data.text.parquet import Damaged, Row, RowRange, read_rows
+from megatron_ext.data.text.records import BadLine, Texts, load_record, text_of_value, texts_of
 from megatron_ext.data.text.sources import Source
 
 #: Left-out lines that a message names.
@@ -23,8 +23,8 @@ class Document(NamedTuple):
     """A document that can be used.
 
     Attributes:
-        place: its line, from 1 within the chunk.
-        raw: the line itself.
+        place: its line or row, from 1 within the chunk.
+        raw: the line itself, or the texts of the row.
         texts: of each key, as UTF-8.
         source: where the record says it is from, up to the first "/"; "" if it does not say.
     """
@@ -36,7 +36,7 @@ class Document(NamedTuple):
 
 
 class BadDocument(NamedTuple):
-    """One that cannot be used, for ``reason``; ``raw`` is empty where an archive broke off."""
+    """One that cannot be used, for ``reason``; ``raw`` is empty where nothing could be read."""
 
     place: int
     raw: bytes
@@ -62,8 +62,8 @@ class Documents:
     start of a file, and files are joined.
 
     Attributes:
-        lines, blank_lines, bytes: what was read so far.
-        digest: of the lines read so far.
+        lines, blank_lines, bytes: what was read so far; lines are those of a parquet file's rows too.
+        digest: of the lines or rows read so far.
 
     Raises:
         InputChanged: while iterating; the file is not as it was when the run began.
@@ -75,6 +75,9 @@ class Documents:
         self.digest = new_digest()
 
     def __iter__(self) -> Iterator[Document | BadDocument]:
+        return self._of_lines() if self.chunk.rows is None else self._of_rows(self.chunk.rows)
+
+    def _of_lines(self) -> Iterator[Document | BadDocument]:
         for line in lines_of(self.chunk):
             if self.chunk.damage and not line.endswith(b"\n"):
                 break
@@ -97,11 +100,40 @@ class Documents:
             return BadDocument(self.lines, line, str(error))
         return Document(self.lines, line, texts, _source(record))
 
+    def _of_rows(self, ranges: Sequence[RowRange]) -> Iterator[Document | BadDocument]:
+        require_state(self.chunk)
+        for part in ranges:
+            end = self.lines + part.end - part.begin
+            try:
+                for row in read_rows(self.chunk.path, self.chunk.state, self.keys, part):
+                    yield self._document_of_row(row)
+            except Damaged as error:
+                require_state(self.chunk)
+                while self.lines < end:
+                    self.lines += 1
+                    yield BadDocument(self.lines, b"", str(error))
+        require_state(self.chunk)
+
+    def _document_of_row(self, row: Row) -> Document | BadDocument:
+        found = [value for value in row.values if value]
+        raw = found[0] if len(found) == 1 else b"\n".join(found)
+        self.lines += 1
+        self.bytes += len(raw)
+        self.digest.update(raw)
+        self.digest.update(b"\n")
+        try:
+            texts = [text_of_value(value, key) for value, key in zip(row.values, self.keys, strict=True)]
+        except BadLine as error:
+            return BadDocument(self.lines, raw, str(error))
+        return Document(self.lines, raw, texts, _first_part((row.source or b"").decode("utf-8", "replace")))
+
 
 def _source(record: dict[str, Any]) -> str:
-    if "source" not in record:
-        return ""
-    return str(record["source"]).partition("/")[0].encode("utf-8", "replace").decode()
+    return _first_part(str(record["source"])) if "source" in record else ""
+
+
+def _first_part(source: str) -> str:
+    return source.partition("/")[0].encode("utf-8", "replace").decode()
 
 
 def new_digest() -> "hashlib._Hash":
@@ -111,9 +143,10 @@ def new_digest() -> "hashlib._Hash":
 
 def bad_line_message(chunk: Chunk, line: int, reason: str, ways: str) -> str:
     """Names file and line (``line`` counts from 1 within the chunk), and the ``ways`` to leave it out."""
+    what = "line" if chunk.rows is None else "row"
     return (
-        f"{chunk.path}: line {line_number(chunk, line)}: {reason}. Nothing was written; mend the line, or "
-        f"leave such lines out with --on-bad-line {ways}"
+        f"{chunk.path}: {place_name(chunk, line)}: {reason}. Nothing was written; mend the {what}, or "
+        f"leave such {what}s out with --on-bad-line {ways}"
     )
 
 
@@ -139,7 +172,7 @@ class LeftOut:
     def add(self, chunk: Chunk, line: int, reason: str) -> None:
         self.count += 1
         if len(self.named) < NAMED:
-            self.named.append(f"{chunk.path}: line {line_number(chunk, line)}: {reason}")
+            self.named.append(f"{chunk.path}: {place_name(chunk, line)}: {reason}")
 
     def __str__(self) -> str:
         more = "; ..." if self.count > len(self.named) else ""

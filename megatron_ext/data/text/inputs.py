@@ -2,50 +2,60 @@
 
 import hashlib
 import threading
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 from megatron_ext.common.files import FileState, input_changed, sha256_file
-from megatron_ext.data.text.chunks import Chunk
-from megatron_ext.data.text.documents import new_digest
+from megatron_ext.data.text.chunks import Chunk, Unit, range_of
+from megatron_ext.data.text.documents import Documents, new_digest
 from megatron_ext.data.text.sources import Source
 from megatron_ext.data.text.unpack import BUFFER
 
 
 class InputCheck(threading.Thread):
-    """Reads every plain file once more while the workers are busy with it, and compares at the end.
+    """Reads every file once more while the workers are busy with it, and compares at the end.
 
-    A worker's part carries the digest of the lines that it read. If those of all parts are equal to
+    A worker's part carries the digest of the lines or rows that it read. If those of all parts are equal to
     those of one reading of the whole file, its sha256 is that of the text that was encoded. Streams
     are read by one process only, which takes their sha256 on the way.
 
     Args:
         sources: of the run.
-        used: numbers of those that this run reads: another shard may have the others.
+        units: those that this run reads: another shard may have the others.
         chunk_bytes: of the chunks.
+        keys: of the texts.
     """
 
-    def __init__(self, sources: list[Source], used: Iterable[int], chunk_bytes: int) -> None:
+    def __init__(
+        self, sources: list[Source], units: Sequence[Unit], chunk_bytes: int, keys: Sequence[str]
+    ) -> None:
         super().__init__(daemon=True)
-        self.sources, self.used, self.chunk_bytes = sources, sorted(set(used)), chunk_bytes
+        self.sources, self.units, self.chunk_bytes, self.keys = sources, units, chunk_bytes, keys
+        self.used = sorted({unit.source for unit in units})
         self.sha256: dict[int, str] = {}
         self.expected: dict[tuple[int, int], str] = {}
         self.read: list[tuple[int, int, str]] = []
-        self.error: OSError | None = None
+        self.error: Exception | None = None
 
     def run(self) -> None:
         try:
             for number in self.used:
-                if self.sources[number].kind == "plain":
-                    whole, pieces = digests(self.sources[number].path, self.chunk_bytes)
-                    self.sha256[number] = whole
+                source = self.sources[number]
+                if source.kind == "plain":
+                    self.sha256[number], pieces = digests(source.path, self.chunk_bytes)
                     self.expected |= {(number, begin): piece for begin, piece in pieces.items()}
-        except OSError as error:
+                elif source.kind == "parquet":
+                    self.sha256[number] = sha256_file(source.path)
+                    units = (unit for unit in self.units if unit.source == number)
+                    self.expected |= {
+                        (number, unit.begin): rows_digest(range_of(unit, source), self.keys) for unit in units
+                    }
+        except Exception as error:  # whatever it is, the run must not end well
             self.error = error
 
     def add(self, chunk: Chunk, digest: str) -> None:
         """A part of this chunk was made, of lines with this digest."""
-        if chunk.lines_before is None:
+        if self.sources[chunk.source].is_cut_in_ranges:
             self.read.append((chunk.source, chunk.begin, digest))
         elif chunk.sha256 is not None:
             self.sha256[chunk.source] = chunk.sha256
@@ -86,6 +96,14 @@ class InputCheck(threading.Thread):
         # The time of change can be set back, that of the status cannot: the content decides.
         if not now.is_as(source.state) or sha256_file(source.path) != self.sha256.get(number):
             raise input_changed(source.path)
+
+
+def rows_digest(chunk: Chunk, keys: Sequence[str]) -> str:
+    """The digest of the rows of a parquet file's chunk."""
+    documents = Documents(chunk, keys)
+    for _ in documents:
+        pass
+    return documents.digest.hexdigest()
 
 
 def digests(path: str, chunk_bytes: int) -> tuple[str, dict[int, str]]:

@@ -15,8 +15,9 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from megatron_ext.common.files import InputChanged
-from megatron_ext.data.text.chunks import Chunk, line_number
+from megatron_ext.data.text.chunks import Chunk, place_name
 from megatron_ext.data.text.documents import StoppedAtBadLine
+from megatron_ext.data.text.unpack import SourceError
 
 #: Tells of the first and the last line, from 1 within the chunk, that a worker is about to encode.
 Note = Callable[[int, int], None]
@@ -159,10 +160,10 @@ class _Worker:
     def _where(self) -> str:
         if self.chunk is None:
             return ""
-        before, path = line_number(self.chunk, 0), self.chunk.path
+        path = self.chunk.path
         if self.at[0] == 0:  # it read, and had not come to encode
-            return f"{path}: behind line {before}: "
-        return f"{path}: lines {before + self.at[0]} to {before + self.at[1]}: "
+            return f"{path}: from {place_name(self.chunk, 1)} on: "
+        return f"{path}: {place_name(self.chunk, self.at[0], self.at[1])}: "
 
     def say_if_slow(self) -> None:
         """Name the lines that it has been at for long, once: a tokenizer may never end on a text."""
@@ -217,8 +218,10 @@ def _live(
 def _answer(work: Work, chunk: Chunk, note: Note) -> Any:
     try:
         return work(chunk, note)
-    except (StoppedAtBadLine, InputChanged) as error:
-        return error if isinstance(error, StoppedAtBadLine) else _Failed(error)
+    except StoppedAtBadLine as error:
+        return error
+    except (InputChanged, SourceError) as error:
+        return _Failed(error)
     except OSError as error:
         name = f"{error.filename}: " if error.filename else ""
         return _Failed(WorkerFailed(f"{name}{error.strerror or error}"))

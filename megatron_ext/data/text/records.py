@@ -1,4 +1,4 @@
-"""One line of JSON -> the texts to encode, or the reason why it cannot be used."""
+"""One line of JSON, or value of a column -> the texts to encode, or the reason why it cannot be used."""
 
 import hashlib
 import json
@@ -38,9 +38,7 @@ def _load(line: bytes) -> object:
     try:
         return json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise BadLine(
-            f"not UTF-8: byte 0x{line[error.start]:02x} at {error.start} ({error.reason})"
-        ) from None
+        raise BadLine(_not_utf_8(error)) from None
     except json.JSONDecodeError as error:
         raise BadLine(f"not JSON: {error.msg} at character {error.pos + 1}") from None
     except (RecursionError, ValueError) as error:
@@ -66,6 +64,25 @@ def texts_of(record: dict[str, Any], key: str) -> Texts:
         return [part.encode("utf-8") for part in parts]
     except UnicodeEncodeError:
         raise BadLine(f"the value of {key!r} holds half of a surrogate pair, which is no character") from None
+
+
+def text_of_value(value: bytes | None, key: str) -> Texts:
+    """What a row holds in the column ``key``.
+
+    Raises:
+        BadLine: null, or not UTF-8.
+    """
+    if value is None:
+        raise BadLine(f"the value of {key!r} is null, not text")
+    try:
+        value.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadLine(f"the value of {key!r} is {_not_utf_8(error)}") from None
+    return [value]
+
+
+def _not_utf_8(error: UnicodeDecodeError) -> str:
+    return f"not UTF-8: byte 0x{error.object[error.start]:02x} at {error.start} ({error.reason})"
 
 
 def _kind(value: object) -> str:

@@ -20,6 +20,10 @@ MAGICS = {
 MAGIC_BYTES = max(map(len, MAGICS))
 
 
+class SourceError(ValueError):
+    """An input that is not there or cannot be opened."""
+
+
 def kind_of(start: bytes) -> str:
     """The compression of a file that begins like this, or "plain"."""
     return next((name for magic, name in MAGICS.items() if start.startswith(magic)), "plain")
