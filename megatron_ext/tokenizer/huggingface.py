@@ -1,0 +1,130 @@
+"""Encoders of a Hugging Face tokenizer: its own library, and faster ones that give the same ids.
+
+A faster one is taken if it reads the tokenizer and gives the library's ids for ``probes``; what it then
+encodes is compared by sample (``checked.Checked``).
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+import unicodedata
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+
+from megatron_ext.data.indexed import optimal_dtype
+from megatron_ext.tokenizer.build import HuggingFaceTokenizer
+from megatron_ext.tokenizer.checked import Encoder, joined, one_by_one, refusals, say_once
+from megatron_ext.tokenizer.hf_check import TEXTS
+
+#: Characters from here on are taken for unassigned: none but variation selectors and private ones are.
+_LAST_PLANES = 0x40000
+_LINES, _PIECES_A_LINE = 200, 12
+
+
+def encoder_of(tokenizer: HuggingFaceTokenizer, backend: str) -> Encoder:
+    """The fastest encoder that gives the tokenizer's ids; for ``backend`` "tokenizers" its own library.
+
+    That it has to be the slow one is said once in the log, and why.
+    """
+    library = own_library(tokenizer)
+    if backend == "tokenizers":
+        return library
+    try:
+        encoder = _with_gigatoken(tokenizer, library)
+        _require_equal(encoder, library, tokenizer)
+    except ValueError as error:
+        say_once(f"text is encoded by {library.name}, about ten times slower than by gigatoken: {error}")
+        return library
+    return encoder
+
+
+def own_library(tokenizer: HuggingFaceTokenizer) -> Encoder:
+    """``tokenizers`` where it gives the ids that transformers gives, else transformers itself."""
+    size = tokenizer.vocab_size
+    slow = Encoder(f"transformers {version('transformers')}", one_by_one(tokenizer.tokenize, size))
+    backend = _backend(tokenizer)
+    if backend is None:
+        return slow
+    special = tokenizer.include_special_tokens
+
+    def tokenize(text: str) -> list[int]:
+        return backend.encode(text, add_special_tokens=special).ids
+
+    library = Encoder(f"tokenizers {version('tokenizers')}", one_by_one(tokenize, size))
+    try:
+        _require_equal(library, slow, tokenizer)
+    except ValueError as error:
+        say_once(f"text is encoded by {slow.name}, many times slower than by tokenizers: {error}")
+        return slow
+    return library
+
+
+def _backend(tokenizer: HuggingFaceTokenizer) -> Any | None:
+    """The ``tokenizers.Tokenizer`` in a tokenizer of transformers, never truncating; or None."""
+    backend = getattr(tokenizer.tokenizer, "backend_tokenizer", None)
+    if backend is not None:  # as transformers sets it for each text
+        backend.no_truncation()
+        backend.no_padding()
+    return backend
+
+
+def _with_gigatoken(tokenizer: HuggingFaceTokenizer, library: Encoder) -> Encoder:
+    """gigatoken; a text with characters that the two may class differently is encoded by the library."""
+    try:
+        from gigatoken.gigatoken_rs import load_hf_json
+    except ImportError as error:
+        raise ValueError(f"it is not installed ({error}); pip install gigatoken") from error
+    backend = _backend(tokenizer)
+    if backend is None or tokenizer.include_special_tokens or backend.encode_special_tokens:
+        raise ValueError("it has no such tokenizer, or none with these settings of special tokens")
+    with refusals():
+        encode_one = load_hf_json(backend.to_str()).encode
+    dtype, size = optimal_dtype(tokenizer.vocab_size), tokenizer.vocab_size
+
+    def encode(texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        ids = [library([text])[0] if _is_unsettled(text) else encode_one(text) for text in texts]
+        return joined(ids, size, dtype)
+
+    return Encoder(f"gigatoken {version('gigatoken')}", encode, library)
+
+
+@functools.cache
+def _unassigned() -> np.ndarray:
+    """Of each code point, whether this Python's Unicode tables know no character there: bool [code points].
+
+    What a newer Unicode adds, one library may take for a letter and another for none.
+    """
+    table = np.ones(0x110000, dtype=bool)
+    table[:_LAST_PLANES] = [unicodedata.category(chr(code)) == "Cn" for code in range(_LAST_PLANES)]
+    return table
+
+
+def _is_unsettled(text: bytes) -> bool:
+    """Whether a text, which must be UTF-8, holds characters that libraries may class differently."""
+    if text.isascii():
+        return False
+    codes = np.frombuffer(text.decode("utf-8").encode("utf-32-le"), dtype=np.uint32)
+    return bool(_unassigned()[codes].any())
+
+
+def _require_equal(encoder: Encoder, library: Encoder, tokenizer: HuggingFaceTokenizer) -> None:
+    """Raise ValueError if the encoder gives other ids than the library for one of the ``probes``."""
+    for text in probes(tokenizer):
+        ours, theirs = encoder([text])[0], library([text])[0]
+        if not np.array_equal(ours, theirs):
+            raise ValueError(f"{encoder.name} encodes {text.decode()[:60]!r} otherwise")
+
+
+def probes(tokenizer: HuggingFaceTokenizer) -> Iterator[bytes]:
+    """Blanks, digits, marks and scripts; each added token in several places; pieces in random order."""
+    yield from (text.encode() for text in TEXTS)
+    for token in tokenizer.tokenizer.get_added_vocab():
+        yield f"a{token}b {token} 1{token}{token}\n{token[:-1]}".encode()
+    pieces = [text.decode("utf-8", "ignore") for text in tokenizer.token_texts()]
+    draw = random.Random(0)
+    for _ in range(_LINES):
+        yield "".join(draw.choices(pieces, k=_PIECES_A_LINE)).encode()
