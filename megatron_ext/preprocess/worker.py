@@ -17,7 +17,7 @@ from megatron_ext.data.text.chunks import Chunk
 from megatron_ext.data.text.documents import BadDocument, Document, Documents, StoppedAtBadLine
 from megatron_ext.data.text.pool import Note
 from megatron_ext.data.text.records import Texts, content_hash
-from megatron_ext.tokenizer.checked import Checked, Encode, Encoder, EncodersDiffer
+from megatron_ext.tokenizer.checked import FIRST, Checked, Encode, Encoder, EncodersDiffer
 
 #: Texts are encoded in batches of about this many bytes.
 BATCH_BYTES = 1 << 20
@@ -95,7 +95,7 @@ class _Writer:
     """Gathers documents into batches, and writes ids, lengths and notes of bad lines."""
 
     def __init__(self, chunk: Chunk, recipe: Recipe, encoder: Encoder, note: Note) -> None:
-        self.recipe, self.encode, self.note = recipe, Checked(encoder), note
+        self.recipe, self.encode, self.note = recipe, Checked(encoder, FIRST if chunk.number == 0 else 0), note
         self.part = Part(chunk.number, chunk.source, chunk.fingerprint(), encoder=encoder.name)
         self.part.compared_with = encoder.reference.name if encoder.reference else None
         self.part.tokens = dict.fromkeys(recipe.keys, 0)

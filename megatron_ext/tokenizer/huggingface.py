@@ -19,6 +19,7 @@ from megatron_ext.data.indexed import optimal_dtype
 from megatron_ext.tokenizer.build import HuggingFaceTokenizer
 from megatron_ext.tokenizer.checked import Encoder, joined, one_by_one, refusals, say_once
 from megatron_ext.tokenizer.hf_check import TEXTS
+from megatron_ext.tokenizer.hf_import import sentencepiece_of
 
 #: Characters from here on are taken for unassigned: none but variation selectors and private ones are.
 _LAST_PLANES = 0x40000
@@ -33,13 +34,16 @@ def encoder_of(tokenizer: HuggingFaceTokenizer, backend: str) -> Encoder:
     library = own_library(tokenizer)
     if backend == "tokenizers":
         return library
-    try:
-        encoder = _with_gigatoken(tokenizer, library)
-        _require_equal(encoder, library, tokenizer)
-    except ValueError as error:
-        say_once(f"text is encoded by {library.name}, about ten times slower than by gigatoken: {error}")
-        return library
-    return encoder
+    reasons = []
+    for make in (_natively, _with_gigatoken):
+        try:
+            encoder = make(tokenizer, library)
+            _require_equal(encoder, library, tokenizer)
+            return encoder
+        except ValueError as error:
+            reasons.append(str(error))
+    say_once(f"text is encoded by {library.name}, about ten times slower than by gigatoken: {reasons[-1]}")
+    return library
 
 
 def own_library(tokenizer: HuggingFaceTokenizer) -> Encoder:
@@ -72,20 +76,51 @@ def _backend(tokenizer: HuggingFaceTokenizer) -> Any | None:
     return backend
 
 
+def _json(tokenizer: HuggingFaceTokenizer) -> str:
+    """What ``tokenizer.json`` would say of the tokenizer.
+
+    Raises:
+        ValueError: that is not all that decides its ids.
+    """
+    backend = _backend(tokenizer)
+    if backend is None:
+        raise ValueError("it is not a tokenizer of the package tokenizers")
+    if tokenizer.include_special_tokens or backend.encode_special_tokens:
+        raise ValueError("special tokens are added to texts, or not looked for in them")
+    return backend.to_str()
+
+
+def _natively(tokenizer: HuggingFaceTokenizer, library: Encoder) -> Encoder:
+    """Our own encoder, where the tokenizer is a SentencePiece model in disguise."""
+    imported = sentencepiece_of(_json(tokenizer))
+    encode_all = imported.encoder.encode_batch_into
+    size, dtype = tokenizer.vocab_size, optimal_dtype(tokenizer.vocab_size)
+
+    def encode(texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        if all(map(imported.takes, texts)):
+            return encode_all(texts, dtype.type)
+        taken = [imported.takes(text) for text in texts]
+        ours = iter(imported.encoder.encode_batch([t for t, take in zip(texts, taken, strict=True) if take]))
+        ids = [next(ours) if take else library([t])[0] for t, take in zip(texts, taken, strict=True)]
+        return joined(ids, size, dtype)
+
+    return Encoder(imported.encoder.encoder().name, encode, library)
+
+
 def _with_gigatoken(tokenizer: HuggingFaceTokenizer, library: Encoder) -> Encoder:
     """gigatoken; a text with characters that the two may class differently is encoded by the library."""
     try:
         from gigatoken.gigatoken_rs import load_hf_json
     except ImportError as error:
         raise ValueError(f"it is not installed ({error}); pip install gigatoken") from error
-    backend = _backend(tokenizer)
-    if backend is None or tokenizer.include_special_tokens or backend.encode_special_tokens:
-        raise ValueError("it has no such tokenizer, or none with these settings of special tokens")
-    with refusals():
-        encode_one = load_hf_json(backend.to_str()).encode
+    description = _json(tokenizer)
+    with refusals("gigatoken does not read the tokenizer"):
+        encode_one = load_hf_json(description).encode
     dtype, size = optimal_dtype(tokenizer.vocab_size), tokenizer.vocab_size
 
     def encode(texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        if not _is_unsettled(b"\n".join(texts)):
+            return joined(list(map(encode_one, texts)), size, dtype)
         ids = [library([text])[0] if _is_unsettled(text) else encode_one(text) for text in texts]
         return joined(ids, size, dtype)
 
