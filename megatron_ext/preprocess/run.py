@@ -229,18 +229,15 @@ class _Run:
 
 
 def encoders_of(parts: list[Part]) -> list[dict[str, Any]]:
-    """For the manifest: who encoded, with whose ids a sample was compared, and how many texts those were.
-
-    One entry, unless a run was resumed with another library or version of it.
-    """
-    entries: dict[tuple[str, str | None], dict[str, Any]] = {}
+    """The parts' encoders with their counts added up: one, unless a run was resumed with another version."""
+    entries: dict[tuple[str, str], dict[str, Any]] = {}
     for part in parts:
-        names = {"name": part.encoder, "compared_with": part.compared_with}
         entry = entries.setdefault(
-            (part.encoder, part.compared_with), names | {"texts": 0, "texts_compared": 0}
+            (part.encoder["name"], str(part.encoder["compared_with"])),
+            part.encoder | {"texts": 0, "texts_compared": 0},
         )
-        entry["texts"] += part.texts
-        entry["texts_compared"] += part.texts_compared
+        for count in ("texts", "texts_compared"):
+            entry[count] += part.encoder[count]
     return list(entries.values())
 
 

@@ -17,12 +17,10 @@ from megatron_ext.data.text.chunks import Chunk
 from megatron_ext.data.text.documents import BadDocument, Document, Documents, StoppedAtBadLine
 from megatron_ext.data.text.pool import Note
 from megatron_ext.data.text.records import Texts, content_hash
-from megatron_ext.tokenizer.checked import FIRST, Checked, Encode, Encoder, EncodersDiffer
+from megatron_ext.tokenizer.checked import FIRST, SLOW_PATH, Checked, Encode, Encoder, EncodersDiffer
 
 #: Texts are encoded in batches of about this many bytes.
 BATCH_BYTES = 1 << 20
-#: What to do where encoders differ.
-SLOW_PATH = "--tokenizer-backend tokenizers encodes with that library alone, and is about ten times slower"
 #: The files that a part has for each key.
 COLUMNS = ("sequences", "lengths", "bin")
 
@@ -52,10 +50,7 @@ class Part:
     documents: int = 0
     empty_documents: int = 0
     bad_lines: int = 0
-    encoder: str = ""
-    compared_with: str | None = None
-    texts: int = 0
-    texts_compared: int = 0
+    encoder: dict[str, Any] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
     files: dict[str, int] = field(default_factory=dict)
 
@@ -95,9 +90,9 @@ class _Writer:
     """Gathers documents into batches, and writes ids, lengths and notes of bad lines."""
 
     def __init__(self, chunk: Chunk, recipe: Recipe, encoder: Encoder, note: Note) -> None:
-        self.recipe, self.encode, self.note = recipe, Checked(encoder, FIRST if chunk.number == 0 else 0), note
-        self.part = Part(chunk.number, chunk.source, chunk.fingerprint(), encoder=encoder.name)
-        self.part.compared_with = encoder.reference.name if encoder.reference else None
+        self.recipe, self.note = recipe, note
+        self.encode = Checked(encoder, FIRST if chunk.number == 0 else 0)
+        self.part = Part(chunk.number, chunk.source, chunk.fingerprint())
         self.part.tokens = dict.fromkeys(recipe.keys, 0)
         self.files: dict[str, BinaryIO] = {}
         self.batch: list[Document] = []
@@ -171,7 +166,7 @@ class _Writer:
         """The last batch and the marker; ``documents`` is read to its end."""
         self._flush()
         self.part.lines, self.part.blank_lines = documents.lines, documents.blank_lines
-        self.part.texts, self.part.texts_compared = self.encode.texts, self.encode.compared
+        self.part.encoder = self.encode.describe()
         self.part.bytes, self.part.digest = documents.bytes, documents.digest.hexdigest()
         for file in self.files.values():
             file.close()

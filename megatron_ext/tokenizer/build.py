@@ -67,6 +67,10 @@ class Tokenizer:
         """
         raise NotImplementedError
 
+    def special_tokens(self) -> dict[str, int]:
+        """Name -> id of what stands for no text and has a meaning of its own, such as ``</s>``."""
+        return {}
+
     def token_bytes(self) -> np.ndarray:
         """How many bytes each id stands for, int32 [vocab_size]; 0 for special tokens."""
         from megatron_ext.tokenizer.bits_per_byte import lengths
@@ -123,6 +127,10 @@ class SentencePieceTokenizer(Tokenizer):
 
         return sentencepiece_texts(self.processor)
 
+    def special_tokens(self) -> dict[str, int]:
+        ids = filter(self.processor.is_control, range(self.vocab_size))
+        return {self.processor.id_to_piece(i): i for i in ids}
+
 
 class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer from a local folder in Hugging Face's layout; nothing is ever downloaded.
@@ -161,7 +169,8 @@ class HuggingFaceTokenizer(Tokenizer):
             ) from error
         self.include_special_tokens = include_special_tokens
         self.sha256 = folder_sha256(Path(folder))
-        self.vocab_size = len(self.tokenizer)
+        # Ids may have holes: Megatron-LM's len() is then too few rows.
+        self.vocab_size = 1 + max(self.tokenizer.get_vocab().values(), default=-1)
         self.bos, self.eos, self.pad = (
             -1 if token_id is None else token_id
             for token_id in (
@@ -187,7 +196,11 @@ class HuggingFaceTokenizer(Tokenizer):
     def token_texts(self) -> list[bytes]:
         from megatron_ext.tokenizer.bits_per_byte import huggingface_texts
 
-        return huggingface_texts(self.tokenizer)
+        return huggingface_texts(self.tokenizer, self.vocab_size)
+
+    def special_tokens(self) -> dict[str, int]:
+        tokens = self.tokenizer.added_tokens_decoder.items()
+        return {token.content: number for number, token in tokens if token.special}
 
 
 class NullTokenizer(Tokenizer):
@@ -246,6 +259,12 @@ def build_tokenizer(flags: TokenizerConfig) -> Tokenizer:
         flags.tokenizer_hf_include_special_tokens,
         flags.trust_remote_code,
     )
+
+
+def flags_of(path: str | Path) -> TokenizerConfig:
+    """The flags of the tokenizer in a SentencePiece file or a Hugging Face folder."""
+    kind = "HuggingFaceTokenizer" if Path(path).is_dir() else "SentencePieceTokenizer"
+    return TokenizerConfig(tokenizer_type=kind, tokenizer_model=str(path))
 
 
 def _read(model_file: str | Path) -> bytes:

@@ -9,6 +9,7 @@ import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 from zlib import crc32
 
 import numpy as np
@@ -17,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 #: (texts as UTF-8) -> (ids of all texts one behind the other [total], ids of each text int32 [texts])
 Encode = Callable[[Sequence[bytes]], tuple[np.ndarray, np.ndarray]]
+#: What to do where encoders differ.
+SLOW_PATH = "--tokenizer-backend tokenizers encodes with that library alone, and is about ten times slower"
 #: Texts that a ``Checked`` compares: the first ones, and of the others about one in so many.
 FIRST, ONE_IN = 16, 256
 
@@ -78,6 +81,16 @@ class Checked:
                     self._compare(number, text, ids[ends[number] - sizes[number] : ends[number]])
         self.texts += len(texts)
         return ids, sizes
+
+    def describe(self) -> dict[str, Any]:
+        """For a manifest: who encoded, with whose ids a sample was compared, and how many texts."""
+        reference = self.encoder.reference
+        return {
+            "name": self.encoder.name,
+            "compared_with": reference.name if reference else None,
+            "texts": self.texts,
+            "texts_compared": self.compared,
+        }
 
     def _compare(self, number: int, text: bytes, ids: np.ndarray) -> None:
         reference = self.encoder.reference

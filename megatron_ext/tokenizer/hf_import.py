@@ -1,8 +1,8 @@
-"""A ``tokenizer.json`` in SentencePiece's manner (Llama 2, Mistral) -> the SentencePiece model that it spells out.
+"""A ``tokenizer.json`` in SentencePiece's manner (Llama 2, Mistral) -> a SentencePiece model of the same ids.
 
-Such a file lists merges of characters, with byte fallback, where SentencePiece has scores of pieces. Its ids
-are SentencePiece's if every producible piece is made by its merge of lowest rank, which the native encoder's
-derivations tell: of the pairs that can be merged, both then take the same.
+Such a file lists merges of characters, with byte fallback, where SentencePiece has scores of pieces. A piece
+scores by its first merge. The ids are the same if the merges that can happen, which the native encoder's
+derivations tell, are in the order of those scores: of the pairs that can be merged, both take the same.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Imported:
     """The native encoder of a ``tokenizer.json``.
 
     Attributes:
-        encoder: gives its ids for texts that hold none of ``apart`` and begin with none of ``apart_in_front``.
+        encoder: gives its ids for texts without any of ``apart``, or of ``apart_in_front`` in front.
         apart: texts that have a meaning of their own in it, such as ``</s>``.
         apart_in_front: what keeps it from putting a blank in front.
     """
@@ -70,7 +70,7 @@ def sentencepiece_of(description: str) -> Imported:
     encoder = NativeEncoder(model_proto=_proto(model, ranks, prefix).SerializeToString())
     if not encoder.native:
         raise OtherManner(f"the native encoder does not read it ({encoder.fallback_reason})")
-    _require_lowest_ranks(encoder, ranks)
+    _require_same_order(encoder, ranks)
     return Imported(encoder, tuple(word.encode() for word in apart), in_front)
 
 
@@ -131,11 +131,20 @@ def _proto(model: dict[str, Any], ranks: dict[tuple[str, str], int], prefix: boo
     return proto
 
 
-def _require_lowest_ranks(encoder: NativeEncoder, ranks: dict[tuple[str, str], int]) -> None:
-    """Raise unless each piece that comes of a merge comes of its merge of lowest rank."""
+def _require_same_order(encoder: NativeEncoder, ranks: dict[tuple[str, str], int]) -> None:
+    """Raise unless the merges that can happen come in the order of the scores, and make all that is made."""
     spelled, lowest = encoder.processor.id_to_piece, _lowest(ranks)
-    for piece, (left, right) in enumerate(encoder.derivations().tolist()):
-        if left >= 0 or right >= 0:
-            pair = tuple(spelled(part) if part >= 0 else "" for part in (left, right))
-            if ranks.get(pair) != lowest[spelled(piece)]:
-                raise OtherManner(f"{spelled(piece)!r} is made by another merge than its first")
+    made = set()
+    for number, (left, right) in enumerate(encoder.derivations().tolist()):
+        if left >= 0 and right >= 0:
+            if (spelled(left), spelled(right)) not in ranks:
+                raise OtherManner(f"no merge makes {spelled(number)!r} as SentencePiece would")
+            made.add(spelled(number))
+    before = -1
+    for (left, right), _ in sorted(ranks.items(), key=lambda item: item[1]):
+        # A run of one character grows from its left in both, whatever pairs of shorter runs are listed.
+        is_run = len({*left, *right}) == 1
+        if not is_run and all(len(part) == 1 or part in made for part in (left, right)):
+            if lowest[left + right] < before:
+                raise OtherManner(f"a merge of {left!r} and {right!r} comes behind those of later pieces")
+            before = lowest[left + right]

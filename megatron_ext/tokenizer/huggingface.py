@@ -23,7 +23,7 @@ from megatron_ext.tokenizer.hf_import import sentencepiece_of
 
 #: Characters from here on are taken for unassigned: none but variation selectors and private ones are.
 _LAST_PLANES = 0x40000
-_LINES, _PIECES_A_LINE = 200, 12
+_LINES, _PIECES_A_LINE, _RUNS = 200, 12, range(1, 70)
 
 
 def encoder_of(tokenizer: HuggingFaceTokenizer, backend: str) -> Encoder:
@@ -155,8 +155,9 @@ def _require_equal(encoder: Encoder, library: Encoder, tokenizer: HuggingFaceTok
 
 
 def probes(tokenizer: HuggingFaceTokenizer) -> Iterator[bytes]:
-    """Blanks, digits, marks and scripts; each added token in several places; pieces in random order."""
+    """Scripts, marks, runs of one character; each added token in several places; pieces in random order."""
     yield from (text.encode() for text in TEXTS)
+    yield from (f"a{run * length}b{run * length}".encode() for run in " \n\t=0" for length in _RUNS)
     for token in tokenizer.tokenizer.get_added_vocab():
         yield f"a{token}b {token} 1{token}{token}\n{token[:-1]}".encode()
     pieces = [text.decode("utf-8", "ignore") for text in tokenizer.token_texts()]
