@@ -34,21 +34,26 @@ def sentencepiece_texts(processor: "SentencePieceProcessor") -> list[bytes]:
     return texts
 
 
-def huggingface_texts(tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> list[bytes]:
-    """Bytes of each id below ``vocab_size`` of a Hugging Face tokenizer; empty for special tokens and holes.
+def huggingface_texts(tokenizer: "PreTrainedTokenizerBase") -> list[bytes]:
+    """Bytes of each id of a Hugging Face tokenizer; empty for special tokens and ids without a token.
 
     Knows the two families in use: byte-level BPE, where one character of a piece is one byte, and
     pieces in sentencepiece's manner, with byte fallback.
     """
     special = set(tokenizer.all_special_ids)
     special |= {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    pieces = tokenizer.convert_ids_to_tokens(list(range(vocab_size)))
+    pieces = tokenizer.convert_ids_to_tokens(list(range(huggingface_size(tokenizer))))
     added = set(tokenizer.get_added_vocab())
     of_piece = _byte_level_text if _is_byte_level(tokenizer, pieces) else _bytes_of
     return [
         b"" if piece is None or number in special else piece.encode() if piece in added else of_piece(piece)
         for number, piece in enumerate(pieces)
     ]
+
+
+def huggingface_size(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """One more than the highest id: where ids have holes, more than the number of tokens."""
+    return 1 + max(tokenizer.get_vocab().values(), default=-1)
 
 
 def lengths(texts: Iterable[bytes]) -> np.ndarray:

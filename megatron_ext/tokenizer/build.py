@@ -15,6 +15,12 @@ import numpy as np
 
 from megatron_ext.common.files import sha256
 from megatron_ext.config.data import TokenizerConfig
+from megatron_ext.tokenizer.bits_per_byte import (
+    huggingface_size,
+    huggingface_texts,
+    lengths,
+    sentencepiece_texts,
+)
 
 SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 TOKENIZER_TYPES = (*SENTENCEPIECE_TYPES, "HuggingFaceTokenizer", "NullTokenizer")
@@ -73,8 +79,6 @@ class Tokenizer:
 
     def token_bytes(self) -> np.ndarray:
         """How many bytes each id stands for, int32 [vocab_size]; 0 for special tokens."""
-        from megatron_ext.tokenizer.bits_per_byte import lengths
-
         return lengths(self.token_texts())
 
     @property
@@ -123,8 +127,6 @@ class SentencePieceTokenizer(Tokenizer):
         return self.processor.decode([int(i) for i in ids])
 
     def token_texts(self) -> list[bytes]:
-        from megatron_ext.tokenizer.bits_per_byte import sentencepiece_texts
-
         return sentencepiece_texts(self.processor)
 
     def special_tokens(self) -> dict[str, int]:
@@ -169,8 +171,7 @@ class HuggingFaceTokenizer(Tokenizer):
             ) from error
         self.include_special_tokens = include_special_tokens
         self.sha256 = folder_sha256(Path(folder))
-        # Ids may have holes: Megatron-LM's len() is then too few rows.
-        self.vocab_size = 1 + max(self.tokenizer.get_vocab().values(), default=-1)
+        self.vocab_size = huggingface_size(self.tokenizer)
         self.bos, self.eos, self.pad = (
             -1 if token_id is None else token_id
             for token_id in (
@@ -194,9 +195,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def token_texts(self) -> list[bytes]:
-        from megatron_ext.tokenizer.bits_per_byte import huggingface_texts
-
-        return huggingface_texts(self.tokenizer, self.vocab_size)
+        return huggingface_texts(self.tokenizer)
 
     def special_tokens(self) -> dict[str, int]:
         tokens = self.tokenizer.added_tokens_decoder.items()

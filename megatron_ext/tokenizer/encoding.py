@@ -14,7 +14,7 @@ from megatron_ext.tokenizer.build import (
 from megatron_ext.tokenizer.checked import Encoder, one_by_one, refusals
 from megatron_ext.tokenizer.huggingface import encoder_of
 
-__all__ = ["BACKENDS", "Encoder", "load", "make_encoder", "refusals"]
+__all__ = ["BACKENDS", "Encoder", "load", "make_encode", "refusals"]
 
 #: What encodes with a Hugging Face tokenizer: the fastest that gives its ids, or its own library alone.
 BACKENDS = ("auto", "tokenizers")
@@ -26,11 +26,11 @@ def load(flags: TokenizerConfig, backend: str = "auto") -> tuple[Tokenizer, Enco
     name = repr([backend, *sorted(vars(flags).items())])
     if name not in _loaded:
         tokenizer = build_tokenizer(flags)
-        _loaded[name] = tokenizer, make_encoder(tokenizer, backend)
+        _loaded[name] = tokenizer, make_encode(tokenizer, backend)
     return _loaded[name]
 
 
-def make_encoder(tokenizer: Tokenizer, backend: str = "auto") -> Encoder:
+def make_encode(tokenizer: Tokenizer, backend: str = "auto") -> Encoder:
     """The encoder of a tokenizer: for ``backend`` "auto" the fastest, else the tokenizer's own library."""
     if isinstance(tokenizer, HuggingFaceTokenizer):
         return encoder_of(tokenizer, backend)
