@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Text to token ids, side by side in one run: the tokenizer's own library, others, and ours.
 
-For every tokenizer (a SentencePiece file or a Hugging Face folder) and language the contenders encode the
-same documents in turn, round after round. The table shows the median over the rounds of MB of UTF-8 text per CPU
+For every tokenizer (SentencePiece file or Hugging Face folder) and language the contenders encode the same
+documents in turn, round after round. The table shows the median over the rounds of MB of UTF-8 text per CPU
 second, and the median of each round's ratio to the tokenizer's own library, called text by text. CPU seconds
 are those of the whole process, so two threads that share the work perfectly show the same number as one; the
 second pair of columns is wall time. "cold" remembers nothing; "warm" comes after other text of all languages.

@@ -9,11 +9,12 @@ from __future__ import annotations
 import functools
 import random
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
+import psutil
 
 from megatron_ext.data.indexed import optimal_dtype
 from megatron_ext.tokenizer.build import HuggingFaceTokenizer
@@ -21,6 +22,8 @@ from megatron_ext.tokenizer.checked import Encoder, joined, one_by_one, refusals
 from megatron_ext.tokenizer.hf_check import TEXTS
 from megatron_ext.tokenizer.hf_import import sentencepiece_of
 
+#: Bytes by which a process may grow before gigatoken forgets the words that it met.
+MEMORY = 1 << 30
 #: Characters from here on are taken for unassigned: none but variation selectors and private ones are.
 _LAST_PLANES = 0x40000
 _LINES, _PIECES_A_LINE, _RUNS = 200, 12, range(1, 70)
@@ -109,22 +112,51 @@ def _natively(tokenizer: HuggingFaceTokenizer, library: Encoder) -> Encoder:
 
 def _with_gigatoken(tokenizer: HuggingFaceTokenizer, library: Encoder) -> Encoder:
     """gigatoken; a text with characters that the two may class differently is encoded by the library."""
-    try:
-        from gigatoken.gigatoken_rs import load_hf_json
-    except ImportError as error:
-        raise ValueError(f"it is not installed ({error}); pip install gigatoken") from error
-    description = _json(tokenizer)
-    with refusals("gigatoken does not read the tokenizer"):
-        encode_one = load_hf_json(description).encode
+    gigatoken = _Gigatoken(_json(tokenizer))
     dtype, size = optimal_dtype(tokenizer.vocab_size), tokenizer.vocab_size
 
     def encode(texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        encode_one = gigatoken.encoder()
         if not _is_unsettled(b"\n".join(texts)):
             return joined(list(map(encode_one, texts)), size, dtype)
         ids = [library([text])[0] if _is_unsettled(text) else encode_one(text) for text in texts]
         return joined(ids, size, dtype)
 
     return Encoder(f"gigatoken {version('gigatoken')}", encode, library)
+
+
+class _Gigatoken:
+    """gigatoken with the tokenizer of a ``tokenizer.json``.
+
+    It remembers every word that it meets, without end: where the process has grown much it is loaded anew.
+
+    Raises:
+        ValueError: it is not installed, or does not read the tokenizer.
+    """
+
+    def __init__(self, description: str) -> None:
+        self.description = description
+        self._load()
+
+    def encoder(self) -> Callable[[bytes], np.ndarray]:
+        """Encodes one text."""
+        if _resident_bytes() > self._most:
+            self._load()
+        return self._encode
+
+    def _load(self) -> None:
+        try:
+            from gigatoken.gigatoken_rs import load_hf_json
+        except ImportError as error:
+            raise ValueError(f"it is not installed ({error}); pip install gigatoken") from error
+        self._encode: Any = None  # what it remembers goes first
+        with refusals("gigatoken does not read the tokenizer"):
+            self._encode = load_hf_json(self.description).encode
+        self._most = _resident_bytes() + MEMORY
+
+
+def _resident_bytes() -> int:
+    return psutil.Process().memory_info().rss
 
 
 @functools.cache

@@ -25,6 +25,7 @@ from tests.unit.tokenizer import sample_models as samples
 
 pytest.importorskip("transformers")
 needs_gigatoken = pytest.mark.skipif(not find_spec("gigatoken"), reason="gigatoken is not installed")
+LETTERS = str.maketrans("0123456789f", "ghklmnopqr ")
 _TEMPLATE = (("SpecialToken", "<|im_start|>"), ("Sequence", "A"))
 SPELLED = ["<|endoftext|>", "<|im_start|>", "<|im_start", "<think>", "</s>", "<s>", "<unk>", "<0x41>"]
 
@@ -64,6 +65,19 @@ def test_gigatoken_gives_the_ids_of_tokenizers(tmp_path, family):
     assert_equal(encoder, tokenizer, texts())
     word = "".join(random.Random(1).choices("abcdefg", k=100_000))
     assert_equal(encoder, tokenizer, [word, "", "中" * 30_000, "\0", " " * 10_000])
+
+
+@needs_gigatoken
+def test_gigatoken_forgets_its_words_where_memory_grows(tmp_path, monkeypatch):
+    tokenizer, encoder = load(flags(hf_folders.byte_level(tmp_path)))
+    loads, loading = [], huggingface._Gigatoken._load
+    monkeypatch.setattr(huggingface, "MEMORY", 4 << 20)
+    monkeypatch.setattr(huggingface._Gigatoken, "_load", lambda self: loads.append(loading(self)))
+    gigatoken, draw = huggingface._Gigatoken(tokenizer.tokenizer.backend_tokenizer.to_str()), random.Random(0)
+    for _ in range(20):
+        text = draw.randbytes(200_000).hex().translate(LETTERS).encode()  # words that came never before
+        ids = gigatoken.encoder()(text)
+    assert 1 < len(loads) < 20 and ids.tolist() == encoder([text])[0].tolist()
 
 
 @pytest.mark.parametrize("family", ["smollm", "unknown"])
