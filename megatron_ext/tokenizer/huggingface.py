@@ -34,14 +34,15 @@ def encoder_of(tokenizer: HuggingFaceTokenizer, backend: str) -> Encoder:
 
     That it has to be the slow one is said once in the log, and why.
     """
-    library = own_library(tokenizer)
+    texts = list(probes(tokenizer))
+    library = _own_library(tokenizer, texts)
     if backend == "tokenizers":
         return library
     reasons = []
     for make in (_natively, _with_gigatoken):
         try:
             encoder = make(tokenizer, library)
-            _require_equal(encoder, library, tokenizer)
+            _require_equal(encoder, library, texts)
             return encoder
         except ValueError as error:
             reasons.append(str(error))
@@ -49,7 +50,7 @@ def encoder_of(tokenizer: HuggingFaceTokenizer, backend: str) -> Encoder:
     return library
 
 
-def own_library(tokenizer: HuggingFaceTokenizer) -> Encoder:
+def _own_library(tokenizer: HuggingFaceTokenizer, texts: Sequence[bytes]) -> Encoder:
     """``tokenizers`` where it gives the ids that transformers gives, else transformers itself."""
     size = tokenizer.vocab_size
     slow = Encoder(f"transformers {version('transformers')}", one_by_one(tokenizer.tokenize, size))
@@ -63,7 +64,7 @@ def own_library(tokenizer: HuggingFaceTokenizer) -> Encoder:
 
     library = Encoder(f"tokenizers {version('tokenizers')}", one_by_one(tokenize, size))
     try:
-        _require_equal(library, slow, tokenizer)
+        _require_equal(library, slow, texts)
     except ValueError as error:
         say_once(f"text is encoded by {slow.name}, many times slower than by tokenizers: {error}")
         return slow
@@ -95,6 +96,9 @@ def _json(tokenizer: HuggingFaceTokenizer) -> str:
 
 def _natively(tokenizer: HuggingFaceTokenizer, library: Encoder) -> Encoder:
     """Our own encoder, where the tokenizer is a SentencePiece model in disguise."""
+    backend = _backend(tokenizer)
+    if backend is None or not getattr(backend.model, "byte_fallback", False):
+        raise ValueError("it has no byte fallback")
     imported = sentencepiece_of(_json(tokenizer))
     encode_all = imported.encoder.encode_batch_into
     size, dtype = tokenizer.vocab_size, optimal_dtype(tokenizer.vocab_size)
@@ -178,11 +182,10 @@ def _is_unsettled(text: bytes) -> bool:
     return bool(_unassigned()[codes].any())
 
 
-def _require_equal(encoder: Encoder, library: Encoder, tokenizer: HuggingFaceTokenizer) -> None:
-    """Raise ValueError if the encoder gives other ids than the library for one of the ``probes``."""
-    for text in probes(tokenizer):
-        ours, theirs = encoder([text])[0], library([text])[0]
-        if not np.array_equal(ours, theirs):
+def _require_equal(encoder: Encoder, library: Encoder, texts: Sequence[bytes]) -> None:
+    """Raise ValueError if the encoder gives other ids than the library for one of the texts."""
+    for text in texts:
+        if not np.array_equal(encoder([text])[0], library([text])[0]):
             raise ValueError(f"{encoder.name} encodes {text.decode()[:60]!r} otherwise")
 
 
