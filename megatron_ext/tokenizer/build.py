@@ -20,7 +20,7 @@ from megatron_ext.tokenizer.bits_per_byte import (
     huggingface_texts,
     lengths,
     sentencepiece_texts,
-)
+)from megatron_ext.tokenizer.checked import refusals
 
 SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 TOKENIZER_TYPES = (*SENTENCEPIECE_TYPES, "HuggingFaceTokenizer", "NullTokenizer")
@@ -159,16 +159,15 @@ class HuggingFaceTokenizer(Tokenizer):
         except ImportError as error:
             raise TokenizerError("HuggingFaceTokenizer needs: pip install transformers") from error
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(
-                str(folder),
-                use_fast=use_fast,
-                trust_remote_code=trust_remote_code,
-                local_files_only=True,
-            )
-        except Exception as error:  # transformers raises whatever its parsers raise
-            raise TokenizerError(
-                f"--tokenizer-model {folder}: transformers cannot load it ({_first_line(error)})"
-            ) from error
+            with refusals("transformers cannot load it"):
+                self.tokenizer = AutoTokenizer.from_pretrained(
+                    str(folder),
+                    use_fast=use_fast,
+                    trust_remote_code=trust_remote_code,
+                    local_files_only=True,
+                )
+        except ValueError as error:
+            raise TokenizerError(f"--tokenizer-model {folder}: {error}") from error
         self.include_special_tokens = include_special_tokens
         self.sha256 = folder_sha256(Path(folder))
         self.vocab_size = huggingface_size(self.tokenizer)

@@ -32,10 +32,17 @@ _LINES, _PIECES_A_LINE, _RUNS = 200, 12, range(1, 70)
 def encoder_of(tokenizer: HuggingFaceTokenizer, backend: str) -> Encoder:
     """The fastest encoder that gives the tokenizer's ids; for ``backend`` "tokenizers" its own library.
 
-    That it has to be the slow one is said once in the log, and why.
+    That it has to be a slow one is said once in the log, and why.
     """
     texts = list(probes(tokenizer))
-    library = _own_library(tokenizer, texts)
+    size = tokenizer.vocab_size
+    slow = Encoder(f"transformers {version('transformers')}", one_by_one(tokenizer.tokenize, size))
+    try:
+        library = _library(tokenizer)
+        _require_equal(library, slow, texts)
+    except ValueError as error:
+        say_once(f"text is encoded by {slow.name}, many times slower than by tokenizers: {error}")
+        return slow
     if backend == "tokenizers":
         return library
     reasons = []
@@ -50,25 +57,16 @@ def encoder_of(tokenizer: HuggingFaceTokenizer, backend: str) -> Encoder:
     return library
 
 
-def _own_library(tokenizer: HuggingFaceTokenizer, texts: Sequence[bytes]) -> Encoder:
-    """``tokenizers`` where it gives the ids that transformers gives, else transformers itself."""
-    size = tokenizer.vocab_size
-    slow = Encoder(f"transformers {version('transformers')}", one_by_one(tokenizer.tokenize, size))
-    backend = _backend(tokenizer)
+def _library(tokenizer: HuggingFaceTokenizer) -> Encoder:
+    """``tokenizers``; ValueError if the tokenizer is none of its."""
+    backend, special = _backend(tokenizer), tokenizer.include_special_tokens
     if backend is None:
-        return slow
-    special = tokenizer.include_special_tokens
+        raise ValueError("it is not a tokenizer of the package tokenizers")
 
     def tokenize(text: str) -> list[int]:
         return backend.encode(text, add_special_tokens=special).ids
 
-    library = Encoder(f"tokenizers {version('tokenizers')}", one_by_one(tokenize, size))
-    try:
-        _require_equal(library, slow, texts)
-    except ValueError as error:
-        say_once(f"text is encoded by {slow.name}, many times slower than by tokenizers: {error}")
-        return slow
-    return library
+    return Encoder(f"tokenizers {version('tokenizers')}", one_by_one(tokenize, tokenizer.vocab_size))
 
 
 def _backend(tokenizer: HuggingFaceTokenizer) -> Any | None:
