@@ -20,7 +20,8 @@ from megatron_ext.tokenizer.bits_per_byte import (
     huggingface_texts,
     lengths,
     sentencepiece_texts,
-)from megatron_ext.tokenizer.checked import refusals
+)
+from megatron_ext.tokenizer.checked import refusals
 
 SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 TOKENIZER_TYPES = (*SENTENCEPIECE_TYPES, "HuggingFaceTokenizer", "NullTokenizer")

@@ -58,10 +58,8 @@ def encoder_of(tokenizer: HuggingFaceTokenizer, backend: str) -> Encoder:
 
 
 def _library(tokenizer: HuggingFaceTokenizer) -> Encoder:
-    """``tokenizers``; ValueError if the tokenizer is none of its."""
+    """The package ``tokenizers``."""
     backend, special = _backend(tokenizer), tokenizer.include_special_tokens
-    if backend is None:
-        raise ValueError("it is not a tokenizer of the package tokenizers")
 
     def tokenize(text: str) -> list[int]:
         return backend.encode(text, add_special_tokens=special).ids
@@ -69,24 +67,19 @@ def _library(tokenizer: HuggingFaceTokenizer) -> Encoder:
     return Encoder(f"tokenizers {version('tokenizers')}", one_by_one(tokenize, tokenizer.vocab_size))
 
 
-def _backend(tokenizer: HuggingFaceTokenizer) -> Any | None:
-    """The ``tokenizers.Tokenizer`` in a tokenizer of transformers, never truncating; or None."""
+def _backend(tokenizer: HuggingFaceTokenizer) -> Any:
+    """The ``tokenizers.Tokenizer`` in one of transformers, never truncating; ValueError if there is none."""
     backend = getattr(tokenizer.tokenizer, "backend_tokenizer", None)
-    if backend is not None:  # as transformers sets it for each text
-        backend.no_truncation()
-        backend.no_padding()
+    if backend is None:
+        raise ValueError("it is not a tokenizer of the package tokenizers")
+    backend.no_truncation()  # as transformers sets it for each text
+    backend.no_padding()
     return backend
 
 
 def _json(tokenizer: HuggingFaceTokenizer) -> str:
-    """What ``tokenizer.json`` would say of the tokenizer.
-
-    Raises:
-        ValueError: that is not all that decides its ids.
-    """
+    """What ``tokenizer.json`` would say of the tokenizer; ValueError if more than that decides its ids."""
     backend = _backend(tokenizer)
-    if backend is None:
-        raise ValueError("it is not a tokenizer of the package tokenizers")
     if tokenizer.include_special_tokens or backend.encode_special_tokens:
         raise ValueError("special tokens are added to texts, or not looked for in them")
     return backend.to_str()
@@ -94,8 +87,7 @@ def _json(tokenizer: HuggingFaceTokenizer) -> str:
 
 def _natively(tokenizer: HuggingFaceTokenizer, library: Encoder) -> Encoder:
     """Our own encoder, where the tokenizer is a SentencePiece model in disguise."""
-    backend = _backend(tokenizer)
-    if backend is None or not getattr(backend.model, "byte_fallback", False):
+    if not getattr(_backend(tokenizer).model, "byte_fallback", False):
         raise ValueError("it has no byte fallback")
     imported = sentencepiece_of(_json(tokenizer))
     encode_all = imported.encoder.encode_batch_into
