@@ -187,9 +187,10 @@ class HuggingFaceTokenizer(Tokenizer):
             raise TokenizerError(f"--tokenizer-model {folder}: has no eos_token to end documents with")
 
     def tokenize(self, text: str) -> list[int]:
-        if self.include_special_tokens:
-            return self.tokenizer(text).input_ids
-        return self.tokenizer.convert_tokens_to_ids(self.tokenizer.tokenize(text))
+        # Not through the tokens' names, as Megatron-LM does it: one that strips blanks beside it has no id by
+        # the name that it then gets.
+        special = self.include_special_tokens
+        return self.tokenizer(text, add_special_tokens=special, verbose=False).input_ids
 
     def detokenize(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)

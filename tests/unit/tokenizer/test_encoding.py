@@ -167,6 +167,16 @@ def test_settings_that_decide_ids(tmp_path):
         assert ids == tokenizer.tokenize(text) and len(ids) > 3 and (ids[0] == 1) == special
 
 
+def test_added_tokens_that_strip_blanks(tmp_path):
+    description = json.loads((hf_folders.byte_level(tmp_path / "a") / "tokenizer.json").read_text())
+    for token in description["added_tokens"]:
+        token |= {"lstrip": True, "rstrip": True}
+    tokenizer, encoder = load(flags(hf_folders.write(tmp_path / "b", description)))
+    text = "a <think> b <|im_start|>  c"
+    assert None not in tokenizer.tokenize(text)
+    assert_equal(encoder, tokenizer, [text, *texts()[:200]])
+
+
 def test_ids_with_holes(tmp_path):
     description = json.loads((hf_folders.byte_level(tmp_path / "a") / "tokenizer.json").read_text())
     vocabulary = description["model"]["vocab"]
