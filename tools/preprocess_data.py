@@ -29,6 +29,7 @@ from megatron_ext.config.data import TokenizerConfig
 from megatron_ext.preprocess.options import Options
 from megatron_ext.preprocess.run import describe, preprocess
 from megatron_ext.tokenizer.build import TOKENIZER_TYPES
+from megatron_ext.tokenizer.encoding import BACKENDS
 
 #: Upstream's flags that cannot take effect here, and why.
 REFUSED = {
@@ -149,6 +150,14 @@ def _add_tokenizer(tok: argparse._ArgumentGroup) -> None:
         "--tokenizer-hf-include-special-tokens",
         action="store_true",
         help="let the Hugging Face tokenizer add its special tokens",
+    )
+    tok.add_argument(
+        "--tokenizer-backend",
+        choices=BACKENDS,
+        default="auto",
+        help="what encodes with a Hugging Face tokenizer: auto takes the fastest library that gives its ids "
+        "and compares a sample of the documents (default); tokenizers is Hugging Face's own alone, "
+        "about ten times slower",
     )
     tok.add_argument(
         "--trust-remote-code",

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""A .bin/.idx dataset with the ids of one SentencePiece model -> the same documents with those of another.
+"""A .bin/.idx dataset with the ids of one tokenizer -> the same documents with those of another.
 
     python tools/retokenize_dataset.py --input data/old --output-prefix data/new \\
         --old-tokenizer-model big.model --new-tokenizer-model compact.model
 
-The text itself is not needed: ids are turned back into bytes and encoded again. Control pieces such as </s>
-are translated by their names. Documents and sequences stay as they are.
+A tokenizer is a SentencePiece file or a Hugging Face folder. The text itself is not needed: ids are turned
+back into bytes and encoded again. Special tokens such as <s> are translated by their names, and the one that
+ends documents to the new tokenizer's. Documents and sequences stay as they are.
 
 Exit code 0: everything is in place; 1: bad input; 2: bad usage.
 """
@@ -18,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_ext.common import command
 from megatron_ext.preprocess.retokenize import retokenize
+from megatron_ext.tokenizer.encoding import BACKENDS
 
 
 @command.tool
@@ -25,12 +27,20 @@ def main(argv: list[str] | None = None) -> int:
     """Run; returns the exit code."""
     p = command.parser(__doc__)
     p.add_argument("--input", required=True, metavar="PREFIX", help="dataset of the old tokenizer")
-    p.add_argument("--old-tokenizer-model", required=True, metavar="FILE")
-    p.add_argument("--new-tokenizer-model", required=True, metavar="FILE")
+    p.add_argument("--old-tokenizer-model", required=True, metavar="PATH")
+    p.add_argument("--new-tokenizer-model", required=True, metavar="PATH")
+    p.add_argument(
+        "--tokenizer-backend",
+        choices=BACKENDS,
+        default="auto",
+        help="what encodes with a new Hugging Face tokenizer: the fastest library that gives its ids "
+        "(default), or Hugging Face's own alone",
+    )
     p.add_argument("--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX.bin, .idx, .json")
     p.add_argument("--json", action="store_true", help="print the summary as one JSON object")
     args = p.parse_args(argv)
-    summary = retokenize(args.input, args.old_tokenizer_model, args.new_tokenizer_model, args.output_prefix)
+    models = (args.old_tokenizer_model, args.new_tokenizer_model)
+    summary = retokenize(args.input, *models, args.output_prefix, args.tokenizer_backend)
     print(json.dumps(summary) if args.json else "\n".join(f"{k}: {v:,}" for k, v in summary.items()))
     return 0
 

@@ -12,7 +12,7 @@ from megatron_ext.data.text.sources import BAD_LINES, STDIN, WORK_FOLDER, Source
 
 MIB = 1 << 20
 #: Raised when parts of older code must not be mixed with those of newer code.
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 
 
 class PreprocessError(ValueError):
@@ -27,12 +27,14 @@ class Options:
         output_prefix: PREFIX of ``PREFIX_KEY_document``.
         on_bad_line: "stop", "skip" or "quarantine".
         shard: (i, n) makes the i-th (from 0) of n parts of the input.
+        tokenizer_backend: what encodes with a Hugging Face tokenizer: "auto" or "tokenizers".
         chunk_bytes: input bytes of a unit of work; chosen from the size of the input if None.
     """
 
     inputs: list[str]
     output_prefix: str
     tokenizer: TokenizerConfig
+    tokenizer_backend: str = "auto"
     json_keys: list[str] = field(default_factory=lambda: ["text"])
     append_eod: bool = False
     on_bad_line: str = "stop"
@@ -49,6 +51,8 @@ class Options:
             found.append(f"--tokenizer-type {kind} needs --vocab-size")
         if kind != "NullTokenizer" and self.tokenizer.tokenizer_model is None:
             found.append(f"--tokenizer-type {kind} needs --tokenizer-model")
+        if kind != "HuggingFaceTokenizer" and self.tokenizer_backend != "auto":
+            found.append(f"--tokenizer-backend {self.tokenizer_backend} is for HuggingFaceTokenizer")
         if self.shard and self.dedup:
             found.append("--dedup looks at all documents, --shard only at a part: give one of them")
         if self.shard and "-" in self.inputs:
@@ -121,6 +125,7 @@ def plan_id(options: Options, sources: list[Source], tokenizer_sha256: str) -> s
         "options": options.describe(),
         "tokenizer": tokenizer_sha256,
         "include_special_tokens": options.tokenizer.tokenizer_hf_include_special_tokens,
+        "tokenizer_backend": options.tokenizer_backend,
         "chunk_bytes": chunk_size(options, sources),
         "inputs": inputs,
     }

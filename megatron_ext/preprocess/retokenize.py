@@ -1,57 +1,65 @@
-"""A .bin/.idx dataset with the ids of one SentencePiece model -> with those of another, without the text.
+"""A .bin/.idx dataset with the ids of one tokenizer -> with those of another, without the text.
 
 Ids are turned back into the bytes they stand for and encoded again. Where the old tokenizer gives text back
-exactly (identity normalizer, byte fallback), that equals preprocessing the text with the new one.
+exactly (no normalizer, every byte has a token), that equals preprocessing the text with the new one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from megatron_ext.common.files import refuse_overwriting, sha256, unchanged
+from megatron_ext.common.files import refuse_overwriting, unchanged
 from megatron_ext.common.progress import Progress
 from megatron_ext.data.indexed import DatasetError, Index, dataset_files, map_tokens, optimal_dtype
 from megatron_ext.data.manifest import check_dataset, read_manifest, refuse_replacing_others
 from megatron_ext.data.writer import Written, publish, write_dataset
-from megatron_ext.tokenizer.encoder import NativeEncoder
-
-if TYPE_CHECKING:
-    from sentencepiece import SentencePieceProcessor
+from megatron_ext.tokenizer import encoding
+from megatron_ext.tokenizer.build import Tokenizer, build_tokenizer, flags_of
+from megatron_ext.tokenizer.checked import SLOW_PATH, Checked, Encode, EncodersDiffer
 
 TOKENS_AT_ONCE = 1 << 21
 
 
 class Retokenizer:
-    """Translates sequences of ids between two models.
+    """Translates sequences of ids between two tokenizers.
 
-    Control pieces (such as ``</s>``) are translated by their names.
+    Special tokens (such as ``</s>``) are translated by their names; what ends a document in the old tokenizer
+    becomes what ends it in the new one.
 
     Args:
         old, new: the tokenizers.
+        encode: the new one's encoder.
     """
 
-    def __init__(self, old: NativeEncoder, new: NativeEncoder) -> None:
-        self.new, self.strip = new, old.adds_dummy_prefix
-        self.pieces = [_bytes_of(old.processor, i) for i in range(old.vocab_size)]
-        self.names = {i: old.processor.id_to_piece(i) for i, text in enumerate(self.pieces) if text is None}
-        self.unknown = old.processor.unk_id()
-        found = {i: new.processor.piece_to_id(name) for i, name in self.names.items()}
-        self.control = {i: to for i, to in found.items() if new.processor.is_control(to)}
+    def __init__(self, old: Tokenizer, new: Tokenizer, encode: Encode) -> None:
+        self.new, self.encode = new, encode
+        self.pieces = old.token_texts()
+        self.strip = b"".join(self.pieces[i] for i in old.tokenize("a")) == b" a"
+        self.names = {number: name for name, number in old.special_tokens().items()}
+        known = new.special_tokens()
+        self.special = {number: known[name] for number, name in self.names.items() if name in known}
+        self.special[old.eod] = new.eod
 
     def translate(self, sequences: list[np.ndarray], dtype: np.dtype) -> list[np.ndarray]:
         """New ids of each sequence.
 
         Raises:
-            ValueError: a sequence holds the unknown id, an id outside the vocabulary, or a control piece that
-                the new model lacks.
+            ValueError: a sequence holds an id without a text, one outside the vocabulary, or a special token
+                that the new tokenizer lacks.
+            EncodersDiffer: in the sequence of that number.
         """
         texts: list[bytes] = []
         plans = [self._cut(sequence.tolist(), texts) for sequence in sequences]
-        encoded = self.new.encode_batch(texts)
+        try:
+            flat, sizes = self.encode(texts)
+        except EncodersDiffer as error:
+            holds = [any(is_text and part == error.text for is_text, part in plan) for plan in plans]
+            raise EncodersDiffer(holds.index(True), error.reason) from None
+        encoded = np.split(flat, np.cumsum(sizes)[:-1])
         parts = [
             [encoded[part] if is_text else np.array([part], dtype=dtype) for is_text, part in plan]
             for plan in plans
@@ -60,7 +68,7 @@ class Retokenizer:
         return [np.concatenate([empty, *part]).astype(dtype) for part in parts]
 
     def _cut(self, ids: list[int], texts: list[bytes]) -> list[tuple[bool, int]]:
-        """(True, number of a text put into ``texts``) or (False, new control id), in order."""
+        """(True, number of a text put into ``texts``) or (False, new special id), in order."""
         plan: list[tuple[bool, int]] = []
         run: list[bytes] = []
 
@@ -73,30 +81,26 @@ class Retokenizer:
 
         for i in ids:
             if i >= len(self.pieces):
-                raise ValueError(f"id {i} is outside the old model's {len(self.pieces)} pieces")
-            text = self.pieces[i]
-            if text is not None:
+                raise ValueError(f"id {i} is outside the old tokenizer's {len(self.pieces)} pieces")
+            if text := self.pieces[i]:
                 run.append(text)
-                continue
-            if i not in self.control:
-                what = "its text is lost" if i == self.unknown else "the new model has no such control piece"
-                raise ValueError(f"id {i} ({self.names[i]}) cannot be translated: {what}")
-            end_run()
-            plan.append((False, self.control[i]))
+            elif i in self.special:
+                end_run()
+                plan.append((False, self.special[i]))
+            else:
+                name = self.names.get(i)
+                what = "its text is lost" if name is None else f"the new tokenizer has no {name}"
+                raise ValueError(f"id {i} cannot be translated: {what}")
         end_run()
         return plan
 
 
-def _bytes_of(processor: SentencePieceProcessor, i: int) -> bytes | None:
-    """The UTF-8 bytes an id stands for; None for control and unknown pieces."""
-    piece = processor.id_to_piece(i)
-    if processor.is_control(i) or processor.is_unknown(i):
-        return None
-    return bytes([int(piece[3:5], 16)]) if processor.is_byte(i) else piece.replace("▁", " ").encode()
-
-
-def retokenize(old_prefix: str, old_model: str, new_model: str, new_prefix: str) -> dict[str, Any]:
+def retokenize(
+    old_prefix: str, old_model: str, new_model: str, new_prefix: str, tokenizer_backend: str = "auto"
+) -> dict[str, Any]:
     """Writes the dataset ``new_prefix``; the summary.
+
+    The models are SentencePiece files or Hugging Face folders.
 
     Raises:
         ValueError: the dataset is damaged, changes meanwhile, is of another tokenizer, cannot be translated,
@@ -105,26 +109,26 @@ def retokenize(old_prefix: str, old_model: str, new_model: str, new_prefix: str)
     files = dataset_files(old_prefix)
     refuse_overwriting(dataset_files(new_prefix), [*files, old_model, new_model])
     refuse_replacing_others(new_prefix)
-    old_proto, new_proto = Path(old_model).read_bytes(), Path(new_model).read_bytes()
-    old = NativeEncoder(old_model, model_proto=old_proto)
-    new = NativeEncoder(new_model, model_proto=new_proto)
+    old = build_tokenizer(flags_of(old_model))
+    new, encoder = encoding.load(flags_of(new_model), tokenizer_backend)
+    encode = Checked(encoder)
     Path(new_prefix).absolute().parent.mkdir(parents=True, exist_ok=True)
     with unchanged(files):
         index, manifest = check_dataset(old_prefix), read_manifest(old_prefix)
         made_with = (manifest or {}).get("tokenizer", {}).get("sha256")
-        if made_with and made_with != sha256(old_proto):
+        if made_with and made_with != old.sha256:
             raise DatasetError(f"{old_prefix}: made with another tokenizer than {old_model}")
-        written = _translate(Retokenizer(old, new), old_prefix, index, new_prefix)
+        written = _translate(Retokenizer(old, new, encode), old_prefix, index, new_prefix)
     tokenizer = {
-        "type": "SentencePieceTokenizer",
+        "type": type(new).__name__,
         "name": Path(new_model).name,
-        "sha256": sha256(new_proto),
+        "sha256": new.sha256,
         "vocab_size": new.vocab_size,
         "eod": new.eod,
     }
-    source = {"name": Path(old_prefix).name, "tokenizer_sha256": sha256(old_proto)}
-    dtype = optimal_dtype(new.vocab_size)
-    publish(written, {"dtype": dtype.name, "tokenizer": tokenizer, "retokenized_from": source})
+    source = {"name": Path(old_prefix).name, "tokenizer_sha256": old.sha256}
+    common = {"tokenizer": tokenizer, "encoders": [encode.describe()], "retokenized_from": source}
+    publish(written, {"dtype": optimal_dtype(new.vocab_size).name} | common)
     return {"documents": written.documents, "tokens_before": index.num_tokens, "tokens": written.tokens}
 
 
@@ -167,5 +171,9 @@ def _translated(
     sequences = [tokens[start : start + length] for start, length in zip(starts, lengths, strict=True)]
     try:
         return translator.translate(sequences, dtype)
+    except EncodersDiffer as error:
+        raise DatasetError(
+            f"{prefix}.bin, sequence {begin + error.text}: {error.reason}; {SLOW_PATH}"
+        ) from error
     except ValueError as error:
         raise DatasetError(f"{prefix}.bin, sequences {begin} to {end - 1}: {error}") from error

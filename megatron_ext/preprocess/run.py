@@ -43,7 +43,7 @@ def preprocess(options: Options, quiet: bool = False) -> dict[str, Any]:
     refuse_overwriting(options.produced(), options.files_read(sources))
     for key in options.json_keys:
         refuse_replacing_others(options.dataset(key))
-    tokenizer, _ = encoding.load(options.tokenizer)
+    tokenizer, _ = encoding.load(options.tokenizer, options.tokenizer_backend)
     plan = plan_id(options, sources, tokenizer.sha256)
     finished = _finished(options, sources, plan)
     if finished is not None:
@@ -106,8 +106,8 @@ class _Run:
             self.options.on_bad_line,
             self.options.dedup,
         )
-        _, encode = encoding.load(self.options.tokenizer)
-        work = functools.partial(process, recipe=recipe, encode=encode)
+        _, encoder = encoding.load(self.options.tokenizer, self.options.tokenizer_backend)
+        work = functools.partial(process, recipe=recipe, encoder=encoder)
         failure = run_chunks(self._chunks_to_do(), self.options.workers, work, self._done, self.lock)
         if failure is not None:
             raise self._stopped(failure)
@@ -138,7 +138,8 @@ class _Run:
     def _stopped(self, failure: Failure) -> PreprocessError:
         chunk = failure.chunk
         self.check.require_unchanged(chunk.source)  # a line may be cut off because its file was
-        return PreprocessError(bad_line_message(chunk, failure.line, failure.reason, "skip or quarantine"))
+        ways = "skip or quarantine"
+        return PreprocessError(bad_line_message(chunk, failure.line, failure.reason, ways, failure.remedy))
 
     def _inputs(self) -> list[dict[str, Any]]:
         """What the manifest says of the inputs; parts of other content must not be found again."""
@@ -189,6 +190,7 @@ class _Run:
                 "vocab_size": self.tokenizer.vocab_size,
                 "eod": self.tokenizer.eod,
             },
+            "encoders": encoders_of(parts),
             "options": options.describe(),
             "inputs": inputs,
             "lines": {
@@ -220,6 +222,19 @@ class _Run:
         assemble.write_bad_lines(
             self.options.bad_lines_file, parts, self.folder, names, lambda part: first[part.number], empty
         )
+
+
+def encoders_of(parts: list[Part]) -> list[dict[str, Any]]:
+    """The parts' encoders with their counts added up: one, unless a run was resumed with another version."""
+    entries: dict[tuple[str, str], dict[str, Any]] = {}
+    for part in parts:
+        entry = entries.setdefault(
+            (part.encoder["name"], str(part.encoder["compared_with"])),
+            part.encoder | {"texts": 0, "texts_compared": 0},
+        )
+        for count in ("texts", "texts_compared"):
+            entry[count] += part.encoder[count]
+    return list(entries.values())
 
 
 def describe(summary: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from megatron_ext.data.text.chunks import Chunk, row_of
 from megatron_ext.data.text.documents import BadDocument, Document, Documents, StoppedAtBadLine
 from megatron_ext.data.text.pool import Note
 from megatron_ext.data.text.records import Texts, content_hash
-from megatron_ext.tokenizer.encoding import Encode
+from megatron_ext.tokenizer.checked import FIRST, SLOW_PATH, Checked, Encode, Encoder, EncodersDiffer
 
 #: Texts are encoded in batches of about this many bytes.
 BATCH_BYTES = 1 << 20
@@ -38,7 +38,7 @@ class Recipe:
 
 @dataclass
 class Part:
-    """What a marker says: counts of one chunk, ``digest`` of its lines, sizes of its files."""
+    """What a marker says: counts of one chunk, ``digest`` of its lines, who encoded, sizes of its files."""
 
     number: int
     source: int
@@ -50,6 +50,7 @@ class Part:
     documents: int = 0
     empty_documents: int = 0
     bad_lines: int = 0
+    encoder: dict[str, Any] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
     files: dict[str, int] = field(default_factory=dict)
 
@@ -68,15 +69,15 @@ def read_part(folder: Path, number: int) -> Part | None:
     return part if sizes == part.files else None
 
 
-def process(chunk: Chunk, note: Note, recipe: Recipe, encode: Encode) -> Part:
+def process(chunk: Chunk, note: Note, recipe: Recipe, encoder: Encoder) -> Part:
     """Encode a chunk, write its part, and return the marker.
 
     Raises:
-        StoppedAtBadLine: a line cannot be used and ``on_bad_line`` is "stop".
+        StoppedAtBadLine: a line cannot be used and ``on_bad_line`` is "stop", or encoders differ in it.
         InputChanged: the file is not as it was when the run began.
     """
     documents = Documents(chunk, recipe.keys)
-    with _Writer(chunk, recipe, encode, note) as writer:
+    with _Writer(chunk, recipe, encoder, note) as writer:
         for document in documents:
             if isinstance(document, Document):
                 writer.add(document)
@@ -88,8 +89,9 @@ def process(chunk: Chunk, note: Note, recipe: Recipe, encode: Encode) -> Part:
 class _Writer:
     """Gathers documents into batches, and writes ids, lengths and notes of bad lines."""
 
-    def __init__(self, chunk: Chunk, recipe: Recipe, encode: Encode, note: Note) -> None:
-        self.chunk, self.recipe, self.encode, self.note = chunk, recipe, encode, note
+    def __init__(self, chunk: Chunk, recipe: Recipe, encoder: Encoder, note: Note) -> None:
+        self.chunk, self.recipe, self.note = chunk, recipe, note
+        self.encode = Checked(encoder, FIRST if chunk.number == 0 else 0)
         self.part = Part(chunk.number, chunk.source, chunk.fingerprint())
         self.part.tokens = dict.fromkeys(recipe.keys, 0)
         self.files: dict[str, BinaryIO] = {}
@@ -137,6 +139,8 @@ class _Writer:
         self.note(batch[0].place, batch[-1].place)
         try:
             self._write(batch)
+        except EncodersDiffer as error:
+            raise StoppedAtBadLine(batch[error.text].place, error.reason, SLOW_PATH) from None
         except ValueError as error:
             if len(batch) == 1:
                 self.bad(BadDocument(batch[0].place, batch[0].raw, str(error)))
@@ -165,6 +169,7 @@ class _Writer:
         """The last batch and the marker; ``documents`` is read to its end."""
         self._flush()
         self.part.lines, self.part.blank_lines = documents.lines, documents.blank_lines
+        self.part.encoder = self.encode.describe()
         self.part.bytes, self.part.digest = documents.bytes, documents.digest.hexdigest()
         for file in self.files.values():
             file.close()
@@ -183,11 +188,17 @@ def _documents(
 
     Sentences without ids are left out; ``eod`` ends the last sentence of a document that has ids.
 
+    Raises:
+        EncodersDiffer: in the document of that number.
+
     Returns:
         ids [tokens], length of each sequence int32 [sequences], sequences of each document int32.
     """
-    ids, sizes = encode([sentence for document in documents for sentence in document])
     owner = np.repeat(np.arange(len(documents)), [len(document) for document in documents])
+    try:
+        ids, sizes = encode([sentence for document in documents for sentence in document])
+    except EncodersDiffer as error:
+        raise EncodersDiffer(int(owner[error.text]), error.reason) from None
     owner, lengths = owner[sizes > 0], sizes[sizes > 0].astype(np.int32)
     sequences = np.bincount(owner, minlength=len(documents)).astype(np.int32)
     if eod is not None and len(lengths):

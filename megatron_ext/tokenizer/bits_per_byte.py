@@ -42,13 +42,18 @@ def huggingface_texts(tokenizer: "PreTrainedTokenizerBase") -> list[bytes]:
     """
     special = set(tokenizer.all_special_ids)
     special |= {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    pieces = tokenizer.convert_ids_to_tokens(list(range(huggingface_size(tokenizer))))
     added = set(tokenizer.get_added_vocab())
     of_piece = _byte_level_text if _is_byte_level(tokenizer, pieces) else _bytes_of
     return [
         b"" if piece is None or number in special else piece.encode() if piece in added else of_piece(piece)
         for number, piece in enumerate(pieces)
     ]
+
+
+def huggingface_size(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """One more than the highest id: where ids have holes, more than the number of tokens."""
+    return 1 + max(tokenizer.get_vocab().values(), default=-1)
 
 
 def lengths(texts: Iterable[bytes]) -> np.ndarray:

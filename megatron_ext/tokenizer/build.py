@@ -15,6 +15,13 @@ import numpy as np
 
 from megatron_ext.common.files import sha256
 from megatron_ext.config.data import TokenizerConfig
+from megatron_ext.tokenizer.bits_per_byte import (
+    huggingface_size,
+    huggingface_texts,
+    lengths,
+    sentencepiece_texts,
+)
+from megatron_ext.tokenizer.checked import refusals
 
 SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 TOKENIZER_TYPES = (*SENTENCEPIECE_TYPES, "HuggingFaceTokenizer", "NullTokenizer")
@@ -67,10 +74,12 @@ class Tokenizer:
         """
         raise NotImplementedError
 
+    def special_tokens(self) -> dict[str, int]:
+        """Name -> id of what stands for no text and has a meaning of its own, such as ``</s>``."""
+        return {}
+
     def token_bytes(self) -> np.ndarray:
         """How many bytes each id stands for, int32 [vocab_size]; 0 for special tokens."""
-        from megatron_ext.tokenizer.bits_per_byte import lengths
-
         return lengths(self.token_texts())
 
     @property
@@ -119,9 +128,11 @@ class SentencePieceTokenizer(Tokenizer):
         return self.processor.decode([int(i) for i in ids])
 
     def token_texts(self) -> list[bytes]:
-        from megatron_ext.tokenizer.bits_per_byte import sentencepiece_texts
-
         return sentencepiece_texts(self.processor)
+
+    def special_tokens(self) -> dict[str, int]:
+        ids = filter(self.processor.is_control, range(self.vocab_size))
+        return {self.processor.id_to_piece(i): i for i in ids}
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -149,19 +160,18 @@ class HuggingFaceTokenizer(Tokenizer):
         except ImportError as error:
             raise TokenizerError("HuggingFaceTokenizer needs: pip install transformers") from error
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(
-                str(folder),
-                use_fast=use_fast,
-                trust_remote_code=trust_remote_code,
-                local_files_only=True,
-            )
-        except Exception as error:  # transformers raises whatever its parsers raise
-            raise TokenizerError(
-                f"--tokenizer-model {folder}: transformers cannot load it ({_first_line(error)})"
-            ) from error
+            with refusals("transformers cannot load it"):
+                self.tokenizer = AutoTokenizer.from_pretrained(
+                    str(folder),
+                    use_fast=use_fast,
+                    trust_remote_code=trust_remote_code,
+                    local_files_only=True,
+                )
+        except ValueError as error:
+            raise TokenizerError(f"--tokenizer-model {folder}: {error}") from error
         self.include_special_tokens = include_special_tokens
         self.sha256 = folder_sha256(Path(folder))
-        self.vocab_size = len(self.tokenizer)
+        self.vocab_size = huggingface_size(self.tokenizer)
         self.bos, self.eos, self.pad = (
             -1 if token_id is None else token_id
             for token_id in (
@@ -177,17 +187,20 @@ class HuggingFaceTokenizer(Tokenizer):
             raise TokenizerError(f"--tokenizer-model {folder}: has no eos_token to end documents with")
 
     def tokenize(self, text: str) -> list[int]:
-        if self.include_special_tokens:
-            return self.tokenizer(text).input_ids
-        return self.tokenizer.convert_tokens_to_ids(self.tokenizer.tokenize(text))
+        # Not through the tokens' names, as Megatron-LM does it: one that strips blanks beside it has no id by
+        # the name that it then gets.
+        special = self.include_special_tokens
+        return self.tokenizer(text, add_special_tokens=special, verbose=False).input_ids
 
     def detokenize(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def token_texts(self) -> list[bytes]:
-        from megatron_ext.tokenizer.bits_per_byte import huggingface_texts
-
         return huggingface_texts(self.tokenizer)
+
+    def special_tokens(self) -> dict[str, int]:
+        tokens = self.tokenizer.added_tokens_decoder.items()
+        return {token.content: number for number, token in tokens if token.special}
 
 
 class NullTokenizer(Tokenizer):
@@ -246,6 +259,12 @@ def build_tokenizer(flags: TokenizerConfig) -> Tokenizer:
         flags.tokenizer_hf_include_special_tokens,
         flags.trust_remote_code,
     )
+
+
+def flags_of(path: str | Path) -> TokenizerConfig:
+    """The flags of the tokenizer in a SentencePiece file or a Hugging Face folder."""
+    kind = "HuggingFaceTokenizer" if Path(path).is_dir() else "SentencePieceTokenizer"
+    return TokenizerConfig(tokenizer_type=kind, tokenizer_model=str(path))
 
 
 def _read(model_file: str | Path) -> bytes:

@@ -8,29 +8,22 @@ encoded by sentencepiece itself, which is said once in the log.
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
 
+from megatron_ext import __version__
 from megatron_ext.data.indexed import optimal_dtype
+from megatron_ext.tokenizer.checked import Encoder, say_once
 
 try:
     from megatron_ext import _encoder  # type: ignore[attr-defined]  # compiled
 except ImportError:  # no compiler where the package was installed
     _encoder = None
 
-logger = logging.getLogger(__name__)
-
 Text = str | bytes
-
-
-@functools.cache
-def _say_once(message: str) -> None:
-    logger.warning(message)
 
 
 class NativeEncoder:
@@ -75,7 +68,7 @@ class NativeEncoder:
                 return _encoder.Encoder(proto)
             except _encoder.UnsupportedModel as error:
                 self.fallback_reason = str(error)
-        _say_once(f"text is encoded by sentencepiece, many times slower: {self.fallback_reason}")
+        say_once(f"text is encoded by sentencepiece, many times slower: {self.fallback_reason}")
         return None
 
     def encode(self, text: Text) -> np.ndarray:
@@ -136,6 +129,13 @@ class NativeEncoder:
             return
         for text in texts:
             histogram += np.bincount(self.processor.encode(text), minlength=self.vocab_size)
+
+    def encoder(self, reference: Encoder | None = None) -> Encoder:
+        """This as an ``Encoder``; ``reference`` is what its ids are compared with while it works."""
+        ours, theirs = f"megatron_ext {__version__}", f"sentencepiece {sentencepiece.__version__}"
+        dtype = optimal_dtype(self.vocab_size).type
+        name = ours if self.native else theirs
+        return Encoder(name, lambda texts: self.encode_batch_into(texts, dtype), reference)
 
     def derivations(self) -> np.ndarray:
         """How each piece comes about, int32 [vocab_size, 2]: the ids of the two pieces its last merge joins.

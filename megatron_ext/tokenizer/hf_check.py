@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 Piece = ModelProto.SentencePiece
 _SPACE = "▁"
-_TEXTS = (
+#: Blanks, digits, marks and scripts, by which tokenizers differ.
+TEXTS = (
     *(
         "",
         " ",
@@ -99,7 +100,7 @@ def _control_pieces(proto: ModelProto) -> list[str]:
 
 def texts(proto: ModelProto) -> Iterator[str]:
     """Blanks, scripts and marks; each user-defined piece in several places; all pieces in random order."""
-    yield from _TEXTS
+    yield from TEXTS
     spelled = [(piece.piece.replace(_SPACE, " "), piece.type) for piece in proto.pieces]
     user_defined = [text for text, kind in spelled if kind == Piece.USER_DEFINED]
     pieces = [text for text, kind in spelled if kind in (Piece.NORMAL, Piece.USER_DEFINED)]

@@ -44,11 +44,14 @@ class BadDocument(NamedTuple):
 
 
 class StoppedAtBadLine(Exception):
-    """--on-bad-line stop met one; ``line`` counts from 1 within the chunk."""
+    """--on-bad-line stop met one; ``line`` counts from 1 within the chunk.
 
-    def __init__(self, line: int, reason: str) -> None:
-        super().__init__(line, reason)
-        self.line, self.reason = line, reason
+    ``remedy`` is what to do, where that is not to mend the line or leave it out.
+    """
+
+    def __init__(self, line: int, reason: str, remedy: str = "") -> None:
+        super().__init__(line, reason, remedy)
+        self.line, self.reason, self.remedy = line, reason, remedy
 
 
 class NoDocuments(ValueError):
@@ -141,13 +144,11 @@ def new_digest() -> "hashlib._Hash":
     return hashlib.sha256()
 
 
-def bad_line_message(chunk: Chunk, line: int, reason: str, ways: str) -> str:
+def bad_line_message(chunk: Chunk, line: int, reason: str, ways: str, remedy: str = "") -> str:
     """Names file and line (``line`` counts from 1 within the chunk), and the ``ways`` to leave it out."""
     what = "line" if chunk.rows is None else "row"
-    return (
-        f"{chunk.path}: {place_name(chunk, line)}: {reason}. Nothing was written; mend the {what}, or "
-        f"leave such {what}s out with --on-bad-line {ways}"
-    )
+    remedy = remedy or f"mend the {what}, or leave such {what}s out with --on-bad-line {ways}"
+    return f"{chunk.path}: {place_name(chunk, line)}: {reason}. Nothing was written; {remedy}"
 
 
 def require_documents(sources: Sequence[Source], found: Sequence[int], on_bad_line: str) -> list[str]:

@@ -41,6 +41,7 @@ class Failure:
     chunk: Chunk
     line: int
     reason: str
+    remedy: str = ""
 
 
 def run_chunks(
@@ -96,7 +97,7 @@ def _collect(
     worker = next(worker for worker in busy if worker.connection in ready)
     chunk, answer = worker.take()
     if isinstance(answer, StoppedAtBadLine):
-        failures.append(Failure(chunk, answer.line, answer.reason))
+        failures.append(Failure(chunk, answer.line, answer.reason, answer.remedy))
     else:
         done(chunk, answer)
     return worker

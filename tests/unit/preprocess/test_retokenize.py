@@ -7,9 +7,15 @@ import numpy as np
 import pytest
 
 from megatron_ext.data.indexed import check_layout, map_tokens, write_index
+from megatron_ext.data.manifest import read_manifest
+from megatron_ext.preprocess.options import Options
 from megatron_ext.preprocess.retokenize import retokenize
+from megatron_ext.preprocess.run import preprocess
 from megatron_ext.tokenizer import compress
+from megatron_ext.tokenizer.build import flags_of
 from megatron_ext.tokenizer.encoder import NativeEncoder
+from tests.unit.data import corpora
+from tests.unit.tokenizer import hf_folders
 from tests.unit.tokenizer import sample_models as samples
 
 
@@ -48,3 +54,30 @@ def test_unknown_ids_are_refused(tmp_path):
     model = str(tmp_path / "m.model")
     with pytest.raises(ValueError, match="its text is lost"):
         retokenize(str(tmp_path / "old"), model, model, str(tmp_path / "new"))
+
+
+@pytest.mark.parametrize("old, new", [("sp", "gpt2"), ("gpt2", "sp"), ("gpt2", "llama3"), ("blank", "gpt2")])
+def test_equals_preprocessing_the_text_with_a_tokenizer_of_another_kind(tmp_path, old, new):
+    """A SentencePiece file and Hugging Face folders; what ends documents becomes what ends the new ones."""
+    pytest.importorskip("transformers")
+    special = ["a <|im_start|>"] if old == "gpt2" and new == "llama3" else []
+    texts = [*samples.corpus_lines(random.Random(1), 60), " 的\n\n🙂", "x", "", "e\u0301 ", *special]
+    source = corpora.write_jsonl(tmp_path / "in.jsonl", texts)
+    models = {name: _tokenizer(tmp_path / name, name) for name in (old, new)}
+    for name, model in models.items():
+        options = Options([str(source)], str(tmp_path / name), flags_of(model), append_eod=True)
+        preprocess(options, quiet=True)
+    before, after = (str(tmp_path / f"{name}_text_document") for name in (old, new))
+    summary = retokenize(before, str(models[old]), str(models[new]), str(tmp_path / "out"))
+    assert corpora.hashes(tmp_path / "out") == corpora.hashes(after) and summary["documents"] == len(texts)
+    made, wanted = read_manifest(str(tmp_path / "out")), read_manifest(after)
+    assert made["tokenizer"] == wanted["tokenizer"]
+    assert made["encoders"][0]["name"] == wanted["encoders"][0]["name"]
+
+
+def _tokenizer(path: Path, kind: str) -> Path:
+    if kind in hf_folders.FAMILIES:
+        return hf_folders.byte_level(path, kind)
+    model = path.with_suffix(".model")
+    model.write_bytes(samples.trained(add_dummy_prefix=kind == "blank"))
+    return model

@@ -24,6 +24,7 @@ from megatron_ext.preprocess import run as running
 from megatron_ext.preprocess import work_folder
 from megatron_ext.preprocess.options import Options, PreprocessError
 from megatron_ext.tokenizer import encoding
+from megatron_ext.tokenizer.checked import Encoder
 from megatron_ext.tokenizer.counts import count_text
 from megatron_ext.tokenizer.encoder import NativeEncoder
 from tests.unit.data import corpora
@@ -45,7 +46,7 @@ def poisoned(tmp_path) -> Path:
     return corpora.write_jsonl(tmp_path / "in.jsonl", texts)
 
 
-def encoder(action):
+def encoder(action) -> Encoder:
     """An encoder of one id a text that does ``action()`` over the poison."""
 
     def encode(texts: list[bytes]):
@@ -53,7 +54,7 @@ def encoder(action):
             action()
         return np.full(len(texts), 7, np.uint16), np.ones(len(texts), np.int32)
 
-    return encode
+    return Encoder("test", encode)
 
 
 def options(source: Path, model: Path, how: str = "stop") -> Options:
@@ -63,9 +64,7 @@ def options(source: Path, model: Path, how: str = "stop") -> Options:
 
 def preprocess(monkeypatch, source: Path, model: Path, action, how: str = "stop") -> dict:
     tokenizer, _ = encoding.load(corpora.flags(model))
-    monkeypatch.setattr(encoding, "_encoder_of", lambda tokenizer: encoder(action))
-    encode = encoding.make_encode(tokenizer)
-    monkeypatch.setattr(encoding, "load", lambda flags: (tokenizer, encode))
+    monkeypatch.setattr(encoding, "load", lambda *_: (tokenizer, encoder(action)))
     return running.preprocess(options(source, model, how), quiet=True)
 
 
@@ -163,7 +162,7 @@ def test_a_counting_worker_that_dies_names_the_lines(model, monkeypatch, poisone
 
     class Panics(NativeEncoder):
         def add_histogram(self, texts, histogram):
-            encoder(panic)(texts)
+            encoder(panic).encode(texts)
             super().add_histogram(texts, histogram)
 
     with pytest.raises(ValueError, match=r"in.jsonl: line 201: cannot be encoded: Panic"):

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from megatron_ext.tokenizer import NativeEncoder
+from megatron_ext.tokenizer import NativeEncoder, checked
 from megatron_ext.tokenizer import encoder as encoder_module
 from tests.unit.tokenizer import sample_models as samples
 from tests.unit.tokenizer.sample_models import BYTE, NORMAL, UNUSED, USER_DEFINED
@@ -213,7 +213,7 @@ def test_charsmap_goes_through_the_normalizer(rule):
 
 @pytest.mark.parametrize("model_type", ["unigram", "char"])
 def test_other_model_types_fall_back(model_type, caplog):
-    encoder_module._say_once.cache_clear()
+    checked.say_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         encoder = NativeEncoder(model_proto=samples.trained(model_type, vocab_size=400))
         NativeEncoder(model_proto=samples.trained(model_type, vocab_size=400))
