@@ -1,18 +1,22 @@
 #!/usr/bin/env python3
-"""A SentencePiece model -> one of exactly --vocab-size pieces, chosen for a corpus.
+"""A tokenizer -> one of exactly --vocab-size ids, chosen for a corpus.
 
     python tools/compress_tokenizer.py --input train_*.jsonl.gz --workers 2 --tokenizer-model big.model \\
         --vocab-size 48000 --output compact --validation valid_*.jsonl.gz --report report
+    python tools/compress_tokenizer.py --tokenizer-model Qwen3-0.6B --drop-fillers ...
+    python tools/compress_tokenizer.py --tokenizer-model qwen.tiktoken --tiktoken-family qwen2 ...
 
-Every id of the corpus is counted with the full model. A BPE vocabulary then shrinks from its leaves, so that
-every piece left can still be produced, and by the pieces that lengthen the counted text least; a unigram
-vocabulary keeps its most frequent pieces, with new scores. Byte, control, user-defined and unknown pieces
-stay. Order and scores of BPE pieces stay as they were.
+Takes SentencePiece models (BPE, unigram), Hugging Face folders with a BPE tokenizer.json (byte-level, or
+with byte fallback) and .tiktoken files. Every id of the corpus is counted with the full tokenizer. A BPE
+vocabulary then shrinks from its leaves, so that every piece left can still be produced, and by the pieces
+that lengthen the counted text least; a unigram vocabulary keeps its most frequent pieces, with new scores.
+Bytes, control pieces, user-defined and added tokens stay. Pieces and merges that stay keep their order.
 
-Writes OUTPUT.model, OUTPUT.vocab, OUTPUT.idmap.npz and .json (old id -> new id, for inheritance),
-OUTPUT.counts.npz (counts, to be used again or merged with others through --counts) and OUTPUT_hf/, a Hugging
-Face tokenizer folder, which is left out, with the reason, where transformers cannot give the model's ids.
---report DIR adds report.md, report.json and report.png.
+Writes OUTPUT.idmap.npz and .json (old id -> new id), OUTPUT.counts.npz (counts, to be used again or merged
+with others through --counts) and OUTPUT_hf/, a Hugging Face tokenizer folder with configurations and chat
+template in the new ids. Of a SentencePiece model also OUTPUT.model and OUTPUT.vocab; its folder is left out,
+with the reason, where transformers cannot give the model's ids. --report DIR adds report.md, report.json and
+report.png.
 
 Exit code 0: everything is in place; 1: bad input; 2: bad usage.
 """
@@ -26,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_ext.common import command
 from megatron_ext.tokenizer.compress_run import CompressOptions, compress
+from megatron_ext.tokenizer.tiktoken_file import FAMILIES
 
 
 def parser() -> argparse.ArgumentParser:
@@ -45,12 +50,29 @@ def parser() -> argparse.ArgumentParser:
         "--dataset", nargs="+", default=[], metavar="PREFIX", help=".bin/.idx made with the full model"
     )
     p.add_argument("--counts", nargs="+", default=[], metavar="FILE", help="counts that earlier runs saved")
-    p.add_argument("--tokenizer-model", required=True, metavar="FILE", help="the full SentencePiece model")
+    p.add_argument(
+        "--tokenizer-model",
+        required=True,
+        metavar="PATH",
+        help="the full tokenizer: SentencePiece model, Hugging Face folder or tokenizer.json, .tiktoken file",
+    )
     p.add_argument(
         "--vocab-size", type=int, metavar="V", help="pieces of the new model; without it, only count"
     )
     p.add_argument("--output", required=True, metavar="PREFIX", help="OUTPUT.model and so on")
-    p.add_argument("--drop-fillers", action="store_true", help="let unused fillers (<TOKENS_UNUSED_n>) go")
+    p.add_argument(
+        "--drop-fillers",
+        action="store_true",
+        help="let fillers that never occur go (<TOKENS_UNUSED_n>, <|reserved_special_token_n|>)",
+    )
+    p.add_argument(
+        "--drop-added-tokens",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="let added tokens that match a shell pattern go, such as '<|reserved_special_token_*|>'",
+    )
+    _add_tiktoken(p.add_argument_group("what a .tiktoken file does not say"))
     p.add_argument("--workers", type=int, default=1, help="processes that count text (default 1)")
     p.add_argument(
         "--validation", nargs="+", default=[], metavar="FILE", help="held-out text for the report, as --input"
@@ -61,6 +83,18 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--json", action="store_true", help="print the summary as one JSON object")
     return p
+
+
+def _add_tiktoken(g: argparse._ArgumentGroup) -> None:
+    g.add_argument("--tiktoken-family", metavar="NAME", help=f"one of {', '.join(FAMILIES)}; or:")
+    g.add_argument("--split-pattern", metavar="REGEX", help="the parts that text is cut into before merges")
+    g.add_argument(
+        "--special-tokens",
+        nargs="+",
+        default=[],
+        metavar="TEXT",
+        help="by id, from the last rank on; the first ends documents",
+    )
 
 
 @command.tool

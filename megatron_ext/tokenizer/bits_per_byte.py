@@ -30,7 +30,9 @@ def sentencepiece_texts(processor: "SentencePieceProcessor") -> list[bytes]:
     for i in range(len(processor)):
         piece = processor.id_to_piece(i)
         silent = processor.is_control(i) or processor.is_unknown(i)
-        texts.append(b"" if silent else _bytes_of(piece) if processor.is_byte(i) else _text_of(piece))
+        texts.append(
+            b"" if silent else byte_fallback_text(piece) if processor.is_byte(i) else _text_of(piece)
+        )
     return texts
 
 
@@ -44,7 +46,7 @@ def huggingface_texts(tokenizer: "PreTrainedTokenizerBase") -> list[bytes]:
     special |= {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     pieces = tokenizer.convert_ids_to_tokens(list(range(huggingface_size(tokenizer))))
     added = set(tokenizer.get_added_vocab())
-    of_piece = _byte_level_text if _is_byte_level(tokenizer, pieces) else _bytes_of
+    of_piece = byte_level_text if _is_byte_level(tokenizer, pieces) else byte_fallback_text
     return [
         b"" if piece is None or number in special else piece.encode() if piece in added else of_piece(piece)
         for number, piece in enumerate(pieces)
@@ -66,8 +68,8 @@ def _text_of(piece: str) -> bytes:
     return piece.replace(SPACE, " ").encode()
 
 
-def _bytes_of(piece: str) -> bytes:
-    """The same, where ``<0x41>`` is the byte."""
+def byte_fallback_text(piece: str) -> bytes:
+    """The bytes of a piece in sentencepiece's spelling, where ``<0x41>`` is the byte."""
     spelled = _BYTE_PIECE.fullmatch(piece)
     return bytes([int(spelled[1], 16)]) if spelled else _text_of(piece)
 
@@ -79,12 +81,13 @@ def _alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in shown} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
 
 
-_ALPHABET = _alphabet()
+BYTE_LEVEL_ALPHABET = _alphabet()
 
 
-def _byte_level_text(piece: str) -> bytes:
-    if all(character in _ALPHABET for character in piece):
-        return bytes(_ALPHABET[character] for character in piece)
+def byte_level_text(piece: str) -> bytes:
+    """The bytes of a piece in GPT-2's alphabet; one in other characters stands for itself."""
+    if all(character in BYTE_LEVEL_ALPHABET for character in piece):
+        return bytes(BYTE_LEVEL_ALPHABET[character] for character in piece)
     return piece.encode()
 
 

@@ -1,25 +1,23 @@
-"""A smaller vocabulary out of a SentencePiece model: which pieces stay, and the new model.
+"""A smaller vocabulary: which pieces of a tokenizer stay.
 
 PanGu-pi Pro (arXiv 2402.02791, section 3) keeps the most frequent pieces of a tokenised corpus and deletes
 the others. In a BPE model that leaves dead pieces: one whose merge parents were deleted can never be produced
 again. Here a BPE vocabulary shrinks from its leaves: only a piece that is no part of another's last merge may
 go, and of those always the one that lengthens the counted text least. Every piece left can be produced.
+
+What a kind of tokenizer does with the choice: :mod:`compress_sentencepiece`, :mod:`compress_huggingface`.
 """
 
 from __future__ import annotations
 
 import heapq
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
-from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
-from megatron_ext.tokenizer.encoder import NativeEncoder
-
-Piece = ModelProto.SentencePiece
-BPE, UNIGRAM = 2, 1
 FILLER = re.compile(r"[<\[].*(unused|reserved|filler|placeholder|blank).*\d+.*[>\]]", re.IGNORECASE)
 
 
@@ -32,103 +30,108 @@ class Vocabulary:
     """What the choice of pieces looks at.
 
     Attributes:
-        texts: of the pieces.
-        types: int [vocabulary], ``Piece.Type`` values.
-        parents: int32 [vocabulary, 2], the pieces that a piece's last merge joins, -1 for none.
+        texts: of the pieces, as reports show them.
+        parts: of each piece the ids that take its place once it is gone: the two that its last merge joins,
+            the bytes of a character; () where nothing does, or nothing is known of it.
         fixed: bool [vocabulary], pieces that always stay.
-        dead: bool [vocabulary], normal pieces that no text can produce.
-        byte_fallback: whether a dropped character becomes bytes.
+        dead: bool [vocabulary], pieces that no text can produce.
+        fillers: bool [vocabulary], pieces that shall go.
     """
 
     texts: list[str]
-    types: np.ndarray
-    parents: np.ndarray
+    parts: list[tuple[int, ...]]
     fixed: np.ndarray
     dead: np.ndarray
-    byte_fallback: bool
+    fillers: np.ndarray
 
 
-def read_proto(data: bytes) -> ModelProto:
-    """Parses a model file.
+class TextEncoder(Protocol):
+    """Text to ids, as far as compression needs it; texts are UTF-8."""
 
-    Raises:
-        CompressionError: it is not a SentencePiece model, or neither BPE nor unigram.
-    """
-    proto = ModelProto()
-    try:
-        proto.ParseFromString(data)
-    except Exception as error:
-        raise CompressionError(f"not a SentencePiece model: {error}") from error
-    if proto.trainer_spec.model_type not in (BPE, UNIGRAM):
-        raise CompressionError("only BPE and unigram models can be compressed")
-    return proto
+    vocab_size: int
+
+    def add_histogram(self, texts: Sequence[bytes], histogram: np.ndarray) -> None:
+        """Adds to ``histogram``, int64 [vocab_size], how often each id occurs in the texts."""
+        ...
 
 
-def describe(proto: ModelProto, encoder: NativeEncoder, drop_fillers: bool, counts: np.ndarray) -> Vocabulary:
-    """The vocabulary of a model; fillers that never occur are not fixed if ``drop_fillers``."""
-    texts = [piece.piece for piece in proto.pieces]
-    types = np.array([piece.type for piece in proto.pieces])
-    fixed = types != Piece.NORMAL
-    if drop_fillers:
-        for i in np.flatnonzero((types == Piece.USER_DEFINED) & (counts == 0)):
-            fixed[i] = not FILLER.fullmatch(texts[i])
-    # An unused piece can never come out, a piece with a NUL is unused for sentencepiece.
-    fixed &= types != Piece.UNUSED
-    dead = (types == Piece.UNUSED) | np.array(["\0" in text for text in texts])
-    parents = np.full((len(texts), 2), -1, dtype=np.int32)
-    if proto.trainer_spec.model_type == BPE:
-        derivations = encoder.derivations()
-        dead |= derivations[:, 0] == -2
-        parents = np.where(derivations < 0, -1, derivations)
-    return Vocabulary(texts, types, parents, fixed, dead, proto.trainer_spec.byte_fallback)
+class Compressible(Protocol):
+    """A tokenizer of any kind that can be compressed."""
+
+    @property
+    def encoder(self) -> TextEncoder:
+        """Its own ids, fast."""
+        ...
+
+    @property
+    def sha256(self) -> str:
+        """Of the files that decide the ids."""
+        ...
+
+    def token_bytes(self) -> np.ndarray:
+        """How many bytes each id stands for, int32 [vocabulary]."""
+        ...
+
+    def vocabulary(self, counts: np.ndarray) -> Vocabulary:
+        """What is to be chosen from; ``counts``, int64 [vocabulary], say which fillers are used."""
+        ...
+
+    def choose(self, vocabulary: Vocabulary, counts: np.ndarray, vocab_size: int) -> np.ndarray:
+        """Ids of exactly ``vocab_size`` pieces that stay, ascending; ``counts`` [groups, vocabulary]."""
+        ...
+
+    def compressed(self, kept: np.ndarray, counts: np.ndarray) -> Compressible:
+        """The tokenizer of the pieces ``kept``, in their order."""
+        ...
+
+    def unreachable(self) -> list[str]:
+        """Pieces that are not fixed and that no text can produce, found with the tokenizer's own library."""
+        ...
+
+    def round_trip(self, texts: list[str]) -> tuple[int, int]:
+        """Tokens of the texts, and the number of texts that do not come back exactly."""
+        ...
+
+    def write(self, output: str) -> dict[str, Any]:
+        """Writes OUTPUT's files; what the summary shall say of them."""
+        ...
 
 
 def removal_order(vocabulary: Vocabulary, counts: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """Pieces in the order in which they go, each with the tokens that its going adds to each group.
 
-    Dead pieces and dropped fillers go first. Then always the cheapest leaf: a piece of several characters
-    leaves two tokens for one, a character its UTF-8 bytes. The parts of a piece that goes inherit its count.
-    Without byte fallback characters stay.
+    Dead pieces and fillers go first. Then always the cheapest leaf, a piece that is no part of another: each
+    of its occurrences becomes its parts, which inherit its count.
 
     Args:
         counts: int64 [groups, vocabulary]; not changed.
     """
     counts = counts.T.copy()  # a row a piece
-    gone = (vocabulary.dead | ~vocabulary.fixed & (vocabulary.types != Piece.NORMAL)) & ~vocabulary.fixed
+    gone = (vocabulary.dead | vocabulary.fillers) & ~vocabulary.fixed
     nothing = np.zeros(counts.shape[1], dtype=np.int64)
     for i in np.flatnonzero(gone):
         yield int(i), nothing
-    movable = ~gone & ~vocabulary.fixed
-    parents = vocabulary.parents
-    uses = np.bincount(parents[movable & (parents.max(axis=1) >= 0)].ravel() + 1, minlength=len(movable) + 1)[
-        1:
-    ]
-    growth = np.array([_growth(text) for text in vocabulary.texts])
-    if not vocabulary.byte_fallback:
-        movable &= np.array([len(text) > 1 for text in vocabulary.texts])
+    parts, movable = vocabulary.parts, (~gone & ~vocabulary.fixed).tolist()
+    growth = [max(1, len(of_piece) - 1) for of_piece in parts]
+    uses = [0] * len(parts)
+    for i in np.flatnonzero(~gone):
+        for part in parts[i]:
+            uses[part] += 1
     totals = counts.sum(axis=1).tolist()
-    uses = uses.tolist()
-    heap = [(totals[i] * int(growth[i]), int(i)) for i in np.flatnonzero(movable) if uses[i] == 0]
+    heap = [(totals[i] * growth[i], i) for i in range(len(parts)) if movable[i] and uses[i] == 0]
     heapq.heapify(heap)
     while heap:
         cost, i = heapq.heappop(heap)
-        if cost != totals[i] * int(growth[i]):
-            heapq.heappush(heap, (totals[i] * int(growth[i]), i))
+        if cost != totals[i] * growth[i]:
+            heapq.heappush(heap, (totals[i] * growth[i], i))
             continue
         yield i, counts[i] * growth[i]
-        for part in parents[i].tolist():
-            if part < 0:
-                continue
+        for part in parts[i]:
             counts[part] += counts[i]
             totals[part] += totals[i]
             uses[part] -= 1
             if uses[part] == 0 and movable[part]:
-                heapq.heappush(heap, (totals[part] * int(growth[part]), part))
-
-
-def _growth(text: str) -> int:
-    """Tokens that the removal of a piece adds where it occurred."""
-    return 1 if len(text) > 1 else max(1, len(text.encode()) - 1)
+                heapq.heappush(heap, (totals[part] * growth[part], part))
 
 
 def choose(vocabulary: Vocabulary, counts: np.ndarray, vocab_size: int) -> np.ndarray:
@@ -151,58 +154,14 @@ def choose(vocabulary: Vocabulary, counts: np.ndarray, vocab_size: int) -> np.nd
         left -= 1
     if left > vocab_size:
         raise CompressionError(
-            f"{left} pieces must stay (bytes, control, user-defined, needed characters), "
-            f"more than the {vocab_size} asked for; raise --vocab-size or try --drop-fillers"
+            f"{left} pieces must stay (bytes, special and added tokens, needed characters), more than the "
+            f"{vocab_size} asked for; raise --vocab-size to {left} or more, or drop fillers (--drop-fillers)"
         )
     return np.flatnonzero(kept)
 
 
-def choose_unigram(vocabulary: Vocabulary, counts: np.ndarray, vocab_size: int) -> np.ndarray:
-    """The most frequent pieces of a unigram model, where no piece needs another; characters stay.
-
-    Raises:
-        CompressionError: as for ``choose``.
-    """
-    size = len(vocabulary.texts)
-    must = vocabulary.fixed | np.array([len(t) == 1 for t in vocabulary.texts]) & ~vocabulary.dead
-    if not must.sum() <= vocab_size <= size:
-        raise CompressionError(f"--vocab-size must be between {int(must.sum())} and {size} for this model")
-    order = np.lexsort((np.arange(size), -counts.sum(axis=0), vocabulary.dead, ~must))
-    return np.sort(order[:vocab_size])
-
-
-def unigram_scores(proto: ModelProto, counts: np.ndarray, kept: np.ndarray) -> dict[int, float]:
-    """Log-probabilities of the normal pieces kept, from their counts (add one half), by old id.
-
-    The counts are those of the full model's segmentation: one step of the EM algorithm that unigram models
-    are trained with, from the full model as its start.
-    """
-    normal = [int(i) for i in kept if proto.pieces[int(i)].type == Piece.NORMAL]
-    weights = counts.sum(axis=0)[normal] + 0.5
-    return dict(zip(normal, np.log(weights / weights.sum()).tolist(), strict=True))
-
-
-def pruned_model(proto: ModelProto, kept: np.ndarray, scores: dict[int, float] | None = None) -> ModelProto:
-    """The model with the pieces ``kept`` only, in their order; ``scores`` by old id replaces theirs."""
-    new = ModelProto()
-    new.CopyFrom(proto)
-    del new.pieces[:]
-    for i in kept.tolist():
-        piece = new.pieces.add()
-        piece.CopyFrom(proto.pieces[i])
-        if scores and i in scores:
-            piece.score = scores[i]
-    new.trainer_spec.vocab_size = len(kept)
-    new_id = {old: new_id for new_id, old in enumerate(kept.tolist())}
-    for name in ("unk_id", "bos_id", "eos_id", "pad_id"):
-        old = getattr(proto.trainer_spec, name)
-        if old >= 0:
-            setattr(new.trainer_spec, name, new_id.get(old, -1))
-    new.DiscardUnknownFields()  # self-test data, which this schema lacks: segmentations of the full model
-    return new
-
-
-def unreachable(encoder: NativeEncoder) -> list[str]:
-    """Normal pieces of a BPE model that no text can produce."""
-    dead = np.flatnonzero(encoder.derivations()[:, 0] == -2)
-    return [encoder.processor.id_to_piece(int(i)) for i in dead]
+def most_frequent(vocabulary: Vocabulary, counts: np.ndarray, vocab_size: int) -> np.ndarray:
+    """The pieces that must stay and the most frequent others, whether or not these can be produced."""
+    fixed, others = np.flatnonzero(vocabulary.fixed), np.flatnonzero(~vocabulary.fixed)
+    order = others[np.argsort(-counts.sum(axis=0)[others], kind="stable")]
+    return np.sort(np.concatenate([fixed, order[: vocab_size - len(fixed)]]))

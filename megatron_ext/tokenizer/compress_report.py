@@ -10,9 +10,8 @@ import numpy as np
 
 from megatron_ext.common.files import write_aside, write_json
 from megatron_ext.config.data import padded
-from megatron_ext.tokenizer.compress import Vocabulary, removal_order
+from megatron_ext.tokenizer.compress import Compressible, Vocabulary, removal_order
 from megatron_ext.tokenizer.counts import Counts
-from megatron_ext.tokenizer.encoder import NativeEncoder
 
 SIZES = (8000, 12000, 16000, 20000, 24000, 30000, 32000, 40000, 48000, 56000, 64000, 80000, 100000, 128000)
 #: Guidelines of arXiv 2402.02791, section 3: coverage above, share of embedding and head below.
@@ -89,7 +88,7 @@ def examples(
     """Some pieces with their counts: the most frequent dropped, the rarest kept, the dead ones dropped."""
     is_kept = np.zeros(len(counts), dtype=bool)
     is_kept[kept] = True
-    normal = np.flatnonzero((vocabulary.types == 1) & ~vocabulary.dead)
+    normal = np.flatnonzero(~vocabulary.fixed & ~vocabulary.fillers & ~vocabulary.dead)
     by_count = normal[np.argsort(-counts[normal], kind="stable")]
 
     def show(ids: np.ndarray) -> list[list[Any]]:
@@ -103,17 +102,13 @@ def examples(
 
 
 def compare(
-    old: NativeEncoder, new: NativeEncoder, documents: dict[str, list[str]]
+    old: Compressible, new: Compressible, documents: dict[str, list[str]]
 ) -> dict[str, dict[str, Any]]:
     """Per group: tokens and bytes per token before and after, and documents that do not come back exactly."""
     result = {}
     for group, texts in documents.items():
         size = sum(len(text.encode()) for text in texts)
-        before, ids = int(old.count(texts).sum()), new.encode_batch(texts)
-        after = sum(len(document) for document in ids)
-        failed = sum(
-            new.processor.decode(document.tolist()) != text for document, text in zip(ids, texts, strict=True)
-        )
+        (before, _), (after, failed) = old.round_trip(texts), new.round_trip(texts)
         result[group] = {
             "documents": len(texts),
             "bytes": size,

@@ -11,32 +11,24 @@ from typing import Any
 
 import numpy as np
 
-from megatron_ext.common.files import refuse_overwriting, sha256, write_aside
+from megatron_ext.common.files import refuse_overwriting
 from megatron_ext.common.progress import Progress
 from megatron_ext.config.presets import PRESETS
 from megatron_ext.data.indexed import dataset_files
 from megatron_ext.data.text.chunks import chunks
 from megatron_ext.data.text.documents import Document, Documents, LeftOut, bad_line_message
 from megatron_ext.data.text.sources import STDIN, Source, find_sources, refuse_pipes
-from megatron_ext.tokenizer import compress_report, hf_export
-from megatron_ext.tokenizer.compress import (
-    UNIGRAM,
-    CompressionError,
-    Vocabulary,
-    choose,
-    choose_unigram,
-    describe,
-    pruned_model,
-    read_proto,
-    unigram_scores,
-    unreachable,
-)
+from megatron_ext.tokenizer import compress_report
+from megatron_ext.tokenizer.compress import Compressible, CompressionError, TextEncoder, Vocabulary
+from megatron_ext.tokenizer.compress_huggingface import Drop, HuggingFaceModel
+from megatron_ext.tokenizer.compress_sentencepiece import SentencePieceModel
 from megatron_ext.tokenizer.counts import CHUNK_BYTES, Counts, count_dataset, count_text, group_name
-from megatron_ext.tokenizer.encoder import NativeEncoder
+from megatron_ext.tokenizer.hf_folder import COMPANIONS, DESCRIPTION, HuggingFaceFolder
 from megatron_ext.tokenizer.idmap import IdMap
+from megatron_ext.tokenizer.tiktoken_file import FAMILIES, as_folder, family_of, is_tiktoken
 
-#: What OUTPUT_hf holds.
-HF_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
+#: What OUTPUT_hf may hold.
+HF_FILES = (DESCRIPTION, *COMPANIONS, "tokenizer.model")
 
 
 def say(text: str) -> None:
@@ -49,12 +41,16 @@ class CompressOptions:
     """A compression.
 
     Attributes:
+        tokenizer_model: SentencePiece model, Hugging Face folder, tokenizer.json or .tiktoken file.
         input, validation: JSON lines to count, and held-out ones for the report: files, globs, folders.
         dataset: prefixes of datasets made with the full model.
         counts: files of counts that earlier runs saved.
         vocab_size: pieces of the new model; None only counts.
         output: PREFIX of PREFIX.model and so on.
         on_bad_line: "stop" or "skip".
+        drop_fillers: let tokens that look like fillers and never occur go.
+        drop_added_tokens: shell patterns of added tokens that shall go; of Hugging Face tokenizers.
+        tiktoken_family, split_pattern, special_tokens: what a .tiktoken file does not say.
         report: folder of the report.
         model_preset: whose share of embedding and head the report shows.
     """
@@ -69,6 +65,10 @@ class CompressOptions:
     json_key: str = "text"
     on_bad_line: str = "stop"
     drop_fillers: bool = False
+    drop_added_tokens: Sequence[str] = ()
+    tiktoken_family: str | None = None
+    split_pattern: str | None = None
+    special_tokens: Sequence[str] = ()
     workers: int = 1
     report: str | None = None
     model_preset: str = "pangu-pi-1b-pro"
@@ -86,6 +86,14 @@ class CompressOptions:
             found.append("--report needs --vocab-size")
         if self.vocab_size is None and self.drop_fillers:
             found.append("--drop-fillers needs --vocab-size")
+        if self.vocab_size is None and self.drop_added_tokens:
+            found.append("--drop-added-tokens needs --vocab-size")
+        if self.tiktoken_family is not None and self.tiktoken_family not in FAMILIES:
+            found.append(f"--tiktoken-family {self.tiktoken_family}: not one of {', '.join(FAMILIES)}")
+        if self.tiktoken_family is not None and (self.split_pattern is not None or self.special_tokens):
+            found.append("--tiktoken-family says what --split-pattern and --special-tokens say: give one")
+        if self.special_tokens and self.split_pattern is None and self.tiktoken_family is None:
+            found.append("--special-tokens needs --split-pattern")
         if self.validation and not self.report:
             found.append("--validation needs --report")
         if self.model_preset not in PRESETS:
@@ -101,58 +109,68 @@ def compress(options: CompressOptions) -> dict[str, Any]:
     """
     started = time.monotonic()
     files = Files.of(options)
-    data = Path(options.tokenizer_model).read_bytes()
-    encoder, proto = NativeEncoder(options.tokenizer_model, model_proto=data), read_proto(data)
-    if options.vocab_size is not None and options.vocab_size > encoder.vocab_size:
+    full = read_tokenizer(options)
+    old_size = full.encoder.vocab_size
+    if options.vocab_size is not None and options.vocab_size > old_size:
         raise CompressionError(
-            f"--tokenizer-model {options.tokenizer_model} has {encoder.vocab_size} pieces, fewer than the "
+            f"--tokenizer-model {options.tokenizer_model} has {old_size} pieces, fewer than the "
             f"{options.vocab_size} asked for"
         )
-    counts, left_out = gather(options, files, encoder, sha256(data))
+    counts, left_out = gather(options, files, full)
     Path(options.output).absolute().parent.mkdir(parents=True, exist_ok=True)
     if not files.only_own_counts:
         counts.save(files.own_counts)
     summary: dict[str, Any] = {
-        "old_size": encoder.vocab_size,
+        "old_size": old_size,
         "counted_tokens": int(counts.total.sum()),
         "counted_bytes": int(counts.text_bytes.sum()),
         "left_out": left_out.count,
     }
     if options.vocab_size is None:
         return summary | {"seconds": round(time.monotonic() - started, 2)}
-    vocabulary = describe(proto, encoder, options.drop_fillers, counts.total)
-    is_unigram = proto.trainer_spec.model_type == UNIGRAM
-    kept = (choose_unigram if is_unigram else choose)(vocabulary, counts.counts, options.vocab_size)
-    scores = unigram_scores(proto, counts.counts, kept) if is_unigram else None
-    new_data = pruned_model(proto, kept, scores).SerializeToString()
-    new = NativeEncoder(model_proto=new_data)
-    if not is_unigram and (dead := unreachable(new)):
+    vocabulary = full.vocabulary(counts.total)
+    kept = full.choose(vocabulary, counts.counts, options.vocab_size)
+    new = full.compressed(kept, counts.counts)
+    if dead := new.unreachable():
         raise AssertionError(f"{len(dead)} pieces of the new model cannot be produced: {dead[:5]}")
-    say(f"{len(kept):,} of {encoder.vocab_size:,} pieces stay")
+    say(f"{len(kept):,} of {old_size:,} pieces stay")
     summary |= {
         "new_size": len(kept),
         "unreachable_before": int((vocabulary.dead & ~vocabulary.fixed).sum()),
         "unreachable_after": 0,
         "coverage": float(counts.total[kept].sum() / max(counts.total.sum(), 1)),
     }
-    ids = IdMap.of_kept(kept, encoder.vocab_size, sha256(data), sha256(new_data))
-    if reason := write_files(options.output, new_data, new, ids):
-        summary["no_hf_folder"] = reason
+    summary |= write_files(options.output, new, IdMap.of_kept(kept, old_size, full.sha256, new.sha256))
     if options.input:
         summary["measured"] = measure(options, files, new, int(counts.total.sum()))
     if options.report:
         texts = held_out(files.validation, options.json_key, options.on_bad_line)
-        summary["recommended"] = report(
-            Path(options.report),
-            options.model_preset,
-            summary,
-            vocabulary,
-            counts,
-            kept,
-            (encoder, new),
-            texts,
-        )
+        summary["recommended"] = report(options, summary, vocabulary, counts, kept, (full, new), texts)
     return summary | {"seconds": round(time.monotonic() - started, 2)}
+
+
+def read_tokenizer(options: CompressOptions) -> Compressible:
+    """The tokenizer of --tokenizer-model, whatever its kind.
+
+    Raises:
+        ValueError: it cannot be read or compressed, or a flag does not go with its kind.
+    """
+    path = Path(options.tokenizer_model)
+    data = b"" if path.is_dir() else path.read_bytes()
+    drop = Drop(options.drop_fillers, options.drop_added_tokens)
+    tiktoken = path.suffix == ".tiktoken" or is_tiktoken(data)
+    if not tiktoken and (options.tiktoken_family is not None or options.split_pattern is not None):
+        raise CompressionError(
+            f"--tiktoken-family and --split-pattern are for .tiktoken files, which {path} is not"
+        )
+    if tiktoken:
+        family = family_of(options.tiktoken_family, options.split_pattern, options.special_tokens)
+        return HuggingFaceModel(as_folder(path, data, family), drop)
+    if path.is_dir() or path.suffix == ".json" or data.lstrip()[:1] == b"{":
+        return HuggingFaceModel(HuggingFaceFolder.read(path), drop)
+    if options.drop_added_tokens:
+        raise CompressionError(f"--drop-added-tokens: a SentencePiece model has none; {path} is one")
+    return SentencePieceModel(data, options.drop_fillers, options.tokenizer_model)
 
 
 @dataclass(frozen=True)
@@ -187,7 +205,7 @@ class Files:
         )
         datasets = [path for prefix in options.dataset for path in dataset_files(prefix)]
         texts = [source.path for source in [*inputs, *validation] if source.path != STDIN]
-        read: list[str | Path] = [options.tokenizer_model, *texts, *datasets]
+        read: list[str | Path] = [*tokenizer_files(Path(options.tokenizer_model)), *texts, *datasets]
         refuse_overwriting([*produced, counts], read if only_own else [*read, *options.counts])
         return cls(inputs, validation, counts, only_own)
 
@@ -200,17 +218,21 @@ def produced_files(output: str, report: str | None) -> list[Path]:
     return files + [Path(report, f"report.{ending}") for ending in ("md", "json", "png") if report]
 
 
-def gather(
-    options: CompressOptions, files: Files, encoder: NativeEncoder, digest: str
-) -> tuple[Counts, LeftOut]:
+def tokenizer_files(path: Path) -> list[Path]:
+    """A tokenizer's file, or the files of its folder that are read."""
+    folder = path if path.is_dir() else path.parent if path.name == DESCRIPTION else None
+    return [folder / name for name in (DESCRIPTION, *COMPANIONS)] if folder else [path]
+
+
+def gather(options: CompressOptions, files: Files, full: Compressible) -> tuple[Counts, LeftOut]:
     """The counts of everything that --input, --dataset and --counts name."""
-    counts, left_out = Counts.empty(digest, encoder.vocab_size), LeftOut()
+    counts, left_out = Counts.empty(full.sha256, full.encoder.vocab_size), LeftOut()
     for name in options.counts:
         counts.merge(Counts.load(name), name)
     for prefix in options.dataset:
-        counts.merge(count_dataset(prefix, encoder, digest))
+        counts.merge(count_dataset(prefix, full.token_bytes(), full.sha256))
     if files.inputs:
-        found, left_out = counted(options, files, encoder, digest)
+        found, left_out = counted(options, files, full.encoder, full.sha256)
         counts.merge(found)
     if counts.total.sum() == 0:
         raise CompressionError("the input holds no tokens; nothing says which pieces matter")
@@ -221,7 +243,7 @@ def gather(
 
 
 def counted(
-    options: CompressOptions, files: Files, encoder: NativeEncoder, digest: str
+    options: CompressOptions, files: Files, encoder: TextEncoder, digest: str
 ) -> tuple[Counts, LeftOut]:
     """The text of --input, counted with progress."""
     with Progress("counting", None, "B") as progress:
@@ -230,69 +252,44 @@ def counted(
         )
 
 
-def measure(options: CompressOptions, files: Files, new: NativeEncoder, before: int) -> dict[str, Any]:
+def measure(options: CompressOptions, files: Files, new: Compressible, before: int) -> dict[str, Any]:
     """Tokens of --input with the new model."""
     say("counting again with the new model")
-    after = int(counted(options, files, new, "")[0].total.sum())
+    after = int(counted(options, files, new.encoder, "")[0].total.sum())
     counted_elsewhere = bool(options.counts or options.dataset)
     return {"tokens": after} | ({} if counted_elsewhere else {"more_tokens": after / before - 1})
 
 
-def write_files(output: str, model: bytes, new: NativeEncoder, ids: IdMap) -> str | None:
-    """OUTPUT.model, .vocab, .idmap.npz, .idmap.json and OUTPUT_hf/; or why the last is left out."""
+def write_files(output: str, new: Compressible, ids: IdMap) -> dict[str, Any]:
+    """OUTPUT.idmap.npz and .json, and what the tokenizer consists of; what the summary shall say of it."""
     ids.save(f"{output}.idmap.npz")
     ids.save(f"{output}.idmap.json")
-    processor = new.processor
-    lines = [f"{processor.id_to_piece(i)}\t{processor.get_score(i):g}\n" for i in range(new.vocab_size)]
-    write_aside(Path(f"{output}.vocab"), "".join(lines).encode())
-    left_out = write_hf_folder(Path(f"{output}_hf"), model, new)
-    write_aside(Path(f"{output}.model"), model)
-    return left_out
-
-
-def write_hf_folder(folder: Path, model: bytes, new: NativeEncoder) -> str | None:
-    """OUTPUT_hf/; or the reason why there is none.
-
-    Raises:
-        CompressionError: there is none, but a folder of that name, which is another model's.
-    """
-    try:
-        files = hf_export.folder_files(new, model)
-    except hf_export.NotExpressible as error:
-        if folder.exists():
-            raise CompressionError(
-                f"{folder} is of another model, and this one cannot be described for transformers ({error}); "
-                "remove it"
-            ) from error
-        say(f"WARNING: {folder} is left out, for transformers cannot do what the model does: {error}")
-        return str(error)
-    folder.mkdir(exist_ok=True)
-    for name, content in files.items():
-        write_aside(folder / name, content)
-    return None
+    written = new.write(output)
+    if reason := written.get("no_hf_folder"):
+        say(f"WARNING: {output}_hf is left out, for transformers cannot do what the model does: {reason}")
+    return written
 
 
 def report(
-    folder: Path,
-    model_preset: str,
+    options: CompressOptions,
     summary: dict[str, Any],
     vocabulary: Vocabulary,
     counts: Counts,
     kept: np.ndarray,
-    encoders: tuple[NativeEncoder, NativeEncoder],
+    tokenizers: tuple[Compressible, Compressible],
     texts: dict[str, list[str]],
 ) -> dict[str, Any]:
-    """Writes everything of --report into ``folder``; the sizes recommended."""
+    """Writes everything of --report; the sizes recommended."""
     points = compress_report.curve(vocabulary, counts, [*compress_report.SIZES, len(kept)])
-    compress_report.add_shares(points, model_preset)
+    compress_report.add_shares(points, options.model_preset)
     facts: dict[str, Any] = {
-        "model_preset": model_preset,
+        "model_preset": options.model_preset,
         "curve": points,
         "recommended": compress_report.recommend(points),
         "examples": compress_report.examples(vocabulary, counts.total, kept),
-        "held_out": compress_report.compare(*encoders, texts),
+        "held_out": compress_report.compare(*tokenizers, texts),
     }
-    compress_report.write(summary | facts, folder)
+    compress_report.write(summary | facts, Path(options.report or ""))
     return facts["recommended"]
 
 

@@ -29,8 +29,7 @@ from megatron_ext.data.text.documents import (
 )
 from megatron_ext.data.text.pool import Note, run_chunks
 from megatron_ext.data.text.sources import Source
-from megatron_ext.tokenizer.bits_per_byte import lengths, sentencepiece_texts
-from megatron_ext.tokenizer.encoder import NativeEncoder
+from megatron_ext.tokenizer.compress import TextEncoder
 from megatron_ext.tokenizer.encoding import refusals
 
 FORMAT = "megatron_ext.token_counts/1"
@@ -135,7 +134,7 @@ class ChunkCounts:
     left_out: list[tuple[int, str]]
 
 
-def count_chunk(chunk: Chunk, note: Note, encoder: NativeEncoder, key: str, on_bad_line: str) -> ChunkCounts:
+def count_chunk(chunk: Chunk, note: Note, encoder: TextEncoder, key: str, on_bad_line: str) -> ChunkCounts:
     """Counts a chunk; runs in a worker process.
 
     Raises:
@@ -192,7 +191,7 @@ def group_name(path: str, source: str) -> str:
 
 def count_text(
     sources: Sequence[Source],
-    encoder: NativeEncoder,
+    encoder: TextEncoder,
     tokenizer_sha256: str,
     workers: int = 1,
     key: str = "text",
@@ -235,28 +234,30 @@ def count_text(
     return counts, skipped
 
 
-def count_dataset(prefix: str, encoder: NativeEncoder, tokenizer_sha256: str) -> Counts:
+def count_dataset(prefix: str, token_bytes: np.ndarray, tokenizer_sha256: str) -> Counts:
     """Counts the ids of PREFIX.bin; text bytes are those the ids stand for.
+
+    Args:
+        token_bytes: how many bytes each id stands for, int32 [vocabulary].
 
     Raises:
         ValueError: the dataset is damaged, changes meanwhile, is of another tokenizer, or has ids outside the
             vocabulary.
     """
+    vocab_size = len(token_bytes)
     with unchanged(dataset_files(prefix)):
         index = check_dataset(prefix)
         made_with = ((read_manifest(prefix) or {}).get("tokenizer") or {}).get("sha256")
         if made_with not in (None, tokenizer_sha256):
             raise DatasetError(f"{prefix}.bin: was made with another tokenizer; count it with that one")
         tokens = map_tokens(prefix, index)
-        histogram = np.zeros(encoder.vocab_size, dtype=np.int64)
+        histogram = np.zeros(vocab_size, dtype=np.int64)
         for begin in range(0, len(tokens), 1 << 24):
-            found = np.bincount(tokens[begin : begin + (1 << 24)], minlength=encoder.vocab_size)
-            if len(found) > encoder.vocab_size:
-                raise DatasetError(
-                    f"{prefix}.bin: id {len(found) - 1} is outside the {encoder.vocab_size} pieces"
-                )
+            found = np.bincount(tokens[begin : begin + (1 << 24)], minlength=vocab_size)
+            if len(found) > vocab_size:
+                raise DatasetError(f"{prefix}.bin: id {len(found) - 1} is outside the {vocab_size} pieces")
             histogram += found
-    text_bytes = int(histogram @ lengths(sentencepiece_texts(encoder.processor)).astype(np.int64))
-    counts = Counts.empty(tokenizer_sha256, encoder.vocab_size)
+    text_bytes = int(histogram @ token_bytes.astype(np.int64))
+    counts = Counts.empty(tokenizer_sha256, vocab_size)
     counts.add(Path(prefix).name, histogram, text_bytes, len(index.documents) - 1)
     return counts

@@ -11,8 +11,8 @@ from megatron_ext.data.manifest import read_manifest
 from megatron_ext.preprocess.options import Options
 from megatron_ext.preprocess.retokenize import retokenize
 from megatron_ext.preprocess.run import preprocess
-from megatron_ext.tokenizer import compress
 from megatron_ext.tokenizer.build import flags_of
+from megatron_ext.tokenizer.compress_sentencepiece import pruned_model, read_proto
 from megatron_ext.tokenizer.encoder import NativeEncoder
 from tests.unit.data import corpora
 from tests.unit.tokenizer import hf_folders
@@ -33,7 +33,7 @@ def test_equals_encoding_the_text(tmp_path, prefix_blank):
     (tmp_path / "old.model").write_bytes(model)
     old = NativeEncoder(model_proto=model)
     kept = np.array([i for i in range(old.vocab_size) if i % 3 or i < 300])
-    new_model = compress.pruned_model(compress.read_proto(model), kept).SerializeToString()
+    new_model = pruned_model(read_proto(model), kept).SerializeToString()
     (tmp_path / "new.model").write_bytes(new_model)
     texts = [*samples.corpus_lines(random.Random(1), 200), "", " <sep> 的\n\n🙂", "x"]
     write(tmp_path / "old", old, texts)

@@ -12,7 +12,8 @@ import pytest
 
 from megatron_ext.data.indexed import write_index
 from megatron_ext.data.text.sources import find_sources
-from megatron_ext.tokenizer import compress, encoder
+from megatron_ext.tokenizer import compress, compress_sentencepiece, encoder
+from megatron_ext.tokenizer.compress_sentencepiece import SentencePieceModel
 from megatron_ext.tokenizer.counts import Counts, count_dataset, count_text
 from megatron_ext.tokenizer.encoder import NativeEncoder
 from megatron_ext.tokenizer.idmap import IdMap
@@ -45,13 +46,19 @@ def counted(model: bytes, corpus: Path, workers: int = 1) -> Counts:
 
 
 def vocabulary_of(model: bytes, counts: Counts, drop_fillers: bool = False) -> compress.Vocabulary:
-    proto = compress.read_proto(model)
-    return compress.describe(proto, NativeEncoder(model_proto=model), drop_fillers, counts.total)
+    proto = compress_sentencepiece.read_proto(model)
+    return compress_sentencepiece.describe(
+        proto, NativeEncoder(model_proto=model), drop_fillers, counts.total
+    )
 
 
 def shrunk(model: bytes, kept: np.ndarray) -> NativeEncoder:
-    proto = compress.pruned_model(compress.read_proto(model), kept)
+    proto = compress_sentencepiece.pruned_model(compress_sentencepiece.read_proto(model), kept)
     return NativeEncoder(model_proto=proto.SerializeToString())
+
+
+def unreachable(encoder: NativeEncoder) -> list[str]:
+    return SentencePieceModel(encoder.processor.serialized_model_proto()).unreachable()
 
 
 def test_counts_are_those_of_the_text(model, corpus):
@@ -86,7 +93,7 @@ def test_counts_of_a_dataset(model, corpus, tmp_path):
     (tmp_path / "d.bin").write_bytes(flat.tobytes())
     with open(tmp_path / "d.idx", "wb") as file:
         write_index(file, flat.dtype, sizes, np.arange(len(sizes) + 1))
-    counts = count_dataset(str(tmp_path / "d"), native, "sha")
+    counts = count_dataset(str(tmp_path / "d"), SentencePieceModel(model).token_bytes(), "sha")
     assert np.array_equal(counts.total, counted(model, corpus).total)
 
 
@@ -97,7 +104,7 @@ def test_exact_size_nothing_dead_exact_round_trip(model, corpus, size):
     kept = compress.choose(vocabulary, counts.counts, size)
     new = shrunk(model, kept)
     assert new.vocab_size == size == len(kept)
-    assert compress.unreachable(new) == []
+    assert unreachable(new) == []
     assert set(np.flatnonzero(vocabulary.fixed)) <= set(kept.tolist())
     for text in [*samples.corpus_lines(random.Random(9), 200), "новое слово 🙂\n\tx", "的 一是"]:
         assert new.processor.decode(new.encode(text).tolist()) == text
@@ -112,7 +119,7 @@ def test_shorter_than_pruning_by_counts(model, corpus):
     frequent = normal[np.argsort(-counts.total[normal], kind="stable")][: 500 - len(fixed)]
     naive = shrunk(model, np.sort(np.concatenate([fixed, frequent])))
     texts = samples.corpus_lines(random.Random(8), 900)
-    assert compress.unreachable(naive) != []
+    assert unreachable(naive) != []
     assert shrunk(model, kept).count(texts).sum() < naive.count(texts).sum()
 
 
@@ -149,12 +156,12 @@ def test_impossible_sizes_are_refused(model, corpus):
 
 def test_unigram(corpus):
     model = samples.trained("unigram", vocab_size=450)
-    proto = compress.read_proto(model)
+    proto = compress_sentencepiece.read_proto(model)
     counts = counted(model, corpus)
     vocabulary = vocabulary_of(model, counts)
-    kept = compress.choose_unigram(vocabulary, counts.counts, 420)
-    scores = compress.unigram_scores(proto, counts.counts, kept)
-    new = compress.pruned_model(proto, kept, scores)
+    kept = compress_sentencepiece.choose_unigram(vocabulary, counts.counts, 420)
+    scores = compress_sentencepiece.unigram_scores(proto, counts.counts, kept)
+    new = compress_sentencepiece.pruned_model(proto, kept, scores)
     assert len(new.pieces) == 420
     normal = [piece.score for piece in new.pieces if piece.type == samples.NORMAL]
     assert np.exp(normal).sum() == pytest.approx(1, abs=1e-4)
@@ -260,7 +267,7 @@ def test_internlm_to_48000(shared):
     counts, _ = count_text(find_sources(inputs), NativeEncoder(model_proto=model), "", workers=2)
     new = shrunk(model, compress.choose(vocabulary_of(model, counts), counts.counts, 48_000))
     assert new.vocab_size == 48_000
-    assert compress.unreachable(new) == []
+    assert unreachable(new) == []
     assert count_text(find_sources(inputs), new, "", workers=2)[0].total.sum() <= 1.014 * counts.total.sum()
     for path in (data / "corpus").glob("valid_*.jsonl.gz"):
         with gzip.open(path, "rt", encoding="utf-8") as lines:
