@@ -10,8 +10,9 @@ whole, so there are pieces that come about in this way alone.
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, TypeVar
@@ -52,11 +53,20 @@ class BpeJson:
     ranks: dict[Pair, int]
     byte_level: bool
 
-    @property
+    @functools.cached_property
     def pieces(self) -> list[str]:
         """Every piece and added token, by id."""
         named = self.vocab | {token["content"]: i for i, token in self.added.items()}
         return sorted(named, key=named.__getitem__)
+
+    @functools.cached_property
+    def derivations(self) -> dict[str, tuple[list[str], Pair | None]]:
+        """Of each piece of the model what merging its characters ends with, and the pair merged last."""
+        ranks = self.ranks
+        return {
+            piece: merge(list(piece), lambda left, right: ranks.get((left, right), NEVER))
+            for piece in self.vocab
+        }
 
     @property
     def ignore_merges(self) -> bool:
@@ -79,21 +89,22 @@ class BpeJson:
             return piece in BYTE_LEVEL_ALPHABET
         return len(piece) > 1 and len(byte_fallback_text(piece)) == 1
 
-    def merged(self, piece: str) -> tuple[list[str], Pair | None]:
-        """What merging the characters of a piece ends with, and the pair that was merged last."""
-        ranks = self.ranks
-        return merge(list(piece), lambda left, right: ranks.get((left, right), NEVER))
+    def part(self, new_id: dict[int, int], merges: list[Pair], added: Iterable[int]) -> dict[str, Any]:
+        """The description of a part.
 
-    def part(self, new_id: dict[int, int], merges: list[Pair]) -> dict[str, Any]:
-        """The description of the pieces ``new_id`` (old id -> new id), with these merges."""
+        Args:
+            new_id: old id -> new id of the pieces that stay.
+            merges: those that stay, in their order.
+            added: old ids of the added tokens that stay added tokens.
+        """
         spelled = self.content["model"]["merges"]
         joined = bool(spelled) and isinstance(spelled[0], str)
         model = self.content["model"] | {
             "vocab": {piece: new_id[i] for piece, i in self.vocab.items() if i in new_id},
             "merges": [" ".join(pair) if joined else list(pair) for pair in merges],
         }
-        added = [token | {"id": new_id[i]} for i, token in sorted(self.added.items()) if i in new_id]
-        changed = {"model": model, "added_tokens": added}
+        tokens = [self.added[i] | {"id": new_id[i]} for i in sorted(added)]
+        changed = {"model": model, "added_tokens": tokens}
         for name in ("post_processor", "padding"):
             if self.content.get(name):
                 changed[name] = _renumbered(self.content[name], new_id)

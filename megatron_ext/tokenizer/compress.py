@@ -101,7 +101,8 @@ def removal_order(vocabulary: Vocabulary, counts: np.ndarray) -> Iterator[tuple[
     """Pieces in the order in which they go, each with the tokens that its going adds to each group.
 
     Dead pieces and fillers go first. Then always the cheapest leaf, a piece that is no part of another: each
-    of its occurrences becomes its parts, which inherit its count.
+    of its occurrences becomes its parts, which inherit its count. Of equal ones the last goes, for the order
+    of pieces is that of the text that the tokenizer was trained on.
 
     Args:
         counts: int64 [groups, vocabulary]; not changed.
@@ -118,12 +119,13 @@ def removal_order(vocabulary: Vocabulary, counts: np.ndarray) -> Iterator[tuple[
         for part in parts[i]:
             uses[part] += 1
     totals = counts.sum(axis=1).tolist()
-    heap = [(totals[i] * growth[i], i) for i in range(len(parts)) if movable[i] and uses[i] == 0]
+    heap = [(totals[i] * growth[i], -i) for i in range(len(parts)) if movable[i] and uses[i] == 0]
     heapq.heapify(heap)
     while heap:
         cost, i = heapq.heappop(heap)
+        i = -i
         if cost != totals[i] * growth[i]:
-            heapq.heappush(heap, (totals[i] * growth[i], i))
+            heapq.heappush(heap, (totals[i] * growth[i], -i))
             continue
         yield i, counts[i] * growth[i]
         for part in parts[i]:
@@ -131,7 +133,7 @@ def removal_order(vocabulary: Vocabulary, counts: np.ndarray) -> Iterator[tuple[
             totals[part] += totals[i]
             uses[part] -= 1
             if uses[part] == 0 and movable[part]:
-                heapq.heappush(heap, (totals[part] * growth[part], part))
+                heapq.heappush(heap, (totals[part] * growth[part], -part))
 
 
 def choose(vocabulary: Vocabulary, counts: np.ndarray, vocab_size: int) -> np.ndarray:

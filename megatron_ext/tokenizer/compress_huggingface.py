@@ -73,6 +73,7 @@ class HuggingFaceModel:
         self.tokenizer = _loaded(folder.tokenizer_json, folder.name)
         _require_same_ids(self.bpe, self.tokenizer, folder.name)
         folder.require_known({piece: i for i, piece in enumerate(self.bpe.pieces)})
+        self.roles = folder.roles
         self.encoder, self.sha256 = HuggingFaceEncoder(self.tokenizer), folder.sha256
 
     def token_bytes(self) -> np.ndarray:
@@ -86,7 +87,7 @@ class HuggingFaceModel:
             CompressionError: a token that shall go is needed, or none matches.
         """
         bpe, pieces = self.bpe, self.bpe.pieces
-        drop = self._dropped(pieces, counts)
+        drop = self._dropped(counts)
         parts, merged = _parts(bpe, pieces)
         unknown = bpe.content["model"].get("unk_token")
         kept = [
@@ -98,9 +99,10 @@ class HuggingFaceModel:
         texts = [bpe.text(i, piece).decode(errors="replace") or piece for i, piece in enumerate(pieces)]
         return Vocabulary(texts, parts, fixed, dead, fillers)
 
-    def _dropped(self, pieces: list[str], counts: np.ndarray) -> set[int]:
+    def _dropped(self, counts: np.ndarray) -> set[int]:
         """Ids of the added tokens that shall go."""
-        needed = self.bpe.ids_in_use() | {pieces.index(name) for name in self.folder.roles if name in pieces}
+        pieces = self.bpe.pieces
+        needed = self.bpe.ids_in_use() | {pieces.index(name) for name in self.roles if name in pieces}
         drop: set[int] = set()
         for pattern in self.drop.patterns:
             found = {i for i in self.bpe.added if fnmatch.fnmatchcase(pieces[i], pattern)}
@@ -168,18 +170,21 @@ class HuggingFaceModel:
         pieces = self.bpe.pieces
         new_id = {old: new for new, old in enumerate(kept.tolist())}
         there = {pieces[i] for i in kept.tolist()}
-        last = (self.bpe.merged(piece)[1] for piece in there if piece in self.bpe.vocab)
+        last = (self.bpe.derivations[piece][1] for piece in there if piece in self.bpe.vocab)
         merges: set[Pair] = {
             pair for pair in last if pair and there.issuperset(pair) and "".join(pair) in there
         }
-        description = self.bpe.part(new_id, sorted(merges, key=self.bpe.ranks.__getitem__))
+        added = self.bpe.added.keys() - self._dropped(counts.sum(axis=0))
+        description = self.bpe.part(new_id, sorted(merges, key=self.bpe.ranks.__getitem__), added)
         return HuggingFaceModel(self.folder.part(description, new_id, set(pieces) - there))
 
     def unreachable(self) -> list[str]:
         """Pieces that merging their own characters does not give and that are not taken whole."""
         bpe = self.bpe
-        model = _loaded(self.folder.tokenizer_json, self.folder.name).model
-        model.ignore_merges = False
+        model = self.tokenizer.model
+        if bpe.ignore_merges:
+            model = _loaded(self.folder.tokenizer_json, self.folder.name).model
+            model.ignore_merges = False
         dead = []
         for piece, i in bpe.vocab.items():
             if i in bpe.added or bpe.is_byte(piece) or [token.id for token in model.tokenize(piece)] == [i]:
@@ -213,7 +218,7 @@ def _parts(bpe: BpeJson, pieces: list[str]) -> tuple[list[tuple[int, ...]], np.n
             continue
         if bpe.byte_level and not BYTE_LEVEL_ALPHABET.keys() >= set(piece):
             continue
-        symbols, last = bpe.merged(piece)
+        symbols, last = bpe.derivations[piece]
         merged[i] = len(symbols) == 1
         if last and merged[i]:
             parts[i] = ids[last[0]], ids[last[1]]
