@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_ext.tokenizer.build import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
+from megatron_ext.tokenizer.build import Tokenizer
+from megatron_ext.tokenizer.pieces import pieces, unknown_id
 
 
 @dataclass(frozen=True)
@@ -105,25 +106,11 @@ def match_tokenizers(target: Tokenizer, source: Tokenizer) -> Rows:
         for role in ("bos", "eos", "pad", "eod")
         if getattr(target, role) >= 0 and getattr(source, role) >= 0
     }
-    if isinstance(target, SentencePieceTokenizer) and isinstance(source, SentencePieceTokenizer):
-        roles[target.processor.unk_id()] = source.processor.unk_id()
+    if unknown_id(target) >= 0 and unknown_id(source) >= 0:
+        roles.setdefault(unknown_id(target), unknown_id(source))
     mine, theirs = (list(map(Piece, pieces(each), each.token_texts())) for each in (target, source))
     by_text = _by_text(theirs)
     return match(mine, theirs, roles, lambda piece: encode_piece(piece, source, by_text))
-
-
-def pieces(tokenizer: Tokenizer) -> list[str]:
-    """The spelling of every id.
-
-    Raises:
-        ValueError: the tokenizer has no pieces (NullTokenizer).
-    """
-    if isinstance(tokenizer, SentencePieceTokenizer):
-        return [tokenizer.processor.id_to_piece(i) for i in range(tokenizer.vocab_size)]
-    if isinstance(tokenizer, HuggingFaceTokenizer):
-        spelled = tokenizer.tokenizer.convert_ids_to_tokens(list(range(tokenizer.vocab_size)))
-        return [f"<unused {i}>" if piece is None else piece for i, piece in enumerate(spelled)]
-    raise ValueError(f"{type(tokenizer).__name__} has no pieces to match")
 
 
 def encode_piece(piece: Piece, source: Tokenizer, by_text: dict[bytes, int]) -> list[int]:

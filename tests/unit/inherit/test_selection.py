@@ -8,8 +8,9 @@ import torch
 from megatron_ext.inherit import axes, depth, width
 from megatron_ext.inherit.axes import Axis
 from megatron_ext.inherit.selection import top
-from megatron_ext.inherit.vocabulary import Piece, Rows, match, match_tokenizers, pieces
+from megatron_ext.inherit.vocabulary import Piece, Rows, match, match_tokenizers
 from megatron_ext.tokenizer.build import HuggingFaceTokenizer, SentencePieceTokenizer
+from megatron_ext.tokenizer.pieces import pieces
 from tests.unit.inherit import toy
 from tests.unit.tokenizer.sample_models import corpus_lines, trained
 

@@ -1,6 +1,8 @@
 """Translating a dataset equals preprocessing its text with the new tokenizer."""
 
+import json
 import random
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,8 @@ from megatron_ext.tokenizer.compress_sentencepiece import pruned_model, read_pro
 from megatron_ext.tokenizer.encoder import NativeEncoder
 from tests.unit.data import corpora
 from tests.unit.tokenizer import hf_folders
+from megatron_ext.tokenizer.compress_run import CompressOptions, compress
+from tests.unit.tokenizer import sample_bpe
 from tests.unit.tokenizer import sample_models as samples
 
 
@@ -44,6 +48,50 @@ def test_equals_encoding_the_text(tmp_path, prefix_blank):
     assert map_tokens(tmp_path / "new", index).tolist() == flat.tolist()
     assert index.lengths.tolist() == sizes.tolist()
     assert summary["documents"] == len(texts) and summary["tokens"] == len(flat) > summary["tokens_before"]
+
+
+@pytest.mark.parametrize("old, new", [("qwen", "qwen"), ("llama3", "sp"), ("sp", "gpt2"), ("llama2", "sp")])
+def test_equals_preprocessing_the_text_with_any_kind(tmp_path, old, new):
+    """Also of Hugging Face folders, and to a compressed one; special tokens in the text are translated."""
+    pytest.importorskip("transformers")
+    ours, theirs = (folder_of(kind, tmp_path / name) for name, kind in (("old", old), ("new", new)))
+    shared = ["<|im_start|>a<|im_end|>"] if old == new else []
+    lines = [
+        *samples.corpus_lines(random.Random(1), 60),
+        " <sep> 的\n\n🙂",
+        "x",
+        "\n",
+        " two  blanks",
+        *shared,
+    ]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    if old == new:
+        flags = {"tokenizer_model": str(ours), "input": [str(tmp_path / "in.jsonl")], "vocab_size": 450}
+        compress(CompressOptions(output=str(tmp_path / "small"), **flags))
+        theirs = tmp_path / "small_hf"
+    for name, tokenizer in (("a", ours), ("b", theirs)):
+        kind = "HuggingFaceTokenizer" if tokenizer.is_dir() else "SentencePieceTokenizer"
+        flags = ["--input", tmp_path / "in.jsonl", "--output-prefix", tmp_path / name, "--append-eod"]
+        assert tool("preprocess_data", *flags, "--tokenizer-type", kind, "--tokenizer-model", tokenizer) == 0
+    names = [tmp_path / "a_text_document", ours, theirs, tmp_path / "c"]
+    summary = retokenize(*map(str, names))
+    made, right = (tmp_path / f"{name}.bin" for name in ("c", "b_text_document"))
+    assert made.read_bytes() == right.read_bytes() and summary["documents"] == len(lines)
+    manifests = [json.loads(path.with_suffix(".json").read_text()) for path in (made, right)]
+    assert manifests[0]["tokenizer"] == manifests[1]["tokenizer"]
+
+
+def folder_of(kind: str, path: Path) -> Path:
+    """A tokenizer of a kind: a SentencePiece file or a Hugging Face folder."""
+    if kind != "sp":
+        return sample_bpe.folder(kind, path)
+    path.write_bytes(samples.trained())
+    return path
+
+
+def tool(name: str, *argv: object) -> int:
+    path = Path(__file__).parents[3] / "tools" / f"{name}.py"
+    return runpy.run_path(str(path))["main"]([str(word) for word in argv])
 
 
 def test_unknown_ids_are_refused(tmp_path):
