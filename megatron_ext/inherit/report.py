@@ -134,5 +134,7 @@ def lines(summary: dict[str, Any]) -> list[str]:
                 f"{name.replace('_', ' ')}: {loss['nats']:.4f} nats per token, "
                 f"{loss['bits_per_byte']:.4f} bits per byte ({loss['tokens']:,} tokens)"
             )
+    if "cost_bits_per_byte" in vocabulary:
+        text.append(f"the vocabulary alone costs {vocabulary['cost_bits_per_byte']:+.4f} bits per byte")
     text.append(f"{summary['seconds']} s, at most {summary['peak_memory_gib']} GiB of memory")
     return text

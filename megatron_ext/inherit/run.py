@@ -63,6 +63,9 @@ def inherit(options: InheritOptions) -> dict[str, Any]:
         }
     summary = _summary(source, target, rows, result)
     summary |= {name: vars(loss) for name, loss in losses.items()}
+    if with_vocabulary := losses.get("loss_with_target_vocabulary"):
+        cost = with_vocabulary.bits_per_byte - losses["loss_before"].bits_per_byte
+        summary["vocabulary"]["cost_bits_per_byte"] = cost
     summary["seconds"] = round(time.perf_counter() - started, 2)
     summary["peak_memory_gib"] = round(platform.max_resident_bytes() / 2**30, 3)
     if rank() == 0:

@@ -22,9 +22,13 @@ from megatron_ext.interchange.target import write_checkpoint
 from megatron_ext.interchange.tokenizer_files import of_path
 from megatron_ext.models.builder import build_model
 from megatron_ext.models.config import transformer_config
+from megatron_ext.tokenizer.compress_run import CompressOptions, compress
 from megatron_ext.tokenizer.encoder import NativeEncoder
+from megatron_ext.tokenizer.idmap import IdMap
+from megatron_ext.tokenizer.pieces import open_tokenizer
 from tests.helpers.parallel import Layout
 from tests.unit.inherit import toy
+from tests.unit.tokenizer import sample_bpe
 from tests.unit.tokenizer import sample_models as samples
 
 TOOL = Path(__file__).resolve().parents[3] / "tools" / "inherit_checkpoint.py"
@@ -228,6 +232,54 @@ def test_ranks_share_the_text(folder, tmp_path, pool):
         assert one[name]["tokens"] == two[name]["tokens"]
     overlap = np.intersect1d(one["width"]["hidden"], two["width"]["hidden"]).size
     assert overlap >= 23
+
+
+@pytest.mark.parametrize("target", ["compressed", "sentencepiece"])
+def test_from_a_byte_level_tokenizer(tmp_path, pool, target):
+    """To a part of its ids, as the id map has them; to SentencePiece pieces, by the bytes of each."""
+    full = of_path(sample_bpe.folder("llama3", tmp_path / "full"))
+    model, generator = source_model(full.size), torch.Generator().manual_seed(0)
+    write_checkpoint(
+        tmp_path / "source", model, torch.float32, lambda key: weights(key, model, generator), tokenizer=full
+    )
+    (tmp_path / "in.jsonl").write_text(
+        "".join(json.dumps({"text": line}) + "\n" for line in samples.corpus_lines(random.Random(1), 200))
+    )
+    tokenizer, kind = tmp_path / "small_hf", "HuggingFaceTokenizer"
+    if target == "compressed":
+        flags = {"tokenizer_model": str(tmp_path / "full"), "input": [str(tmp_path / "in.jsonl")]}
+        compress(CompressOptions(output=str(tmp_path / "small"), vocab_size=500, **flags))
+    else:
+        tokenizer, kind = tmp_path / "small.model", "SentencePieceTokenizer"
+        tokenizer.write_bytes(samples.trained(vocab_size=500))
+    preprocess = ["--input", tmp_path / "in.jsonl", "--output-prefix", tmp_path / "data", "--append-eod"]
+    preprocess += ["--tokenizer-type", kind, "--tokenizer-model", tokenizer]
+    assert runpy.run_path(str(TOOL.with_name("preprocess_data.py")))["main"](list(map(str, preprocess))) == 0
+    flags = ["--target-num-layers", "2", "--data-path", str(tmp_path / "data_text_document"), *CALIBRATION]
+    flags += ["--target-tokenizer-model", str(tokenizer)]
+    pool.run(1, inherited, str(tmp_path / "source"), str(tmp_path / "out"), flags, timeout=200)
+
+    report = json.loads((tmp_path / "out" / "inheritance" / "report.json").read_text())
+    vocabulary = report["vocabulary"]
+    before, after = report["loss_before"], report["loss_with_target_vocabulary"]
+    assert vocabulary["cost_bits_per_byte"] == after["bits_per_byte"] - before["bits_per_byte"]
+    rows = values(tmp_path / "source")["embedding.word_embeddings.weight"]
+    there = values(tmp_path / "out")["embedding.word_embeddings.weight"]
+    assert vocabulary["copied"] + vocabulary["averaged"] == 500
+    if target == "compressed":
+        ids = IdMap.load(tmp_path / "small.idmap.npz")
+        assert vocabulary["averaged"] == 0 and torch.equal(there[:500], rows[ids.old_id])
+        assert (ids.old_sha256, ids.new_sha256) == (full.sha256, of_path(tokenizer).sha256)
+        return
+    ours, theirs = open_tokenizer(tokenizer), open_tokenizer(tmp_path / "full")
+    for piece, text in (("▁t", " t"), ("的", "的"), ("<0x41>", "A"), ("</s>", "<|end_of_text|>")):
+        start = rows[theirs.tokenize(text)].mean(0)
+        assert torch.equal(there[ours.processor.piece_to_id(piece)], start), piece
+    assert len(theirs.tokenize(" t")) > 1 and 0 < vocabulary["averaged"] < 250
+
+
+def inherited(source: str, save: str, flags: list) -> None:
+    assert tool(["--load", source, "--save", save, *flags, "--device", "cpu"]) == 0
 
 
 def test_masks_resume_from_their_state(folder, tmp_path, pool):
