@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_ext.common import command
 from megatron_ext.tokenizer.compress_run import CompressOptions, compress
+from megatron_ext.tokenizer.encoding import BACKENDS
 from megatron_ext.tokenizer.tiktoken_file import FAMILIES
 
 
@@ -73,6 +74,13 @@ def parser() -> argparse.ArgumentParser:
         help="let added tokens that match a shell pattern go, such as '<|reserved_special_token_*|>'",
     )
     _add_tiktoken(p.add_argument_group("what a .tiktoken file does not say"))
+    p.add_argument(
+        "--tokenizer-backend",
+        choices=BACKENDS,
+        default="auto",
+        help="what encodes with a Hugging Face tokenizer: the fastest library that gives its ids (default), "
+        "or Hugging Face's own alone",
+    )
     p.add_argument("--workers", type=int, default=1, help="processes that count text (default 1)")
     p.add_argument(
         "--validation", nargs="+", default=[], metavar="FILE", help="held-out text for the report, as --input"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
-import os
+import functools
+import json
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +15,11 @@ import numpy as np
 
 from megatron_ext.tokenizer.bits_per_byte import BYTE_LEVEL_ALPHABET, lengths
 from megatron_ext.tokenizer.bpe_json import BpeJson, Pair, read
-from megatron_ext.tokenizer.compress import FILLER, CompressionError, Vocabulary, choose
-from megatron_ext.tokenizer.encoding import refusals
-from megatron_ext.tokenizer.hf_folder import HuggingFaceFolder
+from megatron_ext.tokenizer.build import HuggingFaceTokenizer
+from megatron_ext.tokenizer.checked import Checked
+from megatron_ext.tokenizer.compress import FILLER, CompressionError, TextEncoder, Vocabulary, choose
+from megatron_ext.tokenizer.encoding import make_encoder, refusals
+from megatron_ext.tokenizer.hf_folder import CONFIG, DESCRIPTION, HuggingFaceFolder
 
 if TYPE_CHECKING:
     import tokenizers
@@ -25,22 +29,31 @@ _AROUND = (("", ""), ("", "\n"), ("", "a"), ("a", ""), ("a", "a"))
 
 
 class HuggingFaceEncoder:
-    """The ids of Hugging Face's library."""
+    """The ids of a tokenizer.json, by the fastest encoder that gives them.
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
-        # Its threads do not survive the forks of those who count.
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        self.tokenizer = tokenizer
-        self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
+    Args:
+        description: the tokenizer.json.
+        special: a special token of it, which transformers shall take for the end of documents.
+        vocab_size: number of ids.
+        backend: one of ``encoding.BACKENDS``.
+    """
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, without special tokens around it."""
-        return [one.ids for one in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    def __init__(self, description: bytes, special: str, vocab_size: int, backend: str) -> None:
+        self.vocab_size = vocab_size
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": special}
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, DESCRIPTION).write_bytes(description)
+            Path(folder, CONFIG).write_text(json.dumps(config))
+            tokenizer = HuggingFaceTokenizer(folder, use_fast=True)
+        self.encode = Checked(make_encoder(tokenizer, backend))
 
     def add_histogram(self, texts: Sequence[bytes], histogram: np.ndarray) -> None:
-        """Adds to ``histogram``, int64 [vocab_size], how often each id occurs in the texts."""
-        ids = [np.array(ids, dtype=np.int64) for ids in self.encode_batch([text.decode() for text in texts])]
-        histogram += np.bincount(np.concatenate([np.zeros(0, np.int64), *ids]), minlength=self.vocab_size)
+        """Adds to ``histogram``, int64 [vocab_size], how often each id occurs in the texts.
+
+        Raises:
+            EncodersDiffer: the encoder does not give the ids of Hugging Face's library.
+        """
+        histogram += np.bincount(self.encode(texts)[0], minlength=self.vocab_size)
 
 
 @dataclass
@@ -62,19 +75,32 @@ class HuggingFaceModel:
     Args:
         folder: its files.
         drop: which added tokens shall go.
+        backend: what encodes, one of ``encoding.BACKENDS``.
 
     Raises:
         ValueError: it cannot be read or compressed.
     """
 
-    def __init__(self, folder: HuggingFaceFolder, drop: Drop | None = None) -> None:
-        self.folder, self.drop = folder, drop or Drop()
+    def __init__(self, folder: HuggingFaceFolder, drop: Drop | None = None, backend: str = "auto") -> None:
+        self.folder, self.drop, self.backend = folder, drop or Drop(), backend
         self.bpe: BpeJson = read(folder.tokenizer_json, folder.name)
         self.tokenizer = _loaded(folder.tokenizer_json, folder.name)
         _require_same_ids(self.bpe, self.tokenizer, folder.name)
         folder.require_known({piece: i for i, piece in enumerate(self.bpe.pieces)})
         self.roles = folder.roles
-        self.encoder, self.sha256 = HuggingFaceEncoder(self.tokenizer), folder.sha256
+        self.sha256 = folder.sha256
+
+    @functools.cached_property
+    def encoder(self) -> TextEncoder:
+        """Its own ids, fast."""
+        special = [token["content"] for token in self.bpe.added.values() if token.get("special")]
+        if not special:
+            raise CompressionError(f"{self.folder.name}: has no special token, which could end documents")
+        return HuggingFaceEncoder(self.folder.tokenizer_json, special[0], len(self.bpe.pieces), self.backend)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text by Hugging Face's library, without special tokens around it."""
+        return [one.ids for one in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def token_bytes(self) -> np.ndarray:
         """How many bytes each id stands for, int32 [vocabulary]."""
@@ -176,7 +202,9 @@ class HuggingFaceModel:
         }
         added = self.bpe.added.keys() - self._dropped(counts.sum(axis=0))
         description = self.bpe.part(new_id, sorted(merges, key=self.bpe.ranks.__getitem__), added)
-        return HuggingFaceModel(self.folder.part(description, new_id, set(pieces) - there))
+        return HuggingFaceModel(
+            self.folder.part(description, new_id, set(pieces) - there), backend=self.backend
+        )
 
     def unreachable(self) -> list[str]:
         """Pieces that merging their own characters does not give and that are not taken whole."""
@@ -195,7 +223,7 @@ class HuggingFaceModel:
 
     def round_trip(self, texts: list[str]) -> tuple[int, int]:
         """Tokens of the texts, and the number of texts that do not come back exactly."""
-        documents = self.encoder.encode_batch(texts)
+        documents = self.encode_batch(texts)
         back = self.tokenizer.decode_batch(documents, skip_special_tokens=False)
         return sum(map(len, documents)), sum(came != text for came, text in zip(back, texts, strict=True))
 

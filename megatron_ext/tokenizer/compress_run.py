@@ -51,6 +51,7 @@ class CompressOptions:
         drop_fillers: let tokens that look like fillers and never occur go.
         drop_added_tokens: shell patterns of added tokens that shall go; of Hugging Face tokenizers.
         tiktoken_family, split_pattern, special_tokens: what a .tiktoken file does not say.
+        tokenizer_backend: what encodes with a Hugging Face tokenizer, one of ``encoding.BACKENDS``.
         report: folder of the report.
         model_preset: whose share of embedding and head the report shows.
     """
@@ -69,6 +70,7 @@ class CompressOptions:
     tiktoken_family: str | None = None
     split_pattern: str | None = None
     special_tokens: Sequence[str] = ()
+    tokenizer_backend: str = "auto"
     workers: int = 1
     report: str | None = None
     model_preset: str = "pangu-pi-1b-pro"
@@ -165,9 +167,9 @@ def read_tokenizer(options: CompressOptions) -> Compressible:
         )
     if tiktoken:
         family = family_of(options.tiktoken_family, options.split_pattern, options.special_tokens)
-        return HuggingFaceModel(as_folder(path, data, family), drop)
+        return HuggingFaceModel(as_folder(path, data, family), drop, options.tokenizer_backend)
     if path.is_dir() or path.suffix == ".json" or data.lstrip()[:1] == b"{":
-        return HuggingFaceModel(HuggingFaceFolder.read(path), drop)
+        return HuggingFaceModel(HuggingFaceFolder.read(path), drop, options.tokenizer_backend)
     if options.drop_added_tokens:
         raise CompressionError(f"--drop-added-tokens: a SentencePiece model has none; {path} is one")
     return SentencePieceModel(data, options.drop_fillers, options.tokenizer_model)

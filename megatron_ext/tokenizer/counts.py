@@ -29,6 +29,7 @@ from megatron_ext.data.text.documents import (
 )
 from megatron_ext.data.text.pool import Note, run_chunks
 from megatron_ext.data.text.sources import Source
+from megatron_ext.tokenizer.checked import SLOW_PATH, EncodersDiffer
 from megatron_ext.tokenizer.compress import TextEncoder
 from megatron_ext.tokenizer.encoding import refusals
 
@@ -151,6 +152,8 @@ def count_chunk(chunk: Chunk, note: Note, encoder: TextEncoder, key: str, on_bad
             with refusals():
                 encoder.add_histogram(texts, counts)
         except ValueError as error:
+            if isinstance(differ := error.__cause__, EncodersDiffer):
+                raise StoppedAtBadLine(batch[differ.text].place, differ.reason, SLOW_PATH) from None
             if len(batch) == 1:
                 found.left_out.append(left_out(batch[0].place, str(error), on_bad_line))
                 return
@@ -225,7 +228,9 @@ def count_text(
     with unchanged(source.path for source in sources):
         failure = run_chunks(chunks(list(sources), CHUNK_BYTES), workers, work, done)
     if failure is not None:
-        raise ValueError(bad_line_message(failure.chunk, failure.line, failure.reason, "skip"))
+        raise ValueError(
+            bad_line_message(failure.chunk, failure.line, failure.reason, "skip", failure.remedy)
+        )
     require_documents(sources, documents, on_bad_line)
     order = np.argsort(counts.groups)  # workers finish in any order
     counts.groups = [counts.groups[i] for i in order]

@@ -1,17 +1,6 @@
 """How tokenizers spell their ids, whatever their kind."""
 
-from pathlib import Path
-
 from megatron_ext.tokenizer.build import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
-
-
-def open_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a SentencePiece file or of a Hugging Face folder.
-
-    Raises:
-        TokenizerError: there is none.
-    """
-    return HuggingFaceTokenizer(path, use_fast=True) if Path(path).is_dir() else SentencePieceTokenizer(path)
 
 
 def pieces(tokenizer: Tokenizer) -> list[str]:

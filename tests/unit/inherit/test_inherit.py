@@ -22,10 +22,10 @@ from megatron_ext.interchange.target import write_checkpoint
 from megatron_ext.interchange.tokenizer_files import of_path
 from megatron_ext.models.builder import build_model
 from megatron_ext.models.config import transformer_config
+from megatron_ext.tokenizer.build import build_tokenizer, flags_of
 from megatron_ext.tokenizer.compress_run import CompressOptions, compress
 from megatron_ext.tokenizer.encoder import NativeEncoder
 from megatron_ext.tokenizer.idmap import IdMap
-from megatron_ext.tokenizer.pieces import open_tokenizer
 from tests.helpers.parallel import Layout
 from tests.unit.inherit import toy
 from tests.unit.tokenizer import sample_bpe
@@ -271,7 +271,7 @@ def test_from_a_byte_level_tokenizer(tmp_path, pool, target):
         assert vocabulary["averaged"] == 0 and torch.equal(there[:500], rows[ids.old_id])
         assert (ids.old_sha256, ids.new_sha256) == (full.sha256, of_path(tokenizer).sha256)
         return
-    ours, theirs = open_tokenizer(tokenizer), open_tokenizer(tmp_path / "full")
+    ours, theirs = (build_tokenizer(flags_of(path)) for path in (tokenizer, tmp_path / "full"))
     for piece, text in (("▁t", " t"), ("的", "的"), ("<0x41>", "A"), ("</s>", "<|end_of_text|>")):
         start = rows[theirs.tokenize(text)].mean(0)
         assert torch.equal(there[ours.processor.piece_to_id(piece)], start), piece
