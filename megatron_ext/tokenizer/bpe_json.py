@@ -158,11 +158,11 @@ def _renumbered(part: Any, new_id: dict[int, int]) -> Any:
         return part
     changed: dict[str, Any] = {}
     for name, value in part.items():
-        if name == "ids":  # TemplateProcessing
+        if name == "ids" and isinstance(value, list):  # TemplateProcessing
             changed[name] = [new_id[i] for i in value]
         elif name == "pad_id":
             changed[name] = new_id[value]
-        elif name in ("sep", "cls"):  # BertProcessing, RobertaProcessing
+        elif name in ("sep", "cls") and isinstance(value, list):  # BertProcessing, RobertaProcessing
             changed[name] = [value[0], new_id[value[1]]]
         else:
             changed[name] = _renumbered(value, new_id)
@@ -184,7 +184,7 @@ def read(data: bytes, name: str) -> BpeJson:
         return _checked(content)
     except CompressionError as error:
         raise CompressionError(f"{name}: {error}") from error
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise CompressionError(f"{name}: not a tokenizer.json ({type(error).__name__}: {error})") from error
 
 

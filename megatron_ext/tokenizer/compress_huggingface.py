@@ -24,6 +24,8 @@ from megatron_ext.tokenizer.hf_folder import CONFIG, DESCRIPTION, HuggingFaceFol
 if TYPE_CHECKING:
     import tokenizers
 
+#: What transformers is told ends documents where nothing does: a character of no text.
+_NOWHERE = "\U0010fffd"
 #: What may stand around a piece where its place in a text decides how the text is cut.
 _AROUND = (("", ""), ("", "\n"), ("", "a"), ("a", ""), ("a", "a"))
 
@@ -93,9 +95,9 @@ class HuggingFaceModel:
     @functools.cached_property
     def encoder(self) -> TextEncoder:
         """Its own ids, fast."""
-        special = [token["content"] for token in self.bpe.added.values() if token.get("special")]
-        if not special:
-            raise CompressionError(f"{self.folder.name}: has no special token, which could end documents")
+        special = [token["content"] for token in self.bpe.added.values() if token.get("special")] or [
+            _NOWHERE
+        ]
         return HuggingFaceEncoder(self.folder.tokenizer_json, special[0], len(self.bpe.pieces), self.backend)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:

@@ -91,7 +91,13 @@ class HuggingFaceFolder:
 
     def require_known(self, ids: dict[str, int]) -> None:
         """Raise CompressionError where a file beside tokenizer.json gives a token another id, or adds one."""
-        for name, token, i in self._added_elsewhere():
+        try:
+            elsewhere = list(self._added_elsewhere())
+        except (AttributeError, ValueError) as error:
+            raise CompressionError(
+                f"{self.name}: {CONFIG} does not describe added tokens ({error})"
+            ) from error
+        for name, token, i in elsewhere:
             if token not in ids:
                 raise CompressionError(
                     f"{self.name}: {name} adds {token!r}, which tokenizer.json lacks; save the tokenizer "

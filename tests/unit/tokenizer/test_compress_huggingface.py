@@ -15,7 +15,8 @@ from tokenizers import models, pre_tokenizers
 
 from megatron_ext.tokenizer import compress
 from megatron_ext.tokenizer.bits_per_byte import byte_level_text
-from megatron_ext.tokenizer.compress_huggingface import Drop, HuggingFaceModel
+from megatron_ext.tokenizer.checked import Checked, Encoder
+from megatron_ext.tokenizer.compress_huggingface import Drop, HuggingFaceEncoder, HuggingFaceModel
 from megatron_ext.tokenizer.hf_folder import HuggingFaceFolder
 from megatron_ext.tokenizer.idmap import IdMap
 from megatron_ext.tokenizer.tiktoken_file import FAMILIES, as_folder
@@ -241,6 +242,80 @@ def test_the_tool_writes_a_folder(kind, tmp_path, capsys):
         assert loaded.encode(text, add_special_tokens=False) == new.encode_batch([text])[0]
     generation = json.loads((tmp_path / "out" / "small_hf" / "generation_config.json").read_text())
     assert generation == {"eos_token_id": ids.new_id[some].tolist(), "top_p": 0.5}
+
+
+def test_a_folder_as_transformers_writes_it(tmp_path):
+    """With every token in its configurations, and a template of several steps; fillers are gone from all."""
+    transformers = pytest.importorskip("transformers")
+    content = json.loads(sample_bpe.described("llama3"))
+    bytes_last = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
+    content["post_processor"] = {"type": "Sequence", "processors": [bytes_last, content["post_processor"]]}
+    content["padding"] = {
+        "strategy": "BatchLongest", "direction": "Right", "pad_to_multiple_of": None, "pad_type_id": 0,
+        "pad_id": content["added_tokens"][2]["id"], "pad_token": sample_bpe.RESERVED[0],
+    }  # fmt: skip
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    special = {"eos_token": "<|end_of_text|>", "additional_special_tokens": sample_bpe.RESERVED[1:3]}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "added_tokens_decoder": {}} | special
+    for token in content["added_tokens"]:
+        plain = {name: value for name, value in token.items() if name != "id"}
+        config["added_tokens_decoder"][str(token["id"])] = plain
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(special))
+    (tmp_path / "added_tokens.json").write_text(
+        json.dumps({t["content"]: t["id"] for t in content["added_tokens"]})
+    )
+    transformers.AutoTokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path / "full")
+    for folder in (tmp_path, tmp_path / "full"):
+        model = HuggingFaceModel(HuggingFaceFolder.read(folder), Drop(fillers=True))
+        new, _ = shrunk(model, 450)
+        new.folder.write(tmp_path / "small")
+        read = HuggingFaceModel(HuggingFaceFolder.read(tmp_path / "small"))  # whose files agree
+        assert read.sha256 == new.sha256
+        loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "small")
+        assert len(loaded) == 450 and loaded.eos_token == "<|end_of_text|>"
+        left = {token for token in sample_bpe.RESERVED if token in loaded.get_vocab()}
+        assert left == {sample_bpe.RESERVED[0]}, "which pads"
+        assert loaded("a b").input_ids[0] == read.bpe.pieces.index("<|begin_of_text|>")
+        assert read.bpe.content["padding"]["pad_id"] == read.bpe.pieces.index(sample_bpe.RESERVED[0])
+
+
+def test_a_tokenizer_without_added_tokens(tmp_path):
+    (tmp_path / "plain.json").write_text(changed("qwen", lambda content: content.update(added_tokens=[])))
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in LINES))
+    flags = ["--tokenizer-model", tmp_path / "plain.json", "--input", tmp_path / "in.jsonl"]
+    assert tool([*flags, "--vocab-size", 400, "--output", tmp_path / "small"]) == 0
+    new = HuggingFaceModel(HuggingFaceFolder.read(tmp_path / "small_hf"))
+    assert len(new.bpe.pieces) == 400 and new.round_trip(TEXTS)[1] == 0
+
+
+def test_counting_stops_where_the_fast_encoder_differs(tmp_path, capsys, monkeypatch):
+    """The document is named, with the flag that takes the slow path."""
+    monkeypatch.setattr(HuggingFaceEncoder, "__init__", wrong_encoder)
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in LINES[:5]))
+    flags = [
+        "--tokenizer-model",
+        sample_bpe.folder("qwen", tmp_path / "full"),
+        "--input",
+        tmp_path / "in.jsonl",
+    ]
+    assert tool([*flags, "--output", tmp_path / "small"]) == 1
+    said = capsys.readouterr().err
+    assert (
+        "in.jsonl: line 3: wrong gives other ids than right" in said
+        and "--tokenizer-backend tokenizers" in said
+    )
+
+
+def wrong_encoder(self, description, special, vocab_size, backend) -> None:
+    def right(texts):
+        return np.zeros(len(texts), np.int32), np.ones(len(texts), np.int32)
+
+    def wrong(texts):
+        return np.array([text == LINES[2].encode() for text in texts], np.int32), right(texts)[1]
+
+    self.vocab_size = vocab_size
+    self.encode = Checked(Encoder("wrong", wrong, Encoder("right", right)))
 
 
 def test_the_tool_reports(tmp_path, capsys):
