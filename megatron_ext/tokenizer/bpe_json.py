@@ -234,7 +234,10 @@ def _added(content: dict[str, Any], vocab: dict[str, int]) -> dict[int, dict[str
         if text in vocab and vocab[text] != i:
             raise CompressionError(f"added token {text!r} has id {i}, but as a piece {vocab[text]}")
         if i in piece_of and piece_of[i] != text:
-            raise CompressionError(f"added token {text!r} has id {i}, which is that of piece {piece_of[i]!r}")
+            raise CompressionError(
+                f"added token {text!r} has id {i}, which is that of piece {piece_of[i]!r}: "
+                "one id with two meanings"
+            )
         if i in added:
             raise CompressionError(f"added tokens {added[i]['content']!r} and {text!r} both have id {i}")
         if text in texts:

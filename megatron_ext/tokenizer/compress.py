@@ -92,6 +92,10 @@ class Compressible(Protocol):
         """Tokens of the texts, and the number of texts that do not come back exactly."""
         ...
 
+    def refuse_others(self, output: str) -> None:
+        """Raises CompressionError if OUTPUT_hf/ holds files of another tokenizer, which would be read too."""
+        ...
+
     def write(self, output: str) -> dict[str, Any]:
         """Writes OUTPUT's files; what the summary shall say of them."""
         ...

@@ -19,7 +19,13 @@ from megatron_ext.tokenizer.build import HuggingFaceTokenizer
 from megatron_ext.tokenizer.checked import Checked
 from megatron_ext.tokenizer.compress import FILLER, CompressionError, TextEncoder, Vocabulary, choose
 from megatron_ext.tokenizer.encoding import make_encoder, refusals
-from megatron_ext.tokenizer.hf_folder import CONFIG, DESCRIPTION, HuggingFaceFolder
+from megatron_ext.tokenizer.hf_folder import (
+    CONFIG,
+    DESCRIPTION,
+    HuggingFaceFolder,
+    refuse_others,
+    write_folder,
+)
 
 if TYPE_CHECKING:
     import tokenizers
@@ -229,9 +235,13 @@ class HuggingFaceModel:
         back = self.tokenizer.decode_batch(documents, skip_special_tokens=False)
         return sum(map(len, documents)), sum(came != text for came, text in zip(back, texts, strict=True))
 
+    def refuse_others(self, output: str) -> None:
+        """Raises if OUTPUT_hf/ holds another tokenizer's files."""
+        refuse_others(Path(f"{output}_hf"), self.folder.files)
+
     def write(self, output: str) -> dict[str, Any]:
         """OUTPUT_hf/."""
-        self.folder.write(Path(f"{output}_hf"))
+        write_folder(Path(f"{output}_hf"), self.folder.files)
         return {}
 
 

@@ -118,6 +118,8 @@ def compress(options: CompressOptions) -> dict[str, Any]:
             f"--tokenizer-model {options.tokenizer_model} has {old_size} pieces, fewer than the "
             f"{options.vocab_size} asked for"
         )
+    if options.vocab_size is not None:
+        full.refuse_others(options.output)
     counts, left_out = gather(options, files, full)
     Path(options.output).absolute().parent.mkdir(parents=True, exist_ok=True)
     if not files.only_own_counts:

@@ -13,6 +13,7 @@ from megatron_ext.tokenizer import hf_export
 from megatron_ext.tokenizer.bits_per_byte import lengths, sentencepiece_texts
 from megatron_ext.tokenizer.compress import FILLER, CompressionError, Vocabulary, choose
 from megatron_ext.tokenizer.encoder import NativeEncoder
+from megatron_ext.tokenizer.hf_folder import refuse_others, write_folder
 
 Piece = ModelProto.SentencePiece
 BPE, UNIGRAM = 2, 1
@@ -156,6 +157,10 @@ class SentencePieceModel:
         failed = sum(came != text for came, text in zip(back, texts, strict=True))
         return sum(map(len, documents)), failed
 
+    def refuse_others(self, output: str) -> None:
+        """Raises if OUTPUT_hf/ holds another tokenizer's files."""
+        refuse_others(Path(f"{output}_hf"), self.HF_FILES)
+
     def write(self, output: str) -> dict[str, Any]:
         """OUTPUT.model, OUTPUT.vocab and OUTPUT_hf/; or the reason why there is no folder."""
         processor = self.encoder.processor
@@ -175,7 +180,5 @@ class SentencePieceModel:
                     f"({error}); remove it"
                 ) from error
             return str(error)
-        folder.mkdir(exist_ok=True)
-        for name, content in files.items():
-            write_aside(folder / name, content)
+        write_folder(folder, files)
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,22 +138,23 @@ class HuggingFaceFolder:
             )
         return HuggingFaceFolder(self.name, files, _digest(files))
 
-    def require_writable(self, folder: Path) -> None:
-        """Raise CompressionError if a folder holds files that would be read along with these."""
-        for name in HUGGINGFACE_FILES:
-            if name not in (DESCRIPTION, *COMPANIONS) and (folder / name).exists():
-                raise CompressionError(f"{folder} holds another tokenizer's {name}; remove it")
 
-    def write(self, folder: Path) -> None:
-        """Puts the files in place, the description last."""
-        self.require_writable(folder)
-        folder.mkdir(exist_ok=True)
-        for name in COMPANIONS:
-            if name in self.files:
-                write_aside(folder / name, self.files[name])
-            else:
-                (folder / name).unlink(missing_ok=True)  # of an earlier tokenizer
-        write_aside(folder / DESCRIPTION, self.tokenizer_json)
+def refuse_others(folder: Path, names: Iterable[str]) -> None:
+    """Raise CompressionError if a folder holds a tokenizer's file of none of these names.
+
+    It would be read along with them.
+    """
+    for name in sorted({*HUGGINGFACE_FILES, *COMPANIONS}.difference(names)):
+        if (folder / name).exists():
+            raise CompressionError(f"{folder} holds another tokenizer's {name}; remove the folder")
+
+
+def write_folder(folder: Path, files: dict[str, bytes]) -> None:
+    """Puts a tokenizer's files in place, the description last."""
+    refuse_others(folder, files)
+    folder.mkdir(exist_ok=True)
+    for name in sorted(files, key=lambda name: name == DESCRIPTION):
+        write_aside(folder / name, files[name])
 
 
 def _encoded(content: dict[str, Any]) -> bytes:

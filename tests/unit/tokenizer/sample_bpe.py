@@ -16,13 +16,13 @@ from tests.unit.tokenizer import sample_models as samples
 
 CHAT = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 RESERVED = [f"<|reserved_special_token_{i}|>" for i in range(5)]
-KINDS = ("gpt2", "qwen", "llama3", "llama2")
+KINDS = ("gpt2", "smollm", "qwen", "llama3", "llama2")
 
 
 @functools.cache
 def described(kind: str) -> str:
     """The tokenizer.json of a kind."""
-    make = {"gpt2": _gpt2, "qwen": _qwen, "llama3": _llama3, "llama2": _llama2}
+    make = {"gpt2": _gpt2, "smollm": _smollm, "qwen": _qwen, "llama3": _llama3, "llama2": _llama2}
     return json.dumps(make[kind](), ensure_ascii=False)
 
 
@@ -36,13 +36,14 @@ def folder(kind: str, path: Path, **config: Any) -> Path:
     return path
 
 
-def _trained(cutter: Any, normalizer: Any, special: list[str], vocab_size: int = 900) -> dict[str, Any]:
+def _trained(cutter: Any, normalizer: Any, special: list[str], in_front: bool = False) -> dict[str, Any]:
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = cutter, decoders.ByteLevel()
     if normalizer:
         tokenizer.normalizer = normalizer
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
+    first = {"special_tokens": special} if in_front else {}
+    trainer = trainers.BpeTrainer(vocab_size=900, initial_alphabet=alphabet, show_progress=False, **first)
     tokenizer.train_from_iterator(samples.corpus_lines(random.Random(7)), trainer)
     tokenizer.add_special_tokens([tokenizers.AddedToken(text, special=True) for text in special])
     return json.loads(tokenizer.to_str())
@@ -57,6 +58,12 @@ def _gpt2() -> dict[str, Any]:
     """With a piece that the cuts never leave whole, a part of it, and added tokens that are pieces too."""
     content = _trained(pre_tokenizers.ByteLevel(add_prefix_space=False), None, CHAT)
     return _with(content, [("a", "1"), ("a1", "b"), ("Ġ", "Ġ")], whole=[], added=["import"])
+
+
+def _smollm() -> dict[str, Any]:
+    """Digits one by one; the special tokens have the first ids, and are pieces of the model too."""
+    cutter = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    return _trained(pre_tokenizers.Sequence(cutter), None, CHAT, in_front=True)
 
 
 def _qwen() -> dict[str, Any]:

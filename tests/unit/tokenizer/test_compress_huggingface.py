@@ -17,13 +17,14 @@ from megatron_ext.tokenizer import compress
 from megatron_ext.tokenizer.bits_per_byte import byte_level_text
 from megatron_ext.tokenizer.checked import Checked, Encoder
 from megatron_ext.tokenizer.compress_huggingface import Drop, HuggingFaceEncoder, HuggingFaceModel
-from megatron_ext.tokenizer.hf_folder import HuggingFaceFolder
+from megatron_ext.tokenizer.counts import Counts
+from megatron_ext.tokenizer.hf_folder import HuggingFaceFolder, write_folder
 from megatron_ext.tokenizer.idmap import IdMap
 from megatron_ext.tokenizer.tiktoken_file import FAMILIES, as_folder
 from tests.unit.tokenizer import sample_bpe
 from tests.unit.tokenizer import sample_models as samples
 
-TOOL = Path(__file__).parents[3] / "tools" / "compress_tokenizer.py"
+TOOLS = Path(__file__).parents[3] / "tools"
 LINES = samples.corpus_lines(random.Random(8), 900)
 #: In NFC, and without characters whose texts do not come back from a model with a blank in front.
 TEXTS = [
@@ -269,10 +270,10 @@ def test_a_folder_as_transformers_writes_it(tmp_path):
     for folder in (tmp_path, tmp_path / "full"):
         model = HuggingFaceModel(HuggingFaceFolder.read(folder), Drop(fillers=True))
         new, _ = shrunk(model, 450)
-        new.folder.write(tmp_path / "small")
-        read = HuggingFaceModel(HuggingFaceFolder.read(tmp_path / "small"))  # whose files agree
+        write_folder(folder / "small", new.folder.files)
+        read = HuggingFaceModel(HuggingFaceFolder.read(folder / "small"))  # whose files agree
         assert read.sha256 == new.sha256
-        loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "small")
+        loaded = transformers.AutoTokenizer.from_pretrained(folder / "small")
         assert len(loaded) == 450 and loaded.eos_token == "<|end_of_text|>"
         left = {token for token in sample_bpe.RESERVED if token in loaded.get_vocab()}
         assert left == {sample_bpe.RESERVED[0]}, "which pads"
@@ -332,6 +333,13 @@ def test_the_tool_reports(tmp_path, capsys):
         tmp_path / "report" / "report.md"
     ).read_text(encoding="utf-8")
     assert tool([*flags[:2], "--counts", tmp_path / "small.counts.npz", *flags[4:8]]) == 0
+    data = ["--input", tmp_path / "in.jsonl", "--output-prefix", tmp_path / "data", *flags[:2]]
+    assert tool([*data, "--tokenizer-type", "HuggingFaceTokenizer"], "preprocess_data") == 0
+    of_text = Counts.load(tmp_path / "small.counts.npz")
+    assert tool([*flags[:2], "--dataset", tmp_path / "data_text_document", *flags[4:6]]) == 0
+    of_dataset = Counts.load(tmp_path / "small.counts.npz")
+    assert np.array_equal(of_text.total, of_dataset.total)
+    assert of_text.text_bytes.sum() == of_dataset.text_bytes.sum()
     assert tool([*flags[:2], "--counts", tmp_path / "in.jsonl", *flags[4:8]]) == 1
 
 
@@ -462,8 +470,9 @@ def test_a_folder_of_another_tokenizer_is_left_alone(tmp_path, capsys):
     )
     (tmp_path / "y_hf").mkdir()
     (tmp_path / "y_hf" / "vocab.json").write_text("{}")
+    capsys.readouterr()
     assert tool([*flags, "--tokenizer-model", folder, "--output", tmp_path / "y"]) == 1
-    assert "y_hf holds another tokenizer's vocab.json; remove it" in capsys.readouterr().err
+    assert "y_hf holds another tokenizer's vocab.json; remove the folder" in capsys.readouterr().err
 
 
 def test_qwen2_to_48000(shared):
@@ -488,9 +497,9 @@ def test_qwen2_to_48000(shared):
     assert failed == 0 and 1 < tokens / counted(full, other).sum() < 1.1
 
 
-def tool(argv: list) -> int:
-    """Run the tool; its exit code."""
+def tool(argv: list, name: str = "compress_tokenizer") -> int:
+    """Run a tool; its exit code."""
     try:
-        return runpy.run_path(str(TOOL))["main"]([str(word) for word in argv])
+        return runpy.run_path(str(TOOLS / f"{name}.py"))["main"]([str(word) for word in argv])
     except SystemExit as leaving:
         return leaving.code
