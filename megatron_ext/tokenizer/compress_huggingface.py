@@ -18,7 +18,7 @@ from megatron_ext.tokenizer.bpe_json import BpeJson, Pair, read
 from megatron_ext.tokenizer.build import HuggingFaceTokenizer
 from megatron_ext.tokenizer.checked import Checked
 from megatron_ext.tokenizer.compress import FILLER, CompressionError, TextEncoder, Vocabulary, choose
-from megatron_ext.tokenizer.encoding import make_encoder, refusals
+from megatron_ext.tokenizer.encoding import make_encode, refusals
 from megatron_ext.tokenizer.hf_folder import (
     CONFIG,
     DESCRIPTION,
@@ -53,7 +53,7 @@ class HuggingFaceEncoder:
             Path(folder, DESCRIPTION).write_bytes(description)
             Path(folder, CONFIG).write_text(json.dumps(config))
             tokenizer = HuggingFaceTokenizer(folder, use_fast=True)
-        self.encode = Checked(make_encoder(tokenizer, backend))
+        self.encode = Checked(make_encode(tokenizer, backend))
 
     def add_histogram(self, texts: Sequence[bytes], histogram: np.ndarray) -> None:
         """Adds to ``histogram``, int64 [vocab_size], how often each id occurs in the texts.
