@@ -112,9 +112,10 @@ def removal_order(vocabulary: Vocabulary, counts: np.ndarray) -> Iterator[tuple[
         counts: int64 [groups, vocabulary]; not changed.
     """
     counts = counts.T.copy()  # a row a piece
-    gone = (vocabulary.dead | vocabulary.fillers) & ~vocabulary.fixed
+    dead = vocabulary.dead & ~vocabulary.fixed
+    gone = dead | vocabulary.fillers & ~vocabulary.fixed
     nothing = np.zeros(counts.shape[1], dtype=np.int64)
-    for i in np.flatnonzero(gone):
+    for i in (*np.flatnonzero(dead), *np.flatnonzero(gone & ~dead)):
         yield int(i), nothing
     parts, movable = vocabulary.parts, (~gone & ~vocabulary.fixed).tolist()
     growth = [max(1, len(of_piece) - 1) for of_piece in parts]
@@ -155,7 +156,10 @@ def choose(vocabulary: Vocabulary, counts: np.ndarray, vocab_size: int) -> np.nd
         if left == vocab_size and not vocabulary.dead[i]:
             break
         if left == vocab_size:
-            raise CompressionError(f"fewer than {vocab_size} pieces can be produced; ask for fewer")
+            alive = size - int(vocabulary.dead.sum())
+            raise CompressionError(
+                f"only {alive} of {size} pieces can be produced; --vocab-size must be {alive} or less"
+            )
         kept[i] = False
         left -= 1
     if left > vocab_size:

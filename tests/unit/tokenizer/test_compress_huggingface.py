@@ -181,6 +181,10 @@ def test_impossible_sizes_are_refused(kind):
         shrunk(sample(kind), 100)
     with pytest.raises(compress.CompressionError, match="fewer than the"):
         shrunk(sample(kind), 10**6)
+    size = len(sample(kind).bpe.pieces)
+    if kind == "gpt2":
+        with pytest.raises(compress.CompressionError, match=f"only {size - 2} of {size} pieces can be prod"):
+            shrunk(sample(kind), size - 1)
 
 
 def as_tiktoken(kind: str) -> bytes:
