@@ -95,16 +95,18 @@ class HuggingFaceModel:
         self.tokenizer = _loaded(folder.tokenizer_json, folder.name)
         _require_same_ids(self.bpe, self.tokenizer, folder.name)
         folder.require_known({piece: i for i, piece in enumerate(self.bpe.pieces)})
-        self.roles = folder.roles
         self.sha256 = folder.sha256
+        self.roles = {self.bpe.pieces.index(token) for token in folder.roles}
+        #: Ids that are tokens to transformers: a configuration may name a piece that is no added token.
+        self.tokens = self.roles | self.bpe.added.keys()
+        self.tokens |= {self.bpe.pieces.index(token) for token in folder.listed}
 
     @functools.cached_property
     def encoder(self) -> TextEncoder:
         """Its own ids, fast."""
-        special = [token["content"] for token in self.bpe.added.values() if token.get("special")] or [
-            _NOWHERE
-        ]
-        return HuggingFaceEncoder(self.folder.tokenizer_json, special[0], len(self.bpe.pieces), self.backend)
+        special = [token["content"] for token in self.bpe.added.values() if token.get("special")]
+        size, eos = len(self.bpe.pieces), special[0] if special else _NOWHERE
+        return HuggingFaceEncoder(self.folder.tokenizer_json, eos, size, self.backend)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text by Hugging Face's library, without special tokens around it."""
@@ -124,10 +126,8 @@ class HuggingFaceModel:
         drop = self._dropped(counts)
         parts, merged = _parts(bpe, pieces)
         unknown = bpe.content["model"].get("unk_token")
-        kept = [
-            i in bpe.added and i not in drop or bpe.is_byte(p) or p == unknown for i, p in enumerate(pieces)
-        ]
-        fixed = np.array(kept)
+        stay = self.tokens - drop
+        fixed = np.array([i in stay or bpe.is_byte(p) or p == unknown for i, p in enumerate(pieces)])
         fillers = np.array([i in drop and not merged[i] for i in range(len(pieces))])
         dead = ~(fixed | fillers) & ~self._producible(pieces, parts, merged, counts)
         texts = [bpe.text(i, piece).decode(errors="replace") or piece for i, piece in enumerate(pieces)]
@@ -136,7 +136,7 @@ class HuggingFaceModel:
     def _dropped(self, counts: np.ndarray) -> set[int]:
         """Ids of the added tokens that shall go."""
         pieces = self.bpe.pieces
-        needed = self.bpe.ids_in_use() | {pieces.index(name) for name in self.roles if name in pieces}
+        needed = self.bpe.ids_in_use() | self.roles
         drop: set[int] = set()
         for pattern in self.drop.patterns:
             found = {i for i in self.bpe.added if fnmatch.fnmatchcase(pieces[i], pattern)}
@@ -208,11 +208,11 @@ class HuggingFaceModel:
         merges: set[Pair] = {
             pair for pair in last if pair and there.issuperset(pair) and "".join(pair) in there
         }
-        added = self.bpe.added.keys() - self._dropped(counts.sum(axis=0))
-        description = self.bpe.part(new_id, sorted(merges, key=self.bpe.ranks.__getitem__), added)
-        return HuggingFaceModel(
-            self.folder.part(description, new_id, set(pieces) - there), backend=self.backend
-        )
+        stay = self.tokens - self._dropped(counts.sum(axis=0))
+        in_order = sorted(merges, key=self.bpe.ranks.__getitem__)
+        description = self.bpe.part(new_id, in_order, stay & self.bpe.added.keys())
+        folder = self.folder.part(description, new_id, {pieces[i]: new_id[i] for i in sorted(stay)})
+        return HuggingFaceModel(folder, backend=self.backend)
 
     def unreachable(self) -> list[str]:
         """Pieces that merging their own characters does not give and that are not taken whole."""

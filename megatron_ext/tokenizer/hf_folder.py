@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ DESCRIPTION, CONFIG = "tokenizer.json", "tokenizer_config.json"
 #: What goes with the description. Templates name tokens by their text, so that they need no change.
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
 COMPANIONS = (CONFIG, "special_tokens_map.json", "added_tokens.json", "generation_config.json", *TEMPLATES)
+_LACKS = "which tokenizer.json lacks; save the tokenizer with transformers, which writes it there"
 _LISTS_OF_TOKENS = ("additional_special_tokens", "extra_special_tokens")
 #: Entries of generation_config.json that are lists of ids, and those that hold ids among other things.
 _LISTS_OF_IDS = ("suppress_tokens", "begin_suppress_tokens")
@@ -82,27 +83,30 @@ class HuggingFaceFolder:
     def roles(self) -> set[str]:
         """Tokens that have a role, such as ending a document."""
         contents = [self.content(name) for name in (CONFIG, "special_tokens_map.json")]
-        return {
-            text
-            for content in contents
-            for role, token in content.items()
-            if role.endswith("_token") and (text := _text(token)) is not None
-        }
+        named = (value for content in contents for role, value in content.items() if role.endswith("_token"))
+        return {text for token in named if (text := _text(token)) is not None}
+
+    @property
+    def listed(self) -> set[str]:
+        """Tokens that a configuration lists as special ones."""
+        contents = [self.content(name) for name in (CONFIG, "special_tokens_map.json")]
+        lists = (content.get(name) or () for content in contents for name in _LISTS_OF_TOKENS)
+        tokens = (token for each in lists for token in (each.values() if isinstance(each, dict) else each))
+        return {text for token in tokens if (text := _text(token)) is not None}
 
     def require_known(self, ids: dict[str, int]) -> None:
         """Raise CompressionError where a file beside tokenizer.json gives a token another id, or adds one."""
         try:
-            elsewhere = list(self._added_elsewhere())
-        except (AttributeError, ValueError) as error:
+            elsewhere, named = list(self._added_elsewhere()), self.roles | self.listed
+        except (AttributeError, TypeError, ValueError) as error:
             raise CompressionError(
                 f"{self.name}: {CONFIG} does not describe added tokens ({error})"
             ) from error
+        if unknown := sorted(named - ids.keys()):
+            raise CompressionError(f"{self.name}: {CONFIG} names {unknown[0]!r}, {_LACKS}")
         for name, token, i in elsewhere:
             if token not in ids:
-                raise CompressionError(
-                    f"{self.name}: {name} adds {token!r}, which tokenizer.json lacks; save the tokenizer "
-                    "with transformers, which writes it there"
-                )
+                raise CompressionError(f"{self.name}: {name} adds {token!r}, {_LACKS}")
             if ids[token] != i:
                 raise CompressionError(
                     f"{self.name}: {name} gives {token!r} id {i}, tokenizer.json {ids[token]}"
@@ -114,28 +118,27 @@ class HuggingFaceFolder:
         for i, token in (self.content(CONFIG).get("added_tokens_decoder") or {}).items():
             yield CONFIG, _text(token) or "", int(i)
 
-    def part(self, description: dict[str, Any], new_id: dict[int, int], gone: set[str]) -> HuggingFaceFolder:
+    def part(
+        self, description: dict[str, Any], new_id: dict[int, int], tokens: dict[str, int]
+    ) -> HuggingFaceFolder:
         """The folder of a part of the tokenizer.
 
         Args:
             description: its tokenizer.json.
             new_id: old id -> new id.
-            gone: pieces and tokens that it has no more.
+            tokens: added tokens and others with a role, with their new ids.
         """
+        changed = {
+            CONFIG: _config(self.content(CONFIG), tokens),
+            "special_tokens_map.json": _without(self.content("special_tokens_map.json"), tokens),
+            "added_tokens.json": {t: i for t, i in tokens.items() if t in self.content("added_tokens.json")},
+            "generation_config.json": _generation(self.content("generation_config.json"), new_id),
+        }
         files = {name: content for name, content in self.files.items() if name in TEMPLATES}
+        files |= {
+            name: _encoded(content) for name, content in changed.items() if name in (CONFIG, *self.files)
+        }
         files[DESCRIPTION] = _encoded(description)
-        files[CONFIG] = _encoded(_config(self.content(CONFIG), new_id, gone))
-        if "special_tokens_map.json" in self.files:
-            files["special_tokens_map.json"] = _encoded(
-                _without(self.content("special_tokens_map.json"), gone)
-            )
-        if "added_tokens.json" in self.files:
-            tokens = self.content("added_tokens.json").items()
-            files["added_tokens.json"] = _encoded({text: new_id[i] for text, i in tokens if i in new_id})
-        if "generation_config.json" in self.files:
-            files["generation_config.json"] = _encoded(
-                _generation(self.content("generation_config.json"), new_id)
-            )
         return HuggingFaceFolder(self.name, files, _digest(files))
 
 
@@ -174,25 +177,24 @@ def _text(token: Any) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def _without(content: dict[str, Any], gone: set[str]) -> dict[str, Any]:
-    """Lists of special tokens without those that are gone."""
+def _without(content: dict[str, Any], tokens: Container[str | None]) -> dict[str, Any]:
+    """Lists of special tokens with those of ``tokens`` alone."""
     changed: dict[str, Any] = {}
     for name in _LISTS_OF_TOKENS:
-        tokens = content.get(name)
-        if isinstance(tokens, list):
-            changed[name] = [token for token in tokens if _text(token) not in gone]
-        elif isinstance(tokens, dict):
-            changed[name] = {role: token for role, token in tokens.items() if _text(token) not in gone}
+        listed = content.get(name)
+        if isinstance(listed, list):
+            changed[name] = [token for token in listed if _text(token) in tokens]
+        elif isinstance(listed, dict):
+            changed[name] = {role: token for role, token in listed.items() if _text(token) in tokens}
     return content | changed
 
 
-def _config(content: dict[str, Any], new_id: dict[int, int], gone: set[str]) -> dict[str, Any]:
+def _config(content: dict[str, Any], tokens: dict[str, int]) -> dict[str, Any]:
     """tokenizer_config.json, by which transformers takes tokenizer.json as it stands."""
-    changed = _without(content, gone)
-    if tokens := content.get("added_tokens_decoder"):
-        changed["added_tokens_decoder"] = {
-            str(new_id[int(i)]): token for i, token in tokens.items() if int(i) in new_id
-        }
+    changed = _without(content, tokens)
+    if described := content.get("added_tokens_decoder"):
+        named = {_text(token) or "": token for token in described.values()}
+        changed["added_tokens_decoder"] = {str(i): named[t] for t, i in tokens.items() if t in named}
     changed.setdefault("clean_up_tokenization_spaces", False)
     # Classes named after a model build a tokenizer of their own, with the cuts that they think are right.
     return changed | {"tokenizer_class": "PreTrainedTokenizerFast"}

@@ -285,6 +285,24 @@ def test_a_folder_as_transformers_writes_it(tmp_path):
         assert read.bpe.content["padding"]["pad_id"] == read.bpe.pieces.index(sample_bpe.RESERVED[0])
 
 
+def test_tokens_that_configurations_name(tmp_path):
+    """A piece that is no added token stays if it has a role; one that is dropped is a mere piece."""
+    transformers = pytest.importorskip("transformers")
+    described = json.loads(sample_bpe.described("gpt2"))
+    token = next(token for token in described["added_tokens"] if token["content"] == "import")
+    rare = max(described["model"]["vocab"], key=described["model"]["vocab"].get)
+    plain = {name: value for name, value in token.items() if name != "id"}
+    listed = {"additional_special_tokens": ["import"], "added_tokens_decoder": {str(token["id"]): plain}}
+    folder = sample_bpe.folder("gpt2", tmp_path / "full", unk_token=rare, **listed)
+    model = HuggingFaceModel(HuggingFaceFolder.read(folder), Drop(patterns=["import"]))
+    new, _ = shrunk(model, 860)
+    write_folder(tmp_path / "small", new.folder.files)
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "small")
+    assert len(loaded) == 860 and loaded.unk_token == rare and "import" in loaded.get_vocab()
+    assert "import" not in loaded.get_added_vocab()
+    assert rare in shrunk(model, 450)[0].bpe.pieces
+
+
 def test_a_tokenizer_without_added_tokens(tmp_path):
     (tmp_path / "plain.json").write_text(changed("qwen", lambda content: content.update(added_tokens=[])))
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in LINES))
@@ -422,6 +440,8 @@ def with_file(name: str, content: str):
     [
         (config_says(added_tokens_decoder={"3": {"content": "<|im_end|>"}}), "gives '<|im_end|>' id 3, tok"),
         (config_says(added_tokens_decoder={"999": {"content": "<new>"}}), "adds '<new>', which token"),
+        (config_says(pad_token="<pad>"), "names '<pad>', which tokenizer.json lacks; save the"),
+        (config_says(extra_special_tokens=3), "does not describe added tokens"),
         (config_says(auto_map={"AutoTokenizer": ["a.B", None]}), "names Python code (auto_map)"),
         (with_file("added_tokens.json", "{"), "added_tokens.json is not JSON, or cut short"),
         (with_file("special_tokens_map.json", "[]"), "special_tokens_map.json is not a JSON object"),
