@@ -11,14 +11,16 @@
 #   fp8        each FP8 recipe that this GPU has: training ends near bf16, and the step's speed
 #
 # A bare GPU machine is enough: python3 with torch (and Triton). What else the project needs, megatron-core above
-# all, is taken from wheels/ (fill it elsewhere: python3 -m pip download --no-deps -d wheels NAME) or from the
-# package index, and goes to build/gpu-packages. Results are written as they come, to $OUT/gpu if OUT is set, and
-# in the end to runs/gpu. GPU_REHEARSAL=1 runs everything on a CPU with the device switched, to check the script.
+# all, is taken from wheels/ or from the package index, and goes to build/gpu-packages. wheels/ is filled elsewhere,
+# for that machine's Python: pip download --python-version 3.12 --only-binary :all: --no-deps -d wheels NAME...
+# Results are written as they come, to $OUT/gpu if OUT is set, and in the end to runs/gpu.
+# GPU_REHEARSAL=1 runs everything on a CPU with the device switched, to check the script: local layers in fp32 stand
+# for every run on a GPU, so nothing of Transformer Engine, bf16 or FP8 is rehearsed.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 export PYTHONWARNINGS=ignore PYTHONUNBUFFERED=1
-stage_seconds=${STAGE_SECONDS:-570}
 rehearsal=${GPU_REHEARSAL:-0}
+stage_seconds=${STAGE_SECONDS:-$([ "$rehearsal" = 1 ] && echo 3600 || echo 570)}
 python=python3
 [ ! -x .venv/bin/python ] || python=$PWD/.venv/bin/python
 results=${OUT:+$OUT/gpu}
@@ -34,22 +36,24 @@ import importlib.metadata, sys
 for wanted in sys.argv[1:]:
     name, _, version = wanted.partition("==")
     try:
-        if version and importlib.metadata.version(name) != version:
-            print(wanted)
+        found = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
+        found = None
+    if found is None or version and found != version:
         print(wanted)
 PY
 }
 
 bring() {
   export PYTHONPATH=$PWD/build/gpu-packages${PYTHONPATH:+:$PYTHONPATH}
-  local lacking
+  local lacking name
   mapfile -t lacking < <(missing)
   [ ${#lacking[@]} -gt 0 ] || return 0
   echo "== bringing ${lacking[*]}"
   local pip=("$python" -m pip --disable-pip-version-check install -q --no-deps --target build/gpu-packages)
-  "${pip[@]}" --no-index --find-links wheels "${lacking[@]}" 2>/dev/null ||
-    timeout 120 "${pip[@]}" --find-links wheels "${lacking[@]}"
+  for name in "${lacking[@]}"; do "${pip[@]}" --no-index --find-links wheels "$name" 2>/dev/null; done
+  mapfile -t lacking < <(missing)
+  [ ${#lacking[@]} -eq 0 ] || timeout 120 "${pip[@]}" "${lacking[@]}"
   mapfile -t lacking < <(missing)
   [ ${#lacking[@]} -eq 0 ] || { echo "cannot be had here: ${lacking[*]}; put their wheels into wheels/" >&2; exit 1; }
 }
@@ -65,8 +69,11 @@ within() {
 }
 tests() { within "$1" "$python" -m pytest -v -rs --durations=0 "${@:2}"; }
 bench() {
+  local options=(--steps 10 --warm-up 3)
+  [ "$rehearsal" = 0 ] || options=(--steps 2 --warm-up 1 --device cpu --shapes tiny --precisions fp32 --impls local
+    --micro-batch-size 2 --micro-batches 1)
   within "$1" "$python" benchmarks/gpu_step.py --output "$GPU_RESULTS/$1.json" --seconds $((stage_seconds - 60)) \
-    --steps 10 --warm-up 3 "${@:2}"
+    "${@:2}" "${options[@]}"
 }
 
 stage_smoke() {
@@ -75,19 +82,13 @@ stage_smoke() {
 }
 stage_equality() { tests equality tests/gpu/test_traces.py -k "not fp8"; }
 stage_kernels() { tests kernels tests/gpu/test_*triton.py; }
-stage_bench() {
-  if [ "$rehearsal" = 1 ]; then
-    bench bench --device cpu --shapes tiny --precisions fp32 --micro-batch-size 2 --micro-batches 1
-  else
-    # shellcheck disable=SC2086
-    bench bench --shapes ${BENCH_SHAPES:-1.5b-pro} --precisions bf16
-  fi
-}
+# shellcheck disable=SC2086
+stage_bench() { bench bench --shapes ${BENCH_SHAPES:-1.5b-pro} --precisions bf16; }
 stage_fp8() {
   local failed=0 half=$((stage_seconds / 2))
   stage_seconds=$half tests fp8 tests/gpu/test_traces.py -k fp8 || failed=1
-  [ "$rehearsal" = 1 ] || stage_seconds=$half bench fp8-bench --shapes 1.5b-pro --precisions bf16 fp8 \
-    --impls transformer_engine --contenders "pi on" || failed=1
+  stage_seconds=$half bench fp8-bench --shapes 1.5b-pro --precisions bf16 fp8 --impls transformer_engine \
+    --contenders "pi on" || failed=1
   return $failed
 }
 

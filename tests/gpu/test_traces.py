@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+from megatron_ext.platform import engine
 from tests.functional.test_resume import tensors
-from tests.gpu.traces import column, needs_engine, needs_gpu, recipe_problem, run
+from tests.gpu.traces import LONG, WIDE, column, needs_engine, needs_gpu, needs_recipe, run
 
 ITERATIONS = 16
+HALF = dict(impl="transformer_engine", bf16=True)
 
 
 @pytest.fixture(scope="module")
@@ -48,29 +50,30 @@ def test_modules_off_and_on_are_the_same_at_step_0(folder, reference):
     assert column(plain)[0] == pytest.approx(column(reference)[0], rel=1e-4)
 
 
-@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
-def test_fp8_ends_within_a_percent_of_bf16(folder, recipe):
-    reason = recipe_problem(recipe)
-    if reason:
-        pytest.skip(f"--fp8-recipe {recipe} needs {reason}")
-    values = dict(impl="transformer_engine", bf16=True, seq_length=512, hidden_size=512, ffn_hidden_size=1536,
-                  num_attention_heads=4)  # fmt: skip
-    half = run(folder, f"{recipe}-half", 200, **values)
-    eight = run(folder, f"{recipe}-eight", 200, fp8_format="hybrid", fp8_recipe=recipe, **values)
-    ends = [sum(column(records)[-20:]) / 20 for records in (half, eight)]
-    assert ends[0] < column(half)[0] - 0.5  # it learned something
-    assert ends[1] == pytest.approx(ends[0], rel=0.01)
+@pytest.fixture(scope="module")
+def half(folder):
+    """bf16 with Transformer Engine, long enough to learn something."""
+    found = run(folder, "bf16-long", LONG, **HALF, **WIDE)
+    assert end(found) < column(found)[0] - 0.5
+    return found
 
 
+def end(records: list[dict]) -> float:
+    """The loss at the end of a run."""
+    return sum(column(records)[-20:]) / 20
+
+
+@pytest.mark.parametrize("recipe", [pytest.param(name, marks=needs_recipe(name)) for name in engine.RECIPES])
+def test_fp8_ends_within_a_percent_of_bf16(folder, half, recipe):
+    eight = run(folder, f"fp8-{recipe}", LONG, fp8_format="hybrid", fp8_recipe=recipe, **HALF, **WIDE)
+    assert end(eight) == pytest.approx(end(half), rel=0.01)
+
+
+@needs_recipe("tensorwise")
 def test_fp8_parameters_start_from_the_same_weights(folder):
-    reason = recipe_problem("tensorwise")
-    if reason:
-        pytest.skip(f"--fp8-param-gather: {reason}")
-    values = dict(impl="transformer_engine", bf16=True, use_distributed_optimizer=True)
-    eight = dict(fp8_format="hybrid", fp8_recipe="tensorwise")
+    eight = dict(use_distributed_optimizer=True, fp8_format="hybrid", fp8_recipe="tensorwise")
     whole, gathered = (
-        run(folder, f"gather-{on}", ITERATIONS, **values, **eight, fp8_param_gather=on)
-        for on in (False, True)
+        run(folder, f"gather-{on}", ITERATIONS, **HALF, **eight, fp8_param_gather=on) for on in (False, True)
     )
     assert column(gathered) == pytest.approx(column(whole), rel=1e-2)
 

@@ -1,7 +1,8 @@
 """Runs of the real program on one device, in processes of their own, for the tests of this folder.
 
 TEST_DEVICE=cuda (tests/gpu/run.sh sets it) runs them on a GPU. GPU_REHEARSAL=1 takes the CPU's local layers
-in place of every GPU run instead, to check that the tests themselves work; it shows nothing about a GPU.
+in fp32, and shorter runs, in place of every GPU run instead, to check that the tests themselves work; it
+shows nothing about a GPU.
 GPU_RESULTS names a folder that keeps the records of every run as they come, whatever becomes of its test.
 """
 
@@ -33,12 +34,17 @@ MODEL = dict(
     log_interval=1000, num_workers=0, seed=7,
 )  # fmt: skip
 
+#: A model, and a number of iterations, in which FP8 and bf16 would differ if they do.
+WIDE = dict(seq_length=512, hidden_size=512, ffn_hidden_size=1536, num_attention_heads=4)
+LONG = 200
+if REHEARSAL:
+    WIDE, LONG = {}, 25
 
-def recipe_problem(recipe: str) -> str | None:
-    """Why an FP8 recipe cannot run here, or None."""
-    if no_engine or REHEARSAL:
-        return no_engine
-    return engine.recipe_problem(recipe, *engine.gpu())
+
+def needs_recipe(recipe: str) -> pytest.MarkDecorator:
+    """For tests of an FP8 recipe: skips them where it cannot run, and says why."""
+    reason = no_engine or (None if REHEARSAL else engine.recipe_problem(recipe, *engine.gpu()))
+    return pytest.mark.skipif(reason is not None, reason=f"--fp8-recipe {recipe} needs {reason}")
 
 
 def run(folder: Path, name: str, iterations: int, device: str = "cuda", impl: str = "local", **changes):
