@@ -32,11 +32,16 @@ _CLASSES = {
     "collections": {"OrderedDict"},
     "torch._utils": {"_rebuild_tensor_v2"},
 }
+#: What a tensor's bytes are read by; here always by the safe reader. The second is Megatron-Core 0.19's.
+_FROM_BYTES = {
+    ("torch.storage", "_load_from_bytes"),
+    ("megatron.core.safe_globals", "safe_load_from_bytes"),
+}
 
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("torch.storage", "_load_from_bytes"):
+        if (module, name) in _FROM_BYTES:
             return lambda data: load_object(io.BytesIO(data), "a tensor of its extra state", legacy=True)
         if name in _CLASSES.get(module, ()):
             return super().find_class(module, name)

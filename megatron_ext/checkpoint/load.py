@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer.optimizer import MegatronOptimizer
@@ -19,7 +18,7 @@ from megatron_ext.checkpoint import content, optimizer_part
 from megatron_ext.checkpoint.errors import CheckpointError, DamagedCheckpoint, on_rank_0, together
 from megatron_ext.checkpoint.found import find, outputs_of
 from megatron_ext.checkpoint.integrity import damage, is_as_written
-from megatron_ext.checkpoint.reader import ReadCommon, SafeLoadStrategy, read, read_common
+from megatron_ext.checkpoint.reader import read, read_common, read_shards
 from megatron_ext.checkpoint.saved_args import require_room
 from megatron_ext.config import RunConfig
 from megatron_ext.config.model_function import Saved
@@ -137,7 +136,7 @@ def load_checkpoint(
     parts = _Parts(model, optimizer, scheduler, run, common, set(metadata.state_dict_metadata), finetune, rng)
     template = together(f"load {folder}", parts.template)
     _require_keys(folder, parts, template, strict)
-    state = together(f"load {folder}", lambda: _read_tensors(folder, template, common, metadata))
+    state = together(f"load {folder}", lambda: read_shards(template, folder, common, metadata))
     together(f"load {folder}", lambda: parts.apply(state))
     if finetune:
         return LoadedState(0, {}, folder, saved=opened.saved)
@@ -199,20 +198,6 @@ def _find(load_dir: Path, wanted: int | None, outputs: list[Path]) -> tuple[Path
     raise CheckpointError(
         f"no whole checkpoint in {load_dir}; tried {tried}; the last problem: {problems[0]}"
     )
-
-
-def _read_tensors(
-    folder: Path, template: dict[str, Any], common: dict[str, Any], metadata: Metadata
-) -> dict[str, Any]:
-    with torch.no_grad():
-        return dist_checkpointing.load(
-            template,
-            str(folder),
-            sharded_strategy=SafeLoadStrategy(metadata),
-            common_strategy=ReadCommon(common),
-            # _require_keys has already compared the keys, with better messages.
-            validate_access_integrity=False,
-        )
 
 
 @dataclass

@@ -13,16 +13,14 @@ from collections.abc import Container
 from typing import Any
 
 from megatron.core.optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import (
-    Float16OptimizerWithFloat16Params,
-    MegatronOptimizer,
-    param_group_identifier_keys,
-)
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, MegatronOptimizer
 
 from megatron_ext.checkpoint.content import inner_optimizers
 from megatron_ext.checkpoint.errors import CheckpointError
 
 RESHARDABLE = "fully_reshardable"
+#: The keys that tell parameter groups apart; learning rates may change between runs.
+_IDENTITY = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
 _MASTER_PREFIXES = ("optimizer.state.param.", "optimizer.state.fp32_param.")
 
 
@@ -99,18 +97,20 @@ def _in_order_of(
         if match is None or len(saved) != len(current):
             raise CheckpointError(
                 f"its optimizer has {len(saved)} parameter groups {sorted(by_identity)}, this run's "
-                f"{len(current)} do not match ({', '.join(param_group_identifier_keys)}); "
+                f"{len(current)} do not match ({', '.join(_IDENTITY)}); "
                 "--no-load-optim starts the optimizer afresh"
             )
         kept = ("max_lr", "min_lr", "betas", "eps") if keep_rates else ()
         rates = {key: group[key] for key in kept if key in group}
         merged = {**group, **match, **rates}
+        # Megatron-Core 0.19 matches groups by these too, when it loads them.
+        group.update({key: merged[key] for key in ("max_lr", "min_lr") if key in merged})
         ordered.append({key: value for key, value in merged.items() if key != "params"})
     return ordered
 
 
 def _identity(group: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(group.get(key, group.get(f"pre_{key}")) for key in param_group_identifier_keys)
+    return tuple(group.get(key, group.get(f"pre_{key}")) for key in _IDENTITY)
 
 
 def master_key(key: str, available: Container[str]) -> str:

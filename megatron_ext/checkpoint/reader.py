@@ -3,19 +3,25 @@
 import io
 import warnings
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject, ShardedTensor
-from megatron.core.dist_checkpointing.strategies.base import LoadCommonStrategy
+from megatron.core.dist_checkpointing.dict_utils import merge
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedBase,
+    ShardedObject,
+    ShardedTensor,
+    apply_factory_merges,
+)
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreLoadPlanner,
-    TorchDistLoadShardedStrategy,
     _restore_dict_types,
     _unwrap_pyt_sharded_tensor,
     flatten_state_dict,
     mcore_to_pyt_state_dict,
 )
+from megatron.core.dist_checkpointing.utils import extract_sharded_base, force_all_tensors_to_non_fp8
 from torch.distributed.checkpoint import FileSystemReader, Metadata
 from torch.distributed.checkpoint._nested_dict import unflatten_state_dict
 from torch.distributed.checkpoint.planner import ReadItem
@@ -58,46 +64,58 @@ class SafePlanner(MCoreLoadPlanner):
         self.state_dict[key] = without_code(key, loaded) if "_extra_state" in key else loaded
 
 
-class SafeLoadStrategy(TorchDistLoadShardedStrategy):
-    """The strategy by which ``dist_checkpointing.load`` reads shards."""
+def read_shards(
+    wanted: dict[str, Any], folder: Path, common: dict[str, Any], metadata: Metadata
+) -> dict[str, Any]:
+    """Read the sharded tensors and objects of ``wanted`` from ``folder``; returns ``common`` with them.
 
-    def __init__(self, metadata: Metadata):
-        super().__init__()
-        self._metadata = metadata
+    These are the steps of Megatron-Core's ``dist_checkpointing.load``, which would unpickle the common part
+    itself. Keys and shapes are not compared here: the caller has done so, with better messages.
+    """
+    with torch.no_grad():
+        force_all_tensors_to_non_fp8(wanted)
+        sharded, at_hand, factories = load_preprocess(wanted)
+        sharded, _ = extract_sharded_base(sharded)
+        state = dict(common)
+        merge(state, at_hand)
+        merge(state, _load(sharded, folder, metadata))
+        return apply_factory_merges(state, factories)
 
-    def load(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> dict[str, Any]:
-        """Fill the tensors of ``sharded_state_dict`` from the files; returns the same nested structure."""
-        flat, nesting = flatten_state_dict(sharded_state_dict)
-        loaded: dict[str, Any] = {}
-        while flat:
-            distinct = _first_of_each_shard(flat)
-            loaded.update(self._load_flat(distinct, Path(checkpoint_dir)))
-            flat = {path: value for path, value in flat.items() if path not in distinct}
-        nested = unflatten_state_dict(loaded, nesting)
-        _restore_dict_types(nested, sharded_state_dict)
-        return nested
 
-    def _load_flat(self, flat: dict[str, ShardedBase], folder: Path) -> dict[str, Any]:
-        by_key: dict[str, list[ShardedBase]] = {}
-        paths: dict[str, list[str]] = {}
-        for path, value in flat.items():
-            key = _key(value)
-            by_key.setdefault(key, []).append(value)
-            paths.setdefault(key, []).append(path)
-        tensors = [value for value in flat.values() if isinstance(value, ShardedTensor)]
-        state = mcore_to_pyt_state_dict(by_key, True)
-        planner = SafePlanner(
-            flatten_state_dict=False,
-            flatten_sharded_tensors=False,
-            shapes_validation_sharded_tensors=[t for t in tensors if not t.allow_shape_mismatch],
-            allow_shape_mismatch_sharded_tensors={t.key: t for t in tensors if t.allow_shape_mismatch},
-        )
-        _read(state, planner, SafeReader(folder, self._metadata), self._metadata)
-        return {
-            path: value
-            for key, shards in state.items()
-            for path, value in zip(paths[key], _unwrap_pyt_sharded_tensor(shards), strict=True)
-        }
+def _load(sharded: dict[str, Any], folder: Path, metadata: Metadata) -> dict[str, Any]:
+    """Fill the tensors of ``sharded`` from the files; returns the same nested structure."""
+    flat, nesting = flatten_state_dict(sharded)
+    loaded: dict[str, Any] = {}
+    while flat:
+        distinct = _first_of_each_shard(flat)
+        loaded.update(_load_flat(distinct, folder, metadata))
+        flat = {path: value for path, value in flat.items() if path not in distinct}
+    nested = unflatten_state_dict(loaded, nesting)
+    _restore_dict_types(nested, sharded)
+    return nested
+
+
+def _load_flat(flat: dict[str, ShardedBase], folder: Path, metadata: Metadata) -> dict[str, Any]:
+    by_key: dict[str, list[ShardedBase]] = {}
+    paths: dict[str, list[str]] = {}
+    for path, value in flat.items():
+        key = _key(value)
+        by_key.setdefault(key, []).append(value)
+        paths.setdefault(key, []).append(path)
+    tensors = [value for value in flat.values() if isinstance(value, ShardedTensor)]
+    state = mcore_to_pyt_state_dict(by_key, True)
+    planner = SafePlanner(
+        flatten_state_dict=False,
+        flatten_sharded_tensors=False,
+        shapes_validation_sharded_tensors=[t for t in tensors if not t.allow_shape_mismatch],
+        allow_shape_mismatch_sharded_tensors={t.key: t for t in tensors if t.allow_shape_mismatch},
+    )
+    _read(state, planner, SafeReader(folder, metadata), metadata)
+    return {
+        path: value
+        for key, shards in state.items()
+        for path, value in zip(paths[key], _unwrap_pyt_sharded_tensor(shards), strict=True)
+    }
 
 
 def _read(state: dict[str, Any], planner: SafePlanner, reader: SafeReader, metadata: Metadata) -> None:
@@ -125,29 +143,6 @@ def _first_of_each_shard(flat: dict[str, ShardedBase]) -> dict[str, ShardedBase]
             seen.add(shard)
             first[path] = value
     return first
-
-
-class ReadCommon(LoadCommonStrategy):
-    """Passes the common part, already read and adapted, to ``dist_checkpointing.load``."""
-
-    def __init__(self, common: dict[str, Any]):
-        self._common = common
-
-    def load_common(self, checkpoint_dir: str | Path) -> dict[str, Any]:
-        """The common part."""
-        return self._common
-
-    def load_sharded_objects(
-        self, sharded_objects_state_dict: dict[str, Any], checkpoint_dir: str | Path
-    ) -> NoReturn:
-        """Never called: the sharded strategy handles objects."""
-        raise NotImplementedError
-
-    def check_backend_compatibility(self, loaded_version: int) -> None:
-        """Nothing to check: the common part is already read."""
-
-    def check_version_compatibility(self, loaded_version: int) -> None:
-        """Nothing to check: the common part is already read."""
 
 
 def read_common(folder: Path) -> dict[str, Any]:
