@@ -1,5 +1,5 @@
 # The commands of daily work; CI runs tests/run.sh.
-.PHONY: setup style lint test test-gpu test-long smoke faults fuzz
+.PHONY: setup style lint test test-gpu test-long core-next smoke faults fuzz
 BIN := .venv/bin
 
 setup:
@@ -25,6 +25,10 @@ test-long: setup
 
 test-gpu: setup
 	bash tests/gpu/run.sh
+
+# The suites against Megatron-Core 0.19.2, in an environment of its own (Python 3.12, 6 GB): docs/engine.md.
+core-next:
+	bash tests/core_next.sh
 
 # The quickstart from corpus to sample, too short to learn much.
 smoke: setup

@@ -8,8 +8,10 @@
 #   TORCH=cpu|default      the CPU build of torch, or whatever the package index gives for the
 #                          version in constraints.txt; chosen by the machine otherwise. Where no
 #                          index has the CPU build, the default build is taken.
+#   VENV=.venv             the environment's folder
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+venv=${VENV:-.venv}
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 fail() { say "$*"; exit 1; }
@@ -62,15 +64,15 @@ install_cpu_torch() {
 # Not quiet: this may take long, and pip shows how far it is.
 install_default_torch() {
   say "installing the default build of torch $1 (on Linux with CUDA libraries: about 3 GB to download, 5 GB on disk)"
-  .venv/bin/python -m pip --disable-pip-version-check install -c constraints.txt "torch==$1" >&2 ||
-    fail "torch $1 could not be installed; what pip says is above. The index needs torch $1 for $(.venv/bin/python --version)
+  "$venv/bin/python" -m pip --disable-pip-version-check install -c constraints.txt "torch==$1" >&2 ||
+    fail "torch $1 could not be installed; what pip says is above. The index needs torch $1 for $("$venv/bin/python" --version)
   on $(uname -sm); PIP_INDEX_URL or PIP_FIND_LINKS names another index or a folder of wheels"
 }
 
-pip() { .venv/bin/python -m pip --disable-pip-version-check "$1" -qq -c constraints.txt "${@:2}"; }
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$1" -qq -c constraints.txt "${@:2}"; }
 
 install_packages() {
-  say "installing the packages of constraints.txt into .venv (minutes the first time)"
+  say "installing the packages of constraints.txt into $venv (minutes the first time)"
   pip install setuptools wheel pybind11
   install_torch
   # The extensions first, in place: the editable install then finds them built.
@@ -82,7 +84,7 @@ build_extensions() {
   local log source name
   log=$(mktemp)
   say "building the compiled extensions, where they are not up to date"
-  .venv/bin/python setup.py --quiet build_ext --inplace >"$log" 2>&1 || { cat "$log" >&2; exit 1; }
+  "$venv/bin/python" setup.py --quiet build_ext --inplace >"$log" 2>&1 || { cat "$log" >&2; exit 1; }
   rm "$log"
   for source in megatron_ext/csrc/*.cpp; do
     name=_$(basename "$source" .cpp)
@@ -94,7 +96,7 @@ build_extensions() {
 
 # once NAME FUNCTION FILE...: run FUNCTION unless it ran before with the same contents of the files.
 once() {
-  local stamp=.venv/.setup-$1 state
+  local stamp=$venv/.setup-$1 state
   state=$(cat -- "${@:3}" | cksum)
   if [ "$(cat "$stamp" 2>/dev/null)" = "$state" ]; then return; fi
   rm -f "$stamp"
@@ -102,12 +104,12 @@ once() {
   echo "$state" >"$stamp"
 }
 
-if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
   python=$(find_python)
-  say "making .venv with $("$python" --version)"
-  "$python" -m venv .venv
-elif [ -n "${PYTHON:-}" ] && [ "$("$PYTHON" --version)" != "$(.venv/bin/python --version)" ]; then
-  fail ".venv holds $(.venv/bin/python --version), PYTHON is $("$PYTHON" --version); rm -r .venv to start over"
+  say "making $venv with $("$python" --version)"
+  "$python" -m venv "$venv"
+elif [ -n "${PYTHON:-}" ] && [ "$("$PYTHON" --version)" != "$("$venv/bin/python" --version)" ]; then
+  fail "$venv holds $("$venv/bin/python" --version), PYTHON is $("$PYTHON" --version); rm -r $venv to start over"
 fi
 once packages install_packages pyproject.toml constraints.txt tools/setup.sh
 once extensions build_extensions setup.py $(find megatron_ext/csrc -type f | sort)

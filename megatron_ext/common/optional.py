@@ -19,16 +19,17 @@ logger = logging.getLogger(__name__)
 #: Packages whose kernels run only on a GPU.
 GPU_ONLY = frozenset(
     """
-    amp_C apex causal_conv1d cudnn deep_ep emerging_optimizers fast_hadamard_transform flash_attn
-    flash_attn_3 flash_mla flashattn_hopper flashinfer fused_weight_gradient_mlp_cuda grouped_gemm mamba_ssm
-    nvshmem scaled_masked_softmax_cuda scaled_softmax_cuda scaled_upper_triang_masked_softmax_cuda
-    torch_memory_saver transformer_engine transformer_engine_torch
+    amp_C apex causal_conv1d cudnn deep_ep fast_hadamard_transform flash_attn flash_attn_3 flash_mla
+    flashattn_hopper flashinfer flashinfer_cubin flashinfer_jit_cache fused_weight_gradient_mlp_cuda
+    grouped_gemm mamba_ssm nvshmem scaled_masked_softmax_cuda scaled_softmax_cuda
+    scaled_upper_triang_masked_softmax_cuda torch_memory_saver transformer_engine transformer_engine_torch
     """.split()
 )
 #: Packages that are also useful on a CPU, or that torch itself imports (cuda).
 OTHERS = frozenset(
     """
-    boto3 botocore cuda einops modelopt multistorageclient nvidia_resiliency_ext nvtx triton wandb zmq
+    boto3 botocore cuda einops emerging_optimizers modelopt multistorageclient nvidia_resiliency_ext nvtx
+    triton wandb zmq
     """.split()
 )
 PACKAGES = GPU_ONLY | OTHERS

@@ -18,6 +18,8 @@ from torch.autograd.function import once_differentiable
 from megatron_ext.kernels import fused
 from megatron_ext.kernels.fused import _kernels
 
+#: Arguments that later versions of Megatron-Core add, with the values that change nothing.
+_NEUTRAL = {"gtp_remat_size": 1}
 #: Columns of a weight that the kernel takes at a time, at most, in any instruction set.
 _COLUMNS_UNIT = 32
 
@@ -98,14 +100,16 @@ def _forward_impl(
     grad_output_buffer: list[Tensor] | None,
     wgrad_deferral_limit: int | None = None,
     tp_group: dist.ProcessGroup | None = None,
+    **later: Any,
 ) -> Tensor:
     """Stands in for the method of that name of Megatron-Core's two linear layers, where it can."""
     plain = not sequence_parallel and grad_output_buffer is None and weight.requires_grad
+    plain = plain and later.items() <= _NEUTRAL.items()
     if not (plain and weight.dtype == torch.float32 and fused.supports(input, weight)):
         options = dict(grad_output_buffer=grad_output_buffer, wgrad_deferral_limit=wgrad_deferral_limit)
         return type(layer)._forward_impl(
             layer, input, weight, bias, gradient_accumulation_fusion, allreduce_dgrad, sequence_parallel,
-            tp_group=tp_group, **options,
+            tp_group=tp_group, **options, **later,
         )  # fmt: skip
     main_grad = getattr(weight, "main_grad", None)
     in_place = (

@@ -10,15 +10,17 @@ def apply_rotary(
     t: Tensor,
     freqs: Tensor,
     rotary_interleaved: bool = False,
-    multi_latent_attention: bool = False,
+    multi_latent_attention: bool | None = False,
     mscale: float = 1.0,
+    mla_rotary_interleaved: bool = False,
 ) -> Tensor:
     """t * cos(freqs) + rotate_half(t) * sin(freqs); [s, b, n, d], [s, 1, 1, rot] -> [s, b, n, d].
 
-    Stands for rope_utils.py:_apply_rotary_pos_emb_bshd; the signature is upstream's. The
-    argument rules leave only halves rotated, without scaling of the magnitudes.
+    Stands for rope_utils.py:_apply_rotary_pos_emb_bshd; the signature is upstream's (0.19
+    has ``mla_rotary_interleaved`` too). The argument rules leave only halves rotated, without scaling
+    of the magnitudes.
     """
-    assert not rotary_interleaved and not multi_latent_attention and mscale == 1.0
+    assert not (rotary_interleaved or multi_latent_attention or mla_rotary_interleaved) and mscale == 1.0
     return fused.apply_rope(t, freqs)
 
 

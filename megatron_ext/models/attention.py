@@ -9,7 +9,6 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
@@ -134,10 +133,9 @@ class AugmentedSelfAttention(SelfAttention):
         return (
             isinstance(self.core_attention, ScaledDotProductAttention)
             and self.attn_mask_type == AttnMaskType.causal
-            and isinstance(self.q_layernorm, IdentityOp)
-            and isinstance(self.k_layernorm, IdentityOp)
             and config.num_query_groups >= self.world_size
-            and not (config.attention_output_gate or config.no_rope_freq or config.test_mode)
+            and not (config.qk_layernorm or config.qk_l2_norm or config.attention_output_gate)
+            and not (config.no_rope_freq or config.test_mode)
             and not self.checkpoint_core_attention
         )
 

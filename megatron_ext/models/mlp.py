@@ -28,7 +28,8 @@ class PanguMLP(MLP):
 
     linear_layers = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
 
-    def __init__(self, config: PanguProConfig):
+    def __init__(self, config: PanguProConfig, **_: Any):
+        # Later versions of Megatron-Core also name the layer and its process groups (docs/engine.md).
         super().__init__(
             config,
             self.linear_layers,

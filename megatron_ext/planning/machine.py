@@ -18,7 +18,7 @@ from typing import Literal
 from megatron_ext.common import network
 from megatron_ext.platform import engine
 from megatron_ext.platform.engine import version_of
-from megatron_ext.platform.seams import SUPPORTED_MEGATRON_CORE
+from megatron_ext.platform.seams import SEAMS, SUPPORTED_MEGATRON_CORE
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,18 @@ def torch() -> Finding:
 
 
 def megatron_core() -> Finding:
-    """Megatron-Core, which is supported in certain versions."""
-    version, wanted = version_of("megatron-core"), SUPPORTED_MEGATRON_CORE[-1]
-    good = version in SUPPORTED_MEGATRON_CORE
-    command = "" if good else f"pip install megatron-core=={wanted}"
-    return Finding(
-        "Megatron-Core", "ok" if good else "problem", version or "not installed", "the engine", command
-    )
+    """Megatron-Core, whose seams are checked for certain versions."""
+    version, name = version_of("megatron-core"), "Megatron-Core"
+    install = f"pip install megatron-core=={SUPPORTED_MEGATRON_CORE}"
+    if version is None:
+        return Finding(name, "problem", "not installed", "nothing runs without it", install)
+    if version == SUPPORTED_MEGATRON_CORE:
+        return Finding(name, "ok", version, "the engine")
+    tested = f"the program is tested with {SUPPORTED_MEGATRON_CORE}"
+    if version in SEAMS:
+        use = f"runs, as far as docs/engine.md says; {tested}"
+        return Finding(name, "warning", version, use, install)
+    return Finding(name, "problem", version, f"refused: {tested}", install)
 
 
 def gpu() -> Finding:

@@ -5,7 +5,6 @@ overrides the automatic choice.
 """
 
 import contextlib
-import importlib.metadata
 import importlib.util
 import logging
 import sys
@@ -17,11 +16,12 @@ from typing import TYPE_CHECKING, Literal
 from megatron_ext.common import optional
 from megatron_ext.common.errors import RunError
 from megatron_ext.platform import engine, environment, loader
-from megatron_ext.platform.seams import SUPPORTED_MEGATRON_CORE
+from megatron_ext.platform.seams import SEAMS, SUPPORTED_MEGATRON_CORE
 
 if TYPE_CHECKING:
     import torch
 
+logger = logging.getLogger(__name__)
 Device = Literal["cpu", "cuda"]
 _device_type: Device | None = None
 
@@ -101,15 +101,17 @@ def _see_cpu() -> None:
 
 
 def check_megatron_core_version() -> None:
-    """Refuse a Megatron-Core that this platform layer was not tested with."""
-    try:
-        version = importlib.metadata.version("megatron-core")
-    except importlib.metadata.PackageNotFoundError:
-        raise PlatformError("megatron-core is not installed; pip install -c constraints.txt .") from None
-    if version not in SUPPORTED_MEGATRON_CORE:
-        raise PlatformError(
-            f"megatron-core {version} is installed, but this version was tested with "
-            f"{', '.join(SUPPORTED_MEGATRON_CORE)}; pip install megatron-core=={SUPPORTED_MEGATRON_CORE[-1]}"
+    """Refuse a Megatron-Core whose seams were not checked; warn of one that is not the supported one."""
+    version = engine.version_of("megatron-core")
+    if version is None:
+        raise PlatformError("megatron-core is not installed; pip install -c constraints.txt .")
+    tested = f"this program is tested with {SUPPORTED_MEGATRON_CORE}"
+    install = f"pip install megatron-core=={SUPPORTED_MEGATRON_CORE}"
+    if version not in SEAMS:
+        raise PlatformError(f"megatron-core {version} is installed, but {tested}; {install}")
+    if version != SUPPORTED_MEGATRON_CORE:
+        logger.warning(
+            "megatron-core %s: %s; docs/engine.md lists what differs; %s", version, tested, install
         )
 
 

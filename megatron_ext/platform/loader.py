@@ -17,7 +17,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from types import CodeType, ModuleType
 
-from megatron_ext.platform.seams import SEAM_OF, Seam
+from megatron_ext.platform.seams import Seam, installed_seams
 
 PACKAGE = "megatron.core"
 
@@ -58,13 +58,13 @@ class CpuLoader(importlib.machinery.SourceFileLoader):
 
     def get_code(self, fullname: str) -> CodeType | None:
         code = super().get_code(fullname)
-        seam = SEAM_OF.get(fullname)
+        seam = installed_seams().get(fullname)
         return rewrite(code, seam) if seam and code else code
 
     def exec_module(self, module: ModuleType) -> None:
         module.__dict__["__builtins__"] = vars(builtins) | {"__import__": self._import}
         super().exec_module(module)
-        seam = SEAM_OF.get(module.__name__)
+        seam = installed_seams().get(module.__name__)
         for name, ours in (seam.functions or {} if seam else {}).items():
             self.replaced[name] = getattr(module, name, None)
             setattr(module, name, pkgutil.resolve_name(ours))

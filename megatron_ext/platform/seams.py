@@ -1,15 +1,18 @@
-"""Every place where Megatron-Core 0.16.1 names CUDA and a CPU run needs a replacement.
+"""Every place where Megatron-Core names CUDA and a CPU run needs a replacement, by version.
 
 Each seam names the upstream module (below ``megatron.core``), what is replaced there, and the
-upstream lines it serves. ``loader.py`` applies them while the module is imported; nothing is
+lines of 0.16.1 that it serves. ``loader.py`` applies them while the module is imported; nothing is
 copied and nothing changes outside ``megatron.core``. A test imports every module named here and
 fails if a seam no longer matches, so an upstream change cannot go unnoticed.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
-#: Versions whose seams were checked line by line; others are refused.
-SUPPORTED_MEGATRON_CORE = ("0.16.1",)
+from megatron_ext.platform.engine import version_of
+
+#: The version that every test passes with.
+SUPPORTED_MEGATRON_CORE = "0.16.1"
 
 DEVICE = {"cuda": "cpu"}
 TENSOR_TYPES = {
@@ -33,7 +36,7 @@ class Seam:
     functions: dict[str, str] | None = None
 
 
-SEAMS = (
+_SEAMS = (
     Seam("pipeline_parallel.schedules", "418, 596, 983, 2138: token counts, autocast", DEVICE),
     Seam("pipeline_parallel.utils", "334: the communication stream", DEVICE),
     Seam("optimizer.grad_scaler", "15, 88-94: loss scale", DEVICE),
@@ -91,4 +94,13 @@ SEAMS = (
     ),
 )
 
-SEAM_OF = {f"megatron.core.{seam.module}": seam for seam in SEAMS}
+#: The versions whose seams were checked; others are refused. Those that are not supported run with a warning;
+#: docs/engine.md lists the differences.
+SEAMS = {"0.16.1": _SEAMS, "0.19.2": _SEAMS}
+
+
+@cache
+def installed_seams() -> dict[str, Seam]:
+    """The seams of the installed version by the full name of their module."""
+    version = version_of("megatron-core") or SUPPORTED_MEGATRON_CORE
+    return {f"megatron.core.{seam.module}": seam for seam in SEAMS[version]}

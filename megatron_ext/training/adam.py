@@ -40,7 +40,9 @@ class FusedAdam(torch.optim.Optimizer):
         eps: float = 1e-8,
         adam_w_mode: bool = True,
         weight_decay: float = 0.0,
+        capturable: bool = False,
     ):
+        assert not capturable, "a step that CUDA graphs can capture is Apex's or Transformer Engine's"
         self.adam_w_mode = adam_w_mode
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 

@@ -8,6 +8,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch.distributed import Store
 
 from megatron_ext import platform
+from megatron_ext.arguments.defaults import running_batch
 from megatron_ext.common.errors import LostProcess
 from megatron_ext.config import RunConfig
 from megatron_ext.config.parallel import ProcessConfig
@@ -44,6 +45,14 @@ def initialize(run: RunConfig, store: Store | None = None) -> None:
         distributed_timeout_minutes=run.process.distributed_timeout_minutes,
     )
     seed(run)
+    count_microbatches(run)
+
+
+def count_microbatches(run: RunConfig) -> None:
+    """Tell Megatron-Core the batch, from which it works out the micro batches of each step.
+
+    Raises PlatformError where the installed version (0.18 and later) ignores --rampup-batch-size.
+    """
     num_microbatches_calculator.init_num_microbatches_calculator(
         run.process.rank,
         run.training.rampup_batch_size,
@@ -52,6 +61,8 @@ def initialize(run: RunConfig, store: Store | None = None) -> None:
         run.parallel.data_parallel_size,
         run.training.decrease_batch_size_if_needed,
     )
+    if num_microbatches_calculator.get_current_running_global_batch_size() != running_batch(run, 0):
+        raise platform.PlatformError("this megatron-core ignores --rampup-batch-size (docs/engine.md)")
 
 
 def _timeout(process: ProcessConfig) -> timedelta:

@@ -56,7 +56,7 @@ def train_step(
         scheduler.step(increment=get_num_microbatches() * run.samples_at_once)
     loss = float("nan") if sums is None else (sums[0] / sums[1]).item()
     metrics = {} if num_zeros is None else {"num_zeros_in_grad": num_zeros}
-    return StepResult(loss, grad_norm or 0.0, skipped=not updated, metrics=metrics)
+    return StepResult(loss, float(grad_norm or 0.0), skipped=not updated, metrics=metrics)
 
 
 def forward_backward(

@@ -20,7 +20,7 @@ def upstream_code(module: str):
     return plain.get_code(spec.name)
 
 
-@pytest.mark.parametrize("seam", seams.SEAMS, ids=lambda seam: seam.module)
+@pytest.mark.parametrize("seam", seams.installed_seams().values(), ids=lambda seam: seam.module)
 def test_seam_finds_its_place_in_upstream(seam):
     found: set[str] = set()
     loader.rewrite(upstream_code(seam.module), seam, found)
@@ -35,7 +35,7 @@ def test_seam_finds_its_place_in_upstream(seam):
 
 
 @cpu_only
-@pytest.mark.parametrize("seam", seams.SEAMS, ids=lambda seam: seam.module)
+@pytest.mark.parametrize("seam", seams.installed_seams().values(), ids=lambda seam: seam.module)
 def test_loaded_module_no_longer_says_it(seam):
     module = importlib.import_module(f"megatron.core.{seam.module}")
     assert isinstance(module.__loader__, loader.CpuLoader)
@@ -96,5 +96,13 @@ def test_refusals(monkeypatch):
     assert "torch sees no GPU" in refusal_of("cuda")
     monkeypatch.setattr(loader, "imported_too_early", lambda: ["megatron.core.utils"])
     assert "megatron.core.utils was imported before megatron_ext" in refusal_of("cpu")
-    monkeypatch.setattr(platform.device.importlib.metadata, "version", lambda name: "0.99.0")
-    assert "megatron-core 0.99.0 is installed, but this version was tested with 0.16.1" in refusal_of("cpu")
+    monkeypatch.setattr(platform.device.engine, "version_of", lambda name: "0.99.0")
+    assert "megatron-core 0.99.0 is installed, but this program is tested with 0.16.1" in refusal_of("cpu")
+    monkeypatch.setattr(platform.device.engine, "version_of", lambda name: None)
+    assert "megatron-core is not installed" in refusal_of("cpu")
+
+
+def test_a_version_that_was_tried_runs_with_a_warning(monkeypatch, caplog):
+    monkeypatch.setattr(platform.device.engine, "version_of", lambda name: "0.19.2")
+    platform.check_megatron_core_version()
+    assert "megatron-core 0.19.2" in caplog.text and "docs/engine.md" in caplog.text
