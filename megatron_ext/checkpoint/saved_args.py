@@ -54,21 +54,23 @@ _MORE: dict[str, Any] = {
     **dict.fromkeys(("virtual_pipeline_model_parallel_size", "softmax_vocab_size"), int),
     **dict.fromkeys(("num_experts", "mtp_num_layers"), int),
     **dict.fromkeys(("norm_epsilon", "rotary_scaling_factor", "activation_func_clamp_value"), float),
-    **dict.fromkeys(("softmax_scale", "glu_linear_offset"), float),
-    **dict.fromkeys(("rotary_interleaved", "apply_layernorm_1p", "layernorm_zero_centered_gamma"), bool),
+    **dict.fromkeys(("glu_linear_offset",), float),
+    **dict.fromkeys(("rotary_interleaved", "apply_layernorm_1p"), bool),
     **dict.fromkeys(("multi_latent_attention", "openai_gelu", "qk_l2_norm", "attention_output_gate"), bool),
     **dict.fromkeys(("apply_query_key_layer_scaling", "is_hybrid_model", "sft", "onnx_safe"), bool),
     **dict.fromkeys(("softmax_type", "rope_type", "hybrid_override_pattern"), str),
     **dict.fromkeys(("experimental_attention_variant", "tokenizer_sha256"), str),
     **dict.fromkeys(("heterogeneous_layers_config_path", "heterogeneous_layers_config_encoded_json"), str),
-    **dict.fromkeys(("no_rope_freq", "linear_attention_freq"), int | list[int] | str),
-    **dict.fromkeys(("window_size", "mrope_section"), list[int]),
+    **dict.fromkeys(("linear_attention_freq",), int | list[int] | str),
+    **dict.fromkeys(("mrope_section",), list[int]),
     "apply_residual_connection_post_layernorm": bool,
     "params_dtype": torch.dtype,
 }
 #: No size or count of a real run is larger; float64 represents it exactly.
 _MAX_NUMBER = 2**53
 _MAX_TEXT = 4096
+#: Long enough for a list with an entry for each layer.
+_MAX_LIST = 4096
 
 
 def arguments_of(run: RunConfig, **more: Any) -> Namespace:
@@ -157,8 +159,8 @@ def _fits(value: Any, wanted: Any) -> bool:
         return any(_fits(value, kind) for kind in inner if kind is not type(None))
     if origin is Literal:
         return type(value) in (str, int) and value in inner
-    if origin is list:
-        few = isinstance(value, list | tuple) and len(value) <= 16
+    if origin in (list, tuple):
+        few = isinstance(value, list | tuple) and len(value) <= _MAX_LIST
         return few and all(_fits(item, inner[0]) for item in value)
     if wanted is int:
         return type(value) is int and 0 <= value < _MAX_NUMBER

@@ -132,8 +132,11 @@ def derived(value: Any) -> Any:
 @cache
 def own_options(cls: Any) -> list[Option]:
     """The options of a dataclass of ours, without derived fields."""
-    tree = _module_tree(sys.modules[cls.__module__].__file__)
-    docs = {name: doc for name, _, _, doc in _annotated_fields(_class_node(tree, cls.__name__))}
+    docs: dict[str, str] = {}
+    for base in cls.__mro__:
+        if hasattr(base, "__dataclass_fields__"):
+            tree = _module_tree(sys.modules[base.__module__].__file__)
+            docs |= {name: doc for name, _, _, doc in _annotated_fields(_class_node(tree, base.__name__))}
     hints = typing.get_type_hints(cls)
     return [
         Option(
@@ -236,6 +239,8 @@ def fits(value: Any, annotation: Any) -> bool:
         return any(fits(value, one) for one in inner)
     if origin is list:
         return isinstance(value, list) and all(fits(item, inner[0]) for item in value)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(fits(item, inner[0]) for item in value)
     if origin is typing.Literal:
         return value in inner
     if annotation is int:

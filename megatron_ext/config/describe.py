@@ -4,7 +4,6 @@ Used by tools/describe_model.py. Parameters are exact (a test compares them with
 count matmuls. footprint.py calculates the memory of a rank.
 """
 
-import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -31,7 +30,7 @@ _PARTS = {
 def parts(model: ModelConfig) -> dict[str, int]:
     """Part -> number of parameters; the parts sum to the whole model."""
     counts = dict.fromkeys(_PARTS.values(), 0)
-    for name, shape in dataclasses.replace(model, num_layers=1).parameters().items():
+    for name, shape in model.one_layer.parameters().items():
         part = next(part for key, part in _PARTS.items() if key in name)
         in_layer = name.startswith("decoder.layers.")
         counts[part] += math.prod(shape) * (model.num_layers if in_layer else 1)

@@ -45,6 +45,7 @@ def _activations(model: ModelConfig, layout: Layout, stage: int) -> float:
     inner = (1 + model.gated) * model.ffn_hidden_size / layout.tensor
     passing = inner + stream + (one_layer if layout.recompute else 0)
     size = each * (tokens * (kept + passing) + model.hidden_size * inner)
+    size += each * layout.seq_length**2 if any(model.windowed) else 0  # one mask for all windows
     if stage < layout.pipeline - 1:
         return size
     # The logits, overwritten by their gradient, and the head's gradient; without a kernel a copy in fp32.
@@ -68,23 +69,29 @@ def _passes_in_flight(model: ModelConfig, layout: Layout, stage: int) -> list[fl
 def layer_activations(model: ModelConfig, layout: Layout) -> float:
     """Elements per token that one layer keeps, without dropout and with flash attention.
 
-    Residual stream and normed input, twice (4 h); attention; gate, up and their product; the shortcut's
-    bottleneck. Without its kernel the series activation also keeps the input of each term's SiLU and the sum
-    of the terms.
+    Residual stream and normed input, twice (4 h); with output norms their input instead, with both norms both
+    (6 h); attention; gate, up and their product; the shortcut's bottleneck. Without its kernel the series
+    activation also keeps the input of each term's SiLU and the sum of the terms.
     """
-    stream = (4 * model.hidden_size + 2 * model.shortcut_width) / layout.stream_split
+    normed = 6 if model.norm_placement == "both" else 4
+    stream = (normed * model.hidden_size + 2 * model.shortcut_width) / layout.stream_split
     terms = model.series_activation_order
     inner = 2 + model.gated + (terms + 1 if terms and not layout.kernels else 0)
     return stream + (_attention(model, layout) + inner * model.ffn_hidden_size) / layout.tensor
 
 
-def _attention(model: ModelConfig, layout: Layout) -> int:
+def _attention(model: ModelConfig, layout: Layout) -> float:
     """The joint projection, the output, and rotated or normed copies of queries and keys.
 
-    The kernel rotates in place, except queries that share a key (kernels/triton_rope.py).
+    The kernel rotates in place, except queries that share a key (kernels/triton_rope.py). A norm across heads
+    copies queries and keys, and under tensor parallelism saves the normed values too. With a window, keys and
+    values are repeated for the heads that share them (models/attention.py).
     """
     query, key = model.query_width, model.query_groups * model.kv_channels
     copies = query + key
     if not model.qk_layernorm and (layout.kernels or model.position_embedding_type != "rope"):
         copies = query if key < query and model.position_embedding_type == "rope" else 0
-    return 2 * query + 2 * key + copies
+    if model.qk_layernorm and model.qk_layernorm_across_heads:
+        copies += (query + key) * min(layout.tensor, 2)
+    repeated = 2 * (query - key) * sum(model.windowed) / model.num_layers
+    return 2 * query + 2 * key + copies + repeated

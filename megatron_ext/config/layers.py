@@ -124,7 +124,8 @@ class InitConfig:
 
     model_preset: str | None = flag(None, metavar="NAME")
     """Use the shape of a published or small model: pangu-pi-1b, pangu-pi-7b, pangu-pi-1b-pro,
-    pangu-pi-1.5b-pro, tiny, small. Flags on the command line override the preset."""
+    pangu-pi-1.5b-pro, qwen3-0.6b, qwen3-1.7b, llama-3.2-1b, smollm2-135m, smollm2-360m, smollm2-1.7b,
+    olmo2-1b, openpangu-1b, tiny, small. Flags on the command line override the preset."""
 
     pangu_init: Literal["identity", "random"] = flag("identity", needs=[PI])
     """Initialization of the PanGu-pi modules. identity: without effect, so that a plain model can be

@@ -15,7 +15,6 @@ Saved = Mapping[str, Any]
 #: to every model here. A checkpoint with another value is of an unsupported model.
 ALWAYS: dict[str, Any] = {
     "activation_func_clamp_value": None,
-    "apply_layernorm_1p": False,
     "apply_residual_connection_post_layernorm": False,
     "attention_output_gate": False,
     "experimental_attention_variant": None,
@@ -24,29 +23,32 @@ ALWAYS: dict[str, Any] = {
     "heterogeneous_layers_config_path": None,
     "hybrid_override_pattern": None,
     "is_hybrid_model": False,
-    "layernorm_zero_centered_gamma": False,
     "linear_attention_freq": None,
     "mrope_section": None,
     "mtp_num_layers": None,
     "multi_latent_attention": False,
-    "no_rope_freq": None,
     "num_experts": None,
     "onnx_safe": None,
     "openai_gelu": False,
     "qk_l2_norm": False,
     "rope_type": "rope",
     "rotary_interleaved": False,
-    "softmax_scale": None,
     "softmax_type": "vanilla",
-    "window_size": None,
 }
 
 #: Groups of related flags: if one of a group is given, none of it is taken from a checkpoint.
 TOGETHER = (
-    ("swiglu", "squared_relu", "quick_geglu"),
+    ("swiglu", "squared_relu", "quick_geglu", "geglu"),
     ("group_query_attention", "num_query_groups"),
     ("position_embedding_type", "use_rotary_position_embeddings"),
 )
+
+
+#: Arguments that Megatron-LM's versions name otherwise.
+_SPELLED_OTHERWISE = {
+    "layernorm_epsilon": "norm_epsilon",
+    "layernorm_zero_centered_gamma": "apply_layernorm_1p",
+}
 
 
 @cache
@@ -104,8 +106,7 @@ def _stated(saved: Saved, name: str, default: Any) -> Any:
     """The saved value, also under the names of earlier versions of Megatron-LM."""
     if name == "position_embedding_type" and saved.get("use_rotary_position_embeddings"):
         return "rope"
-    earlier = {"layernorm_epsilon": "norm_epsilon"}.get(name, name)
-    return saved.get(name, saved.get(earlier, default))
+    return saved.get(name, saved.get(_SPELLED_OTHERWISE.get(name, name), default))
 
 
 def spelled(name: str) -> str:

@@ -5,6 +5,8 @@ from megatron_ext.common.flags import Need
 GROUPED = Need("--group-query-attention", lambda run: run.model.group_query_attention)
 ROTARY = Need("--position-embedding-type rope", lambda run: run.model.position_embedding_type == "rope")
 ROPE_SCALING = Need("--use-rope-scaling", lambda run: run.model.use_rope_scaling)
+QK_NORM = Need("--qk-layernorm", lambda run: run.model.qk_layernorm)
+WINDOW = Need("--window-size", lambda run: run.model.window_size is not None)
 SHORTCUTS = Need("--augmented-shortcuts above 0", lambda run: run.model.augmented_shortcuts)
 PI = Need("--series-activation-order or --augmented-shortcuts above 0", lambda run: run.model.has_pi)
 ROUND = Need("--round-index", lambda run: run.rounds.round_index)

@@ -147,28 +147,40 @@ void rope(bool bf16, Address in, Address cosine, Address sine, Address out, cons
   });
 }
 
-AttentionShape attention_shape(const std::array<int64_t, 5> &shape, float scale) {
-  return {shape[0], shape[1], shape[2], shape[3], shape[4], scale};
+AttentionShape attention_shape(const std::array<int64_t, 6> &shape, float scale) {
+  return {shape[0], shape[1], shape[2], shape[3], shape[4], shape[5], scale};
 }
 
-void attention_forward(bool bf16, Address qkv, Address cosine, Address sine, int64_t rot, Address out, Address lse,
-                       const std::array<int64_t, 5> &shape, float scale, int threads) {
-  Rotation rotation{at<const float>(cosine), at<const float>(sine), rot};
+// Cosines and sines [s, rot] with rot, gains [2, d] of the norms of queries and keys with eps; 0 for none.
+std::array<HeadTransform, 2> head_transforms(const std::tuple<Address, Address, int64_t> &rotary,
+                                             const std::tuple<Address, float> &norms, int64_t d) {
+  const auto [cosine, sine, rot] = rotary;
+  const auto [gains, eps] = norms;
+  const Rotation rotation{at<const float>(cosine), at<const float>(sine), rot};
+  const float *gain = at<const float>(gains);
+  return {{{{gain, eps}, rotation}, {{gain == nullptr ? nullptr : gain + d, eps}, rotation}}};
+}
+
+void attention_forward(bool bf16, Address qkv, const std::tuple<Address, Address, int64_t> &rotary,
+                       const std::tuple<Address, float> &norms, Address out, Address lse,
+                       const std::array<int64_t, 6> &shape, float scale, int threads) {
+  const auto by = head_transforms(rotary, norms, shape[4]);
   with_type(bf16, [&](auto t) {
     using T = decltype(t);
-    RUN(attention_forward, at<const T>(qkv), rotation, at<T>(out), at<float>(lse), attention_shape(shape, scale),
+    RUN(attention_forward, at<const T>(qkv), by[0], by[1], at<T>(out), at<float>(lse), attention_shape(shape, scale),
         threads);
   });
 }
 
-void attention_backward(bool bf16, Address qkv, Address cosine, Address sine, int64_t rot, Address out, Address lse,
-                        Address grad, Address qkv_grad, const std::array<int64_t, 5> &shape, float scale,
+void attention_backward(bool bf16, Address qkv, const std::tuple<Address, Address, int64_t> &rotary,
+                        const std::tuple<Address, float> &norms, Address out, Address lse, Address grad,
+                        Address qkv_grad, Address gain_grads, const std::array<int64_t, 6> &shape, float scale,
                         int threads) {
-  Rotation rotation{at<const float>(cosine), at<const float>(sine), rot};
+  const auto by = head_transforms(rotary, norms, shape[4]);
   with_type(bf16, [&](auto t) {
     using T = decltype(t);
-    RUN(attention_backward, at<const T>(qkv), rotation, at<const T>(out), at<const float>(lse), at<const T>(grad),
-        at<T>(qkv_grad), attention_shape(shape, scale), threads);
+    RUN(attention_backward, at<const T>(qkv), by[0], by[1], at<const T>(out), at<const float>(lse), at<const T>(grad),
+        at<T>(qkv_grad), at<float>(gain_grads), attention_shape(shape, scale), threads);
   });
 }
 
@@ -210,7 +222,7 @@ void exponential(Address x, Address y, int64_t n) { RUN(exponential, at<const fl
 }  // namespace kernels
 
 // Incremented with every change of a function below; megatron_ext/kernels/fused.py requires this version.
-constexpr int kAbi = 1;
+constexpr int kAbi = 2;
 
 PYBIND11_MODULE(_kernels, m) {
   using namespace kernels;

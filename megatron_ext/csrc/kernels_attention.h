@@ -1,5 +1,6 @@
-// Causal self attention on the joint QKV projection, including the rotary embedding (no include guard:
-// once per instruction set). No [s, s] matrix is stored: scores are computed in blocks of kBlock x kBlock.
+// Causal self attention on the joint QKV projection, including norms of queries and keys, rotary embedding and
+// window (no include guard: once per instruction set). No [s, s] matrix is stored: scores are computed in
+// blocks of kBlock x kBlock.
 //   qkv: [s, b, groups, (r + 2) d], the r query heads of a group, then its key, then its value
 //   out: [s, b, groups r d];  lse: [b, groups r, s], the logarithm of each softmax's denominator
 // Scores are stored transposed, [key, query]: a vector holds one key's scores for W queries, so that
@@ -15,38 +16,65 @@ INLINE void prefetch(const T *row, int64_t n) {
   for (int64_t j = 0; j < n; j += 64 / sizeof(T)) __builtin_prefetch(row + j);
 }
 
-// dst [rows, d] = src, rotated by the angles of rows first, first + 1, ... if there are any.
+// dst = src, rotated by the cosines and sines of its row; they may be the same.
 template <class T>
-static void gather(const T *src, int64_t stride, int64_t rows, const Rotation &by, int64_t first, float *dst, int64_t d) {
+static void rotate_row(const T *src, const float *c, const float *s, int64_t rot, float *dst, int64_t d) {
+  const int64_t half = rot / 2;
+  FOR_LANES(j, half, {
+    F t1 = load(src + j, lanes);
+    F t2 = load(src + half + j, lanes);
+    store(dst + j, t1 * load(c + j, lanes) - t2 * load(s + j, lanes), lanes);
+    store(dst + half + j, t2 * load(c + half + j, lanes) + t1 * load(s + half + j, lanes), lanes);
+  })
+  FOR_LANES(j, d - rot, { store(dst + rot + j, load(src + rot + j, lanes), lanes); })
+}
+
+// dst = factor * src, rotated by the opposite angles; they may be the same.
+template <class T>
+static void rotate_row_back(const float *src, const float *c, const float *s, int64_t rot, float factor, T *dst,
+                            int64_t d) {
+  const int64_t half = rot / 2;
+  FOR_LANES(j, half, {
+    F y1 = load(src + j, lanes) * factor;
+    F y2 = load(src + half + j, lanes) * factor;
+    store(dst + j, y1 * load(c + j, lanes) + y2 * load(s + half + j, lanes), lanes);
+    store(dst + half + j, y2 * load(c + half + j, lanes) - y1 * load(s + j, lanes), lanes);
+  })
+  FOR_LANES(j, d - rot, { store(dst + rot + j, load(src + rot + j, lanes) * factor, lanes); })
+}
+
+// dst [rows, d] = src, normalized and rotated by the angles of rows first, first + 1, ... if it is to be.
+template <class T>
+static void gather(const T *src, int64_t stride, int64_t rows, const HeadTransform &by, int64_t first, float *dst,
+                   int64_t d) {
+  const int64_t rot = by.rotation.rot;
   for (int64_t i = 0; i < rows; ++i, src += stride, dst += d) {
     prefetch(src + kAhead * stride, d);
-    const int64_t half = by.rot / 2;
-    const float *c = by.cosine + (first + i) * by.rot, *s = by.sine + (first + i) * by.rot;
-    FOR_LANES(j, half, {
-      F t1 = load(src + j, lanes);
-      F t2 = load(src + half + j, lanes);
-      store(dst + j, t1 * load(c + j, lanes) - t2 * load(s + j, lanes), lanes);
-      store(dst + half + j, t2 * load(c + half + j, lanes) + t1 * load(s + half + j, lanes), lanes);
-    })
-    const T *rest = src + by.rot;
-    FOR_LANES(j, d - by.rot, { store(dst + by.rot + j, load(rest + j, lanes), lanes); })
+    const float *c = by.rotation.cosine + (first + i) * rot, *s = by.rotation.sine + (first + i) * rot;
+    if (by.norm.gain == nullptr) {
+      rotate_row(src, c, s, rot, dst, d);
+    } else {
+      float rstd;
+      rms_norm_row(src, by.norm.gain, dst, &rstd, d, by.norm.eps);
+      if (rot > 0) rotate_row(dst, c, s, rot, dst, d);
+    }
   }
 }
 
-// The backward pass: dst = factor * src [rows, d], rotated by the opposite angles.
+// The backward pass of `gather`: factor * grad [rows, d], which is overwritten, becomes the gradient of src, in
+// dst; the gradient of the gain is added to gain_grad [d].
 template <class T>
-static void scatter(const float *src, int64_t rows, const Rotation &by, int64_t first, float factor, T *dst,
-                    int64_t stride, int64_t d) {
-  for (int64_t i = 0; i < rows; ++i, src += d, dst += stride) {
-    const int64_t half = by.rot / 2;
-    const float *c = by.cosine + (first + i) * by.rot, *s = by.sine + (first + i) * by.rot;
-    FOR_LANES(j, half, {
-      F y1 = load(src + j, lanes) * factor;
-      F y2 = load(src + half + j, lanes) * factor;
-      store(dst + j, y1 * load(c + j, lanes) + y2 * load(s + half + j, lanes), lanes);
-      store(dst + half + j, y2 * load(c + half + j, lanes) - y1 * load(s + j, lanes), lanes);
-    })
-    FOR_LANES(j, d - by.rot, { store(dst + by.rot + j, load(src + by.rot + j, lanes) * factor, lanes); })
+static void scatter(float *grad, int64_t rows, const HeadTransform &by, int64_t first, float factor, const T *src,
+                    T *dst, int64_t stride, int64_t d, float *gain_grad) {
+  const int64_t rot = by.rotation.rot;
+  for (int64_t i = 0; i < rows; ++i, grad += d, src += stride, dst += stride) {
+    const float *c = by.rotation.cosine + (first + i) * rot, *s = by.rotation.sine + (first + i) * rot;
+    if (by.norm.gain == nullptr) {
+      rotate_row_back(grad, c, s, rot, factor, dst, d);
+    } else {
+      rotate_row_back(grad, c, s, rot, factor, grad, d);
+      rms_norm_row_backward(grad, src, by.norm.gain, rms_norm_rstd(src, d, by.norm.eps), dst, gain_grad, d);
+    }
   }
 }
 
@@ -67,6 +95,17 @@ static void mask_block(float *scores, int64_t keys) {
     std::fill_n(scores + r * kBlock + strip, r - strip, -std::numeric_limits<float>::infinity());
   }
 }
+
+// Scores of queries from q0 on and keys from k0 on: -inf where the key is more than `window` before the query.
+static void mask_window(float *scores, int64_t keys, int64_t q0, int64_t k0, int64_t window) {
+  for (int64_t r = 0; r < keys; ++r) {
+    const int64_t first = std::clamp(k0 + r + window + 1 - q0, int64_t{0}, kBlock);
+    std::fill_n(scores + r * kBlock + first, kBlock - first, -std::numeric_limits<float>::infinity());
+  }
+}
+
+// The block that contains the first key inside the window of query q0.
+static int64_t first_block(int64_t q0, int64_t window) { return std::max<int64_t>(0, q0 - window) / kBlock * kBlock; }
 
 // Replaces scores by exp(score - top), with the running maximum `top` and sum `total` of each query;
 // `decay` is the factor for earlier sums.
@@ -119,28 +158,30 @@ struct AttentionBlock {  // the state of a task for a block of queries
 };
 
 // One head, queries q0 .. q0 + n: their outputs in `w.out`, not yet divided by `total`.
-static void attend_queries(const float *keys, const float *values, int64_t q0, int64_t n, int64_t d, AttentionBlock w,
-                           float *top, float *total) {
+// The diagonal comes first: there each query sees a key, itself, so that its maximum is a number from then on.
+static void attend_queries(const float *keys, const float *values, int64_t q0, int64_t n, int64_t d, int64_t window,
+                           AttentionBlock w, float *top, float *total) {
   alignas(64) float decay[kBlock];
   std::fill_n(top, kBlock, -std::numeric_limits<float>::infinity());
   std::fill_n(total, kBlock, 0.0f);
-  for (int64_t k0 = 0; k0 < q0 + n; k0 += kBlock) {
+  for (int64_t k0 = q0; k0 >= first_block(q0, window); k0 -= kBlock) {
     int64_t count = std::min(kBlock, q0 + n - k0);
     const int64_t strip = k0 == q0 ? kStrip : kBlock;
     scores_block(keys + k0 * d, w.q_t, w.scores, count, d, strip);
     if (k0 == q0) mask_block(w.scores, count);
+    if (q0 + n - 1 - k0 > window) mask_window(w.scores, count, q0, k0, window);
     softmax_block(w.scores, count, strip, top, total, decay);
-    for (int64_t i = 0; k0 > 0 && i < n; ++i) FOR_LANES(j, d, { store(w.out + i * d + j, load(w.out + i * d + j, lanes) * decay[i], lanes); })
-    query_sums(w.scores, values + k0 * d, w.out, n, count, d, strip, k0 > 0);
+    for (int64_t i = 0; k0 < q0 && i < n; ++i) FOR_LANES(j, d, { store(w.out + i * d + j, load(w.out + i * d + j, lanes) * decay[i], lanes); })
+    query_sums(w.scores, values + k0 * d, w.out, n, count, d, strip, k0 < q0);
   }
 }
 
 template <class T>
-static void attention_forward(const T *qkv, const Rotation &rotation, T *out, float *lse, const AttentionShape &s,
-                              int threads) {
+static void attention_forward(const T *qkv, const HeadTransform &queries, const HeadTransform &keys_by, T *out,
+                              float *lse, const AttentionShape &s, int threads) {
   const int64_t d = s.d, heads = s.groups * s.r, width = (s.r + 2) * d;
   const int64_t in_row = s.b * s.groups * width, out_row = s.b * heads * d;
-  const Rotation none{};
+  const HeadTransform none{};
   parallel_for(s.b * heads, threads, [&](int64_t task) {
     const int64_t batch = task / heads, head = task % heads, group = head / s.r;
     Scratch scratch(2 * s.s * d + 3 * kBlock * d + kBlock * kBlock);
@@ -149,14 +190,14 @@ static void attention_forward(const T *qkv, const Rotation &rotation, T *out, fl
     w.q = scratch.take(kBlock * d), w.q_t = scratch.take(kBlock * d), w.out = scratch.take(kBlock * d);
     w.scores = scratch.take(kBlock * kBlock);
     const T *from = qkv + (batch * s.groups + group) * width;
-    gather(from + s.r * d, in_row, s.s, rotation, 0, keys, d);
+    gather(from + s.r * d, in_row, s.s, keys_by, 0, keys, d);
     gather(from + (s.r + 1) * d, in_row, s.s, none, 0, values, d);
     for (int64_t q0 = 0; q0 < s.s; q0 += kBlock) {
       alignas(64) float top[kBlock], total[kBlock];
       const int64_t n = std::min(kBlock, s.s - q0);
-      gather(from + head % s.r * d + q0 * in_row, in_row, n, rotation, q0, w.q, d);
+      gather(from + head % s.r * d + q0 * in_row, in_row, n, queries, q0, w.q, d);
       transpose_block(w.q, n, d, s.scale, w.q_t);
-      attend_queries(keys, values, q0, n, d, w, top, total);
+      attend_queries(keys, values, q0, n, d, s.window, w, top, total);
       for (int64_t i = 0; i < n; ++i) {
         T *to = out + (q0 + i) * out_row + (batch * heads + head) * d;
         FOR_LANES(j, d, { store(to + j, load(w.out + i * d + j, lanes) * (1.0f / total[i]), lanes); })
@@ -184,18 +225,20 @@ static void softmax_block_backward(AttentionBlock w, int64_t keys, int64_t strip
 
 // Adds the contribution of queries q0 .. q0 + n to the gradients of keys and values; their own are in `w.out`.
 static void attend_queries_backward(const float *keys, const float *values, int64_t q0, int64_t n, int64_t d,
-                                    AttentionBlock w, const float *lse, const float *delta, float *key_grads,
+                                    int64_t window, AttentionBlock w, const float *lse, const float *delta, float *key_grads,
                                     float *value_grads) {
-  for (int64_t k0 = 0; k0 < q0 + n; k0 += kBlock) {
+  const int64_t start = first_block(q0, window);
+  for (int64_t k0 = start; k0 < q0 + n; k0 += kBlock) {
     int64_t count = std::min(kBlock, q0 + n - k0);
     const int64_t strip = k0 == q0 ? kStrip : kBlock;
     scores_block(keys + k0 * d, w.q_t, w.scores, count, d, strip);
     if (k0 == q0) mask_block(w.scores, count);
+    if (q0 + n - 1 - k0 > window) mask_window(w.scores, count, q0, k0, window);
     scores_block(values + k0 * d, w.grad_t, w.score_grads, count, d, strip);
     softmax_block_backward(w, count, strip, lse, delta);
     key_sums(w.scores, w.grad, value_grads + k0 * d, n, count, d, strip);
     key_sums(w.score_grads, w.q, key_grads + k0 * d, n, count, d, strip);
-    query_sums(w.score_grads, keys + k0 * d, w.out, n, count, d, strip, k0 > 0);
+    query_sums(w.score_grads, keys + k0 * d, w.out, n, count, d, strip, k0 > start);
   }
 }
 
@@ -211,11 +254,12 @@ static void row_dots(const float *grad, const T *out, int64_t stride, int64_t ro
 }
 
 template <class T>
-static void attention_backward(const T *qkv, const Rotation &rotation, const T *out, const float *lse, const T *grad,
-                               T *qkv_grad, const AttentionShape &s, int threads) {
+static void attention_backward(const T *qkv, const HeadTransform &queries, const HeadTransform &keys_by, const T *out,
+                               const float *lse, const T *grad, T *qkv_grad, float *gain_grads,
+                               const AttentionShape &s, int threads) {
   const int64_t d = s.d, heads = s.groups * s.r, width = (s.r + 2) * d;
   const int64_t in_row = s.b * s.groups * width, out_row = s.b * heads * d;
-  const Rotation none{};
+  const HeadTransform none{};
   expect_large_write(qkv_grad, s.s * in_row * sizeof(T));
   parallel_for(s.b * s.groups, threads, [&](int64_t task) {
     const int64_t batch = task / s.groups, group = task % s.groups;
@@ -228,7 +272,10 @@ static void attention_backward(const T *qkv, const Rotation &rotation, const T *
     w.scores = scratch.take(kBlock * kBlock), w.score_grads = scratch.take(kBlock * kBlock);
     const T *from = qkv + task * width;
     T *to = qkv_grad + task * width;
-    gather(from + s.r * d, in_row, s.s, rotation, 0, keys, d);
+    float *query_gain_grad = gain_grads == nullptr ? nullptr : gain_grads + task * 2 * d;
+    float *key_gain_grad = query_gain_grad == nullptr ? nullptr : query_gain_grad + d;
+    if (query_gain_grad != nullptr) std::fill_n(query_gain_grad, 2 * d, 0.0f);
+    gather(from + s.r * d, in_row, s.s, keys_by, 0, keys, d);
     gather(from + (s.r + 1) * d, in_row, s.s, none, 0, values, d);
     std::fill_n(key_grads, s.s * d, 0.0f);
     std::fill_n(value_grads, s.s * d, 0.0f);
@@ -238,17 +285,18 @@ static void attention_backward(const T *qkv, const Rotation &rotation, const T *
       for (int64_t q0 = 0; q0 < s.s; q0 += kBlock) {
         alignas(64) float denominators[kBlock] = {}, delta[kBlock];
         const int64_t n = std::min(kBlock, s.s - q0);
-        gather(from + head * d + q0 * in_row, in_row, n, rotation, q0, w.q, d);
+        gather(from + head * d + q0 * in_row, in_row, n, queries, q0, w.q, d);
         transpose_block(w.q, n, d, s.scale, w.q_t);
         gather(grad + q0 * out_row + column, out_row, n, none, 0, w.grad, d);
         transpose_block(w.grad, n, d, 1.0f, w.grad_t);
         row_dots(w.grad, out + q0 * out_row + column, out_row, n, d, delta);
         std::copy_n(head_lse + q0, n, denominators);
-        attend_queries_backward(keys, values, q0, n, d, w, denominators, delta, key_grads, value_grads);
-        scatter(w.out, n, rotation, q0, s.scale, to + head * d + q0 * in_row, in_row, d);
+        attend_queries_backward(keys, values, q0, n, d, s.window, w, denominators, delta, key_grads, value_grads);
+        const int64_t at = head * d + q0 * in_row;
+        scatter(w.out, n, queries, q0, s.scale, from + at, to + at, in_row, d, query_gain_grad);
       }
     }
-    scatter(key_grads, s.s, rotation, 0, s.scale, to + s.r * d, in_row, d);
-    scatter(value_grads, s.s, none, 0, 1.0f, to + (s.r + 1) * d, in_row, d);
+    scatter(key_grads, s.s, keys_by, 0, s.scale, from + s.r * d, to + s.r * d, in_row, d, key_gain_grad);
+    scatter(value_grads, s.s, none, 0, 1.0f, from + (s.r + 1) * d, to + (s.r + 1) * d, in_row, d, nullptr);
   });
 }

@@ -54,9 +54,10 @@ struct RopeShape {
   int64_t in[3], out[3];
 };
 
-// Causal self attention: s tokens, b samples, `groups` key and value heads with r query heads each, width d.
+// Causal self attention: s tokens, b samples, `groups` key and value heads with r query heads each, width d. A
+// token attends to itself and to the `window` tokens before it.
 struct AttentionShape {
-  int64_t s, b, groups, r, d;
+  int64_t s, b, groups, r, d, window;
   float scale;
 };
 
@@ -64,6 +65,18 @@ struct AttentionShape {
 struct Rotation {
   const float *cosine = nullptr, *sine = nullptr;
   int64_t rot = 0;
+};
+
+// RMSNorm of the queries or keys of each head, with its gain [d]; no norm without a gain.
+struct HeadNorm {
+  const float *gain = nullptr;
+  float eps = 0;
+};
+
+// Applied to queries and keys before the scores: the norm, then the rotation.
+struct HeadTransform {
+  HeadNorm norm;
+  Rotation rotation;
 };
 
 constexpr int64_t kLine = 16;  // floats per cache line

@@ -5,10 +5,11 @@
 //
 #include "kernels_product.h"
 //
+#include "kernels_norm.h"
+//
 #include "kernels_activation.h"
 #include "kernels_attention.h"
 #include "kernels_cross_entropy.h"
-#include "kernels_norm.h"
 #include "kernels_optimizer.h"
 #include "kernels_rope.h"
 #include "kernels_weight_gradient.h"

@@ -2,19 +2,24 @@
 //   rstd = (mean(x^2) + eps)^(-1/2),  y = x rstd w
 
 template <class T>
-static void rms_norm_row(const T *x, const float *w, T *y, float *rstd, int64_t h, float eps) {
+static float rms_norm_rstd(const T *x, int64_t h, float eps) {
   F squares[2] = {};
   FOR_LANES(j, h, {
     F value = load(x + j, lanes);
     squares[(j / W) & 1] += value * value;
   })
-  *rstd = 1.0f / std::sqrt(sum(squares[0] + squares[1]) / h + eps);
+  return 1.0f / std::sqrt(sum(squares[0] + squares[1]) / h + eps);
+}
+
+template <class T, class Y>
+static void rms_norm_row(const T *x, const float *w, Y *y, float *rstd, int64_t h, float eps) {
+  *rstd = rms_norm_rstd(x, h, eps);
   FOR_LANES(j, h, { store(y + j, load(x + j, lanes) * *rstd * load(w + j, lanes), lanes); })
 }
 
 // dx = rstd (w dy - x_hat mean(w dy x_hat)),  x_hat = x rstd;  dw += dy x_hat.
-template <class T>
-static void rms_norm_row_backward(const T *dy, const T *x, const float *w, float rstd, T *dx, float *dw, int64_t h) {
+template <class G, class T>
+static void rms_norm_row_backward(const G *dy, const T *x, const float *w, float rstd, T *dx, float *dw, int64_t h) {
   F dots[2] = {};
   FOR_LANES(j, h, {
     F grad = load(dy + j, lanes);

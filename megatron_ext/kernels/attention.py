@@ -1,4 +1,4 @@
-"""Causal self attention from the joint QKV projection to the context, rotary embedding included.
+"""Causal self attention from the joint QKV projection to the context, norms and rotary embedding included.
 
 On a CPU one C++ kernel a direction reads the projection where it lies and, in backward, writes its
 gradient where it belongs: no rotated copies, no split, no concatenation. torch's flash kernel for
@@ -6,7 +6,7 @@ CPUs reaches a third of a core's matmul rate on short sequences (docs/kernels.md
 blocked product of its own, with the softmax's maxima and sums taken across vectors.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,19 +25,37 @@ def supports(qkv: Tensor, head_width: int) -> bool:
     return fused.supports(qkv) and head_width % _WIDTH_UNIT == 0
 
 
+class Norms(NamedTuple):
+    """RMSNorm of the queries and keys of each head: gains [d] and epsilon."""
+
+    query_gain: Tensor
+    key_gain: Tensor
+    eps: float
+
+
 def causal_attention_reference(
-    qkv: Tensor, heads_per_group: int, head_width: int, freqs: Tensor | None, scale: float
+    qkv: Tensor,
+    heads_per_group: int,
+    head_width: int,
+    freqs: Tensor | None,
+    scale: float,
+    norms: Norms | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """The attention in plain PyTorch; see :func:`causal_attention`."""
     s, b, groups, _ = qkv.shape
     q, k, v = qkv.split([heads_per_group * head_width, head_width, head_width], dim=-1)
     q = q.reshape(s, b, groups * heads_per_group, head_width)
+    if norms is not None:
+        q = fused.rms_norm_reference(q, norms.query_gain, norms.eps)
+        k = fused.rms_norm_reference(k, norms.key_gain, norms.eps)
     if freqs is not None:
         q, k = (fused.apply_rope_reference(t, freqs) for t in (q, k))
     k, v = (t.repeat_interleave(heads_per_group, dim=2) for t in (k, v))
     scores = torch.einsum("ibnd,jbnd->bnij", q, k) * scale
-    future = torch.ones(s, s, dtype=torch.bool, device=qkv.device).triu(1)
-    weights = F.softmax(scores.masked_fill(future, -torch.inf), dim=-1)
+    shown = torch.ones(s, s, dtype=torch.bool, device=qkv.device).tril()
+    shown = shown if window is None else shown.triu(-window)
+    weights = F.softmax(scores.masked_fill(~shown, -torch.inf), dim=-1)
     return torch.einsum("bnij,jbnd->ibnd", weights, v).flatten(2)
 
 
@@ -46,16 +64,29 @@ class _CausalAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, qkv: Tensor, heads_per_group: int, width: int, freqs: Tensor | None, scale: float
+        ctx: Any,
+        qkv: Tensor,
+        gains: Tensor | None,
+        eps: float,
+        freqs: Tensor | None,
+        sizes: tuple[int, ...],
+        scale: float,
     ) -> Tensor:
+        """``gains`` [2, d]; ``sizes``: query heads per group, head width, window."""
         qkv = qkv.detach().contiguous()
         s, b, groups, _ = qkv.shape
+        heads_per_group, width, _ = sizes
         heads = groups * heads_per_group
         out = qkv.new_empty(s, b, heads * width)
         lse = torch.empty(b, heads, s, dtype=torch.float32)
         tables = () if freqs is None else fused._cosine_and_sine(freqs)
-        ctx.tables, ctx.sizes = tables, ((s, b, groups, heads_per_group, width), scale)
-        _kernels.attention_forward(*_head(qkv, tables), out.data_ptr(), lse.data_ptr(), *_tail(ctx.sizes))
+        norms = None if gains is None else fused._float(gains)
+        ctx.tables, ctx.norms, ctx.eps = tables, norms, eps
+        ctx.gains_dtype = None if gains is None else gains.dtype
+        ctx.tail = ((s, b, groups, *sizes), scale)
+        _kernels.attention_forward(
+            *_head(qkv, ctx), out.data_ptr(), lse.data_ptr(), *ctx.tail, torch.get_num_threads()
+        )
         ctx.save_for_backward(qkv, out, lse)
         return out
 
@@ -65,31 +96,39 @@ class _CausalAttention(torch.autograd.Function):
         qkv, out, lse = ctx.saved_tensors
         grad = grad.contiguous()
         qkv_grad = torch.empty_like(qkv)
-        addresses = [t.data_ptr() for t in (out, lse, grad, qkv_grad)]
-        _kernels.attention_backward(*_head(qkv, ctx.tables), *addresses, *_tail(ctx.sizes))
-        return qkv_grad, None, None, None, None
+        (_, b, groups, _, width, _), _ = ctx.tail
+        gain_grads = None if ctx.norms is None else torch.empty(b * groups, 2, width)
+        addresses = [fused._address(t) for t in (out, lse, grad, qkv_grad, gain_grads)]
+        _kernels.attention_backward(*_head(qkv, ctx), *addresses, *ctx.tail, torch.get_num_threads())
+        gains_grad = None if gain_grads is None else gain_grads.sum(0).to(ctx.gains_dtype)
+        return qkv_grad, gains_grad, None, None, None, None
 
 
-def _head(qkv: Tensor, tables: tuple[Tensor, ...]) -> tuple[Any, ...]:
-    """The kernels' first arguments: storage type, projection, cosines, sines, rotated channels."""
-    cosine, sine = tables or (None, None)
+def _head(qkv: Tensor, ctx: Any) -> tuple[Any, ...]:
+    """The kernels' first arguments: storage type, projection, rotary tables with their width, norms."""
+    cosine, sine = ctx.tables or (None, None)
     rotated = 0 if cosine is None else cosine.size(-1)
-    return fused._is_bf16(qkv), qkv.data_ptr(), fused._address(cosine), fused._address(sine), rotated
-
-
-def _tail(sizes: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (*sizes, torch.get_num_threads())
+    rotary = (fused._address(cosine), fused._address(sine), rotated)
+    return fused._is_bf16(qkv), qkv.data_ptr(), rotary, (fused._address(ctx.norms), ctx.eps)
 
 
 def causal_attention(
-    qkv: Tensor, heads_per_group: int, head_width: int, freqs: Tensor | None, scale: float
+    qkv: Tensor,
+    heads_per_group: int,
+    head_width: int,
+    freqs: Tensor | None,
+    scale: float,
+    norms: Norms | None = None,
+    window: int | None = None,
 ) -> Tensor:
-    """softmax(scale rope(q) rope(k)^T + causal mask) v, with keys and values shared within groups.
+    """softmax(scale rope(norm(q)) rope(norm(k))^T + mask) v, with keys and values shared within groups.
 
     Args:
         qkv: [s, b, groups, (r + 2) d]: r = ``heads_per_group`` query heads of ``head_width`` d, then
             the group's key and value (Megatron-Core's ``linear_qkv``); float32 or bfloat16.
         freqs: angles [s, 1, 1, rot] of the rotary embedding, or None; no gradient flows to them.
+        norms: the norms of queries and keys, or None.
+        window: number of preceding tokens that a token attends to; None for all.
     Returns:
         [s, b, groups * r * d] in the dtype of ``qkv``.
     Raises:
@@ -103,5 +142,8 @@ def causal_attention(
         raise ValueError(
             f"causal_attention needs qkv [s, b, groups, (r + 2) d] and even rot <= d; got {shapes}"
         )
-    arguments = (qkv, heads_per_group, head_width, freqs, scale)
-    return (_CausalAttention.apply if supports(qkv, head_width) else causal_attention_reference)(*arguments)
+    if not supports(qkv, head_width):
+        return causal_attention_reference(qkv, heads_per_group, head_width, freqs, scale, norms, window)
+    gains = None if norms is None else torch.stack([norms.query_gain, norms.key_gain])
+    sizes = (heads_per_group, head_width, qkv.size(0) if window is None else window)
+    return _CausalAttention.apply(qkv, gains, 0.0 if norms is None else norms.eps, freqs, sizes, scale)

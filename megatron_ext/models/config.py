@@ -13,6 +13,7 @@ from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
 from megatron_ext.config import RunConfig
 
@@ -28,7 +29,10 @@ CUDA_FUSIONS = (
 
 @dataclass
 class PanguProConfig(TransformerConfig):
-    """TransformerConfig with the two PanGu-pi modules; with both off it is Megatron-Core's own."""
+    """TransformerConfig with the two PanGu-pi modules and the options of other published models.
+
+    With all of them off it is Megatron-Core's own. Fields are named as in :class:`ModelConfig`.
+    """
 
     series_activation_order: int = 0
     """Number n of terms of the series informed activation in the FFN; 0 keeps the plain activation."""
@@ -42,6 +46,24 @@ class PanguProConfig(TransformerConfig):
     pangu_init: Literal["identity", "random"] = "identity"
     """identity: the modules start without effect, so that a plain model's output is kept; random:
     they start like any other weight."""
+
+    norm_placement: Literal["input", "output", "both"] = "input"
+    """Normalize the input of attention and FFN, their output before the residual addition, or both."""
+
+    qk_layernorm_across_heads: bool = False
+    """Normalize queries, and keys, over all heads together instead of per head."""
+
+    window_rotary_base: int | None = None
+    """Base of the rotary embedding in layers with a window, which is not scaled; None: as in other layers."""
+
+    embedding_multiplier: float = 1.0
+    """Multiply the word embeddings by this factor before the first layer."""
+
+    residual_multiplier: float = 1.0
+    """Multiply the outputs of attention and FFN by this factor before the residual addition."""
+
+    logits_scaling: float = 1.0
+    """Divide the logits by this factor."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,6 +97,9 @@ def _renamed(run: RunConfig) -> dict[str, Any]:
     return {
         "attention_backend": AttnBackend[run.layers.attention_backend],
         "num_query_groups": run.model.num_query_groups if run.model.group_query_attention else None,
+        # As lists, because Megatron-Core's frequencies must divide the number of layers.
+        "no_rope_freq": list(run.model.unrotated) if any(run.model.unrotated) else None,
+        "window_attn_skip_freq": list(run.model.windowed) if any(run.model.windowed) else None,
         "num_layers_in_first_pipeline_stage": run.parallel.decoder_first_pipeline_num_layers,
         "num_layers_in_last_pipeline_stage": run.parallel.decoder_last_pipeline_num_layers,
         "cp_comm_type": run.parallel.cp_comm_type[0],
@@ -106,7 +131,14 @@ def _activation(run: RunConfig) -> dict[str, Any]:
         return {"activation_func": squared_relu, "bias_activation_fusion": False}
     if run.model.quick_geglu:
         return {"activation_func": quick_gelu, "gated_linear_unit": True, "bias_activation_fusion": False}
+    if run.model.geglu:
+        return {"activation_func": gelu_tanh, "gated_linear_unit": True, "bias_activation_fusion": False}
     return {"activation_func": F.gelu, "bias_activation_fusion": run.fusion.bias_gelu_fusion}
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """The tanh approximation of GELU as one operator."""
+    return F.gelu(x, approximate="tanh")
 
 
 def fields_of(run: RunConfig, config: type) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.utils import get_pg_rank
 from torch import Tensor
@@ -25,6 +26,41 @@ class PanguModel(GPTModel):
         super().__init__(*args, **kwargs)
         self.softmax_vocab_size = softmax_vocab_size
         linear.speed_up(self)
+        if self.config.window_rotary_base:
+            self._rotate_windows_otherwise()
+
+    def _rotate_windows_otherwise(self) -> None:
+        """Give the layers with a window another rotary embedding (Gemma 3), one module for all of them."""
+        rotation = RotaryEmbedding(
+            self.config.kv_channels,
+            self.rotary_percent,
+            rotary_base=self.config.window_rotary_base,
+            use_cpu_initialization=self.config.use_cpu_initialization,
+            cp_group=self.pg_collection.cp,
+        )
+        for layer in self.decoder.layers:
+            if layer.self_attention.window is not None:
+                layer.self_attention.window_rotation = rotation
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor,
+        decoder_input: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """As in GPTModel, with the embeddings multiplied by ``embedding_multiplier``."""
+        multiplier = self.config.embedding_multiplier
+        if self.pre_process and decoder_input is None and multiplier != 1.0:
+            decoder_input = self.embedding(input_ids=input_ids, position_ids=position_ids) * multiplier
+        return super().forward(input_ids, position_ids, attention_mask, decoder_input, **kwargs)
+
+    def _postprocess(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        """Divide the hidden states instead of the logits, which are much larger."""
+        if self.post_process and self.config.logits_scaling != 1.0:
+            hidden_states = hidden_states / self.config.logits_scaling
+        return super()._postprocess(hidden_states, **kwargs)
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Labels [b, s] and logits [s, b, v / tp] -> losses [b, s] in nats, fp32."""

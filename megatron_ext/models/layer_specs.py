@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megatron_ext.models.attention import AugmentedSelfAttention, ScaledDotProductAttention
 from megatron_ext.models.config import PanguProConfig
 from megatron_ext.models.mlp import PanguMLP
-from megatron_ext.models.norm import norm_class
+from megatron_ext.models.norm import HeadsNorm, norm_class
 
 #: The norms are modules of their own here, because the shortcut reads the normed input; in a
 #: checkpoint they carry the names that Megatron-LM gives them in either of its specs.
@@ -67,30 +67,44 @@ def transformer_engine_parts(config: PanguProConfig) -> Parts:
 
 def layer_spec(config: PanguProConfig, parts: Parts) -> ModuleSpec:
     """One transformer layer; the module tree does not depend on the parts."""
-    qk_norm = parts.norm if config.qk_layernorm else IdentityOp
+    query_norm, key_norm = _query_and_key_norms(config, parts)
+    input_norm = IdentityOp if config.norm_placement == "output" else parts.norm
     attention = ModuleSpec(
         module=AugmentedSelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
+        params={"attn_mask_type": AttnMaskType.causal, "output_norm": parts.norm},
         submodules=SelfAttentionSubmodules(
             linear_qkv=parts.column_parallel_linear,
             core_attention=parts.core_attention,
             linear_proj=parts.row_parallel_linear,
-            q_layernorm=qk_norm,
-            k_layernorm=qk_norm,
+            q_layernorm=query_norm,
+            k_layernorm=key_norm,
         ),
     )
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=parts.norm,
+            input_layernorm=input_norm,
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=parts.norm,
+            pre_mlp_layernorm=input_norm,
             mlp=parts.mlp,
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=CHECKPOINT_NAMES,
         ),
     )
+
+
+def _query_and_key_norms(config: PanguProConfig, parts: Parts) -> tuple[type | ModuleSpec, type | ModuleSpec]:
+    """The norms of queries and keys; norms across heads are ours with Transformer Engine, too."""
+    if not config.qk_layernorm:
+        return IdentityOp, IdentityOp
+    if not config.qk_layernorm_across_heads:
+        return parts.norm, parts.norm
+    query, key = (
+        ModuleSpec(module=HeadsNorm, params={"heads": heads})
+        for heads in (config.num_attention_heads, config.num_query_groups)
+    )
+    return query, key
 
 
 def block_spec(config: PanguProConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:

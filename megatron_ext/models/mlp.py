@@ -7,10 +7,12 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_ext.kernels import fused
 from megatron_ext.models.config import PanguProConfig
+from megatron_ext.models.norm import norm_class
+from megatron_ext.models.residual_output import ResidualOutput
 from megatron_ext.models.series_activation import SeriesActivation
 
 
@@ -27,6 +29,7 @@ class PanguMLP(MLP):
     """
 
     linear_layers = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    norm_class: Callable[[PanguProConfig], type[nn.Module]] = staticmethod(norm_class)
 
     def __init__(self, config: PanguProConfig, **_: Any):
         # Later versions of Megatron-Core also name the layer and its process groups (docs/engine.md).
@@ -38,6 +41,7 @@ class PanguMLP(MLP):
         )
         if config.series_activation_order:
             self.series_activation = SeriesActivation(config, self.tp_group)
+        self.residual_output = ResidualOutput(config, self.norm_class(config))
 
     @property
     def activation(self) -> Callable[[Tensor], Tensor] | None:
@@ -52,9 +56,11 @@ class PanguMLP(MLP):
         self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """[s, b, h] -> ([s, b, h], bias to be added or None)."""
-        if not self.activation:
-            return super().forward(hidden_states, per_token_scale, **kwargs)
-        gate_up, bias = self.linear_fc1(hidden_states)  # [s, b, 2 * f]
-        if bias is not None:
-            gate_up = gate_up + bias
-        return self.linear_fc2(self.activation(gate_up))  # [s, b, f] -> [s, b, h]
+        if self.activation:
+            gate_up, bias = self.linear_fc1(hidden_states)  # [s, b, 2 * f]
+            if bias is not None:
+                gate_up = gate_up + bias
+            output, bias = self.linear_fc2(self.activation(gate_up))  # [s, b, f] -> [s, b, h]
+        else:
+            output, bias = super().forward(hidden_states, per_token_scale, **kwargs)
+        return self.residual_output(output, bias)

@@ -49,7 +49,7 @@ def act_as_gpu() -> None:
     fused._kernels = None
     vars(weight_gradient)["adds_in_fp32"] = lambda dtype, device: True
     F.rms_norm = lambda x, shape, weight, eps: _RMSNorm.apply(x, weight)
-    F.scaled_dot_product_attention = _flash_attention
+    F.scaled_dot_product_attention = _attention
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -66,21 +66,26 @@ class _RMSNorm(torch.autograd.Function):
         return torch.empty_like(x), torch.empty_like(weight)
 
 
-def _flash_attention(
+def _attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     *,
-    attn_mask: None,
+    attn_mask: Tensor | None,
     is_causal: bool,
     scale: float,
     enable_gqa: bool,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """[b, np, s, hn], twice [b, ng, t, hn] -> [b, np, s, hn]; torch's kernel for half precision on CUDA."""
-    assert attn_mask is None
-    attend = aten._scaled_dot_product_flash_attention
-    return attend(query, key, value, dropout_p, is_causal, scale=scale)[0]
+    """[b, np, s, hn], twice [b, ng, t, hn] -> [b, np, s, hn]; torch's kernels for half precision on CUDA."""
+    if attn_mask is None:
+        attend = aten._scaled_dot_product_flash_attention
+        return attend(query, key, value, dropout_p, is_causal, scale=scale)[0]
+    shared = query.size(1) // key.size(1)
+    key, value = (t.repeat_interleave(shared, dim=1) for t in (key, value))
+    attend = aten._scaled_dot_product_efficient_attention
+    bias = attn_mask.expand(query.size(0), query.size(1), -1, -1)
+    return attend(query, key, value, bias, True, dropout_p, False, scale=scale)[0]
 
 
 @contextlib.contextmanager
@@ -146,10 +151,11 @@ class _Answers(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
-def counted_flops() -> FlopCounterMode:
+def counted_flops(window: int | None) -> FlopCounterMode:
     """torch's FLOP counter, with causal attention counted as half of the square, and twice that backward.
 
-    torch counts the whole square, and the scores that a flash kernel recomputes.
+    Attention with a mask is counted as that of ``window``. torch counts the whole square, and the scores that
+    a flash kernel recomputes.
     """
 
     def attention(query: torch.Size, key: torch.Size, *rest: Any, **options: Any) -> int:
@@ -159,12 +165,24 @@ def counted_flops() -> FlopCounterMode:
     def backward(grad: torch.Size, query: torch.Size, key: torch.Size, *rest: Any, **options: Any) -> int:
         return 2 * attention(query, key)
 
+    def windowed(query: torch.Size, key: torch.Size, *rest: Any, **options: Any) -> int:
+        batch, heads, length, width = query
+        seen = min((window or 0) + 1, length)
+        return 2 * batch * heads * width * (2 * length - seen) * seen
+
+    def windowed_backward(
+        grad: torch.Size, query: torch.Size, key: torch.Size, *rest: Any, **more: Any
+    ) -> int:
+        return 2 * windowed(query, key)
+
     def product(total: torch.Size, a: torch.Size, b: torch.Size, *rest: Any, **options: Any) -> int:
         return 2 * a[0] * a[1] * b[1]  # torch's own formula supports neither addmm_ nor out_dtype
 
     mapping = {
         aten._scaled_dot_product_flash_attention: attention,
         aten._scaled_dot_product_flash_attention_backward: backward,
+        aten._scaled_dot_product_efficient_attention: windowed,
+        aten._scaled_dot_product_efficient_attention_backward: windowed_backward,
         aten.addmm: product,
         aten.addmm_: product,
     }

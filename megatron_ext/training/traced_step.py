@@ -49,7 +49,8 @@ def _step(run: RunConfig, memory: fake.Memory) -> dict[str, Any]:
     optimizer = build_optimizer(optimizer_config(run), model)
     scheduler = build_scheduler(optimizer, run.schedule, run.optimizer)
     start, passes = memory.now, _BeforeUpdate(memory)
-    with fake.counted_flops() as counter:
+    window = run.model.window_size[0] if run.model.window_size else None
+    with fake.counted_flops(window) as counter:
         train_step(_iterators(run, len(model)), model, optimizer, scheduler, run, Callbacks([passes]))
     parameters = {
         f"{number}.{name}": parameter

@@ -122,6 +122,22 @@ OPTIONS = {
     "plain": {"series_activation_order": 0, "augmented_shortcuts": 0, "random_pi": False, "tied": False},
     "pi": {"random_pi": True, "tied": False},
     "pi-tied-qknorm": {"random_pi": True, "tied": True, "qk_layernorm": True},
+    "other-makers": {
+        "random_pi": True,
+        "tied": True,
+        "qk_layernorm": True,
+        "qk_layernorm_across_heads": True,
+        "norm_placement": "both",
+        "layernorm_zero_centered_gamma": True,
+        "no_rope_freq": [0, 0, 1, 0],
+        "window_size": (9, 0),
+        "window_attn_skip_freq": [1, 1, 0, 1],
+        "window_rotary_base": 500,
+        "softmax_scale": 0.2,
+        "embedding_multiplier": 4.0,
+        "residual_multiplier": 0.5,
+        "logits_scaling": 2.0,
+    },
 }
 
 

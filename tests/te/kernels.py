@@ -84,15 +84,15 @@ def generic_gemm(
 
 def rmsnorm_fwd(x, weight, eps, out, quantizer, out_dtype, sm_margin, zero_centered_gamma):
     """(y [rows, h], None, 1 / rms [rows])."""
-    assert out is None and quantizer is None and not zero_centered_gamma
+    assert out is None and quantizer is None
     rstd = torch.rsqrt(x.float().square().mean(-1) + eps)
-    y = x.float() * rstd[:, None] * weight.float()
+    y = x.float() * rstd[:, None] * (weight.float() + zero_centered_gamma)
     return y.to(_TORCH[DType(out_dtype)]), None, rstd
 
 
 def rmsnorm_bwd(dy, x, rstd, weight, sm_margin, zero_centered_gamma):
     """(dx [rows, h], dweight [h])."""
-    x_hat, g = x.float() * rstd[:, None], dy.float() * weight.float()
+    x_hat, g = x.float() * rstd[:, None], dy.float() * (weight.float() + zero_centered_gamma)
     dx = rstd[:, None] * (g - x_hat * (g * x_hat).mean(-1, keepdim=True))
     return dx.to(x.dtype), (dy.float() * x_hat).sum(0).to(weight.dtype)
 

@@ -29,6 +29,21 @@ def heads_are_divisible(run: RunConfig, typed: Typed) -> Problems:
         )
 
 
+def norms_across_heads_have_them(run: RunConfig, typed: Typed) -> Problems:
+    """A rank that shares a query group with others would count its keys more than once."""
+    parallel, groups = run.parallel.tensor_model_parallel_size, run.model.query_groups
+    if run.model.qk_layernorm and run.model.qk_layernorm_across_heads and groups < parallel:
+        yield (
+            f"--qk-layernorm-across-heads needs as many query groups ({groups}) as "
+            f"--tensor-model-parallel-size {parallel}, or more"
+        )
+
+
+def windows_see_the_sequence(run: RunConfig, typed: Typed) -> Problems:
+    if run.model.window_size is not None and run.parallel.context_parallel_size > 1:
+        yield "--window-size does not go with --context-parallel-size above 1, which divides the sequence"
+
+
 def widths_are_divisible(run: RunConfig, typed: Typed) -> Problems:
     parallel = run.parallel.tensor_model_parallel_size
     if run.model.ffn_hidden_size % parallel:
@@ -179,6 +194,8 @@ def recomputed_modules_exist(run: RunConfig, typed: Typed) -> Problems:
             "--recompute-modules layernorm discards the normed input that the augmented shortcut reads; "
             "use core_attn, mlp, or --recompute-granularity full"
         )
+    if "layernorm" in (run.recompute.recompute_modules or ()) and run.model.norm_placement == "output":
+        yield "--recompute-modules layernorm has no effect with --norm-placement output: no input is normed"
 
 
 def backend_suits_the_device(run: RunConfig, typed: Typed) -> Problems:
@@ -189,6 +206,8 @@ def backend_suits_the_device(run: RunConfig, typed: Typed) -> Problems:
 RULES = (
     world_is_divisible,
     heads_are_divisible,
+    norms_across_heads_have_them,
+    windows_see_the_sequence,
     widths_are_divisible,
     sequence_is_divisible,
     experts_are_not_supported,

@@ -32,6 +32,11 @@ def marks(made) -> dict:
     }
 
 
+OTHERS = (
+    "--qk-layernorm --qk-layernorm-across-heads --norm-placement both --apply-layernorm-1p --no-rope-freq 2 "
+    "--embedding-multiplier 2 --residual-multiplier 0.5 --logits-scaling 2 --softmax-scale 0.3"
+)
+WINDOW = "--window-size 5,0 --window-attn-skip-freq 2 --window-rotary-base 50"
 CASES = {
     "tp1": (Layout(), (), None),
     "tp1-plain": (Layout(), (), PLAIN),
@@ -47,6 +52,8 @@ CASES = {
         None,
     ),
     "pp2": (Layout(pp=2), (), None),
+    "tp2-other-makers": (Layout(tp=2), OTHERS.split(), None),
+    "tp1-window": (Layout(), WINDOW.split(), None),
 }  # fmt: skip
 
 

@@ -64,6 +64,7 @@ BROKEN = [
     ("--attention-backend local", 1, "switches every backend of Transformer Engine off"),
     ("--no-fp8-wgrad", 1, "--no-fp8-wgrad is known to Megatron-LM"),
     ("--context-parallel-size 2 --cp-comm-type p2p a2a", 2, "--cp-comm-type takes one value"),
+    ("--context-parallel-size 2 --window-size 9,0", 2, "--window-size does not go with --context-parallel"),
     (
         "--context-parallel-size 2 --cp-comm-type a2a --group-query-attention --num-query-groups 1",
         2,

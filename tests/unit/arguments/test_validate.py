@@ -46,6 +46,22 @@ BROKEN = [
     ),
     ("--group-query-attention --num-query-groups 3", 1, "--num-query-groups 3"),
     ("--num-query-groups 2", 1, "--num-query-groups cannot take effect: needs --group-query-attention"),
+    (
+        "--normalization RMSNorm --qk-layernorm --qk-layernorm-across-heads --group-query-attention "
+        "--num-query-groups 1 --tensor-model-parallel-size 2",
+        2,
+        "--qk-layernorm-across-heads needs as many query groups (1) as --tensor-model-parallel-size 2",
+    ),
+    ("--qk-layernorm-across-heads", 1, "cannot take effect: needs --qk-layernorm"),
+    ("--no-rope-freq 4", 1, "cannot take effect: needs --position-embedding-type rope"),
+    ("--window-attn-skip-freq 4", 1, "cannot take effect: needs --window-size"),
+    ("--window-size 8", 1, "--window-size 8: give LEFT,0"),
+    ("--window-size a,b", 1, "'a,b' is not LEFT,RIGHT, such as 511,0"),
+    (
+        "--norm-placement output --recompute-granularity selective --recompute-modules layernorm",
+        1,
+        "--recompute-modules layernorm has no effect with --norm-placement output",
+    ),
     ("--num-attention-heads 6", 1, "--hidden-size 64 is not divisible by --num-attention-heads 6"),
     ("--tensor-model-parallel-size 2 --ffn-hidden-size 33", 2, "--ffn-hidden-size 33 is not divisible"),
     ("--tensor-model-parallel-size 2 --sequence-parallel --seq-length 31", 2, "--seq-length 31"),

@@ -128,7 +128,8 @@ def test_no_listed_argument_is_a_path_or_free_text():
     needed = {*model_function.names(), *model_function.ALWAYS, *from_checkpoint.BESIDES}
     assert needed <= listed and not listed & set(FOREIGN)
     paths = {name for name in listed & set(options()) if options()[name].meta.get("metavar")}
-    assert paths <= {"tokenizer_model", "tokenizer_type", "rampup_batch_size"}
+    numbers = {"rampup_batch_size", "window_size", "window_attn_skip_freq", "no_rope_freq"}
+    assert paths <= {"tokenizer_model", "tokenizer_type"} | numbers
 
 
 WRONG = [
@@ -139,6 +140,8 @@ WRONG = [
     *(("normalization", value) for value in ("Evil", 3, ["RMSNorm"])),
     *(("tokenizer_model", value) for value in (["x"], "x\0y", "x" * 5000)),
     *(("tokenizer_type", value) for value in ("EvilTokenizer", b"NullTokenizer")),
+    *(("no_rope_freq", value) for value in ("[0,1]", [-1], [0] * 5000, [[0]], 1.5)),
+    *(("window_size", value) for value in ("9,0", 9, (9.5, 0), (0,) * 5000)),
     *(("params_dtype", value) for value in ("torch.float32", 1)),
 ]
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,14 @@ PI = (
     "--position-embedding-type rope --swiglu --normalization RMSNorm --disable-bias-linear "
     "--series-activation-order 2 --augmented-shortcuts 2 --augmented-shortcut-reduction 8"
 )
+#: What other makers' models have.
+OTHERS = {
+    "olmo2": "--position-embedding-type rope --swiglu --normalization RMSNorm --disable-bias-linear "
+    "--qk-layernorm --qk-layernorm-across-heads --norm-placement output",
+    "gemma3": "--position-embedding-type rope --geglu --normalization RMSNorm --disable-bias-linear "
+    "--kv-channels 32 --qk-layernorm --norm-placement both --apply-layernorm-1p --window-size 9,0 "
+    "--window-attn-skip-freq 2 --window-rotary-base 500 --embedding-multiplier 8",
+}
 PLAIN = "--num-layers 3 --hidden-size 64 --num-attention-heads 4 --max-position-embeddings 32"
 
 
@@ -59,6 +68,7 @@ def built_parameters(run, vocabulary: int) -> int:
         f"{PLAIN} --disable-bias-linear --add-qkv-bias --normalization RMSNorm --qk-layernorm --swiglu",
         f"{PLAIN} --group-query-attention --num-query-groups 2 --untie-embeddings-and-output-weights",
         f"{PLAIN} --position-embedding-type rope --kv-channels 32",
+        *(f"{PLAIN} {flags}" for flags in OTHERS.values()),
     ],
 )
 def test_parameters_equal_the_built_models(single_process, flags):
@@ -85,7 +95,7 @@ def test_embedding_shares():
     assert share["pangu-pi-1b-pro"] < 0.20
 
 
-@pytest.mark.parametrize("flags", [*VARIANTS.values(), PI], ids=[*VARIANTS, "pi"])
+@pytest.mark.parametrize("flags", [*VARIANTS.values(), PI, *OTHERS.values()], ids=[*VARIANTS, "pi", *OTHERS])
 def test_flops_are_those_that_torch_counts(single_process, monkeypatch, flags):
     monkeypatch.setattr(fused, "_kernels", None)  # torch counts its own operators only
     run = read_args([*STOCK.split(), *flags.split()], world_size=1, device="cpu")
@@ -95,8 +105,19 @@ def test_flops_are_those_that_torch_counts(single_process, monkeypatch, flags):
     ids = tokens()
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(ids, positions(ids), None, labels=ids.roll(-1, 1)).mean().backward()
-    masked = 6 * shape.num_layers * shape.query_width * length  # which plain attention multiplies too
+    hidden = sum(length - seen for seen in shape.keys_seen(length))
+    masked = 6 * 2 * shape.query_width * hidden  # which plain attention multiplies too
     assert counter.get_total_flops() == ids.numel() * (shape.flops_per_token(length) + masked)
+
+
+def test_keys_that_a_token_sees():
+    """Counted one by one, but for the half of its own that the diagonal of full attention leaves out."""
+    model = replace(preset("tiny"), num_layers=2, window_size=(9, 0), window_attn_skip_freq=(1, 0))
+    length = 64
+    one_by_one = sum(min(position + 1, 10) for position in range(length)) / length
+    windowed, full = model.keys_seen(length)
+    assert full == length / 2 and windowed == pytest.approx(one_by_one, abs=0.5)
+    assert model.keys_seen(6) == [3, 3], "a window wider than the sequence"
 
 
 class TestMemory:

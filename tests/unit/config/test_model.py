@@ -1,9 +1,11 @@
 """Values derived from a model's configuration, and invalid configurations."""
 
+import argparse
 import dataclasses
 
 import pytest
 
+from megatron_ext.config.layer_pattern import pattern
 from megatron_ext.config.model import ModelConfig, NoSuchModel
 from megatron_ext.config.presets import preset
 
@@ -44,3 +46,54 @@ def test_values_of_other_types():
     with pytest.raises(NoSuchModel) as error:
         ModelConfig(**vars(TINY) | {"num_layers": "8", "swiglu": 1, "normalization": "None"})
     assert len(error.value.problems) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("4", 4),
+        ("[0,0,0,1]", (0, 0, 0, 1)),
+        ("([0]*3+[1])*2", (0, 0, 0, 1, 0, 0, 0, 1)),
+        ("[1]+[0]*2", (1, 0, 0)),
+    ],
+)
+def test_patterns_of_layers(text, expected):
+    assert pattern(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "x", "[0", "[0]*[1]", "[[0]]", "[0]*99999", "2*3", "__import__('os')"])
+def test_patterns_that_are_none(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="is not a number, nor a list such as"):
+        pattern(text)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"no_rope_freq": (0, 1)}, "--no-rope-freq has 2 entries, but there are 8 layers"),
+        ({"no_rope_freq": 0}, "--no-rope-freq 0: must be at least 1"),
+        ({"no_rope_freq": (2,) * 8}, "its entries are 0 and 1"),
+        ({"window_size": (9,)}, "--window-size 9: give LEFT,0"),
+        ({"window_size": (-1, 0)}, "--window-size -1,0: give LEFT,0"),
+        ({"window_size": (9, 0), "window_attn_skip_freq": (1,)}, "--window-attn-skip-freq has 1 entries"),
+        ({"geglu": True}, "--swiglu and --geglu exclude each other"),
+        ({"softmax_scale": 0.0}, "--softmax-scale 0.0: must be above 0"),
+        ({"norm_placement": "post"}, "--norm-placement 'post': must be one of input, output, both"),
+        (
+            {"qk_layernorm": True, "qk_layernorm_across_heads": True, "normalization": "LayerNorm"},
+            "--qk-layernorm-across-heads is an RMSNorm",
+        ),
+    ],
+)
+def test_layers_of_no_model(changes, message):
+    with pytest.raises(NoSuchModel, match=message):
+        dataclasses.replace(TINY, **changes)
+
+
+def test_which_layers_have_what():
+    """Megatron-LM's numbers name the last of each group of layers, its lists every layer."""
+    model = dataclasses.replace(TINY, no_rope_freq=4, window_size=(9, 0), window_attn_skip_freq=3)
+    assert model.unrotated == (0, 0, 0, 1, 0, 0, 0, 1)
+    assert model.windowed == (1, 1, 0, 1, 1, 0, 1, 1)
+    assert dataclasses.replace(model, window_attn_skip_freq=None).windowed == (1,) * 8
+    assert TINY.unrotated == TINY.windowed == (0,) * 8

@@ -25,8 +25,11 @@ LLAMA = """--num-layers 2 --hidden-size 64 --ffn-hidden-size 96 --num-attention-
     --group-query-attention --num-query-groups 1 --max-position-embeddings 64 --position-embedding-type rope
     --rotary-base 500000 --rotary-percent 0.5 --rotary-seq-len-interpolation-factor 2 --use-rope-scaling
     --rope-scaling-factor 32 --swiglu --normalization RMSNorm --norm-epsilon 1e-6 --disable-bias-linear
-    --add-qkv-bias --qk-layernorm --untie-embeddings-and-output-weights --series-activation-order 2
-    --augmented-shortcuts 1 --augmented-shortcut-reduction 16"""
+    --add-qkv-bias --qk-layernorm --qk-layernorm-across-heads --norm-placement both --apply-layernorm-1p
+    --no-rope-freq 2 --window-size 9,0 --window-attn-skip-freq 2 --window-rotary-base 500 --softmax-scale 0.5
+    --embedding-multiplier 2 --residual-multiplier 0.5 --logits-scaling 3
+    --untie-embeddings-and-output-weights --series-activation-order 2 --augmented-shortcuts 1
+    --augmented-shortcut-reduction 16"""
 GPT = """--num-layers 2 --hidden-size 64 --num-attention-heads 4 --max-position-embeddings 64
     --position-embedding-type learned_absolute"""
 
@@ -63,6 +66,8 @@ def another(name: str, value):
         return not value
     if get_origin(kind) is Literal:
         return next(choice for choice in get_args(kind) if choice != value)
+    if isinstance(value, tuple):
+        return (value[0] * 2, *value[1:])
     return 3 if value is None else value * 2 or 1
 
 
@@ -98,17 +103,18 @@ def test_what_a_model_is_built_from_is_compared():
 
 def test_what_an_exchanged_model_cannot_say_has_one_value():
     """Each argument that defines the function is read, or other values of it are refused."""
-    plain = {"rotary_percent": 1.0, "rotary_seq_len_interpolation_factor": None, "qk_layernorm": False}
-    saved = read(LLAMA).flat() | plain | {"padded_vocab_size": 128}
+    saved = read(LLAMA).flat() | {"rotary_seq_len_interpolation_factor": None, "padded_vocab_size": 128}
     model, refused = llama.of_saved(saved, 100), set()
     for name in model_function.names():
         changed = saved | {name: another(name, saved[name])}
+        if name == "geglu":
+            changed |= {"swiglu": False, "series_activation_order": 0}
         try:
             assert llama.of_saved(changed, 100) != model, name
         except InterchangeError as error:
             assert f"only Llama-like models can be exchanged: {name} is" in str(error)
             refused.add(name)
-    assert refused == {*llama.LLAMA}
+    assert refused == {*llama.LLAMA, "swiglu"}
 
 
 #: Flags of Megatron-LM that matter only beside one of ALWAYS, or that change rounding or training alone.
@@ -118,7 +124,7 @@ OF_THOSE = {
     *("--dsa-indexer-n-heads", "--dsa-indexer-head-dim", "--dsa-indexer-topk", "--dsa-indexer-loss-coeff"),
     *("--dsa-indexer-use-sparse-loss", "--linear-conv-kernel-dim", "--linear-key-head-dim"),
     *("--linear-value-head-dim", "--linear-num-key-heads", "--linear-num-value-heads"),
-    *("--window-attn-skip-freq", "--qk-clip", "--qk-clip-alpha", "--qk-clip-threshold"),
+    *("--qk-clip", "--qk-clip-alpha", "--qk-clip-threshold"),
     *("--log-max-attention-logit", "--apply-query-key-layer-scaling", "--relative-attention-num-buckets"),
     *("--relative-attention-max-distance", "--encoder-num-layers", "--decoder-num-layers"),
     *("--encoder-seq-length", "--decoder-seq-length", "--use-te-activation-func", "--bert-no-binary-head"),
@@ -129,11 +135,11 @@ OF_THOSE = {
 
 
 def test_each_of_upstreams_other_architectures_is_noticed():
-    reasons = ("attention is causal", "the model is a pre-norm decoder")
+    reasons = ("attention is causal", "the model is a decoder of dense")
     flags = {flag for flag, reason in known_to_upstream().items() if reason.startswith(reasons)}
     watched = {"--" + name.replace("_", "-") for name in model_function.ALWAYS}
     assert flags - watched == OF_THOSE
-    assert watched - flags == {"--num-experts", "--layernorm-zero-centered-gamma", "--softmax-scale"}
+    assert watched - flags == {"--num-experts"}
 
 
 def test_what_the_command_line_leaves_open_is_taken(tmp_path, capsys):
@@ -223,9 +229,8 @@ def test_what_an_older_megatron_lm_does_not_say_is_its_default(tmp_path):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("apply_layernorm_1p", True),
         ("rotary_interleaved", True),
-        ("window_size", (128, 0)),
+        ("qk_l2_norm", True),
         ("num_experts", 8),
         ("rope_type", "yarn"),
         ("glu_linear_offset", 1.0),
@@ -241,3 +246,22 @@ def test_one_that_cannot_be_read_leaves_it_to_the_one_before(tmp_path):
     newest = checkpoint(tmp_path, read(LLAMA), 2) / "iter_0000002" / "common.pt"
     newest.write_bytes(newest.read_bytes()[:100])
     assert read(f"--load {tmp_path}").model.rotary_base == 500000
+
+
+@pytest.mark.parametrize(
+    ("told", "field", "value"),
+    [
+        ({"apply_layernorm_1p": True}, "layernorm_zero_centered_gamma", True),
+        ({"window_size": (128, 0), "window_attn_skip_freq": [1, 0]}, "windowed", (1, 0)),
+        ({"no_rope_freq": [0, 1]}, "unrotated", (0, 1)),
+        ({"no_rope_freq": 2}, "unrotated", (0, 1)),
+    ],
+)
+def test_upstreams_words_for_what_a_layer_has(tmp_path, told, field, value):
+    run = read(f"--load {checkpoint(tmp_path, Namespace(**vars(UPSTREAM) | told))}")
+    assert getattr(run.model, field) == value
+
+
+def test_a_pattern_and_its_list_are_the_same_model():
+    listed = read(LLAMA.replace("--no-rope-freq 2", "--no-rope-freq [0]+[1]*1"))
+    assert listed.model.no_rope_freq == (0, 1) and not differences(listed, read(LLAMA))

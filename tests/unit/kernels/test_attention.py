@@ -15,39 +15,52 @@ def angles(length: int, rotated: int) -> torch.Tensor | None:
     return torch.cat((half, half), -1) if rotated else None
 
 
-def value_and_gradient(function, qkv, heads_per_group, width, freqs, grad):
+def gains(width: int, dtype: torch.dtype) -> attention.Norms:
+    return attention.Norms(*(1 + 0.3 * torch.randn(2, width)).to(dtype), 1e-6)
+
+
+def value_and_gradient(function, qkv, heads_per_group, width, freqs, grad, norms=None, window=None):
     qkv = qkv.clone().requires_grad_()
-    out = function(qkv, heads_per_group, width, freqs, width**-0.5)
+    if norms is not None:
+        learned = [gain.to(qkv.dtype).clone().requires_grad_() for gain in norms[:2]]
+        norms = attention.Norms(*learned, norms.eps)
+    out = function(qkv, heads_per_group, width, freqs, width**-0.5, norms, window)
     out.backward(grad.to(out.dtype))
-    return out.detach().double(), qkv.grad.double()
+    return out.detach().double(), *(t.grad.double() for t in (qkv, *(norms or ())[:2]))
 
 
 @needs_kernels
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(
-    ("length", "batch", "groups", "heads", "width", "rotated"),
+    ("length", "batch", "groups", "heads", "width", "rotated", "normed", "window"),
     [
-        (1, 1, 1, 1, 16, 16),
-        (5, 2, 1, 1, 16, 0),
-        (64, 1, 2, 1, 32, 32),  # exactly one block
-        (130, 2, 2, 3, 64, 24),  # three blocks, grouped queries, part of a head rotated
-        (97, 1, 1, 2, 112, 112),  # a width that is no multiple of a panel
+        (1, 1, 1, 1, 16, 16, False, None),
+        (5, 2, 1, 1, 16, 0, False, None),
+        (64, 1, 2, 1, 32, 32, False, None),  # exactly one block
+        (130, 2, 2, 3, 64, 24, False, None),  # three blocks, grouped queries, part of a head rotated
+        (97, 1, 1, 2, 112, 112, False, None),  # a width that is no multiple of a panel
+        (130, 2, 2, 3, 64, 24, True, None),  # queries and keys normalized
+        (70, 2, 1, 2, 16, 0, True, 1),  # two keys are seen
+        (200, 1, 2, 2, 32, 32, False, 63),  # as many as a block
+        (230, 1, 1, 2, 48, 48, True, 70),  # a whole block is seen by some queries alone
+        (150, 1, 1, 1, 16, 16, False, 500),  # a window wider than the sequence
     ],
 )
-def test_equals_the_formula(isa, dtype, length, batch, groups, heads, width, rotated):
+def test_equals_the_formula(isa, dtype, length, batch, groups, heads, width, rotated, normed, window):
     torch.manual_seed(length)
     qkv = torch.randn(length, batch, groups, (heads + 2) * width).to(dtype)
     freqs, grad = angles(length, rotated), torch.randn(length, batch, groups * heads * width).to(dtype)
+    norms = gains(width, dtype) if normed else None
     before = fused._kernels.isa()
     fused._kernels.use_isa(isa)
     try:
-        found = value_and_gradient(attention.causal_attention, qkv, heads, width, freqs, grad)
+        found = value_and_gradient(attention.causal_attention, qkv, heads, width, freqs, grad, norms, window)
     finally:
         fused._kernels.use_isa(before)
     exact = value_and_gradient(
         attention.causal_attention_reference, qkv.double(), heads, width,
-        None if freqs is None else freqs.double(), grad,
+        None if freqs is None else freqs.double(), grad, norms, window,
     )  # fmt: skip
     tolerance = 2e-6 if dtype == torch.float32 else 1e-2
     for mine, theirs in zip(found, exact, strict=True):
@@ -71,7 +84,8 @@ def test_threads_change_no_bit():
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            found.append(value_and_gradient(attention.causal_attention, qkv, 2, 32, freqs, grad))
+            norms = attention.Norms(torch.ones(32), torch.ones(32), 1e-5)
+            found.append(value_and_gradient(attention.causal_attention, qkv, 2, 32, freqs, grad, norms, 99))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(one, three) for one, three in zip(*found, strict=True))
@@ -85,10 +99,28 @@ def test_shapes_that_do_not_fit_are_refused():
 
 
 @needs_kernels
-@pytest.mark.parametrize("groups", [2, 4], ids=["gqa", "mha"])
-def test_model_uses_it_and_stays_the_same(single_process, monkeypatch, groups):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_query_groups": 2},
+        {"num_query_groups": 4},
+        {"kv_channels": 32, "qk_layernorm": True},
+        {"qk_layernorm": True, "layernorm_zero_centered_gamma": True, "norm_placement": "both"},
+        {"qk_layernorm": True, "qk_layernorm_across_heads": True, "norm_placement": "output"},
+        {"no_rope_freq": [1, 0]},
+        {"window_size": (9, 0), "window_attn_skip_freq": [1, 0], "window_rotary_base": 500},
+        {
+            "softmax_scale": 0.5,
+            "residual_multiplier": 0.3,
+            "embedding_multiplier": 8.0,
+            "logits_scaling": 2.0,
+        },
+    ],
+    ids=["gqa", "mha", "wide heads", "1p", "across heads", "no rope", "window", "multipliers"],
+)
+def test_model_uses_it_and_stays_the_same(single_process, monkeypatch, changes):
     """The one pass against Megatron-Core's split, rotation and core attention, in a whole model."""
-    model, ids = small_model(small_config(num_query_groups=groups))[0], tokens()
+    model, ids = small_model(small_config(**changes))[0], tokens()
     calls = []
     kernel = attention.causal_attention
     monkeypatch.setattr(attention, "causal_attention", lambda *args: calls.append(args) or kernel(*args))

@@ -30,6 +30,10 @@ VARIANTS = {
     "norms of queries and keys": "--position-embedding-type rope --qk-layernorm --normalization RMSNorm",
     "one group of queries": "--group-query-attention --num-query-groups 1 --position-embedding-type rope",
     "wide heads": "--kv-channels 32 --position-embedding-type rope",
+    "a layer without rotation": "--position-embedding-type rope --no-rope-freq 2",
+    "a layer with a window": "--position-embedding-type rope --window-size 9,0 --window-attn-skip-freq [0,1]",
+    "another scale of scores": "--position-embedding-type rope --softmax-scale 0.5",
+    "gelu gate": "--position-embedding-type rope --geglu --disable-bias-linear",
 }
 
 

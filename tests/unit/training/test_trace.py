@@ -37,6 +37,13 @@ CASES = {
         f"{FULL} --micro-batch-size 1 --global-batch-size 512 --tensor-model-parallel-size 4 "
         "--pipeline-model-parallel-size 4 --decoder-last-pipeline-num-layers 5",
     ),
+    "norms-across-heads-and-windows": (
+        8,
+        True,
+        f"{COMMON} --model-preset olmo2-1b --vocab-size 100352 --micro-batch-size 2 --num-layers 6 "
+        "--norm-placement both --window-size 511,0 --window-attn-skip-freq 6 "
+        "--tensor-model-parallel-size 2 --sequence-parallel",
+    ),
     "6-layers-without-triton": (8, False, f"{PRO} --micro-batch-size 1 --num-layers 6"),
 }
 
