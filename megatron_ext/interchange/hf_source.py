@@ -34,7 +34,7 @@ class HuggingFaceSource(Source):
         config = read_object(path / "config.json")
         self._files = WeightFiles(path, allow_pickle)
         try:
-            architecture = architecture_named(str(config.get("model_type")))
+            architecture = architecture_named(str(config.get("model_type")), config.get("architectures"))
             self.model, self.dtype = read_model(config), self._files.dtype
         except InterchangeError as error:
             raise InterchangeError(f"{path / 'config.json'}: {error}") from None

@@ -30,6 +30,27 @@ MODELS = {
     "series and shortcut": toys.pi_model(),
     "series alone, tied, biases": toys.pi_model(augmented_shortcuts=0, tied=True, add_qkv_bias=True),
     "shortcut alone, every head its own group": toys.pi_model(series_activation_order=0, num_query_groups=4),
+    "qwen3 with both": toys.pi_model(qk_layernorm=True, kv_channels=32),
+    "olmo2 with both": toys.pi_model(
+        qk_layernorm=True, qk_layernorm_across_heads=True, norm_placement="output", no_rope_freq=(0, 1)
+    ),
+    "phi3 and granite with both": toys.pi_model(
+        rotary_percent=0.5,
+        softmax_scale=0.3,
+        embedding_multiplier=3.0,
+        residual_multiplier=0.5,
+        logits_scaling=4.0,
+    ),
+    "gemma3 with shortcuts": toys.pi_model(
+        series_activation_order=0,
+        geglu=True,
+        qk_layernorm=True,
+        norm_placement="both",
+        layernorm_zero_centered_gamma=True,
+        window_size=(9, 0),
+        window_attn_skip_freq=(1, 0),
+        window_rotary_base=100,
+    ),
 }
 
 

@@ -329,7 +329,7 @@ def test_tokenizer_larger_than_the_model(theirs, exported):
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        ({"qk_layernorm": True}, "only Llama-like models can be exchanged: qk_layernorm is True, not False"),
+        ({"quick_geglu": True}, "only Llama-like models can be exchanged: quick_geglu is True, not False"),
         ({"augmented_shortcut_reduction": 2**40}, "--augmented-shortcut-reduction .*no model is as large"),
         ({"rotary_base": None}, "nothing says rotary_base"),
     ],

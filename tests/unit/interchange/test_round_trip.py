@@ -18,7 +18,14 @@ from megatron_ext.models.config import transformer_config
 from tests.helpers.parallel import Layout
 
 toys = pytest.importorskip("tests.unit.interchange.toys", reason="needs transformers")
-LAYOUTS = [Layout(), Layout(tp=2), Layout(pp=2), Layout(tp=2, pp=2)]
+#: With sequence parallelism or without.
+LAYOUTS = {
+    "one": (Layout(), False),
+    "tp2": (Layout(tp=2), False),
+    "tp2-sequence-parallel": (Layout(tp=2), True),
+    "pp2": (Layout(pp=2), False),
+    "tp2-pp2": (Layout(tp=2, pp=2), False),
+}
 IDS = torch.randint(0, 300, (2, 32), generator=torch.Generator().manual_seed(0))
 
 
@@ -36,15 +43,18 @@ def imported(tmp_path_factory) -> Path:
     return base
 
 
-def through(layout: Layout, base: Path, out: Path) -> dict[str, torch.Tensor | None]:
+def through(layout: Layout, sequence: bool, base: Path, out: Path) -> dict[str, torch.Tensor | None]:
     """Load every toy at this layout, compute its logits, save it again from here; one rank's part."""
-    return {name: _through_one(layout, base / name / "ours", out / name) for name in (*toys.TOYS, "pi")}
+    return {
+        name: _through_one(layout, sequence, base / name / "ours", out / name) for name in (*toys.TOYS, "pi")
+    }
 
 
 @torch.no_grad()
-def _through_one(layout: Layout, load: Path, save: Path) -> torch.Tensor | None:
+def _through_one(layout: Layout, sequence: bool, load: Path, save: Path) -> torch.Tensor | None:
     run = arguments(read_checkpoint_args(load), load)
     run.parallel.tensor_model_parallel_size, run.parallel.pipeline_model_parallel_size = layout.tp, layout.pp
+    run.parallel.sequence_parallel = sequence
     model = build_model(transformer_config(run), run)
     assert load_checkpoint(load, model=model, run=run) is not None
     save_checkpoint(save, 7, model=model, optimizer=None, scheduler=None, run_state={}, run=run)
@@ -66,9 +76,10 @@ def _logits(model) -> torch.Tensor | None:
     return None
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_through_a_layout_and_back(pool, imported, tmp_path, layout):
-    ranks = pool.run(layout, through, layout, imported, tmp_path, timeout=240)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_through_a_layout_and_back(pool, imported, tmp_path, name):
+    layout, sequence = LAYOUTS[name]
+    ranks = pool.run(layout, through, layout, sequence, imported, tmp_path, timeout=240)
     for name in (*toys.TOYS, "pi"):
         with torch.no_grad():
             expected = in_transformers(imported, name)(IDS).logits

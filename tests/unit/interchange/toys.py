@@ -1,5 +1,6 @@
 """Toy models of other makers, written as their folders; and one of ours."""
 
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -23,6 +24,39 @@ TOYS = {
     "qwen2": ("qwen2", 2, True),
     "mistral": ("mistral", 2, False),
     "internlm2": ("internlm2", 2, False),
+    "qwen3": ("qwen3", 2, False),
+    "qwen3-tied": ("qwen3", 4, True),
+    "smollm3": ("smollm3", 2, True),
+    "olmo2": ("olmo2", 2, False),
+    "phi3": ("phi3", 2, False),
+    "granite": ("granite", 2, True),
+    "gemma3": ("gemma3_text", 2, True),
+}
+#: maker -> what sets its toys apart, in its own words.
+OWN = {
+    "qwen3": {"head_dim": 32},
+    "smollm3": {"no_rope_layer_interval": 2, "pad_token_id": None},
+    "phi3": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.5},
+        "sliding_window": 9,
+        "pad_token_id": None,
+    },
+    "granite": {
+        "embedding_multiplier": 12.0,
+        "residual_multiplier": 0.22,
+        "logits_scaling": 8.0,
+        "attention_multiplier": 0.1,
+    },
+    "gemma3_text": {
+        "head_dim": 32,
+        "query_pre_attn_scalar": 24,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 5000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+    },
 }
 
 
@@ -44,12 +78,13 @@ def model(maker: str, groups: int, tied: bool, **changes):
         rms_norm_eps=1e-5,
         tie_word_embeddings=tied,
     )
+    settings |= OWN.get(maker, {})
     config = transformers.AutoConfig.for_model(maker, **settings | changes)
     built = transformers.AutoModelForCausalLM.from_config(config).eval()
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in built.named_parameters():
-            mean = 1.0 if "norm" in name else 0.0
+            mean = 1.0 if "norm" in name and maker != "gemma3_text" else 0.0  # whose gains are 1 + weight
             parameter.copy_(mean + 0.1 * torch.randn(parameter.shape, generator=generator))
     return built
 
@@ -160,4 +195,6 @@ def random_entry(rng: random.Random) -> tuple[ModelConfig, Entry]:
         ffn_hidden_size=rng.randint(1, 40),
         add_qkv_bias=True,
     )
-    return model, rng.choice(list(ARCHITECTURES["pangu_pi"].entries_of(model)))
+    plain = dataclasses.replace(model, series_activation_order=0, augmented_shortcuts=0, add_qkv_bias=False)
+    kind, model = rng.choice((("pangu_pi", model), ("phi3", plain)))
+    return model, rng.choice(list(ARCHITECTURES[kind].entries_of(model)))
