@@ -23,6 +23,8 @@ class Axis(Enum):
     """Rows of linear_qkv: per query group its query heads, its key, its value, hn channels each."""
     HEADS = "groups of heads"
     """Columns of linear_proj: the query heads, those of a group side by side."""
+    QUERY_GAIN, KEY_GAIN = "groups of queries", "groups of keys"
+    """Gains of the norms of queries and keys, per head (kept whole) or across heads."""
     GATE_UP = "ffn twice"
     """Rows of linear_fc1: all gates, then all ups."""
     FFN = "ffn"
@@ -39,14 +41,18 @@ AXES: dict[str, tuple[Axis, ...]] = {
     "self_attention.linear_qkv.layer_norm_weight": (Axis.HIDDEN,),
     "self_attention.linear_qkv.weight": (Axis.QKV, Axis.HIDDEN),
     "self_attention.linear_qkv.bias": (Axis.QKV,),
+    "self_attention.q_layernorm.weight": (Axis.QUERY_GAIN,),
+    "self_attention.k_layernorm.weight": (Axis.KEY_GAIN,),
     "self_attention.linear_proj.weight": (Axis.HIDDEN, Axis.HEADS),
     "self_attention.augmented_shortcut.down": (Axis.BOTTLENECK, Axis.HIDDEN),
     "self_attention.augmented_shortcut.up": (Axis.HIDDEN, Axis.BOTTLENECK),
+    "self_attention.residual_output.norm.weight": (Axis.HIDDEN,),
     "mlp.linear_fc1.layer_norm_weight": (Axis.HIDDEN,),
     "mlp.linear_fc1.weight": (Axis.GATE_UP, Axis.HIDDEN),
     "mlp.series_activation.scale": (Axis.TERM, Axis.FFN),
     "mlp.series_activation.bias": (Axis.TERM, Axis.FFN),
     "mlp.linear_fc2.weight": (Axis.HIDDEN, Axis.FFN),
+    "mlp.residual_output.norm.weight": (Axis.HIDDEN,),
 }
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
@@ -72,12 +78,15 @@ def axes_of(key: str) -> tuple[Axis, ...]:
 
 
 def _entries_a_group(axis: Axis, source: ModelConfig) -> int:
-    return (source.heads_per_group + (2 if axis is Axis.QKV else 0)) * source.kv_channels
+    heads = {Axis.QKV: source.heads_per_group + 2, Axis.KEY_GAIN: 1}.get(axis, source.heads_per_group)
+    return heads * source.kv_channels
 
 
 def entries(axis: Axis, units: Tensor, source: ModelConfig) -> Tensor:
     """The entries of an axis of ``source`` that belong to ``units``; both int64."""
-    if axis in (Axis.QKV, Axis.HEADS):
+    if axis in (Axis.QUERY_GAIN, Axis.KEY_GAIN) and not source.qk_layernorm_across_heads:
+        return torch.arange(source.kv_channels)
+    if axis in (Axis.QKV, Axis.HEADS, Axis.QUERY_GAIN, Axis.KEY_GAIN):
         size = _entries_a_group(axis, source)
         return (units[:, None] * size + torch.arange(size)).flatten()
     if axis is Axis.GATE_UP:

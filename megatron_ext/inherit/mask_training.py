@@ -137,7 +137,7 @@ def train(
     """
     masks = Masks(**state.logits)
     before = selection_of(state, counts)
-    with attached(model, masks, hidden_kept=counts["hidden"]):
+    with attached(model, masks, counts["hidden"], counts["groups"]):
         for microbatches in steps(state.step):
             if state.step >= training.steps or state.unchanged >= training.patience:
                 return

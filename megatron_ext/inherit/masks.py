@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core.transformer.identity_op import IdentityOp
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.inherit.selection import Selection
+from megatron_ext.models.norm import HeadsNorm
 
 
 @dataclass
@@ -51,14 +53,18 @@ class Masks:
 
 
 @contextmanager
-def attached(model: nn.Module, masks: Masks, hidden_kept: int | None = None) -> Iterator[None]:
+def attached(
+    model: nn.Module, masks: Masks, hidden_kept: int | None = None, groups_kept: int | None = None
+) -> Iterator[None]:
     """Apply ``masks`` to ``model`` (a GPTModel at tensor and pipeline size 1) inside the context.
 
     The residual stream is masked where it is written: after the embedding, the attention (with its
-    shortcuts) and the MLP. A query group is masked before linear_proj, an FFN channel before linear_fc2.
+    shortcuts) and the MLP, for these before their output norm if they have one. A query group is masked
+    before linear_proj, and before a norm across heads; an FFN channel before linear_fc2.
     ``hidden_kept`` is the number k of hidden channels of the slice: RMSNorm then divides by the mean
     square over k channels instead of all h, that is x / sqrt(sum(x^2) / k + eps). As sum(x^2) / k is
-    mean(x^2) * h / k, this is done by scaling the gain by sqrt(k / h) and eps by k / h.
+    mean(x^2) * h / k, this is done by scaling the gain by sqrt(k / h) and eps by k / h. ``groups_kept`` is
+    the same for the query groups of a norm across heads.
     """
     with ExitStack() as stack:
 
@@ -69,41 +75,67 @@ def attached(model: nn.Module, masks: Masks, hidden_kept: int | None = None) -> 
         for index, layer in enumerate(model.decoder.layers):
             _hook_layer(hook, index, layer, masks)
         if hidden_kept is not None:
-            stack.enter_context(_narrower_norms(model, hidden_kept))
+            stack.enter_context(_narrower(_norms_of_hidden(model), hidden_kept / masks.hidden.numel()))
+        if groups_kept is not None:
+            stack.enter_context(_narrower(_norms_of_heads(model), groups_kept / masks.groups.size(-1)))
         yield
 
 
 def _hook_layer(hook: Callable[[RemovableHandle], None], index: int, layer: nn.Module, masks: Masks) -> None:
     """Mask one layer's groups and FFN channels at the input of a matmul, and the layer's outputs."""
 
-    def written(_: nn.Module, __: Any, output: Any) -> Any:
+    def written(block: nn.Module, _: Any, output: Any) -> Any:
         value, bias = output
-        return value * (masks.hidden * masks.layers[index]).to(value), bias
+        normed = block.residual_output.norm is not None  # its input was masked
+        mask = masks.layers[index] if normed else masks.hidden * masks.layers[index]
+        return value * mask.to(value), bias
+
+    def before_norm(_: nn.Module, inputs: Any) -> Any:
+        return (inputs[0] * masks.hidden.to(inputs[0]),)
 
     def groups(_: nn.Module, inputs: Any) -> Any:
         mask = masks.groups[index].to(inputs[0])
         return inputs[0] * mask.repeat_interleave(inputs[0].size(-1) // mask.numel()), *inputs[1:]
+
+    def heads(_: nn.Module, inputs: Any) -> Any:
+        mask = masks.groups[index].to(inputs[0])
+        return (inputs[0] * mask.repeat_interleave(inputs[0].size(-2) // mask.numel())[:, None],)
 
     def ffn(_: nn.Module, inputs: Any) -> Any:
         return inputs[0] * masks.ffn[index].to(inputs[0]), *inputs[1:]
 
     hook(layer.self_attention.linear_proj.register_forward_pre_hook(groups))
     hook(layer.mlp.linear_fc2.register_forward_pre_hook(ffn))
-    hook(layer.self_attention.register_forward_hook(written))
-    hook(layer.mlp.register_forward_hook(written))
+    for block in (layer.self_attention, layer.mlp):
+        hook(block.register_forward_hook(written))
+        if block.residual_output.norm is not None:
+            hook(block.residual_output.norm.register_forward_pre_hook(before_norm))
+    for norm in (layer.self_attention.q_layernorm, layer.self_attention.k_layernorm):
+        if isinstance(norm, HeadsNorm):
+            hook(norm.register_forward_pre_hook(heads))
+
+
+def _norms_of_hidden(model: nn.Module) -> list[nn.Module]:
+    """The norms over hidden channels."""
+    found = [model.decoder.final_layernorm]
+    for layer in model.decoder.layers:
+        outputs = (layer.self_attention.residual_output.norm, layer.mlp.residual_output.norm)
+        found += [layer.input_layernorm, layer.pre_mlp_layernorm, *outputs]
+    return [norm for norm in found if norm is not None and not isinstance(norm, IdentityOp)]
+
+
+def _norms_of_heads(model: nn.Module) -> list[nn.Module]:
+    return [norm for norm in model.modules() if isinstance(norm, HeadsNorm)]
 
 
 @contextmanager
-def _narrower_norms(model: nn.Module, kept: int) -> Iterator[None]:
-    norms = [model.decoder.final_layernorm]
-    norms += [
-        norm for layer in model.decoder.layers for norm in (layer.input_layernorm, layer.pre_mlp_layernorm)
-    ]
+def _narrower(norms: list[Any], share: float) -> Iterator[None]:
+    """Let norms divide by the mean square over a ``share`` of their channels; the others are 0."""
     before = [(norm.weight.detach().clone(), norm.eps) for norm in norms]
-    share = kept / before[0][0].numel()
     with torch.no_grad():
         for norm in norms:
-            norm.weight.mul_(share**0.5)
+            besides = float(norm.zero_centered_gamma)  # the weight, in the gain
+            norm.weight.copy_((norm.weight + besides) * share**0.5 - besides)
             norm.eps *= share
     try:
         yield

@@ -12,6 +12,7 @@ from megatron_ext.common.files import write_aside, write_json
 from megatron_ext.common.progress import Progress
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.inherit.selection import Selection
+from megatron_ext.interchange.llama import beyond_plain
 
 
 def progress(what: str, total: int | None) -> Progress:
@@ -40,6 +41,7 @@ def facts(model: ModelConfig, dtype: torch.dtype) -> dict[str, object]:
         "augmented_shortcuts": model.augmented_shortcuts,
         "augmented_shortcut_reduction": model.augmented_shortcut_reduction,
         "dtype": str(dtype),
+        **beyond_plain(model),
     }
 
 

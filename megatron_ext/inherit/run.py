@@ -17,7 +17,7 @@ from megatron_ext.inherit.options import InheritOptions
 from megatron_ext.inherit.select import SelectionResult, select
 from megatron_ext.inherit.selection import Selection
 from megatron_ext.inherit.slicing import cut, grown, source_key
-from megatron_ext.inherit.target import InheritanceError, target_model
+from megatron_ext.inherit.target import InheritanceError, of_layers, target_model
 from megatron_ext.inherit.vocabulary import Rows, match_tokenizers
 from megatron_ext.interchange import tokenizer_files
 from megatron_ext.interchange.open import open_source
@@ -55,6 +55,7 @@ def inherit(options: InheritOptions) -> dict[str, Any]:
     target = target_model(options, source.model, vocab_size)
     calibration = _calibration(options, source, files, rows)
     result = select(options, source, target, calibration)
+    target = of_layers(target, source.model, result.selection.layers.tolist())
     _write(options, source, target, files, rows, result.selection)
     losses = {}
     if calibration is not None:

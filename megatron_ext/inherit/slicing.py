@@ -13,6 +13,8 @@ from megatron_ext.inherit.vocabulary import Rows
 _UNITS = {
     Axis.QKV: "groups",
     Axis.HEADS: "groups",
+    Axis.QUERY_GAIN: "groups",
+    Axis.KEY_GAIN: "groups",
     Axis.GATE_UP: "ffn",
     Axis.FFN: "ffn",
     Axis.BOTTLENECK: "bottleneck",

@@ -34,14 +34,32 @@ def target_model(options: InheritOptions, source: ModelConfig, vocab_size: int) 
         wanted["num_attention_heads"] = groups * share
     if problems := list(_problems(source, wanted)):
         raise InheritanceError(problems)
-    wanted |= {"softmax_vocab_size": vocab_size, "padded_vocab_size": padded(vocab_size)}
+    wanted |= _ONE_KIND_OF_LAYER | {"softmax_vocab_size": vocab_size, "padded_vocab_size": padded(vocab_size)}
     try:
         return dataclasses.replace(source, **wanted)
     except NoSuchModel as error:
         raise InheritanceError([_in_flags_of_the_tool(problem) for problem in error.problems]) from error
 
 
-#: The target's fields taken from a preset; position embedding and the norm's epsilon stay the source's.
+#: Properties of single layers are inherited once it is known which layers are kept.
+_ONE_KIND_OF_LAYER: dict[str, Any] = {"no_rope_freq": None, "window_attn_skip_freq": None}
+
+
+def of_layers(target: ModelConfig, source: ModelConfig, layers: list[int]) -> ModelConfig:
+    """The target with the given layers of the source, which keep their rotary embedding and their window."""
+    unrotated, windowed = (
+        tuple(kind[layer] for layer in layers) for kind in (source.unrotated, source.windowed)
+    )
+    changes: dict[str, Any] = {
+        "no_rope_freq": unrotated if any(unrotated) else None,
+        "window_attn_skip_freq": windowed if any(windowed) and not all(windowed) else None,
+    }
+    if not any(windowed):
+        changes |= {"window_size": None, "window_rotary_base": None}
+    return dataclasses.replace(target, **changes)
+
+
+#: The target's fields taken from a preset; position embedding, norms and their epsilon stay the source's.
 _OF_A_PRESET = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels"),
     *("untie_embeddings_and_output_weights", "series_activation_order"),

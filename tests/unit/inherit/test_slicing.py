@@ -11,10 +11,27 @@ from torch import nn
 from megatron_ext.inherit.masks import Masks, attached
 from megatron_ext.inherit.selection import Selection
 from megatron_ext.inherit.slicing import grown
+from megatron_ext.inherit.target import of_layers
 from megatron_ext.inherit.vocabulary import Rows
 from tests.unit.inherit import toy
 
 pytestmark = pytest.mark.usefixtures("single_process")
+
+
+def others(draw: random.Random, layers: int) -> dict:
+    """What other makers' layers have, at random."""
+    window = draw.choice((None, (4, 0)))
+    return {
+        "qk_layernorm": draw.choice((True, False)),
+        "qk_layernorm_across_heads": draw.choice((True, False)),
+        "norm_placement": draw.choice(("input", "output", "both")),
+        "layernorm_zero_centered_gamma": draw.choice((True, False)),
+        "no_rope_freq": tuple(draw.randint(0, 1) for _ in range(layers)),
+        "window_size": window,
+        "window_attn_skip_freq": window and tuple(draw.randint(0, 1) for _ in range(layers)),
+        "embedding_multiplier": draw.choice((1.0, 3.0)),
+        "residual_multiplier": draw.choice((1.0, 0.5)),
+    }
 
 
 def random_models(seed: int):
@@ -35,11 +52,14 @@ def random_models(seed: int):
         series_activation_order=2 * pi,
         augmented_shortcuts=shortcuts,
         augmented_shortcut_reduction=reduction,
+        **others(draw, layers),
     )
     fewer = draw.randint(1, groups)
     target = dataclasses.replace(
         source,
         num_layers=draw.randint(1, layers),
+        no_rope_freq=None,
+        window_attn_skip_freq=None,
         hidden_size=reduction * draw.randint(3, source.hidden_size // reduction),
         ffn_hidden_size=draw.randint(8, source.ffn_hidden_size),
         num_attention_heads=fewer * per_group,
@@ -48,10 +68,11 @@ def random_models(seed: int):
     return source, target
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(14))
 def test_sliced_equals_masked(seed):
     source, target = random_models(seed)
     selection = toy.random_selection(source, target, seed)
+    target = of_layers(target, source, selection.layers.tolist())
     full = toy.model(source, seed)
     keep = np.random.default_rng(seed).permutation(source.vocab_size)  # also in another order
     small = toy.sliced(full, source, target, selection, Rows.of([[i] for i in keep]))
@@ -59,7 +80,8 @@ def test_sliced_equals_masked(seed):
     ids = torch.randint(0, source.vocab_size, (2, 17), generator=torch.Generator().manual_seed(seed))
     before = toy.logits(full, torch.from_numpy(keep)[ids])
     drop_bottleneck(full, selection)
-    with attached(full, Masks.of(selection, source), hidden_kept=target.hidden_size):
+    kept = {"hidden_kept": target.hidden_size, "groups_kept": target.query_groups}
+    with attached(full, Masks.of(selection, source), **kept):
         masked = toy.logits(full, torch.from_numpy(keep)[ids])
     torch.testing.assert_close(toy.logits(small, ids), masked[..., keep], atol=1e-5, rtol=1e-5)
     if source != target:
