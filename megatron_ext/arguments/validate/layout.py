@@ -186,13 +186,11 @@ def backend_suits_the_device(run: RunConfig, typed: Typed) -> Problems:
         yield "--distributed-backend nccl needs GPUs; leave the flag out, or use gloo"
 
 
+RULES_OF_DIVISION = (world_is_divisible, heads_are_divisible, widths_are_divisible, layers_are_divisible)
 RULES = (
-    world_is_divisible,
-    heads_are_divisible,
-    widths_are_divisible,
+    *RULES_OF_DIVISION,
     sequence_is_divisible,
     experts_are_not_supported,
-    layers_are_divisible,
     virtual_stages_are_divisible,
     interleaving_has_a_pipeline,
     overlap_has_what_it_needs,
