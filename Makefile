@@ -21,7 +21,7 @@ test:
 # Minutes of work that CI leaves out: every document of the corpus, twenty kills, a gigabyte.
 test-long: setup
 	LONG_TESTS=1 $(BIN)/python -m pytest -s tests/unit/preprocess/test_preprocess_long.py tests/unit/tokenizer/test_encoder.py \
-		tests/unit/inherit/test_memory.py tests/functional/test_examples.py
+		tests/unit/inherit/test_memory.py tests/functional/test_examples.py tests/functional/test_evaluate.py
 
 test-gpu: setup
 	bash tests/gpu/run.sh

@@ -74,6 +74,8 @@ def read_run(path: Path) -> tuple[Records, Records]:
         for number, line in enumerate(file, 1):
             try:
                 record = json.loads(line)
+                if record.get("split") == "tasks":  # scores of --eval-tasks, which are no losses
+                    continue
                 kind, wanted = (validation, VALIDATION) if record.get("split") else (training, TRAINING)
                 if type(record["iteration"]) is not int or not all(_is_number(record[n]) for n in wanted):
                     raise ValueError

@@ -77,7 +77,7 @@ install_packages() {
   install_torch
   # The extensions first, in place: the editable install then finds them built.
   build_extensions
-  pip install --no-build-isolation --editable '.[plots,logs,data,fast-tokenizers,dev]'
+  pip install --no-build-isolation --editable '.[plots,logs,data,fast-tokenizers,eval,dev]'
 }
 
 build_extensions() {

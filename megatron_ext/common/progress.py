@@ -60,6 +60,12 @@ class Progress:
         elif not self.quiet:
             print(text, file=sys.stderr, flush=True)
 
+    def expect(self, count: int) -> None:
+        """There are ``count`` more to do than was known."""
+        self.total = (self.total or 0) + count
+        if self.bar is not None:
+            self.bar.total = self.total
+
     def add(self, count: int = 1, text: str = "") -> None:
         """Count ``count`` more; ``text`` is shown next to the numbers."""
         self.done += count

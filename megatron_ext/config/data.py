@@ -4,7 +4,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_ext.common.flags import derived, flag
-from megatron_ext.config.needs import A_MODEL_FILE, DATA, GOES_ON, HUGGING_FACE, RECORDING, ROUND, SPLIT
+from megatron_ext.config.needs import (
+    A_MODEL_FILE,
+    DATA,
+    EVAL_TASKS,
+    GOES_ON,
+    HUGGING_FACE,
+    RECORDING,
+    ROUND,
+    SPLIT,
+)
 
 BLEND: dict[str, Any] = {"nargs": "*", "metavar": "[WEIGHT] PREFIX", "type": str}
 
@@ -158,6 +167,19 @@ class ValidationConfig:
 
     full_validation: bool = False
     """Validate on the whole validation set each time."""
+
+    eval_tasks: list[str] | None = flag(None, metavar="NAME")
+    """Benchmarks to score before the first step, while training and at the end: cmmlu mmlu agieval piqa
+    eprstmt c3, each by its cloze accuracy and the bits per byte of its right answers."""
+
+    eval_tasks_interval: int | None = flag(None, minimum=1, needs=[EVAL_TASKS])
+    """Iterations between two scorings of --eval-tasks."""
+
+    eval_tasks_limit: int | None = flag(None, minimum=1, needs=[EVAL_TASKS])
+    """Score so many questions of each, taken from all subjects in turn; all without it."""
+
+    eval_tasks_data_dir: str | None = flag(None, metavar="DIR", needs=[EVAL_TASKS])
+    """The folder with the benchmarks' files, as docs/evaluation.md lays them out."""
 
 
 @dataclass(kw_only=True)

@@ -48,6 +48,7 @@ SAVE_SHARDED = Need(
     "--save and --use-distributed-optimizer",
     lambda run: run.checkpoint.save and run.parallel.use_distributed_optimizer,
 )
+EVAL_TASKS = Need("--eval-tasks", lambda run: run.validation.eval_tasks)
 LOAD = Need("--load", lambda run: run.checkpoint.load)
 GOES_ON = Need(
     "--load, without --finetune, --skip-train and --round-index",

@@ -22,16 +22,18 @@ def load_for_inference(
     iteration: int | None = None,
     tokenizer_model: str | None = None,
     trust_remote_code: bool = False,
+    layout: tuple[int, int] | None = None,
     **overrides: Any,
 ) -> tuple[PanguModel, Tokenizer, RunConfig]:
     """Build the model that the checkpoint in ``load`` describes and load its weights.
 
-    All processes of the job are used for tensor parallelism, as a checkpoint can be loaded at any layout.
+    A checkpoint can be loaded at any layout. ``layout`` is (tensor, pipeline) parallel sizes, and the other
+    processes are data parallel; by default all processes are used for tensor parallelism.
     ``tokenizer_model`` is a file or folder to use instead of the tokenizer that the checkpoint names; its
     type is detected. ``trust_remote_code`` lets a Hugging Face folder run its code. ``overrides`` replace
     arguments of the checkpoint.
 
-    Returns (model, tokenizer, configuration).
+    Returns (this stage of the model, tokenizer, configuration, whose ``ckpt_step`` is the iteration loaded).
 
     Raises:
         ValueError: the checkpoint does not describe its model, or the tokenizer cannot be used.
@@ -41,7 +43,7 @@ def load_for_inference(
     saved = read_checkpoint_args(load, iteration)
     if saved is None:
         raise FileNotFoundError(f"--load {load}: no checkpoint found")
-    run = arguments(saved, load, iteration)
+    run = arguments(saved, load, iteration, layout)
     run.tokenizer.trust_remote_code = trust_remote_code
     run = run.but(**overrides)
     bare = run.tokenizer.tokenizer_type in (None, "NullTokenizer")
@@ -57,12 +59,19 @@ def load_for_inference(
     if tokenizer_model and bare:
         run.tokenizer.tokenizer_sha256 = None  # the checkpoint does not identify its tokenizer
     model = build_model(transformer_config(run), run)
-    if load_checkpoint(load, model=model, run=run, iteration=iteration) is None:
+    loaded = load_checkpoint(load, model=model, run=run, iteration=iteration)
+    if loaded is None:
         raise FileNotFoundError(f"--load {load}: no checkpoint found")
+    run.checkpoint.ckpt_step = loaded.iteration
     return model[0].eval(), tokenizer, run
 
 
-def arguments(saved: Saved, load: str | Path, iteration: int | None = None) -> RunConfig:
+def arguments(
+    saved: Saved,
+    load: str | Path,
+    iteration: int | None = None,
+    layout: tuple[int, int] | None = None,
+) -> RunConfig:
     """The trainer's defaults with a checkpoint's model and tokenizer, for this job and machine.
 
     Raises ValueError, naming the missing or wrong arguments, if ``saved`` does not describe a model.
@@ -72,11 +81,12 @@ def arguments(saved: Saved, load: str | Path, iteration: int | None = None) -> R
     run = RunConfig.of(values)
     defaults.from_environment(run.process, None)
     problems = defaults.device(run, None)
-    run.parallel.tensor_model_parallel_size = run.process.world_size
-    run.training.micro_batch_size = run.training.global_batch_size = 1
+    tensor, pipeline = layout or (run.process.world_size, 1)
+    run.parallel.tensor_model_parallel_size, run.parallel.pipeline_model_parallel_size = tensor, pipeline
+    run.training.micro_batch_size = 1
     run.checkpoint.load, run.checkpoint.ckpt_step = str(load), iteration
     defaults.before_rules(run)
-    problems += validate.problems_of_model(run)
+    problems += validate.problems_of_model(run) or validate.problems_of_layout(run)
     if problems:
         raise ValueError(f"--load {load}: " + "; ".join(problems))
     defaults.after_rules(run)

@@ -4,6 +4,7 @@ A new callback is added to the list in ``training/setup.py:callbacks``; the loop
 """
 
 import gc
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,7 @@ from megatron_ext.config.training import TrainingConfig
 from megatron_ext.data.views import Samples
 from megatron_ext.training.batch import Batch
 from megatron_ext.training.schedule import Schedule
-from megatron_ext.training.state import BadNumbers, Evaluation, Progress, StepResult
+from megatron_ext.training.state import BadNumbers, Evaluation, Progress, StepResult, TaskScore
 
 
 class Callback:
@@ -49,6 +50,9 @@ class Callback:
 
     def after_validation(self, state: "State", result: Evaluation, split: str) -> None:
         """After a complete validation or test."""
+
+    def after_scoring(self, state: "State", scores: dict[str, dict[str, TaskScore]]) -> None:
+        """After the tasks of ``--eval-tasks``: task -> number -> its value."""
 
     def after_iteration(self, state: "State", last: bool) -> None:
         """At the end of an iteration, after validation; ``last`` is True at the end of the run."""
@@ -101,6 +105,8 @@ class State:
     token_bytes: torch.Tensor
     callbacks: Callbacks
     progress: Progress = field(default_factory=Progress)
+    #: Tells the watchdog what the rank does: a sign of progress.
+    note: Callable[..., None] = lambda *phase: None
 
 
 class GarbageCollection(Callback):

@@ -43,7 +43,7 @@ class Trainer(State):
         for chunk in self.model:
             chunk.train()
         self.stopping = Stopping(run.training, signals)
-        self.note: Callable[..., None] = watchdog.note if watchdog else lambda *phase: None
+        self.note = watchdog.note if watchdog else self.note
         self.watched: Callable[[Any], Any] = watchdog.watch if watchdog else lambda iterator: iterator
         if watchdog:
             watchdog.on_launcher_gone = lambda: signals.request("word that the launcher has gone")

@@ -22,7 +22,7 @@ from megatron_ext.training.metric_writers import MetricWriters
 from megatron_ext.training.metrics import params_norm, peak_flops
 from megatron_ext.training.side import LinesFile
 from megatron_ext.training.spikes import SpikeDetector
-from megatron_ext.training.state import Evaluation, StepResult
+from megatron_ext.training.state import Evaluation, StepResult, TaskScore
 
 #: exp of a larger loss overflows a float.
 MAX_EXPONENT = 709.0
@@ -114,6 +114,23 @@ class Reporter(Callback):
     def after_validation(self, state: State, result: Evaluation, split: str) -> None:
         progress = state.progress
         self.evaluation(result, progress.iteration, progress.consumed_train_samples, split)
+
+    def after_scoring(self, state: State, scores: dict[str, dict[str, TaskScore]]) -> None:
+        if not self.active:
+            return
+        progress = state.progress
+        text = f" tasks at iteration {progress.iteration} |"
+        record: dict[str, Any] = {"iteration": progress.iteration, "split": "tasks"}
+        for task, numbers in scores.items():
+            for metric, score in numbers.items():
+                text += f" {task} {_words(metric)}: {score.value:.4f} |"
+                record |= {f"{task}/{metric}": score.value, f"{task}/{metric}_error": score.error}
+                if self.boards:
+                    self.boards.scalar(
+                        f"{task} {metric}", score.value, progress.iteration, progress.consumed_train_samples
+                    )
+        self.say(text)
+        self._write(record)
 
     def after_iteration(self, state: State, last: bool) -> None:
         if last:

@@ -22,7 +22,7 @@ from megatron_ext.kernels import cross_entropy
 from megatron_ext.models.builder import build_model, ddp_config, wrap_for_training
 from megatron_ext.models.config import transformer_config
 from megatron_ext.platform.collective import on_every_rank, print_rank_0
-from megatron_ext.tokenizer import build_tokenizer
+from megatron_ext.tokenizer import Tokenizer, build_tokenizer
 from megatron_ext.training.bad_numbers import BadNumberPolicy
 from megatron_ext.training.callbacks import Callback, Callbacks, GarbageCollection
 from megatron_ext.training.continuing import Start, settle
@@ -35,6 +35,7 @@ from megatron_ext.training.rounds import build_round_datasets, enter_round, open
 from megatron_ext.training.saving import Saver
 from megatron_ext.training.schedule import Schedule, build_scheduler, without_a_rate
 from megatron_ext.training.state import Progress
+from megatron_ext.training.task_scores import TaskScores
 
 
 def build_trainer(run: RunConfig) -> Trainer:
@@ -72,7 +73,7 @@ def build_trainer(run: RunConfig) -> Trainer:
         )
     recorder, datasets = online_recorder(run, tokenizer, datasets, start.progress)
     token_bytes = torch.as_tensor(tokenizer.token_bytes(), device=platform.current_device())
-    hooks = callbacks(run, model, optimizer, scheduler, datasets[0], start.progress, recorder)
+    hooks = callbacks(run, model, optimizer, scheduler, datasets[0], start.progress, recorder, tokenizer)
     return Trainer(run, model, optimizer, scheduler, datasets, token_bytes, hooks, start.progress)
 
 
@@ -84,6 +85,7 @@ def callbacks(
     training_set: Any,
     progress: Progress,
     recorder: OnlineRecorder | None,
+    tokenizer: Tokenizer,
 ) -> Callbacks:
     """The callbacks of the loop, in call order."""
     optional: list[Callback | None] = [
@@ -93,6 +95,7 @@ def callbacks(
         Profiler(run),
         Saver(run, model, optimizer, scheduler, progress.iteration),
         Reporter(run, progress.iteration),
+        TaskScores(run, tokenizer, model) if run.validation.eval_tasks else None,
     ]
     return Callbacks(callback for callback in optional if callback is not None)
 

@@ -61,6 +61,14 @@ class Evaluation:
     tokens: int
 
 
+@dataclass(frozen=True)
+class TaskScore:
+    """A mean over the items of a task, and its bootstrap error."""
+
+    value: float
+    error: float
+
+
 @dataclass
 class Finding:
     """The problems of one rank in a step; ``microbatches`` are those whose loss is not finite."""

@@ -42,6 +42,7 @@ FOREIGN_FLAGS = {
     "--rdzv-endpoint",
     "--rdzv-id",
     "--standalone",
+    *("--model", "--model_args", "--include_path", "--metadata"),  # of lm_eval
     "--max-restarts",
     "--shutdown-timeout",
     "--logdir",

@@ -39,5 +39,10 @@ def problems_of_model(run: RunConfig) -> list[str]:
     return sentences if sentences or numbers.missing(run) else _apply(model.RULES_OF_SHAPE, run, {})
 
 
+def problems_of_layout(run: RunConfig) -> list[str]:
+    """The problems of dividing a valid model among the processes."""
+    return _apply(layout.RULES_OF_DIVISION, run, {})
+
+
 def _apply(rules: tuple[Rule, ...], run: RunConfig, typed: Typed) -> list[str]:
     return [problem for rule in rules for problem in rule(run, typed)]

@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_ext.arguments.validate.rule import Problems, Typed
 from megatron_ext.config import RunConfig, flag_of
 from megatron_ext.config.data import is_number
+from megatron_ext.evaluation.documents import BENCHMARKS
 from megatron_ext.platform.environment import not_deterministic
 
 SENTENCEPIECE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
@@ -89,6 +90,22 @@ def loading_is_of_one_kind(run: RunConfig, typed: Typed) -> Problems:
         )
 
 
+def tasks_can_be_scored(run: RunConfig, typed: Typed) -> Problems:
+    tasks = run.validation.eval_tasks
+    if not tasks:
+        return
+    if unknown := [name for name in tasks if name not in BENCHMARKS]:
+        yield f"--eval-tasks {' '.join(unknown)}: unknown; there are {' '.join(BENCHMARKS)}"
+    if run.validation.eval_tasks_data_dir is None:
+        yield "--eval-tasks needs --eval-tasks-data-dir, the folder with the benchmarks' files"
+    if run.tokenizer.tokenizer_type == "NullTokenizer":
+        yield "--eval-tasks needs a tokenizer that knows text: NullTokenizer's ids are numbers"
+    if run.parallel.context_parallel_size > 1:
+        yield "--eval-tasks needs --context-parallel-size 1"
+    if run.graphs.cuda_graph_impl != "none":
+        yield "--eval-tasks excludes --cuda-graph-impl: a question has a length of its own"
+
+
 RULES = (
     data_comes_from_one_place,
     split_is_three_shares,
@@ -98,6 +115,7 @@ RULES = (
     saving_has_an_interval,
     format_is_supported,
     loading_is_of_one_kind,
+    tasks_can_be_scored,
 )
 
 

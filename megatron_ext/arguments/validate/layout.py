@@ -203,15 +203,18 @@ def backend_suits_the_device(run: RunConfig, typed: Typed) -> Problems:
         yield "--distributed-backend nccl needs GPUs; leave the flag out, or use gloo"
 
 
-RULES = (
+RULES_OF_DIVISION = (
     world_is_divisible,
     heads_are_divisible,
     norms_across_heads_have_them,
-    windows_see_the_sequence,
     widths_are_divisible,
+    layers_are_divisible,
+)
+RULES = (
+    *RULES_OF_DIVISION,
+    windows_see_the_sequence,
     sequence_is_divisible,
     experts_are_not_supported,
-    layers_are_divisible,
     virtual_stages_are_divisible,
     interleaving_has_a_pipeline,
     overlap_has_what_it_needs,

@@ -24,7 +24,8 @@ def write(path: Path, records: list[dict], end: str = "") -> Path:
 
 def test_iterations_run_again_replace_the_earlier(tmp_path):
     validation = {"iteration": 2, "split": "validation", "lm_loss": 4.5, "bits_per_byte": 2.0}
-    records = [record(1, 5.0), record(2, 4.0), validation, record(2, 3.5), record(3, 3.0)]
+    tasks = {"iteration": 0, "split": "tasks", "c3_cloze/acc_bytes": 0.25}  # of --eval-tasks: no loss
+    records = [tasks, record(1, 5.0), record(2, 4.0), validation, record(2, 3.5), record(3, 3.0)]
     path = write(tmp_path / "m.jsonl", records, end='{"iteration": 4, "lm_l')
     training, validations = plot_metrics.read_run(path)
     assert [r["lm_loss"] for r in training] == [5.0, 3.5, 3.0]

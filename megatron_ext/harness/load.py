@@ -1,0 +1,154 @@
+"""A model to evaluate, from a checkpoint or a Hugging Face folder, at the layout that is asked for."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+
+from megatron_ext import platform
+from megatron_ext.checkpoint.found import find
+from megatron_ext.common.files import pieces_digest, sha256
+from megatron_ext.config import RunConfig
+from megatron_ext.evaluation.documents import EvaluationError
+from megatron_ext.harness.options import EvaluateOptions
+from megatron_ext.inference import load_for_inference
+from megatron_ext.interchange.open import open_source
+from megatron_ext.interchange.target import write_checkpoint
+from megatron_ext.models.gpt_model import PanguModel
+from megatron_ext.platform.collective import on_first_rank
+from megatron_ext.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model that is ready to be asked.
+
+    Attributes:
+        start: ids that its tokenizer puts in front of every text, as transformers reads its folder.
+        name: the folder and what is in it, for reports.
+        identity: of its weights and of how they are computed with, for what is kept of an earlier run.
+    """
+
+    model: PanguModel
+    tokenizer: Tokenizer
+    run: RunConfig
+    start: tuple[int, ...]
+    name: str
+    identity: str
+
+
+def join() -> None:
+    """Meet the other processes of the job, if there are any."""
+    rank, size, local = (int(os.environ.get(name, number)) for name, number in _PROCESS.items())
+    platform.init_process_group(None, rank, size, local, timedelta(minutes=10))
+
+
+_PROCESS = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+
+
+def is_hugging_face(load: str) -> bool:
+    """Whether a folder is a Hugging Face model's."""
+    return (Path(load) / "config.json").is_file()
+
+
+@contextmanager
+def opened(options: EvaluateOptions) -> Iterator[Opened]:
+    """The model of ``--load`` on every rank of the job; a collective call.
+
+    Joins the job's processes. A Hugging Face folder is written as a checkpoint first, which every layout
+    loads, in the system's folder for temporary files (TMPDIR; with several machines it must be one that all
+    of them see).
+
+    Raises:
+        EvaluationError: it has no tokenizer.
+        ValueError, CheckpointError, FileNotFoundError: as :func:`load_for_inference`; also if the tokenizer
+            is not the checkpoint's.
+    """
+    assert options.load is not None
+    join()
+    if not is_hugging_face(options.load):
+        yield _of_checkpoint(options, options.load)
+        return
+    with _temporary_folder() as folder:
+        on_first_rank(lambda: _write_checkpoint(options, folder))
+        yield _of_checkpoint(options, str(folder), _start(options.load))
+
+
+def _of_checkpoint(options: EvaluateOptions, load: str, start: tuple[int, ...] = ()) -> Opened:
+    layout = options.tensor_model_parallel_size, options.pipeline_model_parallel_size
+    numbers = {"bf16": False, "fp16": False, "params_dtype": torch.float32}
+    model, tokenizer, run = load_for_inference(
+        load,
+        options.ckpt_step,
+        options.tokenizer_model,
+        layout=layout,
+        **(numbers if options.dtype == "fp32" or not platform.on_gpu() else {}),
+    )
+    if run.tokenizer.tokenizer_type == "NullTokenizer":
+        raise EvaluationError(
+            f"--load {options.load}: has no tokenizer, so its ids are numbers and no text can be scored; "
+            "--tokenizer-model names the one that it was trained with"
+        )
+    folder = find(load, run.checkpoint.ckpt_step).tries[0][0]
+    computed = f"{options.tokens_at_once} {layout} {run.precision.params_dtype} {run.process.device} {start}"
+    return Opened(
+        model,
+        tokenizer,
+        run,
+        start,
+        f"{options.load} (iteration {run.checkpoint.ckpt_step})"
+        if load == options.load
+        else str(options.load),
+        sha256(f"{_content(folder)} {tokenizer.sha256} {computed}"),
+    )
+
+
+def _content(folder: Path) -> str:
+    """A name of a checkpoint's weights, wherever it lies: they are the same files after each conversion."""
+    weights = sorted(folder.glob("*.distcp")) + [folder / ".metadata"]
+    return sha256(" ".join(pieces_digest(path) for path in weights if path.is_file()))
+
+
+@contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    """A folder that all ranks know and the first one removes; a collective call."""
+    made: list[tempfile.TemporaryDirectory[str]] = []
+
+    def make() -> Path:
+        made.append(tempfile.TemporaryDirectory(prefix="evaluate_"))
+        return Path(made[0].name)
+
+    folder = on_first_rank(make)
+    try:
+        yield folder
+    finally:
+        for temporary in made:
+            temporary.cleanup()
+
+
+def _write_checkpoint(options: EvaluateOptions, folder: Path) -> None:
+    assert options.load is not None
+    source = open_source(options.load, tokenizer_model=options.tokenizer_model)
+    if source.tokenizer is None:
+        raise EvaluationError(
+            f"--load {options.load}: has no tokenizer, so no text can be scored; --tokenizer-model names the "
+            "one that it was trained with"
+        )
+    write_checkpoint(folder, source.model, source.dtype, source.get, tokenizer=source.tokenizer)
+
+
+def _start(folder: str) -> tuple[int, ...]:
+    """What transformers puts in front of every text, such as <s> for Llama."""
+    from megatron_ext.tokenizer.build import HuggingFaceTokenizer
+
+    tokenizer = HuggingFaceTokenizer(folder).tokenizer
+    bare, dressed = (tokenizer.encode("a", add_special_tokens=special) for special in (False, True))
+    for length in range(len(dressed) - len(bare) + 1):
+        if dressed[length : length + len(bare)] == bare:
+            return tuple(dressed[:length])
+    return ()
