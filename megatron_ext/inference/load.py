@@ -49,6 +49,8 @@ def load_for_inference(
     bare = run.tokenizer.tokenizer_type in (None, "NullTokenizer")
     if tokenizer_model and bare:
         files = tokenizer_files.of_path(tokenizer_model)
+        if rows := saved.get("padded_vocab_size"):
+            tokenizer_files.require_fit(files, rows, Path(load))
         run = run.but(tokenizer_type=files.kind, tokenizer_model=str(files.model), vocab_size=None)
     elif tokenizer_model:
         run.tokenizer.tokenizer_model = tokenizer_model

@@ -206,6 +206,10 @@ def test_ids_without_text_are_refused(pool, tmp_path, data):
     options = EvaluateOptions(load=str(load), tasks=["piqa"], data_dir=str(data))
     with pytest.raises(WorkerError, match="has no tokenizer, so its ids are numbers"):
         pool.run(1, evaluate, options, True)
+    (tmp_path / "large.model").write_bytes(trained())
+    options = EvaluateOptions(**vars(options) | {"tokenizer_model": str(tmp_path / "large.model")})
+    with pytest.raises(WorkerError, match=r"has \d+ ids, but .* has \d+ rows in its embedding"):
+        pool.run(1, evaluate, options, True)
 
 
 @pytest.mark.skipif(not LONG, reason="the harness reads all its tasks: LONG_TESTS=1")
