@@ -61,15 +61,13 @@ def rampup_reaches_the_batch(run: RunConfig, typed: Typed) -> Problems:
 
 def muon_is_possible(run: RunConfig, typed: Typed) -> Problems:
     """What Megatron-Core's Muon refuses too, and what is not here."""
-    name = f"--optimizer {run.optimizer.optimizer}"
-    if not run.optimizer.is_muon:
-        return
-    if run.parallel.use_distributed_optimizer:
-        yield f"{name} needs whole matrices and --use-distributed-optimizer cuts them: --optimizer dist_muon"
-    if run.precision.fp16:
-        yield f"{name} cannot take --fp16: use --bf16 or fp32"
     if run.optimizer.muon_tp_mode == "distributed":
         yield "--muon-tp-mode distributed is not supported here; duplicated computes the same update"
+    name = f"--optimizer {run.optimizer.optimizer}"
+    if run.optimizer.is_muon and run.parallel.use_distributed_optimizer:
+        yield f"{name} needs whole matrices and --use-distributed-optimizer cuts them: --optimizer dist_muon"
+    if run.optimizer.is_muon and run.precision.fp16:
+        yield f"{name} cannot take --fp16: use --bf16 or fp32"
 
 
 def rates_are_ordered(run: RunConfig, typed: Typed) -> Problems:
