@@ -49,7 +49,8 @@ class Layout:
 
     ``stage_layers`` are the layers of each chunk of each pipeline stage; by default all stages have one chunk
     with the same number of layers. ``kernels``: whether the project's kernels are available, Triton's on a
-    GPU or the compiled ones on a CPU; without them activations need more memory.
+    GPU or the compiled ones on a CPU; without them activations need more memory. ``layer_wise``: data
+    parallel ranks divide whole tensors of the optimizer's state among them.
     """
 
     tensor: int = 1
@@ -58,6 +59,8 @@ class Layout:
     stage_layers: tuple[tuple[int, ...], ...] = ()
     sequence_parallel: bool = False
     distributed_optimizer: bool = False
+    muon: bool = False
+    layer_wise: bool = False
     recompute: bool = False
     micro_batch: int = 1
     micro_batches: int = 1
@@ -88,6 +91,8 @@ def layout_of(run: RunConfig) -> Layout:
         stage_layers=_stage_layers(run.model.num_layers, run.parallel),
         sequence_parallel=run.parallel.sequence_parallel,
         distributed_optimizer=run.parallel.use_distributed_optimizer,
+        muon=run.optimizer.is_muon,
+        layer_wise=run.optimizer.optimizer == "dist_muon",
         recompute=run.recompute.recompute_granularity == "full",
         micro_batch=run.training.micro_batch_size,
         micro_batches=max(1, run.training.global_batch_size // run.samples_at_once),
@@ -147,14 +152,18 @@ def parameters_of_rank(model: ModelConfig, layout: Layout, stage: int) -> float:
     divided = of["attention"] + of["FFN"] + of["series activation"]
     whole = of["augmented shortcuts"] + of["norms"] - final_norm(model)
     held = (divided / split + whole) * layout.layers(model, stage) / model.num_layers
-    first, last = stage == 0, stage == layout.pipeline - 1
-    if first:
-        held += of["embedding"] / split
-    if last:
+    last = stage == layout.pipeline - 1
+    return held + vocabulary_of_rank(model, layout, stage) + (final_norm(model) if last else 0)
+
+
+def vocabulary_of_rank(model: ModelConfig, layout: Layout, stage: int) -> float:
+    """Parameters of embedding and output layer on one rank of a pipeline stage."""
+    of, first = parts(model), stage == 0
+    held = of["embedding"] if first else 0
+    if stage == layout.pipeline - 1:
         # A tied head on another stage than the embedding is a copy.
-        head = of["embedding"] if model.tied and not first else of["head"]
-        held += head / split + final_norm(model)
-    return held
+        held += of["embedding"] if model.tied and not first else of["head"]
+    return held / layout.tensor
 
 
 def flops_of_rank(model: ModelConfig, layout: Layout, stage: int) -> float:

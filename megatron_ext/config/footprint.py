@@ -4,7 +4,7 @@ tests/unit/training/test_trace.py requires agreement within 10 % with a traced t
 layouts (training/trace.py). Weights, gradients and optimizer are exact except for the buffers' padding.
 """
 
-from megatron_ext.config.describe import Layout, parameters_of_rank
+from megatron_ext.config.describe import Layout, parameters_of_rank, vocabulary_of_rank
 from megatron_ext.config.model import ModelConfig
 
 
@@ -21,14 +21,22 @@ def fullest_stage(model: ModelConfig, layout: Layout) -> int:
 def memory_of_stage(model: ModelConfig, layout: Layout, stage: int) -> dict[str, float]:
     """Kind -> bytes on a rank of one pipeline stage; activations are an estimate."""
     held = parameters_of_rank(model, layout, stage)
-    # Adam's two moments, and an fp32 copy of weights that are not fp32 themselves.
-    state = 8 + (4 if layout.bytes_each < 4 else 0)
+    shared = layout.distributed_optimizer or layout.layer_wise
     return {
         "weights": held * layout.bytes_each,
         "gradients": held * 4,
-        "optimizer": held * state / (layout.data if layout.distributed_optimizer else 1),
+        "optimizer": _optimizer(model, layout, stage) / (layout.data if shared else 1),
         "activations": _activations(model, layout, stage),
     }
+
+
+def _optimizer(model: ModelConfig, layout: Layout, stage: int) -> float:
+    """Bytes of the optimizer's state: Adam's two moments, or Muon's one of each hidden matrix (vectors have
+    two, and are too few to count), and an fp32 copy of weights that are not fp32 themselves."""
+    held = parameters_of_rank(model, layout, stage)
+    copies = 4 * held if layout.bytes_each < 4 else 0
+    moments = 4 * (held + vocabulary_of_rank(model, layout, stage)) if layout.muon else 8 * held
+    return moments + copies
 
 
 def _activations(model: ModelConfig, layout: Layout, stage: int) -> float:

@@ -1,12 +1,14 @@
 """Calculated sizes of a model, compared with the model itself."""
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -17,6 +19,7 @@ from megatron_ext.config.presets import PRESETS, preset
 from megatron_ext.kernels import fused
 from megatron_ext.models.builder import build_model
 from megatron_ext.models.config import transformer_config
+from megatron_ext.training.muon import is_hidden_matrix
 from tests.helpers.models import positions, tokens
 from tests.unit.models.test_stock_variants import SHAPE as STOCK
 from tests.unit.models.test_stock_variants import VARIANTS
@@ -143,6 +146,16 @@ class TestMemory:
         shared = footprint.memory(self.SHAPE, describe.Layout(data=8, distributed_optimizer=True))
         assert shared["optimizer"] == whole["optimizer"] / 8
         assert shared["weights"] == whole["weights"]
+
+    def test_muon_keeps_one_moment_of_hidden_matrices(self):
+        expected = 0
+        for name, size in self.SHAPE.parameters().items():
+            matrix = is_hidden_matrix(name, torch.empty(size, device="meta"))
+            expected += math.prod(size) * (4 if matrix else 8)
+        whole = footprint.memory(self.SHAPE, describe.Layout(data=8, muon=True))["optimizer"]
+        assert whole == pytest.approx(expected, rel=1e-3)
+        shared = footprint.memory(self.SHAPE, describe.Layout(data=8, muon=True, layer_wise=True))
+        assert shared["optimizer"] == whole / 8
 
     def test_stages_hold_the_whole_model_once(self):
         layout = describe.Layout(pipeline=3)
