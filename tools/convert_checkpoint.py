@@ -4,13 +4,14 @@
     python tools/convert_checkpoint.py --from hf --to megatron --load TinyLlama-1.1B --save checkpoints/llama
     python tools/convert_checkpoint.py --from megatron --to hf --load checkpoints/run --save exported
 
-Import reads Llama, Mistral, Qwen2, InternLM2 and exported PanGu-pi models from safetensors; the checkpoint
-holds the weights alone, at iteration 0, and loads at any tensor and pipeline parallel size:
+Import reads Llama, Mistral, Qwen 2 and 3, InternLM2, SmolLM 3, OLMo 2, Phi-3, Granite, Gemma 3 (text) and
+exported PanGu-pi models from safetensors (docs/interchange.md). The checkpoint holds the weights alone, at
+iteration 0, and loads at any tensor and pipeline parallel size:
     torchrun ... pretrain_pangu_pro.py --pretrained-checkpoint checkpoints/llama ...
     python tools/generate_text.py --load checkpoints/llama --prompt "..."
 
-Export writes a folder that transformers loads by itself: a LlamaForCausalLM (Qwen2 with biases of queries,
-keys and values), or, with PanGu-pi modules, a model whose code lies in the folder (trust_remote_code=True).
+Export writes a folder that transformers loads by itself: the plainest of these architectures that holds the
+model, or, with PanGu-pi modules, a model whose code lies in the folder (trust_remote_code=True).
 
 Nothing but tensors is read; one tensor, or on export one file of weights, is in memory at a time. The output
 appears when it is complete. Exit code 0: it is in place; 1: bad input; 2: bad usage.

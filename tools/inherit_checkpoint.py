@@ -7,9 +7,9 @@
     torchrun --nproc-per-node 4 tools/inherit_checkpoint.py ...   # the ranks share the calibration text
     python pretrain_pangu_pro.py --pretrained-checkpoint small ...
 
-The source is a Hugging Face folder (Llama, Mistral, Qwen2, InternLM2) or a checkpoint, of any layout. Hidden
-channels are chosen once for the residual stream, FFN channels and query groups in every layer. Rows of the
-vocabulary go by piece; a piece that the source lacks starts from the mean of the pieces of its text.
+The source is a Hugging Face folder (docs/interchange.md names the families) or a checkpoint, of any layout.
+Hidden channels are chosen once for the residual stream, FFN channels and query groups in every layer. Rows of
+the vocabulary go by piece; a piece that the source lacks starts from the mean of the pieces of its text.
 
 --depth-policy and --width-criterion that look at text (importance, taylor, learned) need --data-path, a
 dataset made with the target's tokenizer; with it, the loss is measured before and after.

@@ -116,7 +116,7 @@ def _json_lines(text: str) -> Iterator[Any]:
 def _cmmlu(path: Path, text: str) -> Iterator[Document]:
     def make(number: int, row: dict[str, str]) -> Document:
         choices = tuple(row[letter] for letter in "ABCD")
-        gold = "ABCD".index(row["Answer"].strip())
+        gold = [*"ABCD"].index(row["Answer"].strip())
         return Document(f"{path.stem}/{number}", path.stem, row["Question"], choices, gold)
 
     return _checked(csv.DictReader(io.StringIO(text)), make, "record")
@@ -195,7 +195,7 @@ def _agieval(path: Path, text: str) -> Iterator[Document]:
             path.stem,
             record["question"],
             choices,
-            "ABCDEFG".index(record["label"]),
+            [*"ABCDEFG"].index(record["label"]),
             record["passage"] or "",
             "en" if path.stem.endswith("-en") else "zh",
         )

@@ -30,7 +30,7 @@ def compare(one: str, other: str) -> dict[str, Any]:
 def _of_task(name: str, a: dict[str, Any], b: dict[str, Any]) -> list[dict[str, Any]]:
     ours, theirs = ({item["index"]: item for item in task["samples"]} for task in (a, b))
     both = [index for index in ours if index in theirs]
-    if any(ours[index]["prompt_hash"] != theirs[index]["prompt_hash"] for index in both):
+    if any(_question(ours[index]) != _question(theirs[index]) for index in both):
         raise EvaluationError(
             f"--compare: {name} was asked differently in A and B (--num-fewshot, --data-dir): nothing to pair"
         )
@@ -54,6 +54,11 @@ def _of_task(name: str, a: dict[str, Any], b: dict[str, Any]) -> list[dict[str, 
             | {"difference": found.mean, "low": found.low, "high": found.high, "p": found.p}
         )
     return rows
+
+
+def _question(item: dict[str, Any]) -> tuple[Any, ...]:
+    """What was asked, and what is right."""
+    return tuple(item.get(name) for name in ("prompt_hash", "choices", "gold"))
 
 
 def told(found: dict[str, Any]) -> str:

@@ -118,8 +118,13 @@ def read(folder: str | Path) -> dict[str, Any]:
         raise EvaluationError(f"{folder / 'results.json'}: no results of tools/evaluate.py")
     for name, task in found["tasks"].items():
         path = folder / f"items_{Path(name).name}.jsonl"
-        task[_SAMPLES] = _read(path, lambda text: [json.loads(line) for line in text.splitlines()])
+        task[_SAMPLES] = _read(path, _items)
     return found
+
+
+def _items(text: str) -> list[dict[str, Any]]:
+    """One item a line; a text may hold what Python's splitlines takes for line ends."""
+    return [json.loads(line) for line in text.removesuffix("\n").split("\n")] if text else []
 
 
 def _read(path: Path, parse: Callable[[str], Any]) -> Any:

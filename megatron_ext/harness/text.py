@@ -72,7 +72,7 @@ def _files(words: Sequence[str]) -> Iterator[tuple[str, Iterator[tuple[str, str]
 
 def _read(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode("utf-8")  # with the line ends that it has
     except UnicodeDecodeError as error:
         raise EvaluationError(
             f"--bits-per-byte {path}: not UTF-8 ({error.reason} at {error.start})"

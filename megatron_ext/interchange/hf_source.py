@@ -44,7 +44,7 @@ class HuggingFaceSource(Source):
         self._find_tied_embedding()
         self._require_names()
         self.tokenizer = self._find_tokenizer(tokenizer_model)
-        self.notes = tuple(self._contradictions(config))
+        self.notes = tuple(self._notes(config))
         self.origin = f"a {architecture.class_name}"
 
     def _require_layers(self) -> None:
@@ -114,8 +114,14 @@ class HuggingFaceSource(Source):
             tokenizer_files.require_fit(tokenizer, self.model.vocab_size, self.path)
         return tokenizer
 
-    def _contradictions(self, config: dict[str, Any]) -> Iterator[str]:
-        """Where the end of a text is another id than the tokenizer's."""
+    def _notes(self, config: dict[str, Any]) -> Iterator[str]:
+        """Fewer positions than stated; the end of a text where it is another id than the tokenizer's."""
+        stated, positions = config.get("max_position_embeddings"), self.model.max_position_embeddings
+        if isinstance(stated, int) and stated > positions:
+            yield (
+                f"{self.path / 'config.json'}: the model has {positions} positions here, its sliding window, "
+                f"and not {stated}: its attention is full up to there"
+            )
         eos = special_ids(self.tokenizer).eos if self.tokenizer else None
         for name, said in (
             ("config.json", config),

@@ -36,7 +36,7 @@ def write_tokenizer(tokenizer: TokenizerFiles | None, folder: Path) -> SpecialId
     """Put the tokenizer into ``folder`` as transformers loads it; the ids that it says are special."""
     if tokenizer is None or tokenizer.model is None:
         return SpecialIds()
-    if tokenizer.companions:
+    if tokenizer.companions or tokenizer.kind == "HuggingFaceTokenizer":
         for file in (*tokenizer.files, *tokenizer.companions):
             shutil.copyfile(file, folder / file.name)
     else:

@@ -45,7 +45,7 @@ class ConvertOptions:
     """Number format of the tensors to write; source leaves them as they are."""
 
     hf_architecture: str | None = flag(None, metavar="TYPE")
-    """model_type to export as: llama, qwen2, mistral, internlm2, pangu_pi; without it, the plainest."""
+    """model_type to export as, such as llama, qwen3 or pangu_pi; without it, the plainest."""
 
     max_shard_size: int | None = flag(None, type=size_in_bytes, metavar="SIZE", minimum=1)
     """Largest file of weights, such as 500MB; without it, 2GB."""

@@ -49,6 +49,8 @@ class Options:
         keys, kind, found = self.json_keys, self.tokenizer.tokenizer_type, []
         if kind == "NullTokenizer" and self.tokenizer.vocab_size is None:
             found.append(f"--tokenizer-type {kind} needs --vocab-size")
+        if kind != "NullTokenizer" and self.tokenizer.vocab_size is not None:
+            found.append("--vocab-size cannot take effect: needs --tokenizer-type NullTokenizer")
         if kind != "NullTokenizer" and self.tokenizer.tokenizer_model is None:
             found.append(f"--tokenizer-type {kind} needs --tokenizer-model")
         if kind != "HuggingFaceTokenizer" and self.tokenizer_backend != "auto":

@@ -39,6 +39,8 @@ class Retokenizer:
         self.new, self.encode = new, encode
         self.pieces = old.token_texts()
         self.strip = b"".join(self.pieces[i] for i in old.tokenize("a")) == b" a"
+        # Byte-level tokenizers put a blank only before a text that begins with none.
+        self.only_missing = self.strip and list(old.tokenize(" a")) == list(old.tokenize("a"))
         self.names = {number: name for name, number in old.special_tokens().items()}
         known = new.special_tokens()
         self.special = {number: known[name] for number, name in self.names.items() if name in known}
@@ -67,6 +69,11 @@ class Retokenizer:
         empty = np.zeros(0, dtype=dtype)
         return [np.concatenate([empty, *part]).astype(dtype) for part in parts]
 
+    def _without_prefix(self, text: bytes) -> bytes:
+        """The text without the blank that the old tokenizer put in front of it."""
+        own = self.only_missing and (text == b" " or text.startswith(b"  "))
+        return text[1:] if self.strip and text.startswith(b" ") and not own else text
+
     def _cut(self, ids: list[int], texts: list[bytes]) -> list[tuple[bool, int]]:
         """(True, number of a text put into ``texts``) or (False, new special id), in order."""
         plan: list[tuple[bool, int]] = []
@@ -76,7 +83,7 @@ class Retokenizer:
             if run:
                 text = b"".join(run)
                 plan.append((True, len(texts)))
-                texts.append(text[1:] if self.strip and text.startswith(b" ") else text)
+                texts.append(self._without_prefix(text))
                 run.clear()
 
         for i in ids:

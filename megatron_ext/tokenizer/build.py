@@ -169,6 +169,12 @@ class HuggingFaceTokenizer(Tokenizer):
                 )
         except ValueError as error:
             raise TokenizerError(f"--tokenizer-model {folder}: {error}") from error
+        model = getattr(getattr(self.tokenizer, "backend_tokenizer", None), "model", None)
+        if dropout := getattr(model, "dropout", None):
+            raise TokenizerError(
+                f"--tokenizer-model {folder}: tokenizer.json has a dropout of {dropout}, so that a text has "
+                "other ids each time; set it to null"
+            )
         self.include_special_tokens = include_special_tokens
         self.sha256 = folder_sha256(Path(folder))
         self.vocab_size = huggingface_size(self.tokenizer)

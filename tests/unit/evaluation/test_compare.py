@@ -55,11 +55,23 @@ def test_verdicts(tmp_path):
     assert "A is better" in told(back)
 
 
+def test_items_may_hold_other_line_ends(tmp_path):
+    a = record(1)
+    a["tasks"]["c3_cloze"]["samples"][3]["context"] = "create\x85 a\u2028 b"
+    results.write(a, tmp_path / "a")
+    assert results.read(tmp_path / "a")["tasks"]["c3_cloze"]["samples"] == a["tasks"]["c3_cloze"]["samples"]
+
+
 def test_other_questions_are_refused(tmp_path):
     a = record(1)
     b = copy.deepcopy(a)
     b["tasks"]["c3_cloze"]["samples"][3]["prompt_hash"] = "other"
     results.write(a, tmp_path / "a")
+    results.write(b, tmp_path / "b")
+    with pytest.raises(EvaluationError, match="asked differently"):
+        compare(str(tmp_path / "a"), str(tmp_path / "b"))
+    b = copy.deepcopy(a)
+    b["tasks"]["c3_cloze"]["samples"][3]["gold"] = 1  # the same question with another key
     results.write(b, tmp_path / "b")
     with pytest.raises(EvaluationError, match="asked differently"):
         compare(str(tmp_path / "a"), str(tmp_path / "b"))

@@ -68,6 +68,20 @@ def test_damage_is_named(tmp_path, name):
         documents(name.split("/")[0], tmp_path)
 
 
+@pytest.mark.parametrize("label", ["", "AB", "BC"])
+def test_a_label_is_one_letter(tmp_path, label):
+    """None and several are no answer, though each is found within "ABCD"."""
+    benchmarks.write(tmp_path)
+    rows = f",Question,A,B,C,D,Answer\n0,q,a,b,c,d,{label}\n"
+    (tmp_path / "cmmlu/test/anatomy.csv").write_text(rows)
+    with pytest.raises(EvaluationError, match="record 1: not a question"):
+        documents("cmmlu", tmp_path)
+    record = {"passage": "", "question": "q", "options": ["(A)a", "(B)b", "(C)c"], "label": label}
+    (tmp_path / "agieval/logiqa-en.jsonl").write_text(json.dumps(record) + "\n")
+    with pytest.raises(EvaluationError, match="line 1: not a question"):
+        documents("agieval", tmp_path)
+
+
 def test_requests_as_the_harness_has_them(tmp_path):
     """Against its own code: pairs with blanks between them, and windows of a long text."""
     pytest.importorskip("lm_eval", reason="needs lm_eval (extra eval)")

@@ -21,6 +21,7 @@ from megatron_ext.models.builder import build_model
 from megatron_ext.models.config import transformer_config
 from megatron_ext.tokenizer import build_tokenizer
 from megatron_ext.tokenizer.encoder import NativeEncoder
+from tests.unit.tokenizer import hf_folders
 from tests.unit.tokenizer.sample_models import corpus_lines, trained
 
 toys = pytest.importorskip("tests.unit.interchange.toys", reason="needs transformers")
@@ -105,6 +106,18 @@ def test_padded_batch_generates_what_each_prompt_does(tmp_path):
     together = model.generate(batch, attention_mask=mask, **options)[:, 9:]
     alone = [model.generate(p, attention_mask=torch.ones_like(p), **options)[:, -8:] for p in (short, long)]
     assert torch.equal(together, torch.cat(alone))
+
+
+def test_a_folder_of_tokenizer_json_alone_comes_along(tmp_path):
+    """As tools/compress_tokenizer.py writes it: without a config.json."""
+    tokenizer = of_path(hf_folders.byte_level(tmp_path / "tokenizer"))
+    model = toys.pi_model(vocab_size=tokenizer.size, padded_vocab_size=512)
+    load = toys.checkpoint(tmp_path / "ours", model, tokenizer)
+    folder = export(load, tmp_path / "exported")
+    back, meant = (
+        transformers.AutoTokenizer.from_pretrained(path) for path in (folder, tmp_path / "tokenizer")
+    )
+    assert back("the model of 2048")["input_ids"] == meant("the model of 2048")["input_ids"]
 
 
 def test_fresh_model_starts_as_plain_silu(tmp_path):

@@ -52,8 +52,7 @@ def through(layout: Layout, sequence: bool, base: Path, out: Path) -> dict[str, 
 
 @torch.no_grad()
 def _through_one(layout: Layout, sequence: bool, load: Path, save: Path) -> torch.Tensor | None:
-    run = arguments(read_checkpoint_args(load), load)
-    run.parallel.tensor_model_parallel_size, run.parallel.pipeline_model_parallel_size = layout.tp, layout.pp
+    run = arguments(read_checkpoint_args(load), load, layout=(layout.tp, layout.pp))
     run.parallel.sequence_parallel = sequence
     model = build_model(transformer_config(run), run)
     assert load_checkpoint(load, model=model, run=run) is not None

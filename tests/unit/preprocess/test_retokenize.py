@@ -1,5 +1,6 @@
 """Translating a dataset equals preprocessing its text with the new tokenizer."""
 
+import json
 import random
 from pathlib import Path
 
@@ -89,6 +90,19 @@ def test_equals_preprocessing_the_text_with_a_tokenizer_of_another_kind(tmp_path
     made, wanted = read_manifest(str(tmp_path / "out")), read_manifest(after)
     assert made["tokenizer"] == wanted["tokenizer"]
     assert made["encoders"][0]["name"] == wanted["encoders"][0]["name"]
+
+
+def test_a_blank_that_byte_level_puts_in_front_is_told_from_the_texts_own(tmp_path):
+    """It puts one only before a text that begins with none."""
+    pytest.importorskip("transformers")
+    folder = hf_folders.byte_level(tmp_path / "prefix", "gpt2")
+    description = json.loads((folder / "tokenizer.json").read_text())
+    description["pre_tokenizer"]["add_prefix_space"] = True
+    hf_folders.write(folder, description)
+    source = corpora.write_jsonl(tmp_path / "in.jsonl", [" ", "  x\t\r\n y  ", "x", "   ", "the model"])
+    preprocess(Options([str(source)], str(tmp_path / "d"), flags_of(folder), append_eod=True), quiet=True)
+    retokenize(str(tmp_path / "d_text_document"), str(folder), str(folder), str(tmp_path / "out"))
+    assert corpora.hashes(tmp_path / "out") == corpora.hashes(str(tmp_path / "d_text_document"))
 
 
 def _tokenizer(path: Path, kind: str) -> Path:

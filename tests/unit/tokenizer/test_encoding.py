@@ -14,7 +14,7 @@ import pytest
 from megatron_ext.config.data import TokenizerConfig
 from megatron_ext.preprocess.options import Options, PreprocessError
 from megatron_ext.preprocess.run import preprocess
-from megatron_ext.tokenizer import NativeEncoder, build_tokenizer, checked, huggingface
+from megatron_ext.tokenizer import NativeEncoder, TokenizerError, build_tokenizer, checked, huggingface
 from megatron_ext.tokenizer.build import HuggingFaceTokenizer, flags_of
 from megatron_ext.tokenizer.checked import Checked, Encoder, EncodersDiffer
 from megatron_ext.tokenizer.encoding import load, make_encode
@@ -274,3 +274,10 @@ def test_flags_of_another_kind_are_refused(tmp_path):
     assert options.problems() == ["--tokenizer-backend tokenizers is for HuggingFaceTokenizer"]
     ids, sizes = make_encode(build_tokenizer(options.tokenizer))([b"1 2", b"", b"3"])
     assert ids.tolist() == [1, 2, 3] and sizes.tolist() == [2, 0, 1]
+
+
+def test_dropout_is_refused(tmp_path):
+    """It gives a text other ids each time."""
+    folder = hf_folders.byte_level(tmp_path, "gpt2", dropout=0.1)
+    with pytest.raises(TokenizerError, match="tokenizer.json has a dropout of 0.1"):
+        build_tokenizer(TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(folder)))
