@@ -6,7 +6,6 @@ import os
 import random
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,7 @@ from megatron_ext.preprocess.options import PreprocessError
 from tests.unit.data import corpora
 from tests.unit.data.test_inputs import change
 from tests.unit.data.test_reader import READERS, by_counts, by_preprocess
-from tests.unit.preprocess.test_preprocess import command, run, wait_for_end_of_group
+from tests.unit.preprocess.test_preprocess import command, kill_after_parts, run
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -227,30 +226,15 @@ def test_killed_at_any_moment_it_goes_on(model, tmp_path):
     texts = corpora.documents(12000)
     lines = corpora.write_jsonl(tmp_path / "in.jsonl", texts)
     source = write(tmp_path / "in.parquet", texts, row_group_size=9000)
-    work, rng = tmp_path / "out_preprocess_work", random.Random()
     words = command(model, source, tmp_path / "out", "--json")
     for workers, target in ((1, 1), (2, 2)):
-        process = subprocess.Popen(
-            [*words, "--workers", str(workers)],
-            stderr=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        deadline = time.monotonic() + 60
-        while len(list(work.glob("part-*[0-9].json"))) < target and process.poll() is None:
-            assert time.monotonic() < deadline, "no part was finished within a minute"
-            time.sleep(0.002)
-        time.sleep(rng.random() * 0.05)
-        process.kill()
-        process.wait()
-        wait_for_end_of_group(process.pid)
-        assert not (tmp_path / "out_text_document.json").exists()
+        kill_after_parts([*words, "--workers", str(workers)], tmp_path / "out", target)
     words += ["--workers", "3"]
     result = subprocess.run(words, capture_output=True, text=True, check=True)
     assert json.loads(result.stdout)["parts_reused"] >= 2
     run(model, lines, tmp_path / "lines", chunk_bytes=None)
     assert corpora.hashes(tmp_path / "out_text_document") == corpora.hashes(tmp_path / "lines_text_document")
-    assert not work.exists()
+    assert not (tmp_path / "out_preprocess_work").exists()
 
 
 def damaged(source: Path) -> int:

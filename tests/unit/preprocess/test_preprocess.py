@@ -347,34 +347,36 @@ def wait_for_end_of_group(group: int) -> None:
     raise AssertionError("workers outlived the run")
 
 
+def kill_after_parts(words: list, prefix: Path, target: int) -> None:
+    """kill -9 a run at random, soon after so many parts are finished; nothing is in place then."""
+    work = prefix.with_name(f"{prefix.name}_preprocess_work")
+    process = subprocess.Popen(
+        words, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.monotonic() + 60
+    while len(list(work.glob("part-*[0-9].json"))) < target and process.poll() is None:
+        assert time.monotonic() < deadline, "no part was finished within a minute"
+        time.sleep(0.002)
+    time.sleep(random.random() * 0.05)
+    process.kill()
+    process.wait()
+    wait_for_end_of_group(process.pid)
+    assert not prefix.with_name(f"{prefix.name}_text_document.json").exists()
+
+
 def test_killed_at_any_moment_it_goes_on(model, tmp_path):
     """kill -9 of the run, three times at random; then it ends with upstream's bytes and reused parts."""
     texts = corpora.documents(12000)
     source = corpora.write_jsonl(tmp_path / "in.jsonl", texts)
     expected = corpora.upstream(tmp_path / "upstream", texts, model)
-    work, rng = tmp_path / "out_preprocess_work", random.Random()
     for target in (1, 3, 6):
-        process = subprocess.Popen(
-            command(model, source, tmp_path / "out"),
-            stderr=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        deadline = time.monotonic() + 60
-        while len(list(work.glob("part-*[0-9].json"))) < target and process.poll() is None:
-            assert time.monotonic() < deadline, "no part was finished within a minute"
-            time.sleep(0.002)
-        time.sleep(rng.random() * 0.05)
-        process.kill()
-        process.wait()
-        wait_for_end_of_group(process.pid)
-        assert not (tmp_path / "out_text_document.json").exists()
+        kill_after_parts(command(model, source, tmp_path / "out"), tmp_path / "out", target)
     result = subprocess.run(
         command(model, source, tmp_path / "out", "--json"), capture_output=True, text=True, check=True
     )
     assert json.loads(result.stdout)["parts_reused"] >= 6
     assert corpora.hashes(tmp_path / "out_text_document") == expected
-    assert not work.exists()
+    assert not (tmp_path / "out_preprocess_work").exists()
 
 
 def test_standard_input_and_a_signal(model, tmp_path):
