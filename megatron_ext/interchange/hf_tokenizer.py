@@ -36,7 +36,7 @@ def write_tokenizer(tokenizer: TokenizerFiles | None, folder: Path) -> SpecialId
     """Put the tokenizer into ``folder`` as transformers loads it; the ids that it says are special."""
     if tokenizer is None or tokenizer.model is None:
         return SpecialIds()
-    if tokenizer.companions or tokenizer.kind == "HuggingFaceTokenizer":
+    if tokenizer.for_transformers:
         for file in (*tokenizer.files, *tokenizer.companions):
             shutil.copyfile(file, folder / file.name)
     else:
@@ -67,7 +67,7 @@ def require_same_tokenizer(tokenizer: TokenizerFiles | None, folder: Path, model
     if tokenizer is None or tokenizer.model is None or is_code(folder):
         return
     back = _as_transformers_reads(folder, known=model_type != "pangu_pi")
-    if tokenizer.companions or tokenizer.kind == "HuggingFaceTokenizer":
+    if tokenizer.for_transformers:
         meant = _as_transformers_reads(tokenizer.folder)
         difference = None if _backend(back) == _backend(meant) else f"it came as {type(meant).__name__}"
     else:

@@ -66,6 +66,11 @@ class TokenizerFiles:
         return [path for name in names if (path := self.folder / name).is_file() and path not in self.files]
 
     @property
+    def for_transformers(self) -> bool:
+        """Whether the files are a folder that transformers reads; else a SentencePiece model stands alone."""
+        return bool(self.companions) or self.kind == "HuggingFaceTokenizer"
+
+    @property
     def folder(self) -> Path:
         """Where the files are."""
         assert self.model is not None, "a NullTokenizer has no files"
@@ -77,7 +82,7 @@ class TokenizerFiles:
             folder.mkdir(parents=True, exist_ok=True)
         for file in (*self.files, *self.companions):
             shutil.copyfile(file, folder / ("tokenizer.model" if file is self.model else file.name))
-        if self.companions or self.kind == "HuggingFaceTokenizer":
+        if self.for_transformers:
             self._copy_class(folder)
 
     def _copy_class(self, folder: Path) -> None:
