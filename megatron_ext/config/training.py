@@ -78,6 +78,10 @@ class TrainingConfig:
     check_for_large_grads: bool = False
     """Stop at a gradient of unexpected size."""
 
+    grad_norm_skip_threshold: float | None = flag(None, above=0)
+    """Skip the update of an iteration whose gradient norm, before clipping, is above this: parameters and
+    optimizer state stay as they are, and the log counts it as skipped."""
+
     calculate_per_token_loss: bool = False
     """Average the loss over the tokens of the global batch instead of over its micro batches."""
 
@@ -98,6 +102,9 @@ class OptimizerConfig:
     weight_decay: float = flag(0.01, minimum=0)
     """Weight decay of matrices; norms and biases have none."""
 
+    decay_embeddings: bool = flag(True, "--no-embedding-weight-decay")
+    """No weight decay of the embeddings, nor of an output layer that is tied to them."""
+
     start_weight_decay: float | None = flag(None, minimum=0)
     """Weight decay at the start, if --weight-decay-incr-style is not constant."""
 
@@ -109,6 +116,10 @@ class OptimizerConfig:
 
     clip_grad: float = flag(1.0, minimum=0)
     """Clip gradients to this global norm; 0 disables clipping."""
+
+    z_loss_coeff: float = flag(0.0, minimum=0)
+    """Coefficient c of the auxiliary loss c z^2 per token, z the log of the softmax's denominator; it keeps
+    logits from drifting (PaLM: 1e-4). The lm loss that is reported is without it."""
 
     adam_beta1: float = flag(0.9, minimum=0, below=1, needs=[ADAM])
     """Decay rate of Adam's mean of gradients."""

@@ -150,12 +150,16 @@ def cross_entropy_grad_(
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, first: int, group: Group, width: int) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, target: Tensor, first: int, group: Group, width: int, z_loss: float
+    ) -> Tensor:
         flat, target = logits.detach().reshape(-1, logits.size(-1)).contiguous(), target.reshape(-1)
         top, total, chosen = combine_stats(*cross_entropy_stats(flat, target, first, width), group)
         ctx.logits, ctx.shape, ctx.first, ctx.width = flat, logits.shape, first, width
-        ctx.save_for_backward(target, top, total)
-        return (total.log() + (top - chosen)).view(logits.shape[:-1])
+        log_total = total.log()
+        # The gradient of c z^2, z = log sum_j exp l_j, is 2 c z softmax: it makes the softmax larger.
+        ctx.save_for_backward(target, top, total / (1 + 2 * z_loss * (top + log_total)) if z_loss else total)
+        return (log_total + (top - chosen)).view(logits.shape[:-1])
 
     @staticmethod
     @once_differentiable
@@ -167,7 +171,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         target, top, total = ctx.saved_tensors
         logits, ctx.logits = ctx.logits, None
         cross_entropy_grad_(logits, target, ctx.first, top, total, grad.reshape(-1), ctx.width)
-        return logits.view(ctx.shape), None, None, None, None
+        return logits.view(ctx.shape), None, None, None, None, None
 
 
 def vocab_parallel_cross_entropy(
@@ -176,6 +180,7 @@ def vocab_parallel_cross_entropy(
     first: int = 0,
     group: Group = None,
     vocab_size: int | None = None,
+    z_loss: float = 0.0,
 ) -> Tensor:
     """log(sum_j exp l_j) - l_target per token.
 
@@ -187,8 +192,10 @@ def vocab_parallel_cross_entropy(
         target: [...], int64, over the whole vocabulary.
         group: the tensor parallel group; None for a vocabulary in one piece.
         vocab_size: columns of the whole vocabulary that take part in the softmax; None for all.
+        z_loss: c of the auxiliary loss c z^2 with z = log(sum_j exp l_j) (PaLM, arXiv 2204.02311, section 5).
+            It is in the gradient alone: what is returned is the cross entropy.
     Returns:
         [...], float32 (float64 for float64 logits).
     """
     width = width_of_shard(logits.size(-1), first, vocab_size)
-    return _VocabParallelCrossEntropy.apply(logits, target, first, group, width)
+    return _VocabParallelCrossEntropy.apply(logits, target, first, group, width, z_loss)

@@ -34,6 +34,8 @@ def build_model(
     ]
     for chunk in chunks:
         mark_split_parameters(chunk)
+        if not run.optimizer.decay_embeddings:
+            leave_embeddings_undecayed(chunk)
         if initialized:
             initialize(chunk, config, run.init.seed)
         sum_weight_gradients_in_place(chunk)
@@ -48,6 +50,7 @@ def _build_chunk(
         transformer_layer_spec=block_spec(config, vp_stage),
         vocab_size=run.model.padded_vocab_size,
         softmax_vocab_size=run.model.softmax_vocab_size,
+        z_loss=run.optimizer.z_loss_coeff,
         max_sequence_length=run.model.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -61,6 +64,13 @@ def _build_chunk(
         seq_len_interpolation_factor=run.model.rotary_seq_len_interpolation_factor,
         vp_stage=vp_stage,
     )
+
+
+def leave_embeddings_undecayed(model: nn.Module) -> None:
+    """Keep weight decay off the embeddings, and off the output layer that shares their weights."""
+    for name, parameter in model.named_parameters():
+        if "embedding" in name or getattr(parameter, "shared_embedding", False):
+            parameter.no_weight_decay = True
 
 
 def half_precision(chunks: list[PanguModel], config: PanguProConfig) -> list[nn.Module]:

@@ -20,11 +20,14 @@ class PanguModel(GPTModel):
     Args:
         softmax_vocab_size: rows of the vocabulary that take part in the loss's softmax. Those behind
             it are padding: loss and gradients are what they are without them. None: all rows.
+        z_loss: coefficient of the auxiliary loss on the log of the softmax's denominator.
     """
 
-    def __init__(self, *args: Any, softmax_vocab_size: int | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, softmax_vocab_size: int | None = None, z_loss: float = 0.0, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.softmax_vocab_size = softmax_vocab_size
+        self.softmax_vocab_size, self.z_loss = softmax_vocab_size, z_loss
         linear.speed_up(self)
         if self.config.window_rotary_base:
             self._rotate_windows_otherwise()
@@ -66,7 +69,8 @@ class PanguModel(GPTModel):
         """Labels [b, s] and logits [s, b, v / tp] -> losses [b, s] in nats, fp32."""
         group = self.pg_collection.tp
         first = get_pg_rank(group) * logits.size(-1)
-        if self.config.cross_entropy_loss_fusion or not cross_entropy.supports(logits):
+        ours = self.z_loss or cross_entropy.supports(logits)
+        if self.config.cross_entropy_loss_fusion or not ours:
             width = cross_entropy.width_of_shard(logits.size(-1), first, self.softmax_vocab_size)
             return super().compute_language_model_loss(labels, cross_entropy.mask_padding_(logits, width))
         losses = cross_entropy.vocab_parallel_cross_entropy(
@@ -75,5 +79,6 @@ class PanguModel(GPTModel):
             first=first,
             group=group,
             vocab_size=self.softmax_vocab_size,
+            z_loss=self.z_loss,
         )
         return losses.transpose(0, 1).contiguous()

@@ -145,6 +145,9 @@ class Reporter(Callback):
         self.window.reports.append(report)
         speed = self._speed(report)
         usual = self.spikes.check(report.lm_loss)
+        limit = self.run.training.grad_norm_skip_threshold
+        if report.skipped and limit is not None and report.grad_norm > limit:
+            self.say(f" WARNING: iteration {report.iteration} skipped, gradient norm {report.grad_norm:.4g}")
         self._write(
             _iteration_record(report, self.run.data.seq_length) | speed | ({"spike": True} if usual else {})
         )

@@ -48,7 +48,7 @@ def train_step(
     callbacks("before_update")
     if run.training.empty_unused_memory_level >= 1:
         platform.empty_cache()
-    updated, grad_norm, num_zeros = optimizer.step()
+    updated, grad_norm, num_zeros = update(optimizer, run.training.grad_norm_skip_threshold)
     if run.training.empty_unused_memory_level >= 2:
         platform.empty_cache()
     updated = not max_over_ranks([0.0 if updated else 1.0])[0]
@@ -57,6 +57,19 @@ def train_step(
     loss = float("nan") if sums is None else (sums[0] / sums[1]).item()
     metrics = {} if num_zeros is None else {"num_zeros_in_grad": num_zeros}
     return StepResult(loss, float(grad_norm or 0.0), skipped=not updated, metrics=metrics)
+
+
+def update(optimizer: MegatronOptimizer, limit: float | None) -> tuple[bool, float | None, float | None]:
+    """Update the parameters, unless the norm of the gradients is above ``limit``.
+
+    Returns:
+        Whether they were updated, the norm before clipping, and the number of zeros in the gradients.
+    """
+    if limit is not None and not optimizer.prepare_grads():
+        grad_norm = optimizer.get_grad_norm()
+        if grad_norm > limit:
+            return False, grad_norm, None
+    return optimizer.step()
 
 
 def forward_backward(

@@ -70,6 +70,16 @@ def muon_is_possible(run: RunConfig, typed: Typed) -> Problems:
         yield f"{name} cannot take --fp16: use --bf16 or fp32"
 
 
+def no_gradient_is_unscaled_twice(run: RunConfig, typed: Typed) -> Problems:
+    if run.training.grad_norm_skip_threshold is not None and run.precision.fp16:
+        yield "--grad-norm-skip-threshold cannot take --fp16, whose gradients are scaled: use --bf16 or fp32"
+
+
+def z_loss_is_computed(run: RunConfig, typed: Typed) -> Problems:
+    if run.optimizer.z_loss_coeff and run.layers.cross_entropy_loss_fusion:
+        yield "--z-loss-coeff is computed by the loss of this project: leave out --cross-entropy-loss-fusion"
+
+
 def rates_are_ordered(run: RunConfig, typed: Typed) -> Problems:
     if run.schedule.lr is None:
         yield "--lr is required"
@@ -197,6 +207,8 @@ RULES = (
     batch_is_divisible,
     rampup_reaches_the_batch,
     muon_is_possible,
+    no_gradient_is_unscaled_twice,
+    z_loss_is_computed,
     rates_are_ordered,
     warmup_is_given_once,
     warmup_ends_before_the_decay,

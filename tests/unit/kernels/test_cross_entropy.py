@@ -50,6 +50,19 @@ def test_loss_and_gradient(rows, v, scale, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_z_loss_is_in_the_gradient_alone(dtype):
+    logits, target, grad = example(12, 33, dtype)
+    wide = logits.double().clone().requires_grad_()
+    loss = F.cross_entropy(wide, target, reduction="none")
+    gradient = torch.autograd.grad(loss + 0.1 * wide.logsumexp(-1).square(), wide, grad.double())[0]
+    leaf = logits.clone().requires_grad_()
+    found = cross_entropy.vocab_parallel_cross_entropy(leaf, target, z_loss=0.1)
+    torch.testing.assert_close(found.double(), loss.detach(), rtol=1e-5, atol=1e-5)
+    found.backward(grad.to(found.dtype))
+    torch.testing.assert_close(leaf.grad.double(), gradient, **tolerance(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shards", [2, 3])
 def test_pieces_of_shards_make_the_whole(shards, dtype):
     logits, target, grad = example(21, 36, dtype)
