@@ -46,7 +46,7 @@ def huggingface_texts(tokenizer: "PreTrainedTokenizerBase") -> list[bytes]:
     special |= {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     pieces = tokenizer.convert_ids_to_tokens(list(range(huggingface_size(tokenizer))))
     added = set(tokenizer.get_added_vocab())
-    of_piece = byte_level_text if _is_byte_level(tokenizer, pieces) else byte_fallback_text
+    of_piece = byte_level_text if is_byte_level(tokenizer, pieces) else byte_fallback_text
     return [
         b"" if piece is None or number in special else piece.encode() if piece in added else of_piece(piece)
         for number, piece in enumerate(pieces)
@@ -91,7 +91,7 @@ def byte_level_text(piece: str) -> bytes:
     return piece.encode()
 
 
-def _is_byte_level(tokenizer: "PreTrainedTokenizerBase", pieces: Iterable[str | None]) -> bool:
+def is_byte_level(tokenizer: "PreTrainedTokenizerBase", pieces: Iterable[str | None]) -> bool:
     """GPT-2's alphabet writes a blank as U+0120; sentencepiece's pieces begin with U+2581."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None and backend.decoder is not None:
