@@ -4,15 +4,18 @@
     python tools/describe_model.py --model-preset pangu-pi-1b-pro
     python tools/describe_model.py --model-preset 7b --tensor-model-parallel-size 2 --world-size 8 --bf16
     python tools/describe_model.py --design --params 1.0e9 --vocab-size 48000
+    python tools/describe_model.py --design --params 1.0e9 --vocab-size 48000 --tokens 1.6e12
 
 Shapes are given as for pretrain_pangu_pro.py: a preset, and flags that override it. Parameters are
-exact; memory counts weights, gradients, optimizer state, and the activations that are kept.
+exact; memory counts weights, gradients, optimizer state, and the activations that are kept. With --tokens
+the design goes on to a training command: shape, batch, learning rate, warm-up, decay, each with its rule.
 """
 
 import argparse
 import dataclasses
 import json
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +26,10 @@ from megatron_ext.arguments.parser import with_defaults
 from megatron_ext.arguments.validate import numbers
 from megatron_ext.common import command
 from megatron_ext.common.flags import add_group, flag, wrong_fields
-from megatron_ext.config import RunConfig, describe, footprint, options
+from megatron_ext.config import RunConfig, describe, flag_of, footprint, options
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.presets import PRESETS
+from megatron_ext.planning import recipe
 
 SHAPE_FLAGS = (
     *("model_preset", "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels"),
@@ -49,6 +53,9 @@ class Options:
 
     params: float | None = flag(None, above=0)
     """Parameters for --design, such as 1.0e9."""
+
+    tokens: float | None = flag(None, above=0)
+    """Training tokens for --design, such as 1.6e12: prints the command as well."""
 
     world_size: int = flag(1, minimum=1)
     """Processes."""
@@ -93,6 +100,8 @@ def make_parser() -> argparse.ArgumentParser:
 def _problems(run: RunConfig, tool: Options) -> list[str]:
     if wrong := [*wrong_fields(tool), *numbers.values_are_possible(run, {})]:
         return wrong
+    if tool.tokens and not tool.design:
+        return ["--tokens cannot take effect: needs --design"]
     if tool.design:
         return (
             [] if tool.params and run.tokenizer.vocab_size else ["--design needs --params and --vocab-size"]
@@ -146,11 +155,16 @@ def design(run: RunConfig, tool: Options, typed: dict[str, Any]) -> dict[str, An
         **{name: typed[name] for name in pi if name in typed},
     )
     seq_length = run.data.seq_length or like.max_position_embeddings
-    rows = [
-        {"layers": model.num_layers, **_figures(model, seq_length, tool)}
-        for model in describe.candidates(tool.params or 0, like)
-    ]
-    return {"params": tool.params, "vocabulary": like.vocab_rows, "candidates": rows}
+    models = list(describe.candidates(tool.params or 0, like))
+    rows = [{"layers": model.num_layers, **_figures(model, seq_length, tool)} for model in models]
+    found: dict[str, Any] = {"params": tool.params, "vocabulary": like.vocab_rows, "candidates": rows}
+    best = recipe.best_shape(models)
+    if tool.tokens and best:
+        choices = recipe.recipe(best, tool.tokens, seq_length)
+        modules = [f"{flag_of(name)} {typed[name]}" for name in pi if name in typed]
+        words = ["--model-preset pangu-pi-1b-pro", *modules, *chain(*(choice.flags for choice in choices))]
+        found |= {"recipe": [*map(dataclasses.asdict, choices)], "command": words}
+    return found
 
 
 def _lines(summary: dict[str, Any]) -> list[str]:
@@ -191,7 +205,23 @@ def _design_lines(summary: dict[str, Any]) -> list[str]:
             f"{row['embedding_and_head_share']:>10.2%}{row['flops_per_token'] / 1e9:>13.3f}"
             f"{row['tokens_per_second_per_device']:>12,.0f}"
         )
-    return lines if summary["candidates"] else ["no shape of that size has an FFN of 2 to 4 times the width"]
+    if not summary["candidates"]:
+        return ["no shape of that size has an FFN of 2 to 4 times the width"]
+    return lines + (_recipe_lines(summary) if "recipe" in summary else [])
+
+
+CAUTION = """\
+Add tokenizer, data and --micro-batch-size; tools/plan_run.py finds the layout. Step Law was checked up to 1e9
+parameters and 1e11 tokens, with models that differ from this one: try half and twice its rate. The paper's
+own 1B model took 2e-4 (third-party notes)."""
+
+
+def _recipe_lines(summary: dict[str, Any]) -> list[str]:
+    lines = ["", "what to train, and why"]
+    for choice in summary["recipe"]:
+        lines += [f"  {' '.join(choice['flags'])}", f"      {choice['rule']} ({choice['source']})"]
+    command = " \\\n    ".join(["torchrun pretrain_pangu_pro.py", *summary["command"], "..."])
+    return [*lines, "", command, "", CAUTION]
 
 
 if __name__ == "__main__":

@@ -181,12 +181,13 @@ def candidates(
 ) -> Iterator[ModelConfig]:
     """Models of about ``budget`` parameters, by depth and width, for a depth against width study.
 
-    Widths are multiples of 128, in heads of 128 (64 below 768); the FFN gets the remaining budget, in
-    multiples of 128, between 2 and 4 times the width; vocabulary and modules are those of ``like``.
+    Widths are multiples of 128, in heads of 128 (below 768: multiples of 64, heads of 64); the FFN gets the
+    remaining budget, in multiples of 128 (below 768: of 32), between 2 and 4 times the width; vocabulary and
+    modules are those of ``like``.
     """
     for layers in depths:
-        for hidden in range(256, 8193, 128):
-            width = 128 if hidden >= 768 else 64
+        for hidden in (*range(64, 768, 64), *range(768, 8193, 128)):
+            width, multiple = (128, 128) if hidden >= 768 else (64, 32)
             of = partial(
                 replace,
                 like,
@@ -196,7 +197,7 @@ def candidates(
                 kv_channels=width,
             )
             one, two = (of(ffn_hidden_size=ffn).num_parameters for ffn in (1, 2))
-            ffn = 128 * round(((budget - one) / (two - one) + 1) / 128)
+            ffn = multiple * round(((budget - one) / (two - one) + 1) / multiple)
             model = of(ffn_hidden_size=ffn) if ffn > 0 else like
             if 2 * hidden <= ffn <= 4 * hidden and abs(model.num_parameters / budget - 1) <= tolerance:
                 yield model
