@@ -11,6 +11,7 @@ SHORTCUTS = Need("--augmented-shortcuts above 0", lambda run: run.model.augmente
 PI = Need("--series-activation-order or --augmented-shortcuts above 0", lambda run: run.model.has_pi)
 ROUND = Need("--round-index", lambda run: run.rounds.round_index)
 RECORDING = Need("--record-sample-loss", lambda run: run.rounds.record_sample_loss)
+TEACHER = Need("--teacher-load", lambda run: run.distillation.teacher_load)
 ADAM = Need("--optimizer adam, muon or dist_muon", lambda run: run.optimizer.optimizer != "sgd")
 MUON = Need("--optimizer muon or dist_muon", lambda run: run.optimizer.is_muon)
 SGD = Need("--optimizer sgd", lambda run: run.optimizer.optimizer == "sgd")

@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 from megatron_ext.config.data import DataConfig, RoundsConfig, TokenizerConfig, ValidationConfig
+from megatron_ext.config.distillation import DistillationConfig
 from megatron_ext.config.layers import (
     FusionConfig,
     GraphConfig,
@@ -38,6 +39,7 @@ class RunConfig:
     tokenizer: TokenizerConfig
     validation: ValidationConfig
     rounds: RoundsConfig
+    distillation: DistillationConfig
     checkpoint: CheckpointConfig
     logging: LoggingConfig
     parallel: ParallelConfig

@@ -206,6 +206,32 @@ void cross_entropy_grad(bool bf16, Address logits, Address target, int64_t first
   });
 }
 
+// Calls body(T{}, U{}) with the storage types of logits and teacher.
+template <class Body>
+void with_types(bool bf16, bool teacher_bf16, const Body &body) {
+  with_type(bf16, [&](auto t) { with_type(teacher_bf16, [&](auto u) { body(t, u); }); });
+}
+
+void distillation_stats(bool bf16, Address logits, Address target, int64_t first, bool teacher_bf16, Address teacher,
+                        float inverse, Address stats, int64_t rows, int64_t n, int64_t v, int threads) {
+  with_types(bf16, teacher_bf16, [&](auto t, auto u) {
+    using T = decltype(t);
+    using U = decltype(u);
+    RUN(distillation_forward, at<const T>(logits), at<const int64_t>(target), first, at<const U>(teacher), inverse,
+        at<float>(stats), rows, n, v, threads);
+  });
+}
+
+void distillation_grad(bool bf16, Address logits, Address target, int64_t first, bool teacher_bf16, Address teacher,
+                       float inverse, Address factors, int64_t rows, int64_t n, int64_t v, int threads) {
+  with_types(bf16, teacher_bf16, [&](auto t, auto u) {
+    using T = decltype(t);
+    using U = decltype(u);
+    RUN(distillation_backward, at<T>(logits), at<const int64_t>(target), first, at<const U>(teacher), inverse,
+        at<const float>(factors), rows, n, v, threads);
+  });
+}
+
 double sum_of_squares(bool bf16, const Pointers &tensors, const std::vector<int64_t> &sizes, int threads) {
   std::vector<Piece> pieces = cut(sizes);
   return with_type(bf16, [&](auto t) { return RUN(sum_of_squares<decltype(t)>, pieces, tensors, threads); });
@@ -222,7 +248,7 @@ void exponential(Address x, Address y, int64_t n) { RUN(exponential, at<const fl
 }  // namespace kernels
 
 // Incremented with every change of a function below; megatron_ext/kernels/fused.py requires this version.
-constexpr int kAbi = 2;
+constexpr int kAbi = 3;
 
 PYBIND11_MODULE(_kernels, m) {
   using namespace kernels;
@@ -243,6 +269,8 @@ PYBIND11_MODULE(_kernels, m) {
   m.def("weight_gradient", &weight_gradient, Unlocked());
   m.def("cross_entropy_stats", &cross_entropy_stats, Unlocked());
   m.def("cross_entropy_grad", &cross_entropy_grad, Unlocked());
+  m.def("distillation_stats", &distillation_stats, Unlocked());
+  m.def("distillation_grad", &distillation_grad, Unlocked());
   m.def("sum_of_squares", &sum_of_squares, Unlocked());
   m.def("scale", &scale, Unlocked());
   m.def("exponential", &exponential, Unlocked(), "y = exp(x), n floats: the kernels' own exp, for tests.");

@@ -10,6 +10,7 @@
 #include "kernels_activation.h"
 #include "kernels_attention.h"
 #include "kernels_cross_entropy.h"
+#include "kernels_distillation.h"
 #include "kernels_optimizer.h"
 #include "kernels_rope.h"
 #include "kernels_weight_gradient.h"

@@ -8,6 +8,8 @@ from megatron.core.utils import get_pg_rank
 from torch import Tensor
 
 from megatron_ext.kernels import cross_entropy, linear
+from megatron_ext.kernels.distillation import vocab_parallel_distillation
+from megatron_ext.kernels.teacher_targets import TeacherTargets
 
 
 class PanguModel(GPTModel):
@@ -28,6 +30,7 @@ class PanguModel(GPTModel):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.softmax_vocab_size, self.z_loss = softmax_vocab_size, z_loss
+        self._targets: TeacherTargets | None = None
         linear.speed_up(self)
         if self.config.window_rotary_base:
             self._rotate_windows_otherwise()
@@ -51,13 +54,22 @@ class PanguModel(GPTModel):
         position_ids: Tensor,
         attention_mask: Tensor,
         decoder_input: Tensor | None = None,
+        targets: TeacherTargets | None = None,
         **kwargs: Any,
-    ) -> Tensor:
-        """As in GPTModel, with the embeddings multiplied by ``embedding_multiplier``."""
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """As in GPTModel, with the embeddings multiplied by ``embedding_multiplier``.
+
+        With ``targets`` of a teacher, [s, b, ...], the last stage returns two losses [b, s] in nats: cross
+        entropy and the divergence from the teacher.
+        """
         multiplier = self.config.embedding_multiplier
         if self.pre_process and decoder_input is None and multiplier != 1.0:
             decoder_input = self.embedding(input_ids=input_ids, position_ids=position_ids) * multiplier
-        return super().forward(input_ids, position_ids, attention_mask, decoder_input, **kwargs)
+        self._targets = targets  # GPTModel's forward has no way through for them
+        try:
+            return super().forward(input_ids, position_ids, attention_mask, decoder_input, **kwargs)
+        finally:
+            self._targets = None
 
     def _postprocess(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """Divide the hidden states instead of the logits, which are much larger."""
@@ -65,10 +77,21 @@ class PanguModel(GPTModel):
             hidden_states = hidden_states / self.config.logits_scaling
         return super()._postprocess(hidden_states, **kwargs)
 
-    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """Labels [b, s] and logits [s, b, v / tp] -> losses [b, s] in nats, fp32."""
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Labels [b, s] and logits [s, b, v / tp] -> losses [b, s] in nats, fp32; two with a teacher."""
         group = self.pg_collection.tp
         first = get_pg_rank(group) * logits.size(-1)
+        if self._targets is not None:
+            both = vocab_parallel_distillation(
+                logits,
+                labels.transpose(0, 1).contiguous(),
+                self._targets,
+                first=first,
+                group=group,
+                vocab_size=self.softmax_vocab_size,
+                z_loss=self.z_loss,
+            )
+            return both[0].transpose(0, 1).contiguous(), both[1].transpose(0, 1).contiguous()
         ours = self.z_loss or cross_entropy.supports(logits)
         if self.config.cross_entropy_loss_fusion or not ours:
             width = cross_entropy.width_of_shard(logits.size(-1), first, self.softmax_vocab_size)

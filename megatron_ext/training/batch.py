@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from megatron.core import parallel_state
@@ -11,6 +11,10 @@ from torch import Tensor, nn
 
 from megatron_ext import platform
 from megatron_ext.config.data import DataConfig
+from megatron_ext.kernels.teacher_targets import TeacherTargets
+
+#: A loss per token; or cross entropy, and divergence from the teacher.
+Losses: TypeAlias = Tensor | tuple[Tensor, Tensor]
 
 
 @dataclass
@@ -23,16 +27,26 @@ class Batch:
     position_ids: Tensor  # [b, s] int64
     attention_mask: Tensor | None  # [b, 1, s, s] bool, True = forbidden; None = causal
     sample_ids: Tensor | None = None  # [b] int64, where the dataset numbers its samples
+    targets: TeacherTargets | None = None  # [s, b, ...], on the last stage of a student with a teacher
+    alpha: float = 0.0  # the teacher's share in the loss
 
 
-def next_batch(iterator: Iterator[dict[str, Any]] | None) -> Batch | None:
+#: Microbatches as a data loader makes them, or on the device.
+Microbatches: TypeAlias = Iterator[dict[str, Any] | Batch]
+
+
+def next_batch(iterator: Microbatches | None) -> Batch | None:
     """The next microbatch on this rank's device; None on a stage that needs none."""
     if iterator is None:
         return None
     sample = next(iterator)
+    if isinstance(sample, Batch):
+        return sample
     device = platform.current_device()
     fields = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask", "sample_id")
-    tensors = [sample[name].to(device, non_blocking=True) if name in sample else None for name in fields]
+    tensors: list[Any] = [
+        sample[name].to(device, non_blocking=True) if name in sample else None for name in fields
+    ]
     return of_context_rank(
         Batch(*tensors),
         parallel_state.get_context_parallel_rank(),
@@ -84,18 +98,25 @@ class LossCounter:
     bad: dict[int, str] = field(default_factory=dict)
     microbatch: int = 0
 
-    def __call__(self, batch: Batch, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def __call__(self, batch: Batch, losses: Losses) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """[b, s] losses in nats -> (their sum, number of tokens, sums to report).
 
-        The sums are [loss, tokens], followed by [loss over tokens with text, bytes of text].
+        With a teacher the sum is of the mixed loss. The sums to report are [cross entropy, tokens], followed
+        by [cross entropy over tokens with text, bytes of text], or with a teacher by [divergence].
         """
+        losses, divergence = losses if isinstance(losses, tuple) else (losses, None)
         losses, mask = losses.float(), batch.loss_mask
-        loss = torch.sum(losses * mask)
+        entropy = loss = torch.sum(losses * mask)
         tokens = mask.sum().to(torch.int)
+        if divergence is not None:
+            divergence = torch.sum(divergence.float() * mask)
+            loss = mixed(batch, entropy, divergence)
         self._note(loss.detach())
         if self.record is not None:
             self.record(batch, losses.detach())
-        sums = [loss.detach(), tokens]
+        sums = [entropy.detach(), tokens]
+        if divergence is not None:
+            sums.append(divergence.detach())
         if self.token_bytes is not None:
             text_bytes = self.token_bytes[batch.labels] * mask
             sums += [torch.sum(losses.detach() * mask * (text_bytes > 0)), text_bytes.sum()]
@@ -107,8 +128,14 @@ class LossCounter:
         self.microbatch += 1
 
 
+def mixed(batch: Batch, entropy: Tensor, divergence: Tensor) -> Tensor:
+    """(1 - alpha) cross entropy + alpha T^2 divergence (arXiv 1503.02531, section 2)."""
+    assert batch.targets is not None  # without them the model computes no divergence
+    return (1 - batch.alpha) * entropy + batch.alpha * batch.targets.temperature**2 * divergence
+
+
 def forward_step(
-    iterator: Iterator[dict[str, Any]] | None, model: nn.Module, counter: LossCounter
+    iterator: Microbatches | None, model: nn.Module, counter: LossCounter
 ) -> tuple[Tensor, Callable[[Tensor], Any] | None]:
     """One microbatch through this stage's chunk, as Megatron-Core's schedules call it.
 
@@ -117,7 +144,8 @@ def forward_step(
     batch = next_batch(iterator)
     if batch is None:
         return model(None, None, None), None
-    output = model(batch.tokens, batch.position_ids, batch.attention_mask, labels=batch.labels)
+    more = {} if batch.targets is None else {"targets": batch.targets}
+    output = model(batch.tokens, batch.position_ids, batch.attention_mask, labels=batch.labels, **more)
     return output, partial(counter, batch)
 
 

@@ -4,7 +4,7 @@ A new callback is added to the list in ``training/setup.py:callbacks``; the loop
 """
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from megatron_ext.config import RunConfig
 from megatron_ext.config.training import TrainingConfig
 from megatron_ext.data.views import Samples
-from megatron_ext.training.batch import Batch
+from megatron_ext.training.batch import Batch, Microbatches
 from megatron_ext.training.schedule import Schedule
 from megatron_ext.training.state import BadNumbers, Evaluation, Progress, StepResult, TaskScore
 
@@ -28,6 +28,13 @@ class Callback:
 
     def start(self, state: "State") -> None:
         """Before the first step."""
+
+    def training_data(self, iterators: Sequence[Microbatches | None]) -> Sequence[Microbatches | None]:
+        """After the start: the microbatches of each model chunk of this rank, None where it reads none.
+
+        Returns them, or iterators of as many microbatches, each of which may be a :class:`Batch`.
+        """
+        return iterators
 
     def before_step(self, state: "State") -> None:
         """Before the forward pass of an iteration."""

@@ -1,22 +1,21 @@
 """Validation: the mean loss of held-out samples, per token and in bits per byte of text."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
 from megatron_ext import platform
 from megatron_ext.config import RunConfig
-from megatron_ext.training.batch import LossCounter
+from megatron_ext.training.batch import LossCounter, Microbatches
 from megatron_ext.training.state import Evaluation
 from megatron_ext.training.step import evaluation_mode, forward_backward, parameters_in_place
 
 
 @torch.no_grad()
 def evaluate(
-    iterators: list[Iterator[dict[str, Any]] | None],
+    iterators: Sequence[Microbatches | None],
     model: list[nn.Module],
     run: RunConfig,
     token_bytes: torch.Tensor,

@@ -1,7 +1,7 @@
 """The training loop: steps, validation, saves, and an orderly shutdown."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from megatron_ext import platform
 from megatron_ext.config import RunConfig
 from megatron_ext.platform.collective import print_rank_0
 from megatron_ext.training.bad_numbers import LocalGradients
+from megatron_ext.training.batch import Microbatches
 from megatron_ext.training.callbacks import State
 from megatron_ext.training.data import chunk_iterators, validation_iterators, whole_set
 from megatron_ext.training.evaluation import evaluate
@@ -70,8 +71,11 @@ class Trainer(State):
         """Train; returns why the loop ended early, or None."""
         run, progress = self.run, self.progress
         consumed = progress.consumed_train_samples - progress.round_start
-        iterators = chunk_iterators(self.datasets[0], run, consumed)
-        iterators = [self.watched(iterator) for iterator in iterators]
+        iterators: Sequence[Microbatches | None] = [
+            self.watched(iterator) for iterator in chunk_iterators(self.datasets[0], run, consumed)
+        ]
+        for callback in self.callbacks:
+            iterators = callback.training_data(iterators)
         if progress.iteration >= run.training.train_iters:
             print_rank_0(
                 f" nothing to train: iteration {progress.iteration} of {run.training.train_iters} is done"
@@ -100,7 +104,7 @@ class Trainer(State):
                 return reason
         return None
 
-    def _step(self, iterators: list[Iterator[dict[str, Any]] | None]) -> StepResult:
+    def _step(self, iterators: Sequence[Microbatches | None]) -> StepResult:
         """One iteration: a training step, or a skip because of the flags or of NaN or Inf."""
         if self.progress.iteration + 1 in self.run.training.iterations_to_skip:
             return self._skip_step(iterators)
@@ -111,7 +115,7 @@ class Trainer(State):
                 raise
             return StepResult(float("nan"), float("nan"), skipped=True, bad=True)
 
-    def _skip_step(self, iterators: list[Iterator[dict[str, Any]] | None]) -> StepResult:
+    def _skip_step(self, iterators: Sequence[Microbatches | None]) -> StepResult:
         """Read one global batch without training on it (``--iterations-to-skip``)."""
         for iterator in iterators:
             if iterator is not None:

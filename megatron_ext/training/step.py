@@ -1,9 +1,8 @@
 """One training step: forward and backward over the microbatches, then the update."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.optimizer import MegatronOptimizer
@@ -22,7 +21,7 @@ from megatron_ext.training.state import StepResult
 
 
 def train_step(
-    iterators: list[Iterator[dict[str, Any]] | None],
+    iterators: Sequence[batches.Microbatches | None],
     model: list[nn.Module],
     optimizer: MegatronOptimizer,
     scheduler: Schedule,
@@ -55,7 +54,9 @@ def train_step(
     if updated:
         scheduler.step(increment=get_num_microbatches() * run.samples_at_once)
     loss = float("nan") if sums is None else (sums[0] / sums[1]).item()
-    metrics = {} if num_zeros is None else {"num_zeros_in_grad": num_zeros}
+    metrics: dict[str, float] = {} if num_zeros is None else {"num_zeros_in_grad": num_zeros}
+    if sums is not None and len(sums) > 2:
+        metrics["distillation_loss"] = (sums[2] / sums[1]).item()
     return StepResult(loss, float(grad_norm or 0.0), skipped=not updated, metrics=metrics)
 
 
@@ -73,7 +74,7 @@ def update(optimizer: MegatronOptimizer, limit: float | None) -> tuple[bool, flo
 
 
 def forward_backward(
-    iterators: list[Iterator[dict[str, Any]] | None],
+    iterators: Sequence[batches.Microbatches | None],
     model: list[nn.Module],
     run: RunConfig,
     counter: batches.LossCounter,

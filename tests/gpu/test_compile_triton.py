@@ -8,6 +8,7 @@ import torch
 from megatron_ext.kernels import (
     triton_activation,
     triton_cross_entropy,
+    triton_distillation,
     triton_language,
     triton_norm,
     triton_rope,
@@ -23,6 +24,8 @@ pytestmark = [
 NARROW = {
     "_stats_kernel": 5,
     "_grad_kernel": 4,
+    "_both_stats_kernel": 9,
+    "_both_grad_kernel": 7,
     "_norm_forward_kernel": 1,
     "_norm_backward_kernel": 1,
     "_rotate_kernel": 4,
@@ -52,6 +55,14 @@ def cross_entropy():
     logits, target = half(64, 48000).detach(), torch.zeros(64, dtype=torch.int64)
     top, total, _ = triton_cross_entropy.cross_entropy_stats(logits, target, 0, 47984)
     triton_cross_entropy.cross_entropy_grad_(logits, target, 0, top, total, torch.ones(64), 47984)
+
+
+def distillation():
+    logits, teacher = half(64, 48000).detach(), torch.zeros(64, 48000)
+    target = torch.zeros(64, dtype=torch.int64)
+    for given in (teacher, None):
+        triton_distillation.stats(logits, target, given, 2.0, 0, 47984)
+        triton_distillation.grad_(logits, target, given, 2.0, 0, torch.ones(6, 64), 47984)
 
 
 def norm():
@@ -84,7 +95,7 @@ def ptx_of(kernel, arguments: tuple, constants: dict, capability: int) -> str:
 
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(
-    "run", [series_activation, rope, grouped_rope_of_half_the_channels, cross_entropy, norm]
+    "run", [series_activation, rope, grouped_rope_of_half_the_channels, cross_entropy, distillation, norm]
 )
 def test_compiles_with_wide_accesses(run, capability, monkeypatch):
     names = set()
@@ -97,7 +108,8 @@ def test_compiles_with_wide_accesses(run, capability, monkeypatch):
         assert len(accesses) > len(narrow) and ".local" not in ptx
         names.add(kernel.__name__)
 
-    for module in (triton_activation, triton_rope, triton_cross_entropy, triton_norm):
+    modules = triton_activation, triton_rope, triton_cross_entropy, triton_distillation, triton_norm
+    for module in modules:
         monkeypatch.setattr(module, "launch", compile_only)
     run()
     assert names

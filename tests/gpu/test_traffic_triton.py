@@ -5,7 +5,14 @@ from collections import Counter
 import pytest
 import torch
 
-from megatron_ext.kernels import launch, triton_activation, triton_cross_entropy, triton_norm, triton_rope
+from megatron_ext.kernels import (
+    launch,
+    triton_activation,
+    triton_cross_entropy,
+    triton_distillation,
+    triton_norm,
+    triton_rope,
+)
 from tests.gpu.interpreted import INTERPRETED, needs_triton
 
 #: Cross entropy reads the logits of its targets a second time.
@@ -35,6 +42,14 @@ def cross_entropy():
     logits, target = torch.randn(3, 5000, dtype=torch.bfloat16), torch.tensor([1000, 7, 6100])
     top, total, _ = triton_cross_entropy.cross_entropy_stats(logits, target, 1000, 4900)
     triton_cross_entropy.cross_entropy_grad_(logits, target, 1000, top, total, torch.ones(3), 4900)
+
+
+def distillation():
+    logits, teacher = torch.randn(3, 5000, dtype=torch.bfloat16), torch.randn(3, 5000)
+    target = torch.tensor([1000, 7, 6100])
+    for given in (teacher, None):
+        triton_distillation.stats(logits, target, given, 2.0, 1000, 4900)
+        triton_distillation.grad_(logits, target, given, 2.0, 1000, torch.ones(6, 3), 4900)
 
 
 def norm():
@@ -72,7 +87,9 @@ def touched(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("run", [norm, series_activation, rope, split_and_rotate, cross_entropy])
+@pytest.mark.parametrize(
+    "run", [norm, series_activation, rope, split_and_rotate, cross_entropy, distillation]
+)
 def test_a_launch_names_what_its_kernel_touches(run, touched, monkeypatch):
     """Every element that is named is touched, and no other; of the largest tensors each element once."""
     started: list[tuple] = []
@@ -88,7 +105,8 @@ def test_a_launch_names_what_its_kernel_touches(run, touched, monkeypatch):
             times = Counter(found)
             assert sum(times[address] > 1 for address in max(elements, key=len)) <= READ_TWICE
 
-    for module in (triton_activation, triton_rope, triton_cross_entropy, triton_norm):
+    modules = triton_activation, triton_rope, triton_cross_entropy, triton_distillation, triton_norm
+    for module in modules:
         monkeypatch.setattr(module, "launch", check)
     run()
     assert len(started) >= 2

@@ -9,6 +9,7 @@ calculate with them.
 from megatron_ext.arguments.validate import (
     amounts,
     dependencies,
+    distillation,
     engine,
     files,
     layout,
@@ -24,9 +25,8 @@ def problems(run: RunConfig, typed: Typed, check_files: bool = True) -> list[str
     """The problems of all rules; ``check_files=False`` does not look at this machine's files."""
     sentences = _apply(numbers.RULES, run, typed)
     calculable = not sentences and not numbers.missing(run)
-    rules = (
-        (*model.RULES, *engine.RULES, *layout.RULES, *training.RULES, *amounts.RULES) if calculable else ()
-    )
+    kinds = (model, engine, layout, training, amounts, distillation)
+    rules = tuple(rule for kind in kinds for rule in kind.RULES) if calculable else ()
     sentences += _apply((*dependencies.RULES, *rules, *files.RULES), run, typed)
     if check_files:
         sentences += _apply(files.RULES_OF_THIS_MACHINE, run, typed)
