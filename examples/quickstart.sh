@@ -92,7 +92,7 @@ else
 fi
 
 step "5/6 loss curve"
-picture tools/plot_metrics.py "$run/metrics.jsonl" --output "$run/loss.png"
+picture tools/plot_metrics.py "$run/metrics.jsonl" --output "$run/loss.png" --terminal
 
 step "6/6 sample: the model continues the beginning of a document that it was not trained on"
 prompt=$(python - "$corpus" <<'PYTHON'

@@ -1,11 +1,11 @@
-"""A corpus of real text from this machine itself: the documentation and sources of its Python.
+"""A corpus of text from this machine itself: what the packages of its Python say of themselves.
 
     python tools/make_demo_corpus.py --output demo.jsonl.gz --valid-output demo_valid.jsonl.gz
 
-Takes the language reference that Python carries (pydoc's topics), the standard library, and the
-.py, .md, .rst and .txt files of installed packages, cleans them lightly, drops exact duplicates, and
-writes JSON lines {"text": ..., "source": ...} in an order that depends on the texts alone. Nothing
-is downloaded; the same installation always gives the same corpus.
+Takes the language reference that Python carries (pydoc's topics), the README files of installed packages, and
+the docstrings of the standard library and the packages, cleans them lightly, leaves out code and licences,
+drops exact duplicates, and writes JSON lines {"text": ..., "source": ...} in an order that depends on the
+texts alone. Nothing is downloaded; the same installation always gives the same corpus.
 
 Exit code 0: everything is in place; 1: too little text found; 2: bad usage.
 """

@@ -4,7 +4,8 @@
     python tools/plot_metrics.py runs/quickstart/metrics.jsonl --output loss.png
     python tools/plot_metrics.py a.jsonl b.jsonl --x consumed_tokens --output compare.png
 
-Thin lines are training losses, thick ones their running mean, points validation losses.
+Thin lines are training losses, thick ones their running mean, points validation losses. --terminal draws the
+running means in the terminal as well.
 """
 
 import argparse
@@ -44,6 +45,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         print(json.dumps({"output": str(args.output), "runs": summaries}))
     else:
+        if args.terminal:
+            print(in_terminal(runs, args.x))
         print(f"wrote {args.output}")
         for name, values in summaries.items():
             print(f"{name}: " + ", ".join(f"{key} {value:.6g}" for key, value in values.items()))
@@ -58,6 +61,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--x", choices=["iteration", "consumed_samples", "consumed_tokens"], default="iteration"
     )
+    parser.add_argument("--terminal", action="store_true", help="draw the curves in the terminal too")
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
     return parser
 
@@ -124,8 +128,7 @@ def draw(runs: dict[str, tuple[Records, Records]], x: str, output: Path) -> None
     names = short_names(list(runs))
     for name, (training, validation), color in zip(names, runs.values(), _colors(len(runs)), strict=True):
         label = f"{name}: " if len(runs) > 1 else ""
-        xs = [record[x] for record in training]
-        losses = [math.nan if record["lm_loss"] is None else record["lm_loss"] for record in training]
+        xs, losses = [record[x] for record in training], losses_of(training)
         axes.plot(xs, losses, color=color, alpha=0.3, linewidth=0.8)
         axes.plot(xs, running_mean(losses), color=color, linewidth=1.8, label=f"{label}training")
         at = {record["iteration"]: record[x] for record in training}
@@ -139,6 +142,30 @@ def draw(runs: dict[str, tuple[Records, Records]], x: str, output: Path) -> None
     output.parent.mkdir(parents=True, exist_ok=True)
     write_picture(figure, output)
     pyplot.close(figure)
+
+
+def in_terminal(runs: dict[str, tuple[Records, Records]], x: str) -> str:
+    """The running means of the training losses, drawn with characters."""
+    try:
+        from uniplot import plot_to_string
+    except ImportError:
+        raise ValueError("--terminal needs: pip install uniplot") from None
+    names = short_names(list(runs))
+    return plot_to_string(
+        [running_mean(losses_of(training)) for training, _ in runs.values()],
+        [[record[x] for record in training] for training, _ in runs.values()],
+        lines=True,
+        width=70,
+        height=12,
+        color=len(runs) > 1 and sys.stdout.isatty(),
+        legend_labels=names if len(runs) > 1 else None,
+        title=f"loss (nats per token) over {x.replace('_', ' ')}",
+    )
+
+
+def losses_of(training: Records) -> list[float]:
+    """NaN where there is none."""
+    return [math.nan if record["lm_loss"] is None else record["lm_loss"] for record in training]
 
 
 def short_names(paths: list[str]) -> list[str]:

@@ -1,22 +1,38 @@
-"""Real text from every Python installation: its documentation, standard library and packages."""
+"""Text worth reading from every Python installation: what its modules and functions say of themselves.
 
+Docstrings are prose about mathematics, graphs, languages and machines, with examples. Code is left out, and
+so are licences.
+"""
+
+import ast
 import gzip
 import json
 import os
 import re
 import sysconfig
+import warnings
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_ext.common.files import sha256, write_aside
 
-#: Shorter files have little content, longer ones are mostly tables and generated code.
+#: Shorter texts have little content, longer ones are mostly tables.
 MIN_CHARACTERS, MAX_CHARACTERS = 400, 60_000
-#: Prose first, then the standard library, then packages: if space is short, prose is kept.
-SHARES = (("documentation", 0.4), ("standard library", 0.35), ("packages", 1.0))
+#: A docstring of fewer characters repeats its function's name.
+MIN_DOCSTRING = 120
+#: The first kind first: if space is short, it is kept.
+SHARES = (("documentation", 0.25), ("standard library", 0.5), ("packages", 1.0))
+#: Of the whole, from one package: large ones repeat themselves.
+LARGEST_SHARE = 0.06
 VALID_SHARE = 0.02
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
+LICENCE = re.compile(
+    r"licen[cs]e|copyright|all rights reserved|permission is (hereby )?granted|redistribution|warrant(y|ies)",
+    re.I,
+)
+TESTS = ("test", "tests", "testing")
 
 
 def collect(max_bytes: int) -> list[dict[str, Any]]:
@@ -26,14 +42,17 @@ def collect(max_bytes: int) -> list[dict[str, Any]]:
     """
     seen: set[str] = set()
     chosen: list[tuple[str, dict[str, Any]]] = []
-    total = 0
+    total, of_package = 0, Counter[str]()
     kinds = {"documentation": _documentation, "standard library": _standard_library, "packages": _packages}
     for kind, share in SHARES:
         allowed = total + (max_bytes - total) * share
         for source, text in kinds[kind]():
             key, size = digest(text), len(text.encode("utf-8"))
-            if key not in seen and total + size <= allowed:
+            package = "/".join(source.split("/")[:2])
+            fits = total + size <= allowed and of_package[package] + size <= LARGEST_SHARE * max_bytes
+            if key not in seen and fits:
                 seen.add(key)
+                of_package[package] += size
                 chosen.append((key, {"text": text, "source": source}))
                 total += size
             if total > 0.995 * allowed:
@@ -76,7 +95,7 @@ def clean(text: str) -> str:
 
 
 def _documentation() -> Iterator[tuple[str, str]]:
-    """pydoc's topics, and the README, reST and text files of packages."""
+    """pydoc's topics, and the README files of packages."""
     try:
         from pydoc_data import topics as pydoc
 
@@ -85,16 +104,16 @@ def _documentation() -> Iterator[tuple[str, str]]:
         topics = {}
     for name, text in sorted(topics.items()):
         yield from _usable(f"pydoc/{name}", text)
-    yield from _files(_packages_folder(), (".md", ".rst", ".txt"), "site-packages")
+    yield from _files(_packages_folder(), (".md", ".rst"), "site-packages")
 
 
 def _standard_library() -> Iterator[tuple[str, str]]:
     folder = Path(sysconfig.get_path("stdlib"))
-    yield from _files(folder, (".py",), "stdlib", skip=("site-packages", "dist-packages", "test", "tests"))
+    yield from _files(folder, (".py",), "stdlib", skip=("site-packages", "dist-packages", *TESTS))
 
 
 def _packages() -> Iterator[tuple[str, str]]:
-    yield from _files(_packages_folder(), (".py",), "site-packages", skip=("test", "tests"))
+    yield from _files(_packages_folder(), (".py",), "site-packages", skip=TESTS)
 
 
 def _packages_folder() -> Path:
@@ -112,13 +131,37 @@ def _files(
         names += [f"{relative}/{file}" for file in files if file.endswith(suffixes)]
     for path in sorted(names, key=lambda path: sha256(path)):
         try:
-            if (folder / path).stat().st_size <= 2 * MAX_CHARACTERS:
-                yield from _usable(f"{name}/{path.removeprefix('./')}", (folder / path).read_text("utf-8"))
-        except (OSError, UnicodeError):
+            if (folder / path).stat().st_size <= 4 * MAX_CHARACTERS:
+                text = (folder / path).read_text("utf-8")
+                text = docstrings(text) if path.endswith(".py") else text
+                yield from _usable(f"{name}/{path.removeprefix('./')}", text)
+        except (OSError, UnicodeError, SyntaxError, ValueError, RecursionError):
             continue
 
 
+def docstrings(code: str) -> str:
+    """A module's docstring, then name, arguments and docstring of each public class and function."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of invalid escapes in other people's strings
+        module = ast.parse(code)
+    return "\n\n\n".join([ast.get_docstring(module) or "", *_described(module, "")])
+
+
+def _described(parent: ast.Module | ast.ClassDef, prefix: str) -> Iterator[str]:
+    for node in parent.body:
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name.startswith("_"):
+            continue
+        text = ast.get_docstring(node) or ""
+        if len(text) >= MIN_DOCSTRING:
+            arguments = f"({ast.unparse(node.args)})" if isinstance(node, ast.FunctionDef) else ""
+            yield f"{prefix}{node.name}{arguments}\n\n{text}"
+        if isinstance(node, ast.ClassDef):
+            yield from _described(node, f"{prefix}{node.name}.")
+
+
 def _usable(source: str, text: str) -> Iterator[tuple[str, str]]:
-    text = clean(text)
+    """The text without paragraphs about licences, if it is neither short nor long."""
+    paragraphs = clean(text).split("\n\n")
+    text = "\n\n".join(paragraph for paragraph in paragraphs if not LICENCE.search(paragraph)).strip()
     if MIN_CHARACTERS <= len(text) <= MAX_CHARACTERS:
         yield source, text

@@ -68,3 +68,16 @@ def test_files_are_named_by_what_tells_them_apart():
     assert plot_metrics.short_names(["runs/a/m.jsonl"]) == ["m"]
     assert plot_metrics.short_names(["runs/a/m.jsonl", "runs/b/m.jsonl"]) == ["a/m", "b/m"]
     assert plot_metrics.short_names(["x/from_l2.jsonl", "x/from_l1.jsonl"]) == ["from_l2", "from_l1"]
+
+
+def test_the_curve_in_the_terminal(tmp_path, capsys):
+    """It falls from the upper left to the lower right, with the other run's name in the legend."""
+    pytest.importorskip("uniplot")
+    a = write(tmp_path / "a.jsonl", [record(i, 8 / i) for i in range(1, 60)])
+    b = write(tmp_path / "b.jsonl", [record(i, 4.0) for i in range(1, 60)])
+    assert plot_metrics.main([str(a), "--output", str(tmp_path / "a.png"), "--terminal"]) == 0
+    rows = [line.split("│")[1] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    first, *_, last = (row for row in rows if row.strip())
+    assert first[:5].strip() and not first[20:].strip() and last[40:].strip() and not last[:10].strip()
+    assert plot_metrics.main([str(a), str(b), "--output", str(tmp_path / "a.png"), "--terminal"]) == 0
+    assert "██ a" in capsys.readouterr().out
