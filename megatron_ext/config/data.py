@@ -71,14 +71,14 @@ class DataConfig:
     reset_position_ids: bool = False
     """Restart positions from 0 after each end of document."""
 
-    reset_attention_mask: bool = False
-    """Attend only within a document; needs the attention mask in the dataloader."""
+    reset_attention_mask: bool = flag(False, "--reset-attention-mask", "--dataloader-inter-document-masking")
+    """Attend only within a document; each ends with its end of document token."""
 
     eod_mask_loss: bool = False
     """Exclude end of document tokens from the loss."""
 
     create_attention_mask_in_dataloader: bool = flag(True, "--no-create-attention-mask-in-dataloader")
-    """Do not create an attention mask for each batch; attention is causal without one."""
+    """Accepted for scripts of Megatron-LM: here no mask [s, s] is ever created."""
 
 
 TOKENIZERS = (

@@ -147,8 +147,10 @@ void rope(bool bf16, Address in, Address cosine, Address sine, Address out, cons
   });
 }
 
-AttentionShape attention_shape(const std::array<int64_t, 6> &shape, float scale) {
-  return {shape[0], shape[1], shape[2], shape[3], shape[4], shape[5], scale};
+using Sizes = std::array<int64_t, 5>;
+
+AttentionShape attention_shape(const Sizes &sizes, Address first, float scale) {
+  return {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], at<const int32_t>(first), scale};
 }
 
 // Cosines and sines [s, rot] with rot, gains [2, d] of the norms of queries and keys with eps; 0 for none.
@@ -163,24 +165,24 @@ std::array<HeadTransform, 2> head_transforms(const std::tuple<Address, Address, 
 
 void attention_forward(bool bf16, Address qkv, const std::tuple<Address, Address, int64_t> &rotary,
                        const std::tuple<Address, float> &norms, Address out, Address lse,
-                       const std::array<int64_t, 6> &shape, float scale, int threads) {
-  const auto by = head_transforms(rotary, norms, shape[4]);
+                       const Sizes &sizes, Address first, float scale, int threads) {
+  const auto by = head_transforms(rotary, norms, sizes[4]);
   with_type(bf16, [&](auto t) {
     using T = decltype(t);
-    RUN(attention_forward, at<const T>(qkv), by[0], by[1], at<T>(out), at<float>(lse), attention_shape(shape, scale),
-        threads);
+    RUN(attention_forward, at<const T>(qkv), by[0], by[1], at<T>(out), at<float>(lse),
+        attention_shape(sizes, first, scale), threads);
   });
 }
 
 void attention_backward(bool bf16, Address qkv, const std::tuple<Address, Address, int64_t> &rotary,
                         const std::tuple<Address, float> &norms, Address out, Address lse, Address grad,
-                        Address qkv_grad, Address gain_grads, const std::array<int64_t, 6> &shape, float scale,
+                        Address qkv_grad, Address gain_grads, const Sizes &sizes, Address first, float scale,
                         int threads) {
-  const auto by = head_transforms(rotary, norms, shape[4]);
+  const auto by = head_transforms(rotary, norms, sizes[4]);
   with_type(bf16, [&](auto t) {
     using T = decltype(t);
     RUN(attention_backward, at<const T>(qkv), by[0], by[1], at<const T>(out), at<const float>(lse), at<const T>(grad),
-        at<T>(qkv_grad), at<float>(gain_grads), attention_shape(shape, scale), threads);
+        at<T>(qkv_grad), at<float>(gain_grads), attention_shape(sizes, first, scale), threads);
   });
 }
 
@@ -248,7 +250,7 @@ void exponential(Address x, Address y, int64_t n) { RUN(exponential, at<const fl
 }  // namespace kernels
 
 // Incremented with every change of a function below; megatron_ext/kernels/fused.py requires this version.
-constexpr int kAbi = 3;
+constexpr int kAbi = 4;
 
 PYBIND11_MODULE(_kernels, m) {
   using namespace kernels;

@@ -1,6 +1,6 @@
-// Causal self attention on the joint QKV projection, including norms of queries and keys, rotary embedding and
-// window (no include guard: once per instruction set). No [s, s] matrix is stored: scores are computed in
-// blocks of kBlock x kBlock.
+// Causal self attention on the joint QKV projection, including norms of queries and keys and rotary embedding (no
+// include guard: once per instruction set). No [s, s] matrix is stored: scores are computed in blocks of kBlock x
+// kBlock, and blocks without a visible key are skipped.
 //   qkv: [s, b, groups, (r + 2) d], the r query heads of a group, then its key, then its value
 //   out: [s, b, groups r d];  lse: [b, groups r, s], the logarithm of each softmax's denominator
 // Scores are stored transposed, [key, query]: a vector holds one key's scores for W queries, so that
@@ -96,16 +96,32 @@ static void mask_block(float *scores, int64_t keys) {
   }
 }
 
-// Scores of queries from q0 on and keys from k0 on: -inf where the key is more than `window` before the query.
-static void mask_window(float *scores, int64_t keys, int64_t q0, int64_t k0, int64_t window) {
+// Scores of n queries and the keys from k0 on: -inf where the query's first visible key is a later one.
+static void mask_before(float *scores, int64_t keys, int64_t n, int64_t k0, const int32_t *first) {
+  int64_t seen = 0;  // queries before this one see the key, because `first` ascends
   for (int64_t r = 0; r < keys; ++r) {
-    const int64_t first = std::clamp(k0 + r + window + 1 - q0, int64_t{0}, kBlock);
-    std::fill_n(scores + r * kBlock + first, kBlock - first, -std::numeric_limits<float>::infinity());
+    while (seen < n && first[seen] <= k0 + r) ++seen;
+    std::fill_n(scores + r * kBlock + seen, n - seen, -std::numeric_limits<float>::infinity());
   }
 }
 
-// The block that contains the first key inside the window of query q0.
-static int64_t first_block(int64_t q0, int64_t window) { return std::max<int64_t>(0, q0 - window) / kBlock * kBlock; }
+// The keys that a block of n queries from q0 on attends to, in blocks: the block at k0 begins with key `from(k0)`.
+struct VisibleKeys {
+  const int32_t *first;  // of each query, the first key that it sees; null for key 0
+  int64_t q0, n, start;  // start: the first key that one of the queries sees, at the beginning of a strip
+
+  VisibleKeys(const int32_t *first_keys, int64_t q0, int64_t n)
+      : first(first_keys == nullptr ? nullptr : first_keys + q0), q0(q0), n(n),
+        start(first == nullptr ? 0 : first[0] / kStrip * kStrip) {}
+
+  int64_t first_block() const { return start / kBlock * kBlock; }
+  int64_t from(int64_t k0) const { return std::max(k0, start); }
+  int64_t count(int64_t k0) const { return std::min(k0 + kBlock, q0 + n) - from(k0); }
+  void mask(float *scores, int64_t k0) const {
+    if (k0 == q0) mask_block(scores, n);
+    if (first != nullptr && first[n - 1] > from(k0)) mask_before(scores, count(k0), n, from(k0), first);
+  }
+};
 
 // Replaces scores by exp(score - top), with the running maximum `top` and sum `total` of each query;
 // `decay` is the factor for earlier sums.
@@ -159,20 +175,19 @@ struct AttentionBlock {  // the state of a task for a block of queries
 
 // One head, queries q0 .. q0 + n: their outputs in `w.out`, not yet divided by `total`.
 // The diagonal comes first: there each query sees a key, itself, so that its maximum is a number from then on.
-static void attend_queries(const float *keys, const float *values, int64_t q0, int64_t n, int64_t d, int64_t window,
+static void attend_queries(const float *keys, const float *values, const VisibleKeys &visible, int64_t d,
                            AttentionBlock w, float *top, float *total) {
+  const int64_t q0 = visible.q0, n = visible.n;
   alignas(64) float decay[kBlock];
   std::fill_n(top, kBlock, -std::numeric_limits<float>::infinity());
   std::fill_n(total, kBlock, 0.0f);
-  for (int64_t k0 = q0; k0 >= first_block(q0, window); k0 -= kBlock) {
-    int64_t count = std::min(kBlock, q0 + n - k0);
-    const int64_t strip = k0 == q0 ? kStrip : kBlock;
-    scores_block(keys + k0 * d, w.q_t, w.scores, count, d, strip);
-    if (k0 == q0) mask_block(w.scores, count);
-    if (q0 + n - 1 - k0 > window) mask_window(w.scores, count, q0, k0, window);
+  for (int64_t k0 = q0; k0 >= visible.first_block(); k0 -= kBlock) {
+    const int64_t from = visible.from(k0), count = visible.count(k0), strip = k0 == q0 ? kStrip : kBlock;
+    scores_block(keys + from * d, w.q_t, w.scores, count, d, strip);
+    visible.mask(w.scores, k0);
     softmax_block(w.scores, count, strip, top, total, decay);
     for (int64_t i = 0; k0 < q0 && i < n; ++i) FOR_LANES(j, d, { store(w.out + i * d + j, load(w.out + i * d + j, lanes) * decay[i], lanes); })
-    query_sums(w.scores, values + k0 * d, w.out, n, count, d, strip, k0 < q0);
+    query_sums(w.scores, values + from * d, w.out, n, count, d, strip, k0 < q0);
   }
 }
 
@@ -197,7 +212,7 @@ static void attention_forward(const T *qkv, const HeadTransform &queries, const 
       const int64_t n = std::min(kBlock, s.s - q0);
       gather(from + head % s.r * d + q0 * in_row, in_row, n, queries, q0, w.q, d);
       transpose_block(w.q, n, d, s.scale, w.q_t);
-      attend_queries(keys, values, q0, n, d, s.window, w, top, total);
+      attend_queries(keys, values, {s.first_of(batch), q0, n}, d, w, top, total);
       for (int64_t i = 0; i < n; ++i) {
         T *to = out + (q0 + i) * out_row + (batch * heads + head) * d;
         FOR_LANES(j, d, { store(to + j, load(w.out + i * d + j, lanes) * (1.0f / total[i]), lanes); })
@@ -224,21 +239,19 @@ static void softmax_block_backward(AttentionBlock w, int64_t keys, int64_t strip
 }
 
 // Adds the contribution of queries q0 .. q0 + n to the gradients of keys and values; their own are in `w.out`.
-static void attend_queries_backward(const float *keys, const float *values, int64_t q0, int64_t n, int64_t d,
-                                    int64_t window, AttentionBlock w, const float *lse, const float *delta, float *key_grads,
+static void attend_queries_backward(const float *keys, const float *values, const VisibleKeys &visible, int64_t d,
+                                    AttentionBlock w, const float *lse, const float *delta, float *key_grads,
                                     float *value_grads) {
-  const int64_t start = first_block(q0, window);
+  const int64_t q0 = visible.q0, n = visible.n, start = visible.first_block();
   for (int64_t k0 = start; k0 < q0 + n; k0 += kBlock) {
-    int64_t count = std::min(kBlock, q0 + n - k0);
-    const int64_t strip = k0 == q0 ? kStrip : kBlock;
-    scores_block(keys + k0 * d, w.q_t, w.scores, count, d, strip);
-    if (k0 == q0) mask_block(w.scores, count);
-    if (q0 + n - 1 - k0 > window) mask_window(w.scores, count, q0, k0, window);
-    scores_block(values + k0 * d, w.grad_t, w.score_grads, count, d, strip);
+    const int64_t from = visible.from(k0), count = visible.count(k0), strip = k0 == q0 ? kStrip : kBlock;
+    scores_block(keys + from * d, w.q_t, w.scores, count, d, strip);
+    visible.mask(w.scores, k0);
+    scores_block(values + from * d, w.grad_t, w.score_grads, count, d, strip);
     softmax_block_backward(w, count, strip, lse, delta);
-    key_sums(w.scores, w.grad, value_grads + k0 * d, n, count, d, strip);
-    key_sums(w.score_grads, w.q, key_grads + k0 * d, n, count, d, strip);
-    query_sums(w.score_grads, keys + k0 * d, w.out, n, count, d, strip, k0 > start);
+    key_sums(w.scores, w.grad, value_grads + from * d, n, count, d, strip);
+    key_sums(w.score_grads, w.q, key_grads + from * d, n, count, d, strip);
+    query_sums(w.score_grads, keys + from * d, w.out, n, count, d, strip, k0 > start);
   }
 }
 
@@ -291,7 +304,8 @@ static void attention_backward(const T *qkv, const HeadTransform &queries, const
         transpose_block(w.grad, n, d, 1.0f, w.grad_t);
         row_dots(w.grad, out + q0 * out_row + column, out_row, n, d, delta);
         std::copy_n(head_lse + q0, n, denominators);
-        attend_queries_backward(keys, values, q0, n, d, s.window, w, denominators, delta, key_grads, value_grads);
+        attend_queries_backward(keys, values, {s.first_of(batch), q0, n}, d, w, denominators, delta, key_grads,
+                                value_grads);
         const int64_t at = head * d + q0 * in_row;
         scatter(w.out, n, queries, q0, s.scale, from + at, to + at, in_row, d, query_gain_grad);
       }

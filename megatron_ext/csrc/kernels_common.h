@@ -54,11 +54,14 @@ struct RopeShape {
   int64_t in[3], out[3];
 };
 
-// Causal self attention: s tokens, b samples, `groups` key and value heads with r query heads each, width d. A
-// token attends to itself and to the `window` tokens before it.
+// Causal self attention: s tokens, b samples, `groups` key and value heads with r query heads each, width d. Token i
+// of a sample attends to tokens first[i] to i; `first` [b, s] ascends within a sample, and null stands for zeros.
 struct AttentionShape {
-  int64_t s, b, groups, r, d, window;
+  int64_t s, b, groups, r, d;
+  const int32_t *first;
   float scale;
+
+  const int32_t *first_of(int64_t batch) const { return first == nullptr ? nullptr : first + batch * s; }
 };
 
 // Cosines and sines [s, rot] of a rotary embedding; rot = 0 for none.

@@ -51,8 +51,8 @@ def build_datasets(
 
     Returns:
         Megatron-Core datasets; a sample is a dict of tokens, labels (int64 [s]), loss_mask (float
-        [s]), position_ids (int64 [s]) and, only with a non-causal mask (--reset-attention-mask),
-        attention_mask (bool [1, s, s], True = forbidden).
+        [s]), position_ids (int64 [s]) and, only with --reset-attention-mask, document_starts
+        (int32 [s]).
 
     Raises:
         DatasetError: on every rank, if data is missing, damaged, of another tokenizer, too small,
@@ -107,8 +107,7 @@ def dataset_config(run: RunConfig, tokenizer: TokenizerLike) -> GPTDatasetConfig
         reset_position_ids=run.data.reset_position_ids,
         reset_attention_mask=run.data.reset_attention_mask,
         eod_mask_loss=run.data.eod_mask_loss,
-        # Without resets the mask is causal and not needed, which saves s * s bytes per sample.
-        create_attention_mask=run.data.create_attention_mask_in_dataloader and run.data.reset_attention_mask,
+        create_attention_mask=False,  # s * s bytes a sample; data/gpt.py says it with s numbers
     )
 
 

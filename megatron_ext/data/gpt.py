@@ -1,8 +1,11 @@
-"""Megatron-Core's GPT datasets, with a separate loss mask for every sample.
+"""Megatron-Core's GPT datasets, with a separate loss mask for every sample, and documents instead of masks.
 
 Upstream caches the masks and positions of the first sample that a process reads and copies them for all later
 ones, but only after masking that sample's pad tokens: these positions stay masked in all other samples, so
 that losses depend on ``--num-workers`` and on the point of resumption.
+
+With ``--reset-attention-mask`` a sample holds where each token's document begins ([s], kernels/documents.py),
+instead of upstream's mask [1, s, s].
 """
 
 from typing import Any
@@ -10,9 +13,11 @@ from typing import Any
 import torch
 from megatron.core.datasets import gpt_dataset
 
+from megatron_ext.kernels.documents import document_starts
 
-class _OwnLossMasks:
-    """Fills upstream's cache initially from a sequence without special tokens."""
+
+class _OwnMasks:
+    """Fills upstream's cache from a sequence without special tokens; adds the starts of documents."""
 
     config: gpt_dataset.GPTDatasetConfig
     masks_and_position_ids_are_cacheable: bool
@@ -33,13 +38,19 @@ class _OwnLossMasks:
         )
         self.masks_and_position_ids_are_cached = True
 
+    def __getitem__(self, place: int | None) -> dict[str, torch.Tensor]:
+        sample: dict[str, torch.Tensor] = super().__getitem__(place)  # type: ignore[misc]  # of GPTDataset
+        if self.config.reset_attention_mask:
+            sample["document_starts"] = document_starts(sample["tokens"] == self.config.tokenizer.eod)
+        return sample
+
 
 # The class names are upstream's, because the names of index files contain them.
 
 
-class GPTDataset(_OwnLossMasks, gpt_dataset.GPTDataset):
+class GPTDataset(_OwnMasks, gpt_dataset.GPTDataset):
     """Samples of [s] tokens from documents, in upstream's order."""
 
 
-class MockGPTDataset(_OwnLossMasks, gpt_dataset.MockGPTDataset):
+class MockGPTDataset(_OwnMasks, gpt_dataset.MockGPTDataset):
     """Samples of [s] generated tokens (``--mock-data``)."""

@@ -38,7 +38,7 @@ def fill(model: nn.Module, get: Callable[[str], Tensor]) -> None:
 
 def forward(model: nn.Module, batch: Batch) -> Tensor:
     """Losses of a batch's tokens in nats, [b, s] fp32; 0 where the loss mask is 0."""
-    losses = model(batch.tokens, batch.position_ids, batch.attention_mask, labels=batch.labels)
+    losses = model(batch.tokens, batch.position_ids, batch.document_starts, labels=batch.labels)
     return losses.float() * batch.loss_mask
 
 

@@ -3,7 +3,8 @@
 On a CPU one C++ kernel a direction reads the projection where it lies and, in backward, writes its
 gradient where it belongs: no rotated copies, no split, no concatenation. torch's flash kernel for
 CPUs reaches a third of a core's matmul rate on short sequences (docs/kernels.md); this one is a
-blocked product of its own, with the softmax's maxima and sums taken across vectors.
+blocked product of its own, with the softmax's maxima and sums taken across vectors. Blocks of scores that
+a window or the documents of a sequence leave empty are skipped in both directions.
 """
 
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_ext.kernels import fused
+from megatron_ext.kernels import documents, fused
 from megatron_ext.kernels.fused import _kernels
 
 #: Widths of a head that fill the vectors of every instruction set.
@@ -41,6 +42,7 @@ def causal_attention_reference(
     scale: float,
     norms: Norms | None = None,
     window: int | None = None,
+    starts: Tensor | None = None,
 ) -> Tensor:
     """The attention in plain PyTorch; see :func:`causal_attention`."""
     s, b, groups, _ = qkv.shape
@@ -55,6 +57,7 @@ def causal_attention_reference(
     scores = torch.einsum("ibnd,jbnd->bnij", q, k) * scale
     shown = torch.ones(s, s, dtype=torch.bool, device=qkv.device).tril()
     shown = shown if window is None else shown.triu(-window)
+    shown = shown if starts is None else shown & documents.shown(starts)
     weights = F.softmax(scores.masked_fill(~shown, -torch.inf), dim=-1)
     return torch.einsum("bnij,jbnd->ibnd", weights, v).flatten(2)
 
@@ -69,13 +72,14 @@ class _CausalAttention(torch.autograd.Function):
         gains: Tensor | None,
         eps: float,
         freqs: Tensor | None,
-        sizes: tuple[int, ...],
+        sizes: tuple[int, int],
+        first: Tensor | None,
         scale: float,
     ) -> Tensor:
-        """``gains`` [2, d]; ``sizes``: query heads per group, head width, window."""
+        """``gains`` [2, d]; ``sizes``: query heads per group, head width; ``first``: of `_first_keys`."""
         qkv = qkv.detach().contiguous()
         s, b, groups, _ = qkv.shape
-        heads_per_group, width, _ = sizes
+        heads_per_group, width = sizes
         heads = groups * heads_per_group
         out = qkv.new_empty(s, b, heads * width)
         lse = torch.empty(b, heads, s, dtype=torch.float32)
@@ -83,10 +87,8 @@ class _CausalAttention(torch.autograd.Function):
         norms = None if gains is None else fused._float(gains)
         ctx.tables, ctx.norms, ctx.eps = tables, norms, eps
         ctx.gains_dtype = None if gains is None else gains.dtype
-        ctx.tail = ((s, b, groups, *sizes), scale)
-        _kernels.attention_forward(
-            *_head(qkv, ctx), out.data_ptr(), lse.data_ptr(), *ctx.tail, torch.get_num_threads()
-        )
+        ctx.sizes, ctx.first, ctx.scale = (s, b, groups, *sizes), first, scale
+        _kernels.attention_forward(*_head(qkv, ctx), out.data_ptr(), lse.data_ptr(), *_tail(ctx))
         ctx.save_for_backward(qkv, out, lse)
         return out
 
@@ -96,12 +98,12 @@ class _CausalAttention(torch.autograd.Function):
         qkv, out, lse = ctx.saved_tensors
         grad = grad.contiguous()
         qkv_grad = torch.empty_like(qkv)
-        (_, b, groups, _, width, _), _ = ctx.tail
+        _, b, groups, _, width = ctx.sizes
         gain_grads = None if ctx.norms is None else torch.empty(b * groups, 2, width)
         addresses = [fused._address(t) for t in (out, lse, grad, qkv_grad, gain_grads)]
-        _kernels.attention_backward(*_head(qkv, ctx), *addresses, *ctx.tail, torch.get_num_threads())
+        _kernels.attention_backward(*_head(qkv, ctx), *addresses, *_tail(ctx))
         gains_grad = None if gain_grads is None else gain_grads.sum(0).to(ctx.gains_dtype)
-        return qkv_grad, gains_grad, None, None, None, None
+        return qkv_grad, gains_grad, None, None, None, None, None
 
 
 def _head(qkv: Tensor, ctx: Any) -> tuple[Any, ...]:
@@ -112,6 +114,19 @@ def _head(qkv: Tensor, ctx: Any) -> tuple[Any, ...]:
     return fused._is_bf16(qkv), qkv.data_ptr(), rotary, (fused._address(ctx.norms), ctx.eps)
 
 
+def _tail(ctx: Any) -> tuple[Any, ...]:
+    """The kernels' last arguments: sizes, the first key of each query, scale, threads."""
+    return ctx.sizes, fused._address(ctx.first), ctx.scale, torch.get_num_threads()
+
+
+def _first_keys(qkv: Tensor, window: int | None, starts: Tensor | None) -> Tensor | None:
+    """[b, s] int32: the first key that each query sees; None if it is key 0 for all."""
+    if window is None:
+        return None if starts is None else starts.int().contiguous()
+    first = torch.arange(-window, qkv.size(0) - window, dtype=torch.int32).clamp(min=0)
+    return (first.expand(qkv.size(1), -1) if starts is None else first.maximum(starts)).contiguous()
+
+
 def causal_attention(
     qkv: Tensor,
     heads_per_group: int,
@@ -120,6 +135,7 @@ def causal_attention(
     scale: float,
     norms: Norms | None = None,
     window: int | None = None,
+    starts: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale rope(norm(q)) rope(norm(k))^T + mask) v, with keys and values shared within groups.
 
@@ -129,6 +145,7 @@ def causal_attention(
         freqs: angles [s, 1, 1, rot] of the rotary embedding, or None; no gradient flows to them.
         norms: the norms of queries and keys, or None.
         window: number of preceding tokens that a token attends to; None for all.
+        starts: [b, s] int32 (documents.py), or None for one document a sequence.
     Returns:
         [s, b, groups * r * d] in the dtype of ``qkv``.
     Raises:
@@ -142,8 +159,15 @@ def causal_attention(
         raise ValueError(
             f"causal_attention needs qkv [s, b, groups, (r + 2) d] and even rot <= d; got {shapes}"
         )
+    if starts is not None and starts.shape != (qkv.size(1), qkv.size(0)):
+        raise ValueError(
+            f"causal_attention needs starts [b, s]; got {tuple(starts.shape)} for {tuple(qkv.shape)}"
+        )
     if not supports(qkv, head_width):
-        return causal_attention_reference(qkv, heads_per_group, head_width, freqs, scale, norms, window)
+        return causal_attention_reference(
+            qkv, heads_per_group, head_width, freqs, scale, norms, window, starts
+        )
     gains = None if norms is None else torch.stack([norms.query_gain, norms.key_gain])
-    sizes = (heads_per_group, head_width, qkv.size(0) if window is None else window)
-    return _CausalAttention.apply(qkv, gains, 0.0 if norms is None else norms.eps, freqs, sizes, scale)
+    eps = 0.0 if norms is None else norms.eps
+    sizes, first = (heads_per_group, head_width), _first_keys(qkv, window, starts)
+    return _CausalAttention.apply(qkv, gains, eps, freqs, sizes, first, scale)

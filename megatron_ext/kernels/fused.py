@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from megatron_ext.kernels import launch
 
 #: Raised with every change of the extension's functions; kAbi in csrc/kernels.cpp.
-_ABI = 3
+_ABI = 4
 
 try:
     from megatron_ext import _kernels  # type: ignore[attr-defined]  # compiled

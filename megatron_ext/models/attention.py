@@ -16,7 +16,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor, nn
 
-from megatron_ext.kernels import attention, launch, rope
+from megatron_ext.kernels import attention, documents, launch, rope
 from megatron_ext.models.augmented_shortcut import AugmentedShortcut
 from megatron_ext.models.config import PanguProConfig
 from megatron_ext.models.norm import HeadsNorm, RMSNorm
@@ -64,13 +64,16 @@ class ScaledDotProductAttention(MegatronModule):
     ) -> Tensor:
         """[s, b, np, hn], [t, b, ng, hn], [t, b, ng, hn] -> [s, b, np * hn].
 
-        ``attention_mask`` (bool, True where attention is forbidden, [b or 1, 1, s, t]) overrides
-        the causal mask.
+        ``attention_mask`` (bool, True where attention is forbidden, [b or 1, 1, s, t]; or the starts
+        of documents, int32 [b, s]) overrides the causal mask.
         """
         assert packed_seq_params is None and attention_bias is None
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, n, s, hn]
         causal = (attn_mask_type or self.attn_mask_type) == AttnMaskType.causal
-        mask = None if attention_mask is None else ~attention_mask
+        if documents.is_starts(attention_mask):
+            mask = _shown_in_documents(attention_mask)
+        else:
+            mask = None if attention_mask is None else ~attention_mask
         if self.window is not None:
             window = _window_mask(query.size(2), key.size(2), self.window, query.dtype, query.device)
             mask = window if mask is None else window.where(mask, -math.inf)
@@ -111,6 +114,10 @@ def _window_mask(queries: int, keys: int, window: int, dtype: torch.dtype, devic
     return torch.zeros(queries, keys, dtype=dtype, device=device).masked_fill(~shown, -math.inf)
 
 
+#: Shared by all layers, for the same reason.
+_shown_in_documents = lru_cache(maxsize=1)(documents.shown)
+
+
 class AugmentedSelfAttention(SelfAttention):
     """MSA(z) + sum_i T_i(z): self attention with PanGu-pi's augmented shortcuts on its normed input.
 
@@ -136,13 +143,18 @@ class AugmentedSelfAttention(SelfAttention):
         rotary_pos_emb: Tensor | tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """[s, b, h] -> ([s, b, h], bias to be added or None)."""
-        plain = attention_mask is None and all(value is None for value in kwargs.values())
+        """[s, b, h] -> ([s, b, h], bias to be added or None).
+
+        ``attention_mask``: None for causal attention, the starts of documents [b, s], or a mask
+        [b or 1, 1, s, t] as in Megatron-Core.
+        """
+        plain = attention_mask is None or documents.is_starts(attention_mask)
+        plain = plain and all(value is None for value in kwargs.values())
         freqs = self._angles(rotary_pos_emb)
         if plain and self._in_one_pass(hidden_states):
-            output, bias = self._attend_in_one_pass(hidden_states, freqs)
+            output, bias = self._attend_in_one_pass(hidden_states, freqs, attention_mask)
         elif plain and freqs is not None and self._rotated_where_it_lies(hidden_states):
-            output, bias = self._split_rotate_and_attend(hidden_states, freqs)
+            output, bias = self._split_rotate_and_attend(hidden_states, freqs, attention_mask)
         else:
             output, bias = super().forward(hidden_states, attention_mask, rotary_pos_emb=freqs, **kwargs)
         if self.config.augmented_shortcuts:
@@ -191,7 +203,7 @@ class AugmentedSelfAttention(SelfAttention):
         return mixed, heads_per_group, self.hidden_size_per_attention_head
 
     def _attend_in_one_pass(
-        self, hidden_states: Tensor, freqs: Tensor | None
+        self, hidden_states: Tensor, freqs: Tensor | None, starts: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Project, attend, project back; the angles are the same for queries and keys."""
         mixed, heads_per_group, width = self._joint_projection(hidden_states)
@@ -202,7 +214,9 @@ class AugmentedSelfAttention(SelfAttention):
         elif isinstance(query_norm, RMSNorm):
             norms = attention.Norms(query_norm.gain, key_norm.gain, query_norm.eps)
         scale = self.core_attention.scale
-        context = attention.causal_attention(mixed, heads_per_group, width, freqs, scale, norms, self.window)
+        context = attention.causal_attention(
+            mixed, heads_per_group, width, freqs, scale, norms, self.window, starts
+        )
         return self.linear_proj(context)  # [s, b, np * hn] -> [s, b, h]
 
     def _normed_across_heads(self, mixed: Tensor, heads_per_group: int, width: int) -> Tensor:
@@ -212,7 +226,9 @@ class AugmentedSelfAttention(SelfAttention):
         query = query.unflatten(2, (-1, heads_per_group)).flatten(3)
         return torch.cat([query, self.k_layernorm(key), value], dim=-1)
 
-    def _split_rotate_and_attend(self, hidden_states: Tensor, freqs: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _split_rotate_and_attend(
+        self, hidden_states: Tensor, freqs: Tensor, starts: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """The same on a GPU, where attention is torch's."""
         query, key, value = rope.split_and_rotate(*self._joint_projection(hidden_states), freqs)
-        return self.linear_proj(self.core_attention(query, key, value))
+        return self.linear_proj(self.core_attention(query, key, value, starts))

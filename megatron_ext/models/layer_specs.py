@@ -54,12 +54,13 @@ def transformer_engine_parts(config: PanguProConfig) -> Parts:
     # Importing Transformer Engine can fail on a machine without a GPU: only who asks for it pays.
     from megatron.core.extensions import transformer_engine as te
 
+    from megatron_ext.models.attention_te import TEDocumentAttention
     from megatron_ext.models.mlp_te import TEPanguMLP
 
     return Parts(
         te.TEColumnParallelLinear,
         te.TERowParallelLinear,
-        te.TEDotProductAttention,
+        TEDocumentAttention,
         te.TENorm,
         TEPanguMLP,
     )

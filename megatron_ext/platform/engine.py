@@ -58,6 +58,12 @@ def installed_version() -> tuple[int, int] | None:
     return None if text is None else parse_version(text)
 
 
+def too_old_for_unfused_documents() -> bool:
+    """Whether the installed version has no unfused attention for packed sequences (``thd``)."""
+    version = installed_version()
+    return version is not None and version < (2, 11)
+
+
 def gpu() -> tuple[tuple[int, int], tuple[int, int]]:
     """Compute capability of this process's GPU, and torch's CUDA version; zeros without a GPU."""
     import torch

@@ -25,7 +25,7 @@ class Batch:
     labels: Tensor  # [b, s] int64
     loss_mask: Tensor  # [b, s] float32
     position_ids: Tensor  # [b, s] int64
-    attention_mask: Tensor | None  # [b, 1, s, s] bool, True = forbidden; None = causal
+    document_starts: Tensor | None  # [b, s] int32 (kernels/documents.py); None = one document a sequence
     sample_ids: Tensor | None = None  # [b] int64, where the dataset numbers its samples
     targets: TeacherTargets | None = None  # [s, b, ...], on the last stage of a student with a teacher
     alpha: float = 0.0  # the teacher's share in the loss
@@ -43,7 +43,7 @@ def next_batch(iterator: Microbatches | None) -> Batch | None:
     if isinstance(sample, Batch):
         return sample
     device = platform.current_device()
-    fields = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask", "sample_id")
+    fields = ("tokens", "labels", "loss_mask", "position_ids", "document_starts", "sample_id")
     tensors: list[Any] = [
         sample[name].to(device, non_blocking=True) if name in sample else None for name in fields
     ]
@@ -69,8 +69,6 @@ def of_context_rank(batch: Batch, rank: int, size: int) -> Batch:
 
     sequences = ("tokens", "labels", "loss_mask", "position_ids")
     changes: dict[str, Tensor] = {name: part(getattr(batch, name), 1) for name in sequences}
-    if batch.attention_mask is not None:
-        changes["attention_mask"] = part(batch.attention_mask, 2)
     return replace(batch, **changes)
 
 
@@ -145,7 +143,8 @@ def forward_step(
     if batch is None:
         return model(None, None, None), None
     more = {} if batch.targets is None else {"targets": batch.targets}
-    output = model(batch.tokens, batch.position_ids, batch.attention_mask, labels=batch.labels, **more)
+    # The starts of documents go where Megatron-Core passes the attention mask from layer to layer.
+    output = model(batch.tokens, batch.position_ids, batch.document_starts, labels=batch.labels, **more)
     return output, partial(counter, batch)
 
 

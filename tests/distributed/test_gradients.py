@@ -10,17 +10,28 @@ from megatron.core.distributed import DistributedDataParallelConfig, finalize_mo
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 
+from megatron_ext.kernels.documents import document_starts
 from megatron_ext.models.builder import unwrap, wrap_for_training
 from megatron_ext.models.initialization import shards
 from megatron_ext.training.batch import LossCounter
 from megatron_ext.training.step import forward_backward
-from tests.helpers.models import SEQUENCE, model_arguments, positions, small_config, small_model, tokens
+from tests.helpers.models import (
+    SEQUENCE,
+    VOCABULARY,
+    model_arguments,
+    positions,
+    small_config,
+    small_model,
+    tokens,
+)
 from tests.helpers.parallel import Layout
 
 MICROBATCHES, SAMPLES = 4, 2
+#: Ids below this end documents, of 12 tokens on average.
+ENDS = VOCABULARY // 12
 
 
-def microbatches(seed: int):
+def microbatches(seed: int, documents: bool):
     """This data parallel rank's part of four microbatches that are independent of the layout."""
     rank = parallel_state.get_data_parallel_rank()
     for index in range(rank, MICROBATCHES, parallel_state.get_data_parallel_world_size()):
@@ -31,11 +42,16 @@ def microbatches(seed: int):
             "labels": ids[:, 1:],
             "loss_mask": mask,
             "position_ids": positions(ids[:, :-1]),
-        }
+        } | ({"document_starts": document_starts(ids[:, :-1] < ENDS)} if documents else {})
 
 
 def gradients(
-    tied: bool, random_pi: bool, overlap: bool = False, sharded: bool = False, **config_changes
+    tied: bool,
+    random_pi: bool,
+    overlap: bool = False,
+    sharded: bool = False,
+    documents: bool = False,
+    **config_changes,
 ) -> tuple[float | None, list, float]:
     """Loss of the step, (name, offset, gradient) of every shard here, and this rank's share of the norm.
 
@@ -52,7 +68,7 @@ def gradients(
     run = model_arguments()
     run.data.seq_length, run.training.micro_batch_size = SEQUENCE, SAMPLES
     sums = forward_backward(
-        [microbatches(seed=7) for _ in model],
+        [microbatches(7, documents) for _ in model],
         model,
         run,
         LossCounter(),
@@ -124,6 +140,7 @@ OPTIONS = {
     "pi-tied-qknorm": {"random_pi": True, "tied": True, "qk_layernorm": True},
     "other-makers": {
         "random_pi": True,
+        "documents": True,
         "tied": True,
         "qk_layernorm": True,
         "qk_layernorm_across_heads": True,
@@ -172,6 +189,7 @@ def test_gradients_do_not_depend_on_the_layout(pool, references, layout, option)
         )
 
 
+@pytest.mark.parametrize("option", ["pi", "other-makers"])
 @pytest.mark.parametrize(
     "recompute",
     [
@@ -180,9 +198,9 @@ def test_gradients_do_not_depend_on_the_layout(pool, references, layout, option)
     ],
     ids=["selective", "full"],
 )
-def test_recomputation_changes_nothing(pool, references, recompute):
-    ranks = pool.run(Layout(tp=2), gradients, **OPTIONS["pi"], **recompute)
-    loss, full, _ = references["pi"]
+def test_recomputation_changes_nothing(pool, references, recompute, option):
+    ranks = pool.run(Layout(tp=2), gradients, **OPTIONS[option], **recompute)
+    loss, full, _ = references[option]
     assert ranks[0][0] == pytest.approx(loss, rel=2e-6)
     for name, value in assemble(ranks, full).items():
         torch.testing.assert_close(value, full[name], rtol=2e-4, atol=2e-5 * full[name].abs().max().item())

@@ -18,6 +18,9 @@ ITERATIONS = int(os.environ.get("TRACE_ITERATIONS", 6))
 DOCUMENTS = 60
 
 PI_ON = {"series_activation_order": 2, "augmented_shortcuts": 1, "augmented_shortcut_reduction": 8}
+#: Documents apart; the middle stages of a pipeline need to know of them, too.
+DOCUMENTS_APART = PI_ON | {"reset_attention_mask": True, "reset_position_ids": True, "eod_mask_loss": True}
+OPTIONS = {"pi": PI_ON, "plain": {}, "documents": DOCUMENTS_APART}
 LAYOUTS = {
     "tp2": (2, {"tensor_model_parallel_size": 2}),
     "pp2": (2, {"pipeline_model_parallel_size": 2}),
@@ -27,6 +30,7 @@ LAYOUTS = {
     ),
     "dp2": (2, {}),
     "dp2-distributed-optimizer": (2, {"use_distributed_optimizer": True}),
+    "pp4": (4, {"pipeline_model_parallel_size": 4}),
     "tp2-pp2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
     "tp2-sequence-parallel": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
     "tp2-pp2-dp2": (
@@ -89,19 +93,21 @@ def trace(pool, blend, processes: int, **changes) -> tuple[list[float], dict]:
 
 @pytest.fixture(scope="module")
 def references(pool, blend) -> dict:
-    return {name: trace(pool, blend, 1, **pi) for name, pi in {"pi": PI_ON, "plain": {}}.items()}
+    return {name: trace(pool, blend, 1, **options) for name, options in OPTIONS.items()}
 
 
-CASES = [("pi", layout) for layout in LAYOUTS] + [("plain", layout) for layout in ("tp2", "pp2", "dp2")]
+CASES = [("pi", layout) for layout in LAYOUTS if layout != "pp4"]
+CASES += [("plain", layout) for layout in ("tp2", "pp2", "dp2")]
+CASES += [("documents", layout) for layout in ("tp2-sequence-parallel", "pp4")]
 if ITERATIONS >= 30:
-    CASES = [(modules, layout) for modules in ("pi", "plain") for layout in LAYOUTS]
+    CASES = [(option, layout) for option in OPTIONS for layout in LAYOUTS]
 
 
-@pytest.mark.parametrize(("modules", "layout"), CASES)
-def test_losses_do_not_depend_on_the_layout(pool, blend, references, modules, layout):
+@pytest.mark.parametrize(("option", "layout"), CASES)
+def test_losses_do_not_depend_on_the_layout(pool, blend, references, option, layout):
     processes, changes = LAYOUTS[layout]
-    found, valid = trace(pool, blend, processes, **(PI_ON if modules == "pi" else {}) | changes)
-    expected, expected_valid = references[modules]
+    found, valid = trace(pool, blend, processes, **OPTIONS[option] | changes)
+    expected, expected_valid = references[option]
     assert len(found) == ITERATIONS
     assert found == pytest.approx(expected, rel=2e-5)
     assert valid["lm_loss"] == pytest.approx(expected_valid["lm_loss"], rel=2e-5)

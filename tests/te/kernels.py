@@ -159,6 +159,20 @@ def scaled_upper_triang_masked_softmax_backward(dy, y, scale):
     return (scale * y * (dy - (dy * y).sum(-1, keepdim=True))).to(torch.bfloat16)
 
 
+def convert_thd_to_bshd(tensor, cu_seqlens, batch_size, longest):
+    """[t, n, d] -> [b, longest, n, d]: one sequence a row, what is left of it 0."""
+    out = tensor.new_zeros(batch_size, longest, *tensor.shape[1:])
+    for row, first, last in zip(out, cu_seqlens[:-1], cu_seqlens[1:], strict=True):
+        row[: last - first] = tensor[first:last]
+    return out
+
+
+def convert_bshd_to_thd(tensor, cu_seqlens, count):
+    """[b, longest, n, d] -> [count, n, d], the inverse."""
+    lengths = cu_seqlens.diff().tolist()
+    return torch.cat([row[:length] for row, length in zip(tensor, lengths, strict=True)])
+
+
 def _rotated(t: Tensor, angles: Tensor, sign: float) -> Tensor:
     """t [s, b, n, d] turned by angles [s, 1, 1, r], r <= d; channel i is paired with i + r / 2."""
     turned, kept = t[..., : angles.size(-1)].float(), t[..., angles.size(-1) :]

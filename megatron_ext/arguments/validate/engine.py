@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from megatron_ext.arguments.validate.rule import Problems, Typed
 from megatron_ext.config import RunConfig
-from megatron_ext.platform.engine import RECIPES, recipe_problem
+from megatron_ext.platform.engine import RECIPES, recipe_problem, too_old_for_unfused_documents
 
 
 def engine_is_there(run: RunConfig, typed: Typed) -> Problems:
@@ -27,12 +27,27 @@ def engine_features(run: RunConfig, typed: Typed) -> Problems:
             yield f"{spelled} needs --transformer-impl transformer_engine, on a GPU"
 
 
-def engine_masks_are_causal(run: RunConfig, typed: Typed) -> Problems:
-    """Transformer Engine uses masks only of the types padding and arbitrary (NVIDIA/Megatron-LM#2357)."""
-    if run.data.reset_attention_mask and run.layers.transformer_impl == "transformer_engine":
+def documents_are_whole_and_counted_anew(run: RunConfig, typed: Typed) -> Problems:
+    """Their number changes with each batch, and no rank may have a part of one."""
+    if not run.data.reset_attention_mask:
+        return
+    for given, spelled in (
+        (run.parallel.context_parallel_size > 1, "--context-parallel-size above 1, which divides documents"),
+        (run.graphs.cuda_graph_impl != "none", "--cuda-graph-impl, whose shapes are fixed"),
+    ):
+        if given:
+            yield f"--reset-attention-mask does not go with {spelled}"
+
+
+def packed_documents_have_a_kernel(run: RunConfig, typed: Typed) -> Problems:
+    """In fp32 Transformer Engine has its unfused attention only."""
+    if not run.data.reset_attention_mask or run.layers.transformer_impl != "transformer_engine":
+        return
+    unfused = run.layers.attention_backend == "unfused" or not (run.precision.bf16 or run.precision.fp16)
+    if unfused and too_old_for_unfused_documents():
         yield (
-            "--reset-attention-mask has no effect on Transformer Engine's attention, where documents would "
-            "see each other: add --transformer-impl local, or leave it out"
+            "--reset-attention-mask needs --bf16 or --fp16, and another --attention-backend than unfused, "
+            "with this Transformer Engine; or use 2.11, or --transformer-impl local"
         )
 
 
@@ -164,7 +179,8 @@ def graphs_are_possible(run: RunConfig, typed: Typed) -> Problems:
 RULES = (
     engine_is_there,
     engine_features,
-    engine_masks_are_causal,
+    documents_are_whole_and_counted_anew,
+    packed_documents_have_a_kernel,
     context_is_exchanged_in_one_way,
     eight_bit_formats_agree,
     recipe_suits_the_machine,

@@ -45,11 +45,6 @@ def loader_is_supported(run: RunConfig, typed: Typed) -> Problems:
         yield "--dataloader-type external needs a loader of your own and is not supported here"
 
 
-def mask_is_there(run: RunConfig, typed: Typed) -> Problems:
-    if run.data.reset_attention_mask and not run.data.create_attention_mask_in_dataloader:
-        yield "--reset-attention-mask needs the mask that --no-create-attention-mask-in-dataloader leaves out"
-
-
 def tokenizer_is_named(run: RunConfig, typed: Typed) -> Problems:
     kind = run.tokenizer.tokenizer_type
     if kind is None:
@@ -110,7 +105,6 @@ RULES = (
     data_comes_from_one_place,
     split_is_three_shares,
     loader_is_supported,
-    mask_is_there,
     tokenizer_is_named,
     saving_has_an_interval,
     format_is_supported,

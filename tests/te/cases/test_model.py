@@ -54,6 +54,9 @@ CASES = {
     "pp2": (Layout(pp=2), (), None),
     "tp2-other-makers": (Layout(tp=2), OTHERS.split(), None),
     "tp1-window": (Layout(), WINDOW.split(), None),
+    "tp2-documents": (
+        Layout(tp=2), ("--reset-attention-mask", "--micro-batch-size", "2", *WINDOW.split()), None
+    ),
 }  # fmt: skip
 
 

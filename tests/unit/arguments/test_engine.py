@@ -60,10 +60,11 @@ BROKEN = [
     ("--cuda-graph-impl transformer_engine", 1, "use --cuda-graph-impl local"),
     ("--cuda-graph-impl local --recompute-activations", 1, "does not go with recomputation"),
     ("--cuda-graph-warmup-steps 2", 1, "--cuda-graph-warmup-steps cannot take effect"),
-    ("--reset-attention-mask", 1, "--reset-attention-mask has no effect on Transformer Engine's attention"),
+    ("--reset-attention-mask --cuda-graph-impl local", 1, "does not go with --cuda-graph-impl"),
     ("--attention-backend local", 1, "switches every backend of Transformer Engine off"),
     ("--no-fp8-wgrad", 1, "--no-fp8-wgrad is known to Megatron-LM"),
     ("--context-parallel-size 2 --cp-comm-type p2p a2a", 2, "--cp-comm-type takes one value"),
+    ("--context-parallel-size 2 --reset-attention-mask", 2, "does not go with --context-parallel-size"),
     ("--context-parallel-size 2 --window-size 9,0", 2, "--window-size does not go with --context-parallel"),
     (
         "--context-parallel-size 2 --cp-comm-type a2a --group-query-attention --num-query-groups 1",
@@ -128,6 +129,22 @@ def test_ways_of_context_parallelism_are_spelled_as_the_engine_does(kind):
     line = f"{RUN} {SHAPE} --bf16 --context-parallel-size 2 --cp-comm-type {kind}"
     run = read_args(line.split(), world_size=2, device="cuda")
     assert transformer_config(run).cp_comm_type == kind
+
+
+@pytest.mark.parametrize(
+    ("version", "flags", "refused"),
+    [
+        ("2.10.0", "--bf16", False),
+        ("2.10.0", "", True),
+        ("2.10.0", "--bf16 --attention-backend unfused", True),
+        ("2.11.0", "", False),
+        (None, "", False),  # checked for a machine that is not this one
+    ],
+)
+def test_documents_need_an_attention_that_takes_them(monkeypatch, version, flags, refused):
+    monkeypatch.setattr(engine, "version_of", lambda package: version)
+    found = problems_of(f"{RUN} {SHAPE} --reset-attention-mask {flags}", 1, "cuda")
+    assert [p.split(" needs ")[0] for p in found] == ["--reset-attention-mask"] * refused
 
 
 @pytest.mark.parametrize(
@@ -209,16 +226,13 @@ def test_context_ranks_share_the_sequence():
     """Each token is on one rank; rank 0 has the first and the last piece, its neighbour the next ones."""
     size, length = 2, 16
     ids = torch.arange(2 * length).view(2, length)
-    mask = torch.arange(length * length).view(1, 1, length, length)
-    whole = Batch(ids, ids + 1, torch.ones(2, length), ids % length, mask, torch.tensor([5, 6]))
+    whole = Batch(ids, ids + 1, torch.ones(2, length), ids % length, None, torch.tensor([5, 6]))
     parts = [of_context_rank(whole, rank, size) for rank in range(size)]
     assert parts[0].position_ids[0].tolist() == [0, 1, 2, 3, 12, 13, 14, 15]
     assert parts[1].position_ids[0].tolist() == [4, 5, 6, 7, 8, 9, 10, 11]
     for part in parts:
         assert torch.equal(part.labels, part.tokens + 1)
         assert part.loss_mask.shape == (2, length // size)
-        rows = part.attention_mask[0, 0, :, 0] // length
-        assert torch.equal(rows, part.position_ids[0])
         assert torch.equal(part.sample_ids, whole.sample_ids)
     assert of_context_rank(whole, 0, 1) is whole
 

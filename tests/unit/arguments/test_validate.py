@@ -120,7 +120,6 @@ BROKEN = [
     ("--ckpt-format torch", 1, "--ckpt-format torch is not supported here"),
     ("--load x --dist-ckpt-strictness raise_all", 1, "--dist-ckpt-strictness raise_all is not supported"),
     ("--dataloader-type external", 1, "--dataloader-type external"),
-    ("--reset-attention-mask --no-create-attention-mask-in-dataloader", 1, "--reset-attention-mask needs"),
     ("--split 1,2,3,4", 1, "--split '1,2,3,4'"),
     ("--split 0,0,0", 1, "--split '0,0,0'"),
     ("--tokenizer-type GPT2BPETokenizer", 1, "--tokenizer-type GPT2BPETokenizer is not supported here"),

@@ -9,6 +9,7 @@ from megatron.core.distributed import finalize_model_grads
 
 from megatron_ext.arguments import parse_args
 from megatron_ext.config import RunConfig
+from megatron_ext.kernels.documents import document_starts
 from megatron_ext.models.builder import build_model, ddp_config, wrap_for_training
 from megatron_ext.models.config import transformer_config
 from megatron_ext.training.callbacks import Callback, Callbacks
@@ -115,16 +116,23 @@ class Run:
         return self
 
     def _microbatches(self):
-        rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-        for sample in range(rank, GLOBAL_BATCH, size):
-            generator = torch.Generator().manual_seed(1000 * self.iteration + sample)
-            tokens = torch.randint(VOCABULARY // 2, (1, SEQUENCE + 1), generator=generator)
-            yield {
+        rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        size = self.config.training.micro_batch_size
+        for first in range(rank * size, GLOBAL_BATCH, ranks * size):
+            tokens = torch.stack([self._sample(first + i) for i in range(size)])
+            microbatch = {
                 "tokens": tokens[:, :-1],
                 "labels": tokens[:, 1:],
-                "loss_mask": torch.ones(1, SEQUENCE),
-                "position_ids": torch.arange(SEQUENCE)[None],
+                "loss_mask": torch.ones(size, SEQUENCE),
+                "position_ids": torch.arange(SEQUENCE).expand(size, SEQUENCE),
             }
+            if self.config.data.reset_attention_mask:  # a quarter of the tokens end documents
+                microbatch["document_starts"] = document_starts(tokens[:, :-1] < VOCABULARY // 8)
+            yield microbatch
+
+    def _sample(self, number: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(1000 * self.iteration + number)
+        return torch.randint(VOCABULARY // 2, (SEQUENCE + 1,), generator=generator)
 
     def bits(self) -> list[bytes]:
         """Parameters and optimizer state of this rank, bit for bit."""

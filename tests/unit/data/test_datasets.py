@@ -116,12 +116,6 @@ def test_mock_data_and_sizes_of_nothing(two):
     assert len(train) >= 10 and valid is None and test is None
 
 
-def test_mask_only_where_it_is_not_causal(two):
-    assert "attention_mask" not in build(arguments(data_path=two[:1]))[0][0]
-    masked = build(arguments(data_path=two[:1], reset_attention_mask=True))[0]
-    assert masked[0]["attention_mask"].shape == (1, 32, 32)
-
-
 def test_the_golden_dataset_of_megatron_lm(shared, tmp_path):
     """Its shape under the flags of the golden run: 20 iterations of 4 samples, one validation of 2."""
     prefix = shared / "reference" / "golden" / "gqa_1p" / "data" / "one_text_document"

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from megatron.core.datasets import gpt_dataset
 
 from megatron_ext.data import build_data_loader, build_datasets
+from megatron_ext.kernels.documents import shown
 from megatron_ext.tokenizer import build_tokenizer
 from tests.unit.data import corpora
 from tests.unit.data.test_datasets import LENGTHS, arguments
@@ -63,6 +65,21 @@ def test_a_sample_does_not_depend_on_those_before_it(prefix, resets):
     for number in range(20):
         sample = in_order[number]
         assert all(torch.equal(sample[name], late[number][name]) for name in sample)
+
+
+def test_documents_end_with_their_last_token(prefix):
+    """As in upstream's mask of the same sample, which is not made."""
+    train = dataset(
+        arguments(data_path=[prefix], split="100,0,0", vocab_size=VOCABULARY, reset_attention_mask=True)
+    )
+    plain = dataset(arguments(data_path=[prefix], split="100,0,0", vocab_size=VOCABULARY))
+    for number in range(20):
+        sample = train[number]
+        mask, _, _ = gpt_dataset._get_ltor_masks_and_position_ids(
+            sample["tokens"], VOCABULARY, False, True, False, True
+        )
+        assert torch.equal(shown(sample.pop("document_starts")[None])[0], ~mask)
+        assert sample.keys() == plain[number].keys()
 
 
 def test_batches_do_not_depend_on_workers_or_on_where_a_run_begins(prefix):
