@@ -4,8 +4,9 @@
     python benchmarks/documents.py                                  # small at three sequence lengths
     python benchmarks/documents.py --preset tiny --seq-lengths 256 1024 --rounds 9 --json
 
-Sequences of random tokens, packed with documents whose lengths are geometric with a mean of a quarter of the
-sequence (--documents). One model takes a step of each kind in turn, in rotating order, round after round:
+Sequences of random tokens, packed with documents of geometric lengths, their mean a quarter of the
+sequence (--documents). One model takes a step of each kind in turn, in rotating order, round after round, on
+documents of the round's own:
 
   causal      no documents: every token sees all tokens before it
   documents   the starts of the documents go to the attention kernel
@@ -52,6 +53,8 @@ from megatron_ext.training.step import train_step  # noqa: E402
 
 VOCABULARY, BLOCK = 8192, 64
 CAUSAL, DOCUMENTS, MASK = "causal", "documents", "mask"
+#: Does what is measured, in the given round.
+Contender = Callable[[int], None]
 
 
 def configuration(args: argparse.Namespace, length: int) -> RunConfig:
@@ -66,33 +69,36 @@ def configuration(args: argparse.Namespace, length: int) -> RunConfig:
     return run.but(padded_vocab_size=VOCABULARY)
 
 
-def samples(run: RunConfig, share: float) -> dict[str, dict]:
-    """The same microbatch of each kind; documents have a mean length of ``share`` of the sequence."""
+def packed(run: RunConfig, share: float, rounds: int) -> torch.Tensor:
+    """[rounds, b, s] int32: documents for each round, their mean length ``share`` of the sequence."""
+    shape = (rounds, run.training.micro_batch_size, run.data.seq_length)
     generator = torch.Generator().manual_seed(run.data.seq_length)
-    shape = (run.training.micro_batch_size, run.data.seq_length)
-    sample = as_sample(torch.randint(VOCABULARY, (shape[0], shape[1] + 1), generator=generator))
-    starts = documents.document_starts(torch.rand(shape, generator=generator) < 1 / (share * shape[1]))
-    masks = {DOCUMENTS: starts, MASK: ~documents.shown(starts)}
-    return {CAUSAL: sample} | {name: sample | {"document_starts": mask} for name, mask in masks.items()}
+    return documents.document_starts(torch.rand(shape, generator=generator) < 1 / (share * shape[-1]))
 
 
-def steps(run: RunConfig, kinds: dict[str, dict]) -> dict[str, Callable[[], object]]:
-    """A training step of one model on each microbatch."""
+def steps(run: RunConfig, starts: torch.Tensor) -> dict[str, Contender]:
+    """A training step of one model on a round's microbatch."""
     config = transformer_config(run)
     model = wrap_for_training(build_model(config, run), config, ddp_config(run))
     optimizer = build_optimizer(optimizer_config(run), model)
     scheduler = build_scheduler(optimizer, run.schedule, run.optimizer)
     connect(model, optimizer, run)
     model[0].train()
+    causal = as_sample(torch.randint(VOCABULARY, (starts.size(1), starts.size(2) + 1)))
+
+    def step(more: dict[str, torch.Tensor]) -> None:
+        train_step([iter([causal | more])], model, optimizer, scheduler, run)
+
     return {
-        name: lambda sample=sample: train_step([iter([sample])], model, optimizer, scheduler, run)
-        for name, sample in kinds.items()
+        CAUSAL: lambda i: step({}),
+        DOCUMENTS: lambda i: step({"document_starts": starts[i]}),
+        MASK: lambda i: step({"document_starts": ~documents.shown(starts[i])}),
     }
 
 
-def attention_alone(run: RunConfig, starts: torch.Tensor) -> dict[str, Callable[[], object]]:
+def attention_alone(run: RunConfig, starts: torch.Tensor) -> dict[str, Contender]:
     """The kernel, forward and backward, at the shape of one layer."""
-    batch, length = starts.shape
+    _, batch, length = starts.shape
     model = run.model
     groups, width = model.query_groups, model.kv_channels
     per_group = model.num_attention_heads // groups
@@ -103,26 +109,26 @@ def attention_alone(run: RunConfig, starts: torch.Tensor) -> dict[str, Callable[
         out = attention.causal_attention(qkv, per_group, width, None, width**-0.5, starts=given)
         out.backward(torch.ones_like(out))
 
-    return {CAUSAL: lambda: run_once(None), DOCUMENTS: lambda: run_once(starts)}
+    return {CAUSAL: lambda i: run_once(None), DOCUMENTS: lambda i: run_once(starts[i])}
 
 
 def shares(starts: torch.Tensor) -> tuple[float, float]:
     """(pairs, blocks) that documents leave, over those that are causal."""
-    length = starts.size(1)
-    places = torch.arange(length)
+    starts = starts.flatten(0, -2)
+    places = torch.arange(starts.size(1))
     pairs = (places + 1 - starts).sum() / ((places + 1).sum() * len(starts))
     first = starts[:, ::BLOCK] // BLOCK  # of each block of queries
     blocks = torch.arange(first.size(1)) + 1
     return pairs.item(), ((blocks - first).sum() / (blocks.sum() * len(starts))).item()
 
 
-def measured(contenders: dict[str, Callable[[], object]], rounds: int) -> tuple[float, dict[str, float]]:
+def measured(contenders: dict[str, Contender], rounds: int) -> tuple[float, dict[str, float]]:
     """Seconds of the causal kind, and the others' times over it: medians over rounds, in rotating order."""
     names, seconds = list(contenders), {name: [] for name in contenders}
     for i in range(-1, rounds):
         for name in names[i % len(names) :] + names[: i % len(names)]:
             begin = time.process_time()
-            contenders[name]()
+            contenders[name](i)
             if i >= 0:  # the first round is not counted
                 seconds[name].append(time.process_time() - begin)
     ratio = {
@@ -135,10 +141,9 @@ def measured(contenders: dict[str, Callable[[], object]], rounds: int) -> tuple[
 def measure(args: argparse.Namespace, length: int) -> dict:
     """One row of the table."""
     run = configuration(args, length)
-    kinds = samples(run, args.documents)
-    starts = kinds[DOCUMENTS]["document_starts"]
+    starts = packed(run, args.documents, args.rounds)
     pairs, blocks = shares(starts)
-    seconds, step = measured(steps(run, kinds), args.rounds)
+    seconds, step = measured(steps(run, starts), args.rounds)
     _, alone = measured(attention_alone(run, starts), args.rounds)
     return {
         "seq_length": length,

@@ -91,11 +91,12 @@ def _groups() -> dict[str, list[int]]:
 def _iterators(run: RunConfig, chunks: int) -> list[Iterator[dict[str, Any]] | None]:
     """Samples for each chunk that reads data."""
     stages = range(chunks) if chunks > 1 else [None]
+    return [_samples(run) if needs_data(run.data, vp_stage=stage) else None for stage in stages]
+
+
+def _samples(run: RunConfig) -> Iterator[dict[str, Tensor]]:
     shape = (run.training.micro_batch_size, run.data.seq_length)
-    return [_samples(shape) if needs_data(run.data, vp_stage=stage) else None for stage in stages]
-
-
-def _samples(shape: tuple[int, int]) -> Iterator[dict[str, Tensor]]:
     while True:
         ids = torch.zeros(shape, dtype=torch.int64)
-        yield {"tokens": ids, "labels": ids, "position_ids": ids, "loss_mask": torch.ones(shape)}
+        sample = {"tokens": ids, "labels": ids, "position_ids": ids, "loss_mask": torch.ones(shape)}
+        yield sample | ({"document_starts": ids.int()} if run.data.reset_attention_mask else {})
