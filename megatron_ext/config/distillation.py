@@ -15,6 +15,9 @@ class DistillationConfig:
     """Teacher: a checkpoint of this program or of Megatron-LM, of any layout, or a Hugging Face folder. It
     may be of another size than the student, and predicts while that is trained."""
 
+    teacher_tokenizer_model: str | None = flag(None, metavar="PATH", needs=[TEACHER])
+    """The teacher's tokenizer (a file or folder), if its checkpoint does not name it or it moved."""
+
     distillation_alpha: float = flag(0.5, minimum=0, maximum=1, needs=[TEACHER])
     """Share A of the teacher in the loss: (1 - A) cross entropy + A T^2 KL(teacher || student). With 0 the
     run is the one without a teacher, bit for bit."""
@@ -27,6 +30,11 @@ class DistillationConfig:
 
     distillation_top_k: int = flag(0, minimum=0, needs=[TEACHER])
     """Learn the teacher's K largest probabilities and the sum of the others; 0 learns all of them."""
+
+    @property
+    def is_taught(self) -> bool:
+        """Whether a teacher predicts in this run."""
+        return self.teacher_load is not None and self.distillation_alpha > 0
 
     def alpha(self, done: float) -> float:
         """The teacher's share in the loss when the fraction ``done`` of the training is over."""

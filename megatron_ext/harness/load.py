@@ -1,7 +1,6 @@
 """A model to evaluate, from a checkpoint or a Hugging Face folder, at the layout that is asked for."""
 
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,10 +16,9 @@ from megatron_ext.config import RunConfig
 from megatron_ext.evaluation.documents import EvaluationError
 from megatron_ext.harness.options import EvaluateOptions
 from megatron_ext.inference import load_for_inference
-from megatron_ext.interchange.open import open_source
-from megatron_ext.interchange.target import write_checkpoint
+from megatron_ext.interchange.as_checkpoint import as_checkpoint, is_hugging_face
+from megatron_ext.interchange.source import Source
 from megatron_ext.models.gpt_model import PanguModel
-from megatron_ext.platform.collective import on_first_rank
 from megatron_ext.tokenizer import Tokenizer
 
 
@@ -51,11 +49,6 @@ def join() -> None:
 _PROCESS = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
 
 
-def is_hugging_face(load: str) -> bool:
-    """Whether a folder is a Hugging Face model's."""
-    return (Path(load) / "config.json").is_file()
-
-
 @contextmanager
 def opened(options: EvaluateOptions) -> Iterator[Opened]:
     """The model of ``--load`` on every rank of the job; a collective call.
@@ -71,12 +64,9 @@ def opened(options: EvaluateOptions) -> Iterator[Opened]:
     """
     assert options.load is not None
     join()
-    if not is_hugging_face(options.load):
-        yield _of_checkpoint(options, options.load)
-        return
-    with _temporary_folder() as folder:
-        on_first_rank(lambda: _write_checkpoint(options, folder))
-        yield _of_checkpoint(options, str(folder), _start(options.load))
+    with as_checkpoint(options.load, options.tokenizer_model, _require_tokenizer) as folder:
+        start = _start(options.load) if is_hugging_face(options.load) else ()
+        yield _of_checkpoint(options, folder, start)
 
 
 def _of_checkpoint(options: EvaluateOptions, load: str, start: tuple[int, ...] = ()) -> Opened:
@@ -114,32 +104,12 @@ def _content(folder: Path) -> str:
     return sha256(" ".join(pieces_digest(path) for path in weights if path.is_file()))
 
 
-@contextmanager
-def _temporary_folder() -> Iterator[Path]:
-    """A folder that all ranks know and the first one removes; a collective call."""
-    made: list[tempfile.TemporaryDirectory[str]] = []
-
-    def make() -> Path:
-        made.append(tempfile.TemporaryDirectory(prefix="evaluate_"))
-        return Path(made[0].name)
-
-    folder = on_first_rank(make)
-    try:
-        yield folder
-    finally:
-        for temporary in made:
-            temporary.cleanup()
-
-
-def _write_checkpoint(options: EvaluateOptions, folder: Path) -> None:
-    assert options.load is not None
-    source = open_source(options.load, tokenizer_model=options.tokenizer_model)
+def _require_tokenizer(source: Source) -> None:
     if source.tokenizer is None:
         raise EvaluationError(
-            f"--load {options.load}: has no tokenizer, so no text can be scored; --tokenizer-model names the "
+            f"--load {source.path}: has no tokenizer, so no text can be scored; --tokenizer-model names the "
             "one that it was trained with"
         )
-    write_checkpoint(folder, source.model, source.dtype, source.get, tokenizer=source.tokenizer)
 
 
 def _start(folder: str) -> tuple[int, ...]:

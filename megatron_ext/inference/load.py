@@ -3,12 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.arguments import defaults, validate
-from megatron_ext.arguments.parser import with_defaults
+from megatron_ext.arguments.of_checkpoint import arguments_of
 from megatron_ext.arguments.vocabulary import settle_vocabulary
-from megatron_ext.checkpoint import load_checkpoint, read_checkpoint_args, saved_args
-from megatron_ext.config import RunConfig, model_function
-from megatron_ext.config.model_function import Saved
+from megatron_ext.checkpoint import load_checkpoint, read_checkpoint_args
+from megatron_ext.config import RunConfig
 from megatron_ext.interchange import tokenizer_files
 from megatron_ext.models.builder import build_model
 from megatron_ext.models.config import transformer_config
@@ -43,7 +41,10 @@ def load_for_inference(
     saved = read_checkpoint_args(load, iteration)
     if saved is None:
         raise FileNotFoundError(f"--load {load}: no checkpoint found")
-    run = arguments(saved, load, iteration, layout)
+    try:
+        run = arguments_of(saved, load, iteration, layout)
+    except ValueError as error:
+        raise ValueError(f"--load {load}: {error}") from None
     run.tokenizer.trust_remote_code = trust_remote_code
     run = run.but(**overrides)
     bare = run.tokenizer.tokenizer_type in (None, "NullTokenizer")
@@ -66,30 +67,3 @@ def load_for_inference(
         raise FileNotFoundError(f"--load {load}: no checkpoint found")
     run.checkpoint.ckpt_step = loaded.iteration
     return model[0].eval(), tokenizer, run
-
-
-def arguments(
-    saved: Saved,
-    load: str | Path,
-    iteration: int | None = None,
-    layout: tuple[int, int] | None = None,
-) -> RunConfig:
-    """The trainer's defaults with a checkpoint's model and tokenizer, for this job and machine.
-
-    Raises ValueError, naming the missing or wrong arguments, if ``saved`` does not describe a model.
-    """
-    values = with_defaults({}, [])
-    values |= model_function.taken(saved, set(), (*saved_args.MODEL, *saved_args.TOKENIZER))
-    run = RunConfig.of(values)
-    defaults.from_environment(run.process, None)
-    problems = defaults.device(run, None)
-    tensor, pipeline = layout or (run.process.world_size, 1)
-    run.parallel.tensor_model_parallel_size, run.parallel.pipeline_model_parallel_size = tensor, pipeline
-    run.training.micro_batch_size = 1
-    run.checkpoint.load, run.checkpoint.ckpt_step = str(load), iteration
-    defaults.before_rules(run)
-    problems += validate.problems_of_model(run) or validate.problems_of_layout(run)
-    if problems:
-        raise ValueError(f"--load {load}: " + "; ".join(problems))
-    defaults.after_rules(run)
-    return run

@@ -21,10 +21,12 @@ class WholeTargets:
     Attributes:
         logits: [..., v], a shard with the columns of the student's logits; -inf for what is never predicted.
             Columns of padding are not read.
+        mask: [...], bool, the tokens that have a target; None for all.
     """
 
     logits: Tensor
     temperature: float = 1.0
+    mask: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,14 @@ class TopTargets:
         ids: [..., k], int64, over the whole vocabulary; distinct, -1 for none.
         logprobs: [..., k], float32, their natural logarithms; -inf for none.
         rest: [...], float32, the probability of all other ids together. All sum to 1.
+        mask: [...], bool, the tokens that have a target; None for all.
     """
 
     ids: Tensor
     logprobs: Tensor
     rest: Tensor
     temperature: float = 1.0
+    mask: Tensor | None = None
 
 
 #: What a student is to learn from its teacher, for each token.
@@ -76,7 +80,7 @@ def largest(
     missing = k - ids.size(-1)
     ids = F.pad(ids.masked_fill(values == -torch.inf, -1), (0, missing), value=-1)
     logprobs = F.pad(logprobs, (0, missing), value=-torch.inf)
-    return TopTargets(ids, logprobs, others / total, temperature)
+    return TopTargets(ids, logprobs, others / total, temperature, targets.mask)
 
 
 def _without(e: Tensor, column: Tensor, mine: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """From arguments to the model chunks of one pipeline rank."""
 
+from typing import TypeVar
+
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.transformer.module import Float16Module
@@ -14,6 +16,8 @@ from megatron_ext.models.gpt_model import PanguModel
 from megatron_ext.models.initialization import initialize, mark_split_parameters
 from megatron_ext.models.layer_specs import block_spec
 
+Model = TypeVar("Model", bound=PanguModel)
+
 
 def build_model(
     config: PanguProConfig, run: RunConfig, parallel_output: bool = True, initialized: bool = True
@@ -24,12 +28,19 @@ def build_model(
     in the softmax (``arguments.vocabulary``), positions, tying. With
     ``initialized`` False the weights are whatever lay in memory, for a model that is filled at once.
     """
+    return build_chunks(PanguModel, config, run, parallel_output, initialized)
+
+
+def build_chunks(
+    kind: type[Model], config: PanguProConfig, run: RunConfig, parallel_output: bool, initialized: bool
+) -> list[Model]:
+    """As :func:`build_model`, of another class."""
     provide_weight_gradients()
     if platform.on_gpu():  # on a CPU a seam does it
         provide_rope()
     stages = parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1
     chunks = [
-        _build_chunk(config, run, vp_stage=stage if stages > 1 else None, parallel_output=parallel_output)
+        _build_chunk(kind, config, run, stage if stages > 1 else None, parallel_output)
         for stage in range(stages)
     ]
     for chunk in chunks:
@@ -43,9 +54,9 @@ def build_model(
 
 
 def _build_chunk(
-    config: PanguProConfig, run: RunConfig, vp_stage: int | None, parallel_output: bool
-) -> PanguModel:
-    return PanguModel(
+    kind: type[Model], config: PanguProConfig, run: RunConfig, vp_stage: int | None, parallel_output: bool
+) -> Model:
+    return kind(
         config=config,
         transformer_layer_spec=block_spec(config, vp_stage),
         vocab_size=run.model.padded_vocab_size,

@@ -100,21 +100,21 @@ class LossCounter:
         """[b, s] losses in nats -> (their sum, number of tokens, sums to report).
 
         With a teacher the sum is of the mixed loss. The sums to report are [cross entropy, tokens], followed
-        by [cross entropy over tokens with text, bytes of text], or with a teacher by [divergence].
+        by [cross entropy over tokens with text, bytes of text], or with a teacher by [divergence, tokens that
+        have a target].
         """
         losses, divergence = losses if isinstance(losses, tuple) else (losses, None)
         losses, mask = losses.float(), batch.loss_mask
         entropy = loss = torch.sum(losses * mask)
         tokens = mask.sum().to(torch.int)
         if divergence is not None:
-            divergence = torch.sum(divergence.float() * mask)
-            loss = mixed(batch, entropy, divergence)
+            loss, taught = mixed(batch, losses, divergence.float())
         self._note(loss.detach())
         if self.record is not None:
             self.record(batch, losses.detach())
         sums = [entropy.detach(), tokens]
         if divergence is not None:
-            sums.append(divergence.detach())
+            sums += taught
         if self.token_bytes is not None:
             text_bytes = self.token_bytes[batch.labels] * mask
             sums += [torch.sum(losses.detach() * mask * (text_bytes > 0)), text_bytes.sum()]
@@ -126,10 +126,20 @@ class LossCounter:
         self.microbatch += 1
 
 
-def mixed(batch: Batch, entropy: Tensor, divergence: Tensor) -> Tensor:
-    """(1 - alpha) cross entropy + alpha T^2 divergence (arXiv 1503.02531, section 2)."""
+def mixed(batch: Batch, entropy: Tensor, divergence: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """(1 - alpha) cross entropy + alpha T^2 divergence, summed over the tokens (arXiv 1503.02531, section 2).
+
+    Where the teacher has no target the cross entropy counts in full. Both losses are [b, s]. Also returns the
+    sum of the divergence, and the number of tokens with a target.
+    """
     assert batch.targets is not None  # without them the model computes no divergence
-    return (1 - batch.alpha) * entropy + batch.alpha * batch.targets.temperature**2 * divergence
+    taught = batch.loss_mask
+    if batch.targets.mask is not None:
+        taught = taught * batch.targets.mask.transpose(0, 1)
+    share = batch.alpha * taught
+    divergence = torch.where(taught > 0, divergence, 0.0)  # where there is no target it may be anything
+    loss = (batch.loss_mask - share) * entropy + share * batch.targets.temperature**2 * divergence
+    return loss.sum(), [(divergence * taught).sum().detach(), taught.sum()]
 
 
 def forward_step(

@@ -26,6 +26,7 @@ from megatron_ext.tokenizer import Tokenizer, build_tokenizer
 from megatron_ext.training.bad_numbers import BadNumberPolicy
 from megatron_ext.training.callbacks import Callback, Callbacks, GarbageCollection
 from megatron_ext.training.continuing import Start, settle
+from megatron_ext.training.distillation import OnlineTeacher
 from megatron_ext.training.loop import Trainer
 from megatron_ext.training.optimizer import build_optimizer, optimizer_config
 from megatron_ext.training.profiling import Profiler
@@ -36,6 +37,7 @@ from megatron_ext.training.saving import Saver
 from megatron_ext.training.schedule import Schedule, build_scheduler, without_a_rate
 from megatron_ext.training.state import Progress
 from megatron_ext.training.task_scores import TaskScores
+from megatron_ext.training.teacher import load_teacher
 
 
 def build_trainer(run: RunConfig) -> Trainer:
@@ -71,9 +73,12 @@ def build_trainer(run: RunConfig) -> Trainer:
             f"WARNING: the learning rate is 0 in the last {idle} iterations, because the schedule ends "
             "before them: give a longer one, or --min-lr"
         )
+    teacher = OnlineTeacher(load_teacher(run, tokenizer)) if run.distillation.is_taught else None
     recorder, datasets = online_recorder(run, tokenizer, datasets, start.progress)
     token_bytes = torch.as_tensor(tokenizer.token_bytes(), device=platform.current_device())
-    hooks = callbacks(run, model, optimizer, scheduler, datasets[0], start.progress, recorder, tokenizer)
+    hooks = callbacks(
+        run, model, optimizer, scheduler, datasets[0], start.progress, recorder, tokenizer, teacher
+    )
     return Trainer(run, model, optimizer, scheduler, datasets, token_bytes, hooks, start.progress)
 
 
@@ -86,9 +91,11 @@ def callbacks(
     progress: Progress,
     recorder: OnlineRecorder | None,
     tokenizer: Tokenizer,
+    teacher: OnlineTeacher | None = None,
 ) -> Callbacks:
     """The callbacks of the loop, in call order."""
     optional: list[Callback | None] = [
+        teacher,
         recorder,
         BadNumberPolicy(run, training_set),
         GarbageCollection(run.training),

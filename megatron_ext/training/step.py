@@ -56,7 +56,7 @@ def train_step(
     loss = float("nan") if sums is None else (sums[0] / sums[1]).item()
     metrics: dict[str, float] = {} if num_zeros is None else {"num_zeros_in_grad": num_zeros}
     if sums is not None and len(sums) > 2:
-        metrics["distillation_loss"] = (sums[2] / sums[1]).item()
+        metrics["distillation_loss"] = (sums[2] / sums[3]).item()
     return StepResult(loss, float(grad_norm or 0.0), skipped=not updated, metrics=metrics)
 
 

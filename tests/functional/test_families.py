@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_ext.arguments.of_checkpoint import arguments_of
 from megatron_ext.checkpoint import load_checkpoint, read_checkpoint_args
 from megatron_ext.inference import Sampling, generate
-from megatron_ext.inference.load import arguments
 from megatron_ext.interchange.export import export_folder
 from megatron_ext.interchange.open import open_source
 from megatron_ext.interchange.target import write_checkpoint
@@ -36,7 +36,7 @@ IDS = torch.randint(0, toys.VOCABULARY, (1, toys.POSITIONS), generator=torch.Gen
 
 def ours(load: Path):
     """The model of a checkpoint, in a world of one."""
-    run = arguments(read_checkpoint_args(load), load)
+    run = arguments_of(read_checkpoint_args(load), load)
     model = build_model(transformer_config(run), run)
     assert load_checkpoint(load, model=model, run=run) is not None
     return model[0].eval()

@@ -5,11 +5,11 @@ import sys
 import pytest
 import torch
 
+from megatron_ext.arguments.of_checkpoint import arguments_of as inference_arguments
 from megatron_ext.arguments.parser import read_args
 from megatron_ext.arguments.validate import engine as rules
 from megatron_ext.config import RunConfig
 from megatron_ext.config.presets import PRESETS
-from megatron_ext.inference.load import arguments as inference_arguments
 from megatron_ext.models.config import transformer_config
 from megatron_ext.platform import engine
 from megatron_ext.training.batch import Batch, of_context_rank

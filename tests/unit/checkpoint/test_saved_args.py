@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megatron_ext.arguments import from_checkpoint
+from megatron_ext.arguments.of_checkpoint import arguments_of
 from megatron_ext.arguments.parser import read_args
 from megatron_ext.checkpoint import CheckpointError, checkpoint_dir, read_checkpoint_args
 from megatron_ext.checkpoint import saved_args as readers
@@ -18,7 +19,7 @@ from megatron_ext.checkpoint.safe import load_object
 from megatron_ext.common import command
 from megatron_ext.config import RunConfig, model_function, options
 from megatron_ext.config.data import TokenizerConfig
-from megatron_ext.inference.load import arguments, load_for_inference
+from megatron_ext.inference.load import load_for_inference
 from megatron_ext.interchange.convert import convert
 from megatron_ext.interchange.open import open_source
 from megatron_ext.interchange.options import ConvertOptions
@@ -116,10 +117,10 @@ def test_the_code_would_run(tmp_path):
 
 
 def test_what_a_user_decides_is_not_taken_from_a_checkpoint(saved):
-    plain, plainly_resumed = arguments(read_checkpoint_args(saved), saved), from_command_line(saved)
+    plain, plainly_resumed = arguments_of(read_checkpoint_args(saved), saved), from_command_line(saved)
     saved_args = read_checkpoint_args(alter(saved, **FOREIGN))
     assert not set(saved_args) & set(FOREIGN)
-    assert arguments(saved_args, saved) == plain and from_command_line(saved) == plainly_resumed
+    assert arguments_of(saved_args, saved) == plain and from_command_line(saved) == plainly_resumed
     assert not set(open_source(saved).saved) & set(FOREIGN)
 
 
@@ -179,7 +180,7 @@ def test_a_checkpoint_that_does_not_say_what_it_is(saved):
 
 
 def test_a_checkpoint_without_a_tokenizer_takes_the_given_one(saved):
-    run = arguments(read_checkpoint_args(saved), saved)
+    run = arguments_of(read_checkpoint_args(saved), saved)
     assert run.tokenizer.tokenizer_type == "NullTokenizer"
     with pytest.raises(TokenizerError, match="'the' is not a number from 0 to 64: there is no tokenizer"):
         build_tokenizer(run.tokenizer).tokenize("the cat")

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_ext.arguments.of_checkpoint import arguments_of
 from megatron_ext.checkpoint import load_checkpoint, read_checkpoint_args
 from megatron_ext.checkpoint.saved_args import run_of
 from megatron_ext.inference import Sampling, generate
-from megatron_ext.inference.load import arguments
 from megatron_ext.interchange.errors import InterchangeError
 from megatron_ext.interchange.export import export_folder
 from megatron_ext.interchange.hf_tokenizer import write_tokenizer
@@ -68,7 +68,7 @@ def in_transformers(folder: Path):
 
 def ours(load: Path, weights: Path | None = None):
     """The model as this project loads it, in a world of one; its weights from another checkpoint if given."""
-    run = arguments(read_checkpoint_args(load), load)
+    run = arguments_of(read_checkpoint_args(load), load)
     run.checkpoint.finetune = weights is not None
     model = build_model(transformer_config(run), run)
     assert load_checkpoint(weights or load, model=model, run=run) is not None

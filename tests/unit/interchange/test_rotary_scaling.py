@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_ext.arguments.of_checkpoint import arguments_of
 from megatron_ext.checkpoint import load_checkpoint, read_checkpoint_args
-from megatron_ext.inference.load import arguments
 from megatron_ext.interchange.errors import InterchangeError
 from megatron_ext.interchange.export import export_folder
 from megatron_ext.interchange.hf_config import read_model, write_config
@@ -52,7 +52,7 @@ def in_transformers(folder: Path, **changes) -> torch.Tensor:
 
 def ours(load: Path) -> torch.Tensor:
     """The logits of a checkpoint's model on IDS."""
-    run = arguments(read_checkpoint_args(load), load)
+    run = arguments_of(read_checkpoint_args(load), load)
     model = build_model(transformer_config(run), run)
     assert load_checkpoint(load, model=model, run=run) is not None
     return model[0].eval()(IDS, torch.arange(POSITIONS)[None], None)[..., : toys.VOCABULARY]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
+from megatron_ext.arguments.of_checkpoint import arguments_of
 from megatron_ext.checkpoint import load_checkpoint, read_checkpoint_args, save_checkpoint
-from megatron_ext.inference.load import arguments
 from megatron_ext.interchange.convert import convert
 from megatron_ext.interchange.export import export_folder
 from megatron_ext.interchange.open import open_source
@@ -52,7 +52,7 @@ def through(layout: Layout, sequence: bool, base: Path, out: Path) -> dict[str, 
 
 @torch.no_grad()
 def _through_one(layout: Layout, sequence: bool, load: Path, save: Path) -> torch.Tensor | None:
-    run = arguments(read_checkpoint_args(load), load, layout=(layout.tp, layout.pp))
+    run = arguments_of(read_checkpoint_args(load), load, layout=(layout.tp, layout.pp))
     run.parallel.sequence_parallel = sequence
     model = build_model(transformer_config(run), run)
     assert load_checkpoint(load, model=model, run=run) is not None
