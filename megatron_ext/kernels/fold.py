@@ -25,7 +25,7 @@ def fold_logits(logits: Tensor, columns: Tensor, width: int, temperature: float)
     Returns:
         float32, or float64 for float64 logits.
     """
-    flat = logits.reshape(-1, logits.size(-1))
+    flat = logits.flatten(0, -2)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     folded = torch.zeros(len(flat), width, dtype=dtype, device=flat.device)
     if not flat.size(-1):

@@ -13,9 +13,9 @@ from megatron_ext import platform
 from megatron_ext.arguments.of_checkpoint import arguments_of
 from megatron_ext.arguments.vocabulary import settle_vocabulary
 from megatron_ext.checkpoint import load_checkpoint, read_checkpoint_args
-from megatron_ext.common.errors import RunError
 from megatron_ext.config import RunConfig
 from megatron_ext.interchange.as_checkpoint import as_checkpoint
+from megatron_ext.kernels.documents import document_starts
 from megatron_ext.kernels.teacher_targets import TeacherTargets, largest
 from megatron_ext.models.builder import build_chunks
 from megatron_ext.models.config import transformer_config
@@ -44,11 +44,13 @@ class Teacher:
     Attributes:
         model: this stage of it.
         rejoin: from the student's tokens to the teacher's; None if these are the same.
+        end: the teacher's id of what ends a document in the student's data.
     """
 
     run: RunConfig
     model: TeacherModel
     rejoin: Rejoin | None = None
+    end: int = -1
 
     def read(self, batch: Batch) -> tuple[Batch, Tensor | None]:
         """What the teacher reads in place of the student's tokens, and where its targets are (``Rejoin``)."""
@@ -57,7 +59,13 @@ class Teacher:
         reading = self.rejoin.read(batch.tokens.cpu().numpy())
         device = batch.tokens.device
         tokens, rows = (torch.from_numpy(values).to(device) for values in reading)
-        return replace(batch, tokens=tokens), rows
+        changes = {"tokens": tokens}
+        starts = document_starts(tokens == self.end)
+        if batch.document_starts is not None:
+            changes["document_starts"] = starts
+        if self.run.data.reset_position_ids:
+            changes["position_ids"] = torch.arange(tokens.size(1), device=device) - starts
+        return replace(batch, **changes), rows
 
     @torch.no_grad()
     def ask(self, batches: Sequence[Batch | None]) -> list[Asked | None]:
@@ -98,7 +106,7 @@ def _forward_step(iterator: Iterator[Batch | None], model: nn.Module) -> tuple[T
     batch = next(iterator)
     if batch is None:
         return model(None, None, None), None
-    return model(batch.tokens, batch.position_ids, batch.attention_mask), None
+    return model(batch.tokens, batch.position_ids, batch.document_starts), None
 
 
 def load_teacher(run: RunConfig, tokenizer: Tokenizer) -> Teacher:
@@ -125,7 +133,8 @@ def load_teacher(run: RunConfig, tokenizer: Tokenizer) -> Teacher:
     onto = None if folded is None else torch.from_numpy(folded.student_of_teacher)
     stage.face(run.model.padded_vocab_size // parallel, onto)
     print_rank_0(_line(flag, theirs, folded))
-    return Teacher(run, stage.eval(), reads)
+    end = -1 if folded is None else int(folded.teacher_of_student[tokenizer.eod])
+    return Teacher(run, stage.eval(), reads, end)
 
 
 def _configuration(run: RunConfig, folder: str) -> RunConfig:
@@ -164,11 +173,6 @@ def _vocabularies(
     folded = fold(tokenizer, own)
     if folded is None:
         return None, None
-    if run.data.reset_position_ids or run.data.reset_attention_mask:
-        raise RunError(
-            "its tokens are not the student's, so --reset-position-ids and --reset-attention-mask, which "
-            "count the student's, do not go with it"
-        )
     return Rejoin(folded, tokenizer, own), folded
 
 
