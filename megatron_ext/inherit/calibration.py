@@ -31,9 +31,14 @@ def frozen_model(run: RunConfig) -> nn.Module:
 def fill(model: nn.Module, get: Callable[[str], Tensor]) -> None:
     """Fill every parameter with the tensor that ``get`` returns for its name in checkpoints."""
     for name, parameter in model.named_parameters():
-        for ours, saved in CHECKPOINT_NAMES.items():
-            name = name.replace(ours, saved)
-        parameter.copy_(get(name))
+        parameter.copy_(get(checkpoint_name(name)))
+
+
+def checkpoint_name(name: str) -> str:
+    """The name in checkpoints of a model's parameter."""
+    for ours, saved in CHECKPOINT_NAMES.items():
+        name = name.replace(ours, saved)
+    return name
 
 
 def forward(model: nn.Module, batch: Batch) -> Tensor:

@@ -25,7 +25,9 @@ from megatron_ext.inherit.calibration import (
     read_documents,
     translated,
 )
+from megatron_ext.inherit.gains import gain_factors
 from megatron_ext.inherit.options import InheritOptions
+from megatron_ext.inherit.selection import Selection
 from megatron_ext.inherit.vocabulary import Rows
 from megatron_ext.interchange.source import Source
 from megatron_ext.interchange.tokenizer_files import TokenizerFiles
@@ -157,6 +159,10 @@ class CalibrationRun:
                 return
             assert batch is not None  # None only on pipeline stages without data
             yield batch
+
+    def gain_factors(self, target: ModelConfig, selection: Selection) -> dict[str, float]:
+        """The factors of the gains of ``target``'s norms (:mod:`gains`)."""
+        return gain_factors(self.model, self.config, target, selection, self.batches())
 
     def loss_of_checkpoint(self, save: str, target: ModelConfig, files: TokenizerFiles) -> Loss:
         """The loss of a checkpoint on the same text; frees the source's model first."""

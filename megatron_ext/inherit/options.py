@@ -94,6 +94,9 @@ class InheritOptions:
     calibration_samples: int = flag(64, minimum=1)
     """Samples for importance, taylor, and the losses before and after."""
 
+    rescale_norms: bool = False
+    """Rescale the gain of each norm that loses channels, so that its output keeps its scale."""
+
     calibration_dtype: Literal["fp32", "bf16"] | None = None
     """Number format of the source during calibration; by default fp32 on a CPU and the stored one on a GPU.
     bf16 halves the memory, and is fast on CPUs with bf16 instructions; scores and masks stay fp32."""

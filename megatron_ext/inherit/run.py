@@ -16,7 +16,7 @@ from megatron_ext.inherit import report
 from megatron_ext.inherit.options import InheritOptions
 from megatron_ext.inherit.select import SelectionResult, select
 from megatron_ext.inherit.selection import Selection
-from megatron_ext.inherit.slicing import cut, grown, source_key
+from megatron_ext.inherit.slicing import cut, grown, rescaled, source_key
 from megatron_ext.inherit.target import InheritanceError, of_layers, target_model
 from megatron_ext.inherit.vocabulary import Rows, match_tokenizers
 from megatron_ext.interchange import tokenizer_files
@@ -56,7 +56,8 @@ def inherit(options: InheritOptions) -> dict[str, Any]:
     calibration = _calibration(options, source, files, rows)
     result = select(options, source, target, calibration)
     target = of_layers(target, source.model, result.selection.layers.tolist())
-    _write(options, source, target, files, rows, result.selection)
+    factors = calibration.gain_factors(target, result.selection) if options.rescale_norms else {}
+    _write(options, source, target, files, rows, result.selection, factors)
     losses = {}
     if calibration is not None:
         losses = calibration.losses | {
@@ -135,6 +136,7 @@ def _write(
     files: TokenizerFiles | None,
     rows: Rows | None,
     selection: Selection,
+    factors: dict[str, float],
 ) -> None:
     """Write the checkpoint on the first rank, tensor by tensor; raises on all ranks if that fails."""
 
@@ -143,7 +145,8 @@ def _write(
 
             def tensor(key: str) -> Tensor:
                 progress.add(text=key)
-                return target_tensor(key, source, target, selection, rows, options.seed)
+                weights = target_tensor(key, source, target, selection, rows, options.seed)
+                return rescaled(weights, factors[key], target) if key in factors else weights
 
             write_checkpoint(options.save, target, source.dtype, tensor, tokenizer=files)
 

@@ -42,9 +42,14 @@ def cut(
         if axis is Axis.VOCABULARY:
             weights = weights if rows is None else rows.take(weights)
         elif axis is not Axis.TERM:
-            units = selection.hidden if axis is Axis.HIDDEN else getattr(selection, _UNITS[axis])[layer]
-            weights = weights.index_select(number, entries(axis, units, source))
+            weights = weights.index_select(number, kept_entries(axis, layer, selection, source))
     return weights.clone(memory_format=torch.contiguous_format)
+
+
+def kept_entries(axis: Axis, layer: int | None, selection: Selection, source: ModelConfig) -> Tensor:
+    """The entries that the target keeps of an axis of units; ``layer`` is the target's."""
+    units = selection.hidden if axis is Axis.HIDDEN else getattr(selection, _UNITS[axis])[layer]
+    return entries(axis, units, source)
 
 
 def grown(
@@ -64,3 +69,9 @@ def grown(
     fresh = fresh.to(weights.dtype)
     fresh[tuple(slice(0, length) for length in weights.shape)] = weights
     return fresh
+
+
+def rescaled(weights: Tensor, factor: float, model: ModelConfig) -> Tensor:
+    """A norm's weights with ``factor`` times the gain, which is 1 + weight where it is zero-centered."""
+    besides = float(model.layernorm_zero_centered_gamma)
+    return ((weights.float() + besides) * factor - besides).to(weights.dtype)
