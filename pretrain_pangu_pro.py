@@ -23,7 +23,7 @@ from megatron_ext.training.signals import StopSignals  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse, build and train; or record the losses of a trained model."""
+    """Parse, build and train; or record what a trained model predicts."""
     with steady_streams(), StopSignals() as signals:
         train(argv, signals)
 
@@ -41,15 +41,24 @@ def train(argv: list[str] | None, signals: StopSignals) -> None:
     from megatron_ext.training import distributed
     from megatron_ext.training.recording import record_training_set
     from megatron_ext.training.setup import build_trainer
+    from megatron_ext.training.teacher_recording import record_teacher_targets
     from megatron_ext.training.watchdog import watching
 
     store, losses = distributed.rendezvous_store(run.process), run.rounds.record_sample_loss
+    targets = run.distillation.record_teacher_logits
     with watching(run.process, store) as watchdog:
         distributed.initialize(run, store)
-        frozen = losses and run.rounds.record_mode == "frozen"  # reads checkpoints, saves none
-        with only_recording_in(losses), only_run_in(None if frozen else run.checkpoint.save):
+        frozen = losses and run.rounds.record_mode == "frozen"
+        saves = None if frozen or targets else run.checkpoint.save  # a recording reads checkpoints alone
+        with (
+            only_recording_in(losses),
+            only_recording_in(targets, "--record-teacher-logits"),
+            only_run_in(saves),
+        ):
             if frozen:
                 record_training_set(run, watchdog, signals)
+            elif targets:
+                record_teacher_targets(run, watchdog, signals)
             else:
                 trainer = build_trainer(run)
                 print_rank_0(f" set up in {time.time() - START:.1f} s")

@@ -9,6 +9,7 @@ from megatron_ext.checkpoint.folders import (
     list_iterations,
 )
 from megatron_ext.checkpoint.found import outputs_of
+from megatron_ext.checkpoint.integrity import weights_sha256
 from megatron_ext.checkpoint.load import (
     LoadedState,
     OpenedCheckpoint,
@@ -37,4 +38,5 @@ __all__ = [
     "outputs_of",
     "read_checkpoint_args",
     "save_checkpoint",
+    "weights_sha256",
 ]

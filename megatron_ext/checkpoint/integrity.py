@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_ext.checkpoint.errors import DamagedCheckpoint
 from megatron_ext.checkpoint.safe import load_metadata, load_object
-from megatron_ext.common.files import sha256, sha256_file
+from megatron_ext.common.files import pieces_digest, sha256, sha256_file
 
 CHECKSUMS = "checksums.json"
 #: The checksums of 100,000 files need less.
@@ -129,6 +129,19 @@ def read_marker(folder: Path) -> dict[str, dict[str, Any]] | None:
     if not files or any(Path(name).name != name for name in files):
         raise DamagedCheckpoint(f"{path} must name files of its own folder")
     return files
+
+
+def weights_sha256(folder: Path) -> str:
+    """A sha256 over the files with tensors: that of the same model written again, wherever it is.
+
+    From ``checksums.json``, and without it (Megatron-LM) from evenly spread pieces of each file.
+    """
+    marked = read_marker(folder)
+    if marked is None:
+        files = {path.name: pieces_digest(path) for path in folder.glob("*.distcp")}
+    else:
+        files = {name: entry["sha256"] for name, entry in marked.items() if name.endswith(".distcp")}
+    return sha256(json.dumps(files, sort_keys=True))
 
 
 def damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:

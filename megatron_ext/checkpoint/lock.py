@@ -44,8 +44,10 @@ def only_run_in(folder: str | os.PathLike[str] | None, wait: float = WAIT_SECOND
 
 
 @contextlib.contextmanager
-def only_recording_in(losses: str | os.PathLike[str] | None) -> Iterator[None]:
-    """Lock the file ``losses`` against other runs that record into it (no lock if None); collective.
+def only_recording_in(
+    record: str | os.PathLike[str] | None, flag: str = "--record-sample-loss"
+) -> Iterator[None]:
+    """Lock the file ``record`` against other runs that record into it (no lock if None); collective.
 
     Raises:
         CheckpointError: on every rank, if another run holds the lock.
@@ -53,12 +55,12 @@ def only_recording_in(losses: str | os.PathLike[str] | None) -> Iterator[None]:
     with contextlib.ExitStack() as held:
 
         def acquire() -> None:
-            path = Path(str(losses).removesuffix(".npy"))
+            path = Path(str(record).removesuffix(".npy"))
             path.parent.mkdir(parents=True, exist_ok=True)
             held.enter_context(locked(path.with_name(f".{path.name}.lock"), "another run records into it"))
 
-        if losses is not None:
-            on_rank_0(f"take --record-sample-loss {losses} for this run", acquire)
+        if record is not None:
+            on_rank_0(f"take {flag} {record} for this run", acquire)
         yield
 
 

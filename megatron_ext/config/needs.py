@@ -11,7 +11,12 @@ SHORTCUTS = Need("--augmented-shortcuts above 0", lambda run: run.model.augmente
 PI = Need("--series-activation-order or --augmented-shortcuts above 0", lambda run: run.model.has_pi)
 ROUND = Need("--round-index", lambda run: run.rounds.round_index)
 RECORDING = Need("--record-sample-loss", lambda run: run.rounds.record_sample_loss)
-TEACHER = Need("--teacher-load", lambda run: run.distillation.teacher_load)
+TEACHER_MODEL = Need("--teacher-load", lambda run: run.distillation.teacher_load)
+TEACHER = Need(
+    "--teacher-load or --teacher-logits",
+    lambda run: run.distillation.teacher_load or run.distillation.teacher_logits,
+)
+RECORDING_TEACHER = Need("--record-teacher-logits", lambda run: run.distillation.record_teacher_logits)
 ADAM = Need("--optimizer adam, muon or dist_muon", lambda run: run.optimizer.optimizer != "sgd")
 MUON = Need("--optimizer muon or dist_muon", lambda run: run.optimizer.is_muon)
 SGD = Need("--optimizer sgd", lambda run: run.optimizer.optimizer == "sgd")

@@ -18,7 +18,7 @@ import zlib
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -27,10 +27,8 @@ from torch import Tensor
 from megatron_ext.common.files import write_aside, write_json
 from megatron_ext.data.identity import differences
 from megatron_ext.data.indexed import DatasetError
+from megatron_ext.data.rounds.dataset import NumberedDataset
 from megatron_ext.data.rounds.loss_record import read_json
-
-if TYPE_CHECKING:
-    from megatron_ext.data.views import Samples
 
 FORMAT = "megatron_ext.teacher_targets/1"
 #: Seconds between two updates of a recording's manifest.
@@ -128,7 +126,8 @@ def open_recording(path: str | Path, manifest: dict[str, Any], like: TargetForma
     """Create a store, or open one that was begun for the same; returns its manifest.
 
     Args:
-        manifest: ``samples``, ``dataset`` (of ``identify``, with its probe), ``teacher`` and ``temperature``.
+        manifest: ``samples``, ``dataset`` (of ``identify``, with its probe), ``teacher``, ``reading`` (what
+            else changes how samples are read) and ``temperature``.
 
     Raises:
         DatasetError: the files hold other targets; the message names what differs.
@@ -163,14 +162,14 @@ def _reserve(file: BinaryIO, record: np.dtype, samples: int) -> None:
 def require_same_targets(theirs: dict[str, Any], ours: dict[str, Any], of: str, advice: str) -> None:
     """Raise DatasetError, naming the differences, unless two manifests describe the same targets.
 
-    Compared is what ``ours`` has of ``dataset``, ``targets``, ``teacher`` and ``temperature``.
+    Compared is what ``ours`` has of ``dataset``, ``targets``, ``teacher``, ``reading`` and ``temperature``.
     """
     wrong = []
     if "dataset" in ours:
         wrong += differences(theirs["dataset"], ours["dataset"])
-    for part, flags in (("targets", _TARGET_FLAGS), ("teacher", _TEACHER_FACTS)):
+    for part in ("targets", "teacher", "reading"):
         wrong += [
-            f"{flags.get(name, name)}: {theirs[part].get(name)} there, {value} here"
+            f"{_SAID.get((part, name), name)}: {theirs[part].get(name)} there, {value} here"
             for name, value in ours.get(part, {}).items()
             if theirs[part].get(name) != value
         ]
@@ -180,13 +179,17 @@ def require_same_targets(theirs: dict[str, Any], ours: dict[str, Any], of: str, 
         raise DatasetError(f"{of} holds other targets: {'; '.join(wrong)}. {advice}")
 
 
-_TARGET_FLAGS = {
-    "seq_length": "--seq-length",
-    "top_k": "--distillation-top-k",
-    "vocab_size": "size of the student's vocabulary",
-    "dtype": "--teacher-logits-dtype",
+#: (part, field) of a manifest -> what it is, or the flag that sets it.
+_SAID = {
+    ("targets", "seq_length"): "--seq-length",
+    ("targets", "top_k"): "--distillation-top-k",
+    ("targets", "vocab_size"): "size of the student's vocabulary",
+    ("targets", "dtype"): "--teacher-logits-dtype",
+    ("teacher", "sha256"): "the teacher's weights",
+    ("teacher", "tokenizer_sha256"): "the teacher's tokenizer",
+    ("reading", "reset_position_ids"): "--reset-position-ids",
+    ("reading", "reset_attention_mask"): "--reset-attention-mask",
 }
-_TEACHER_FACTS = {"sha256": "the teacher's weights", "tokenizer_sha256": "the teacher's tokenizer"}
 
 
 class TargetWriter:
@@ -264,14 +267,12 @@ class TargetStore:
         )
 
 
-class TaughtSamples:
-    """Samples that have their number as ``sample_id``, each with its targets as ``teacher_ids`` and so on."""
+class TaughtSamples(NumberedDataset):
+    """Numbered samples, each with its targets as ``teacher_ids`` and so on."""
 
-    def __init__(self, dataset: Samples, store: TargetStore) -> None:
-        self.dataset, self.store = dataset, store
-
-    def __len__(self) -> int:
-        return len(self.dataset)
+    def __init__(self, dataset: NumberedDataset, store: TargetStore) -> None:
+        super().__init__(dataset)
+        self.store = store
 
     def __getitem__(self, place: int) -> dict[str, Any]:
         sample = self.dataset[place]
@@ -280,7 +281,7 @@ class TaughtSamples:
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    names = ("samples", "recorded", "complete", "dataset", "teacher", "temperature", "targets")
+    names = ("samples", "recorded", "complete", "dataset", "teacher", "reading", "temperature", "targets")
     return read_json(path, FORMAT, names)
 
 

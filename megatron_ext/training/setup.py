@@ -36,6 +36,7 @@ from megatron_ext.training.rounds import build_round_datasets, enter_round, open
 from megatron_ext.training.saving import Saver
 from megatron_ext.training.schedule import Schedule, build_scheduler, without_a_rate
 from megatron_ext.training.state import Progress
+from megatron_ext.training.stored_teacher import stored_teacher
 from megatron_ext.training.task_scores import TaskScores
 from megatron_ext.training.teacher import load_teacher
 
@@ -75,9 +76,10 @@ def build_trainer(run: RunConfig) -> Trainer:
         )
     teacher = OnlineTeacher(load_teacher(run, tokenizer)) if run.distillation.is_taught else None
     recorder, datasets = online_recorder(run, tokenizer, datasets, start.progress)
+    stored, datasets = stored_teacher(run, tokenizer, datasets, start.progress)
     token_bytes = torch.as_tensor(tokenizer.token_bytes(), device=platform.current_device())
     hooks = callbacks(
-        run, model, optimizer, scheduler, datasets[0], start.progress, recorder, tokenizer, teacher
+        run, model, optimizer, scheduler, datasets[0], start.progress, recorder, tokenizer, teacher or stored
     )
     return Trainer(run, model, optimizer, scheduler, datasets, token_bytes, hooks, start.progress)
 
@@ -91,7 +93,7 @@ def callbacks(
     progress: Progress,
     recorder: OnlineRecorder | None,
     tokenizer: Tokenizer,
-    teacher: OnlineTeacher | None = None,
+    teacher: Callback | None = None,
 ) -> Callbacks:
     """The callbacks of the loop, in call order."""
     optional: list[Callback | None] = [

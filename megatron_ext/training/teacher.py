@@ -1,7 +1,7 @@
 """The teacher of a student in training: loading it at the student's layout, and asking it."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,12 @@ from torch import Tensor, nn
 from megatron_ext import platform
 from megatron_ext.arguments.of_checkpoint import arguments_of
 from megatron_ext.arguments.vocabulary import settle_vocabulary
-from megatron_ext.checkpoint import load_checkpoint, read_checkpoint_args
+from megatron_ext.checkpoint import (
+    LoadedState,
+    load_checkpoint,
+    read_checkpoint_args,
+    weights_sha256,
+)
 from megatron_ext.config import RunConfig
 from megatron_ext.interchange.as_checkpoint import as_checkpoint
 from megatron_ext.kernels.documents import document_starts
@@ -45,12 +50,14 @@ class Teacher:
         model: this stage of it.
         rejoin: from the student's tokens to the teacher's; None if these are the same.
         end: the teacher's id of what ends a document in the student's data.
+        identity: of what its predictions depend on, for a manifest.
     """
 
     run: RunConfig
     model: TeacherModel
     rejoin: Rejoin | None = None
     end: int = -1
+    identity: dict[str, Any] = field(default_factory=dict)
 
     def read(self, batch: Batch) -> tuple[Batch, Tensor | None]:
         """What the teacher reads in place of the student's tokens, and where its targets are (``Rejoin``)."""
@@ -126,7 +133,9 @@ def load_teacher(run: RunConfig, tokenizer: Tokenizer) -> Teacher:
         reads, folded = on_every_rank(lambda: _vocabularies(run, theirs, tokenizer), f"use {flag}")
         config = transformer_config(theirs)
         model = build_chunks(TeacherModel, config, theirs, parallel_output=True, initialized=False)
-        load_checkpoint(folder, model=list(model), run=theirs, rng=False)
+        loaded = load_checkpoint(folder, model=list(model), run=theirs, rng=False)
+        assert loaded is not None  # its arguments were read
+        identity = on_every_rank(lambda: _identity(loaded, theirs))
     (stage,) = model
     parallel = parallel_state.get_tensor_model_parallel_world_size()
     assert run.model.padded_vocab_size is not None  # settled
@@ -134,7 +143,7 @@ def load_teacher(run: RunConfig, tokenizer: Tokenizer) -> Teacher:
     stage.face(run.model.padded_vocab_size // parallel, onto)
     print_rank_0(_line(flag, theirs, folded))
     end = -1 if folded is None else int(folded.teacher_of_student[tokenizer.eod])
-    return Teacher(run, stage.eval(), reads, end)
+    return Teacher(run, stage.eval(), reads, end, identity)
 
 
 def _configuration(run: RunConfig, folder: str) -> RunConfig:
@@ -174,6 +183,15 @@ def _vocabularies(
     if folded is None:
         return None, None
     return Rejoin(folded, tokenizer, own), folded
+
+
+def _identity(loaded: LoadedState, theirs: RunConfig) -> dict[str, Any]:
+    """For a manifest of what the teacher predicts; of a Hugging Face folder the same whenever it is read."""
+    return {
+        "sha256": weights_sha256(loaded.path),
+        "tokenizer_sha256": build_tokenizer(theirs.tokenizer).sha256,
+        "params_dtype": str(theirs.precision.params_dtype),
+    }
 
 
 def _line(flag: str, theirs: RunConfig, folded: Fold | None) -> str:

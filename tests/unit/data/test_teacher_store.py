@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_ext.data.indexed import DatasetError
+from megatron_ext.data.rounds.dataset import NumberedDataset
 from megatron_ext.data.teacher_store import (
     TargetFormat,
     Targets,
@@ -17,6 +18,7 @@ from megatron_ext.data.teacher_store import (
     open_recording,
     packed,
 )
+from megatron_ext.data.trace_sample import trace_sample
 
 SAMPLES = 6
 SMALL = TargetFormat(seq_length=8, top_k=4, vocab_size=1000)
@@ -31,6 +33,7 @@ def manifest(**changes) -> dict:
         "samples": SAMPLES,
         "dataset": DATASET,
         "teacher": {"sha256": "w", "tokenizer_sha256": "big"},
+        "reading": {"reset_position_ids": False},
         "temperature": 1.0,
     } | changes
 
@@ -148,6 +151,7 @@ def test_damage_is_found(tmp_path):
         ({"dataset": DATASET | {"seq_length": 16}}, {"seq_length": 16}, "--seq-length: 8 there, 16 here"),
         ({"dataset": DATASET | {"tokenizer_sha256": "u"}}, {}, "--tokenizer-model: t there, u here"),
         ({"teacher": {"sha256": "v"}}, {}, "the teacher's weights: w there, v here"),
+        ({"reading": {"reset_position_ids": True}}, {}, "--reset-position-ids: False there, True here"),
         ({"temperature": 2.0}, {}, "--distillation-temperature: 1.0 there, 2.0 here"),
         ({}, {"top_k": 3}, "--distillation-top-k: 4 there, 3 here"),
         ({}, {"dtype": "fp32"}, "--teacher-logits-dtype: fp16 there, fp32 here"),
@@ -163,7 +167,8 @@ def test_other_targets_are_refused(tmp_path, changes, like, says):
 def test_samples_with_their_targets(tmp_path):
     targets = drawn(SMALL, SAMPLES)
     record(tmp_path / "store", targets=targets)
-    samples = [{"tokens": torch.zeros(8), "sample_id": number} for number in (3, 0)]
+    samples = NumberedDataset([{"tokens": torch.zeros(8)}] * SAMPLES)
     taught = TaughtSamples(samples, TargetStore.open(tmp_path / "store"))
-    assert len(taught) == 2
-    assert torch.equal(taught[0]["teacher_ids"], targets.ids[3]) and taught[1]["sample_id"] == 0
+    assert len(taught) == SAMPLES and taught[3]["sample_id"] == 3
+    assert torch.equal(taught[3]["teacher_ids"], targets.ids[3])
+    assert trace_sample(taught, 4) == {"number": 4}
