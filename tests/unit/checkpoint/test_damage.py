@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from megatron_ext.checkpoint import CheckpointError, checkpoint_dir, integrity, load_checkpoint
-from megatron_ext.checkpoint.integrity import CHECKSUMS, damage
+from megatron_ext.checkpoint.integrity import CHECKSUMS, damage, weights_sha256
 from tests.helpers.parallel import Layout
 from tests.unit.checkpoint.tiny import Run, arguments
 
@@ -99,3 +99,17 @@ def test_nothing_there(single_process, tmp_path):
     run = Run(arguments(Layout()))
     assert load_checkpoint(tmp_path, **run.parts) is None
     assert load_checkpoint(tmp_path / "missing", **run.parts) is None
+
+
+def test_weights_are_identified_by_themselves(saved, tmp_path):
+    """Not by the arguments beside them, nor by their folder; with and without checksums."""
+    folder = tmp_path / "copied"
+    shutil.copytree(checkpoint_dir(saved, 2), folder)
+    marked = weights_sha256(folder)
+    assert marked == weights_sha256(checkpoint_dir(saved, 2))
+    (folder / CHECKSUMS).unlink()
+    pieces = weights_sha256(folder)
+    flip(folder / "common.pt")
+    assert weights_sha256(folder) == pieces
+    flip(folder / "__0_0.distcp")
+    assert weights_sha256(folder) != pieces

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import subprocess
 
 import numpy as np
 import pytest
@@ -111,6 +112,25 @@ def test_killed_and_resumed_gives_the_same_bytes(tmp_path):
     record(tmp_path / "killed")
     for name in ("npy", "json"):
         assert (tmp_path / f"whole.{name}").read_bytes() == (tmp_path / f"killed.{name}").read_bytes()
+
+
+def test_a_full_disk_is_an_error_and_the_recording_goes_on(tmp_path):
+    place = tmp_path / "small"
+    place.mkdir()
+    like = dataclasses.replace(SMALL, seq_length=1200)  # records of 24 kB
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    try:
+        with pytest.raises(OSError, match="No space left on device"):
+            record(place / "store", like)
+        assert json.loads((place / "store.json").read_text())["recorded"] == 2
+        subprocess.run(["mount", "-o", "remount,size=1m", str(place)], check=True)
+        record(place / "store", like)
+        record(tmp_path / "store", like)
+        assert (place / "store.npy").read_bytes() == (tmp_path / "store.npy").read_bytes()
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
 
 
 def test_padding_is_not_written(tmp_path):
