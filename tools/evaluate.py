@@ -48,7 +48,10 @@ def main(argv: list[str] | None = None) -> int:
     from megatron_ext.platform.collective import rank
     from megatron_ext.training import distributed
 
-    found = evaluate(options, quiet=typed.json)
+    try:
+        found = evaluate(options, quiet=typed.json)
+    except KeyboardInterrupt as stop:
+        raise type(stop)("the same command goes on where it was" if options.output else "") from None
     if rank() == 0:
         print(json.dumps(results.summary(found), ensure_ascii=False) if typed.json else report.table(found))
     distributed.finalize()

@@ -18,7 +18,6 @@ Exit code 0: everything is in place; 1: bad input; 2: bad usage.
 import argparse
 import json
 import os
-import signal
 import sys
 from pathlib import Path
 
@@ -194,11 +193,10 @@ def _add_output(out: argparse._ArgumentGroup) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run; returns the exit code."""
     options, args = command.read(parser(), argv, Options, tokenizer=TokenizerConfig)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         summary = preprocess(options)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("the same command goes on where it was") from None
+    except KeyboardInterrupt as stop:
+        raise type(stop)("the same command goes on where it was") from None
     if args.json:
         print(json.dumps(summary))
     else:

@@ -7,9 +7,9 @@
     main = command.tool(main)       # or as a decorator
 
 A tool exits with 0 if all output was written; with 1 and one line, ``NAME: error: ...``, for bad input;
-with 2 for bad usage (argparse); with 130 after Ctrl-C; silently with 141 if its output is a closed pipe, as
-in ``tool | head``. Readers raise one of ``EXPECTED``, naming their file; any other exception is a bug in the
-program and keeps its traceback.
+with 2 for bad usage (argparse); with 130 after Ctrl-C and 143 after SIGTERM, its temporary files put away;
+silently with 141 if its output is a closed pipe, as in ``tool | head``. Readers raise one of ``EXPECTED``,
+naming their file; any other exception is a bug in the program and keeps its traceback.
 """
 
 import argparse
@@ -20,9 +20,10 @@ import os
 import select
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, Protocol, TypeVar, cast
 
 from megatron_ext.common.errors import RunError
@@ -32,6 +33,11 @@ from megatron_ext.common.flags import add_flags
 EXPECTED = (ValueError, OSError, RunError, MemoryError)
 _MAX_MESSAGE = 10_000
 INTERRUPTED, CLOSED_PIPE = 128 + signal.SIGINT, 128 + signal.SIGPIPE
+TERMINATED = 128 + signal.SIGTERM
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came."""
 
 
 class Options(Protocol):
@@ -54,17 +60,40 @@ def tool(main: Callable[..., int]) -> Callable[..., int]:
     def framed(argv: list[str] | None = None) -> int:
         open_missing_streams()
         try:
-            code = main(argv)
+            with _termination_raised():
+                code = main(argv)
             sys.stdout.flush()
             return code
         except KeyboardInterrupt as stop:
-            return _end(f"{name}: interrupted" + f"; {stop}" * bool(str(stop)), INTERRUPTED)
+            word, code = (
+                ("terminated", TERMINATED) if isinstance(stop, Terminated) else ("interrupted", INTERRUPTED)
+            )
+            return _end(f"{name}: {word}" + f"; {stop}" * bool(str(stop)), code)
         except EXPECTED as error:
             if isinstance(error, BrokenPipeError) and _reader_has_gone():
                 return _end(None, CLOSED_PIPE)
             return _end(f"{name}: error: {message(error)}", 1)
 
     return framed
+
+
+@contextlib.contextmanager
+def _termination_raised() -> Iterator[None]:
+    """Within it SIGTERM raises Terminated in the main thread, unless something handles it already."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # launchers send it twice
+        raise Terminated
+
+    alone = threading.current_thread() is threading.main_thread()
+    if not alone or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def open_missing_streams() -> None:

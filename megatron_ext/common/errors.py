@@ -3,6 +3,13 @@
 import signal
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, in one line: never empty, and in words for a missing key."""
+    if isinstance(error, KeyError):
+        return f"there is no {error}"
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class RunError(RuntimeError):
     """The run cannot continue; the message says why and what to do. Raised alike on every rank."""
 

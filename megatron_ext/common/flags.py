@@ -232,6 +232,23 @@ def wrong_fields(instance: Any) -> Iterator[str]:
         yield from wrong(option, getattr(instance, option.name))
 
 
+def without_effect(given: Iterable[Option], values: Any) -> Iterator[str]:
+    """Problems of ``given`` options that need others; ``values`` is what their needs look at."""
+    idle: dict[Need, list[str]] = {}
+    for option in given:
+        for need in option.needs:
+            if not need.holds(values):
+                idle.setdefault(need, []).append(spelled(option))
+    for need, flags in idle.items():
+        yield f"{', '.join(flags)} cannot take effect: needs {need.flags}"
+
+
+def given_fields(instance: Any) -> list[Option]:
+    """The options of a dataclass of flags that are not as they are by default."""
+    cls: Any = type(instance)
+    return [option for option in own_options(cls) if getattr(instance, option.name) != default_of(option)]
+
+
 def fits(value: Any, annotation: Any) -> bool:
     """Whether a value is of an annotated type; numbers must be finite, integers below 2^63."""
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)

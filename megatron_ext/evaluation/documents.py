@@ -6,13 +6,28 @@ questions come in turn, one of each subject, so that the first ``n`` are a sprea
 
 import csv
 import io
-import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, Literal
+
+from megatron_ext.data.text.records import json_kind
+from megatron_ext.evaluation.fields import (
+    LETTERS,
+    as_choices,
+    as_text,
+    as_texts,
+    checked,
+    field,
+    index_of,
+    json_lines,
+    parsed,
+    text_of,
+    texts_of_row,
+)
 
 Split = Literal["test", "dev"]
 
@@ -74,133 +89,131 @@ def _paths(name: str, data_dir: Path, split: Split) -> Iterator[Path]:
 
 
 def _read(path: Path, benchmark: Benchmark) -> list[Document]:
-    try:
-        found = list(benchmark.read(path, path.read_text(encoding="utf-8-sig")))
-    except OSError as error:
-        raise EvaluationError(f"{path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise EvaluationError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from error
-    except (ValueError, RecursionError, csv.Error) as error:
-        raise EvaluationError(f"{path}: {error}") from error
+    with _naming(path):
+        found = list(benchmark.read(path, _content(path)))
     if not found:
         raise EvaluationError(f"{path}: holds no question")
     return found
 
 
-def _checked(records: Iterable[Any], make: Callable[[int, Any], Document], what: str) -> Iterator[Document]:
-    """``make`` of each record; an error of a record says which it is."""
-    for number, record in enumerate(records, 1):
-        try:
-            document = make(number, record)
-            if not all(
-                isinstance(text, str) and text.strip() for text in (document.question, *document.choices)
-            ):
-                raise ValueError("a question or an answer is empty")
-            if not 0 <= document.gold < len(document.choices) or len(document.choices) < 2:
-                raise ValueError(f"answer {document.gold} of {len(document.choices)}")
-        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-            reason = f"no {error}" if isinstance(error, KeyError) else error
-            raise ValueError(f"{what} {number}: not a question of this benchmark ({reason})") from None
-        yield document
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Within it, errors of a file's content name the file."""
+    try:
+        yield
+    except EvaluationError:
+        raise
+    except (ValueError, RecursionError, csv.Error) as error:
+        raise EvaluationError(f"{path}: {error}") from error
 
 
-def _json_lines(text: str) -> Iterator[Any]:
-    lines = text.removesuffix("\n").split("\n") if text else []  # a text may hold other line ends
-    for number, line in enumerate(lines, 1):
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"line {number}: not JSON ({error.msg})") from None
+def _content(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise EvaluationError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise EvaluationError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from error
 
 
-def _cmmlu(path: Path, text: str) -> Iterator[Document]:
-    def make(number: int, row: dict[str, str]) -> Document:
-        choices = tuple(row[letter] for letter in "ABCD")
-        gold = [*"ABCD"].index(row["Answer"].strip())
-        return Document(f"{path.stem}/{number}", path.stem, row["Question"], choices, gold)
+def _cmmlu(path: Path, content: str) -> Iterator[Document]:
+    def make(number: int, row: dict[str | None, str]) -> Document:
+        question, *choices, answer = texts_of_row(row, ["Question", *"ABCD", "Answer"])
+        gold = index_of(answer.strip(), "ABCD", "Answer")
+        return Document(f"{path.stem}/{number}", path.stem, question, as_choices(choices, "A to D"), gold)
 
-    return _checked(csv.DictReader(io.StringIO(text)), make, "record")
+    return checked(csv.DictReader(io.StringIO(content), strict=True), make, "record")
 
 
-def _mmlu(path: Path, text: str) -> Iterator[Document]:
+def _mmlu(path: Path, content: str) -> Iterator[Document]:
     subject = re.sub(r"_(test|dev|val)$", "", path.stem)
 
-    def make(number: int, row: dict[str, str]) -> Document:
-        choices = tuple(row[f"choice{i}"] for i in range(4))
-        return Document(
-            f"{subject}/{number}", subject, row["question"], choices, int(row["answer"]), language="en"
-        )
+    def make(number: int, row: dict[str | None, str]) -> Document:
+        names = ["question", *(f"choice{i}" for i in range(4)), "answer"]
+        question, *texts, answer = texts_of_row(row, names)
+        choices, gold = as_choices(texts, "choices"), index_of(answer.strip(), "0123", "answer")
+        return Document(f"{subject}/{number}", subject, question, choices, gold, language="en")
 
-    return _checked(csv.DictReader(io.StringIO(text)), make, "record")
+    return checked(csv.DictReader(io.StringIO(content), strict=True), make, "record")
 
 
-def _c3(path: Path, text: str) -> Iterator[Document]:
+def _c3(path: Path, content: str) -> Iterator[Document]:
     """A file is a list of [lines of the passage, questions on it, id]."""
-    subject = path.stem.rpartition("-")[0]
-    records = (
-        ("\n".join(lines), question, f"{identity}/{i}")
-        for lines, questions, identity in json.loads(text)
-        for i, question in enumerate(questions)
-    )
+    subject, passages = path.stem.rpartition("-")[0], parsed(content)
+    if not isinstance(passages, list):
+        raise ValueError(f"{json_kind(passages)}, not a list of passages")
 
-    def make(number: int, record: tuple[str, dict[str, Any], str]) -> Document:
-        passage, question, identity = record
-        choices = tuple(question["choice"])
-        gold = choices.index(question["answer"])
-        return Document(f"{subject}/{identity}", subject, question["question"], choices, gold, passage)
+    def make(number: int, record: Any) -> list[Document]:
+        if not isinstance(record, list) or len(record) != 3 or not isinstance(record[1], list):
+            raise ValueError("not [lines of the passage, questions, id]")
+        lines, questions, identity = record
+        passage = as_text("\n".join(as_texts(lines, "line")), "lines of the passage")
+        return [_of_c3(one, f"{subject}/{identity}/{i}", passage) for i, one in enumerate(questions)]
 
-    return _checked(records, make, "question")
+    return chain.from_iterable(checked(passages, make, "passage"))
 
 
-def _eprstmt(path: Path, text: str) -> Iterator[Document]:
+def _of_c3(record: Any, identity: str, passage: str) -> Document:
+    choices = as_choices(field(record, "choice"), "choice")
+    gold = index_of(text_of(record, "answer").strip(), [choice.strip() for choice in choices], "answer")
+    return Document(identity, identity.partition("/")[0], text_of(record, "question"), choices, gold, passage)
+
+
+def _eprstmt(path: Path, content: str) -> Iterator[Document]:
     """The answers are ours: the files have the English labels only."""
 
-    def make(number: int, record: dict[str, Any]) -> Document:
-        gold = ("Positive", "Negative").index(record["label"])
+    def make(number: int, record: Any) -> Document:
+        gold = index_of(field(record, "label"), ("Positive", "Negative"), "label")
         return Document(
-            str(record["id"]),
+            str(record.get("id", number)),
             "",
             "这条评论的情感是正面的还是负面的？",
             ("正面", "负面"),
             gold,
-            record["sentence"],
+            text_of(record, "sentence"),
         )
 
-    return _checked(_json_lines(text), make, "line")
+    return checked(json_lines(content), make, "line")
 
 
-def _piqa(path: Path, text: str) -> Iterator[Document]:
+def _piqa(path: Path, content: str) -> Iterator[Document]:
     """The labels lie in a file beside, one a line."""
-    labels = path.with_name(f"{path.stem}-labels.lst").read_text(encoding="utf-8").split()
-    records = list(_json_lines(text))
-    if len(labels) != len(records):
-        raise ValueError(f"{len(records)} questions, but {path.stem}-labels.lst has {len(labels)} labels")
+    beside = path.with_name(f"{path.stem}-labels.lst")
+    with _naming(beside):
+        labels = _content(beside).split()
+        golds = list(checked(labels, lambda _, label: index_of(label, "01", "label"), "line"))
+    records = list(json_lines(content))
+    if len(golds) != len(records):
+        raise ValueError(f"{len(records)} questions, but {beside.name} has {len(golds)} labels")
 
-    def make(number: int, record: dict[str, Any]) -> Document:
-        choices = (record["sol1"], record["sol2"])
-        return Document(
-            record.get("id", str(number)), "", record["goal"], choices, int(labels[number - 1]), language="en"
-        )
+    def make(number: int, record: Any) -> Document:
+        question, gold = text_of(record, "goal"), golds[number - 1]
+        choices = as_choices([field(record, "sol1"), field(record, "sol2")], "sol")
+        return Document(str(record.get("id", number)), "", question, choices, gold, language="en")
 
-    return _checked(records, make, "line")
+    return checked(records, make, "line")
 
 
-def _agieval(path: Path, text: str) -> Iterator[Document]:
+def _agieval(path: Path, content: str) -> Iterator[Document]:
     """Options begin with their letter in brackets, which is left out."""
 
-    def make(number: int, record: dict[str, Any]) -> Document:
-        choices = tuple(re.sub(r"^\s*\(\w\)\s*", "", option) for option in record["options"])
+    def make(number: int, record: Any) -> Document:
+        label, options = field(record, "label"), as_texts(field(record, "options"), "options")
+        if isinstance(label, list):
+            raise ValueError(f"label: {label}; subjects with several right answers are not asked here")
+        choices = as_choices([re.sub(r"^\s*\(\w\)\s*", "", option) for option in options], "options")
+        passage = record.get("passage") or ""
         return Document(
             f"{path.stem}/{number}",
             path.stem,
-            record["question"],
+            text_of(record, "question"),
             choices,
-            [*"ABCDEFG"].index(record["label"]),
-            record["passage"] or "",
+            index_of(label, LETTERS[: len(choices)], "label"),
+            as_text(passage, "passage") if passage != "" else "",
             "en" if path.stem.endswith("-en") else "zh",
         )
 
-    return _checked(_json_lines(text), make, "line")
+    return checked(json_lines(content), make, "line")
 
 
 #: By the name that --tasks takes, in the order of the paper's table.

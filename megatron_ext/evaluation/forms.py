@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from megatron_ext.evaluation.documents import BENCHMARKS, Document
+from megatron_ext.evaluation.fields import LETTERS
 
 Form = Literal["letters", "cloze", "bpb"]
 FORMS: tuple[Form, ...] = get_args(Form)
@@ -21,7 +22,6 @@ _QUESTION = {"zh": "问题：", "en": "Question: "}
 _ANSWER = {"zh": "答案：", "en": "Answer:"}
 #: What stands between "Answer:" and an answer's text; Chinese has nothing there.
 _BLANK = {"zh": "", "en": " "}
-_LETTERS = "ABCDEFGHIJ"
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def item_of(document: Document, form: Form) -> Item:
     choices = tuple(_BLANK[language] + choice.strip() for choice in document.choices)
     gold = document.gold
     if form == "letters":
-        letters = _LETTERS[: len(choices)]
+        letters = LETTERS[: len(choices)]
         lines += [f"{a}. {choice.strip()}" for a, choice in zip(letters, choices, strict=True)]
         choices = tuple(" " + letter for letter in letters)
     elif form == "bpb":

@@ -29,7 +29,6 @@ from megatron_ext.evaluation.requests import (
     Request,
     Score,
     Window,
-    is_truncated,
     windows,
 )
 from megatron_ext.kernels.cross_entropy import cross_entropy_stats, width_of_shard
@@ -87,9 +86,6 @@ class Scorer:
         longest: positions that the model may read at once.
         memory: of rank 0, for passes that were scored before. ``identity`` says which model it is.
         note: called after each pass with the number of its windows, as a sign of progress.
-
-    Attributes:
-        truncated: how many requests had a context too long for the model, which lost its beginning.
     """
 
     def __init__(
@@ -104,13 +100,11 @@ class Scorer:
     ) -> None:
         self.model, self.longest, self.tokens_at_once = list(model), longest, tokens_at_once
         self.memory, self.identity, self.note = memory, identity, note
-        self.truncated = 0
 
     @torch.no_grad()
     def __call__(self, requests: Sequence[Request]) -> list[Score]:
         """The scores of requests, in their order, on every rank."""
         owners, cut = _windows(requests, self.longest)
-        self.truncated += sum(is_truncated(request, self.longest) for request in requests)
         scores: list[Score] = [Score(0.0, True)] * len(requests)
         for passed, found in self._passes(cut):
             for number, score in zip(passed.numbers, found, strict=True):

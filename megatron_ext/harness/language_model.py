@@ -4,7 +4,7 @@ Every rank of the job calls the harness alike, with all requests, and is a world
 work is the scorer's.
 """
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 
 from megatron_ext.common.files import sha256
 from megatron_ext.evaluation.documents import EvaluationError
-from megatron_ext.evaluation.requests import Encoder, Request, Score
+from megatron_ext.evaluation.requests import Encoder, Request, Score, is_truncated
 from megatron_ext.evaluation.scoring import Scorer
 from megatron_ext.harness.cache import ScoreFile
 from megatron_ext.harness.load import Opened
@@ -31,7 +31,7 @@ class PanguLM(TemplateLM):
     ``expect`` is told how many requests come.
 
     Attributes:
-        truncated: by task, how many requests lost the beginning of their context.
+        truncated: by task, the numbers of the questions that lost the beginning of their context.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class PanguLM(TemplateLM):
         super().__init__()
         self.opened, self.scorer, self.kept, self.expect = opened, scorer, kept, expect
         self.encoder = Encoder(opened.tokenizer, opened.start)
-        self.truncated: Counter[str] = Counter()
+        self.truncated: dict[str, set[int]] = defaultdict(set)
 
     @property
     def eot_token_id(self) -> int:
@@ -76,10 +76,11 @@ class PanguLM(TemplateLM):
         self.expect(len(requests))
         for task in dict.fromkeys(instance.task_name for instance in instances):
             places = [i for i, instance in enumerate(instances) if instance.task_name == task]
-            before = self.scorer.truncated
+            self.truncated[task] |= {
+                instances[i].doc_id for i in places if is_truncated(requests[i], self.scorer.longest)
+            }
             for place, score in zip(places, self.scorer([requests[i] for i in places]), strict=True):
                 scores[place] = score
-            self.truncated[task] += self.scorer.truncated - before
         return scores
 
     def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:

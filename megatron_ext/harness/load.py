@@ -1,11 +1,13 @@
 """A model to evaluate, from a checkpoint or a Hugging Face folder, at the layout that is asked for."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,6 +21,7 @@ from megatron_ext.inference import load_for_inference
 from megatron_ext.interchange.as_checkpoint import as_checkpoint, is_hugging_face
 from megatron_ext.interchange.source import Source
 from megatron_ext.models.gpt_model import PanguModel
+from megatron_ext.platform.collective import ranks
 from megatron_ext.tokenizer import Tokenizer
 
 
@@ -29,7 +32,7 @@ class Opened:
     Attributes:
         start: ids that its tokenizer puts in front of every text, as transformers reads its folder.
         name: the folder and what is in it, for reports.
-        identity: of its weights and of how they are computed with, for what is kept of an earlier run.
+        settings: its weights and how they are computed with, which decide every score to the last bit.
     """
 
     model: PanguModel
@@ -37,7 +40,12 @@ class Opened:
     run: RunConfig
     start: tuple[int, ...]
     name: str
-    identity: str
+    settings: dict[str, Any]
+
+    @property
+    def identity(self) -> str:
+        """Of all settings, for what is kept of an earlier run."""
+        return sha256(json.dumps(self.settings))
 
 
 def join() -> None:
@@ -58,11 +66,13 @@ def opened(options: EvaluateOptions) -> Iterator[Opened]:
     of them see).
 
     Raises:
-        EvaluationError: it has no tokenizer.
+        EvaluationError: it has no tokenizer; --ckpt-step with a Hugging Face folder.
         ValueError, CheckpointError, FileNotFoundError: as :func:`load_for_inference`; also if the tokenizer
             is not the checkpoint's.
     """
     assert options.load is not None
+    if is_hugging_face(options.load) and options.ckpt_step is not None:
+        raise EvaluationError(f"--ckpt-step: --load {options.load} is a Hugging Face folder, of one model")
     join()
     with as_checkpoint(options.load, options.tokenizer_model, _require_tokenizer) as folder:
         start = _start(options.load) if is_hugging_face(options.load) else ()
@@ -85,7 +95,17 @@ def _of_checkpoint(options: EvaluateOptions, load: str, start: tuple[int, ...] =
             "--tokenizer-model names the one that it was trained with"
         )
     folder = find(load, run.checkpoint.ckpt_step).tries[0][0]
-    computed = f"{options.tokens_at_once} {layout} {run.precision.params_dtype} {run.process.device} {start}"
+    settings = {
+        "weights": _content(folder),
+        "tokenizer": tokenizer.sha256,
+        "first ids of a text": list(start),
+        "processes": ranks(),
+        "--tensor-model-parallel-size": layout[0],
+        "--pipeline-model-parallel-size": layout[1],
+        "--tokens-at-once": options.tokens_at_once,
+        "--dtype": str(run.precision.params_dtype).removeprefix("torch."),
+        "--device": run.process.device,
+    }
     return Opened(
         model,
         tokenizer,
@@ -94,7 +114,7 @@ def _of_checkpoint(options: EvaluateOptions, load: str, start: tuple[int, ...] =
         f"{options.load} (iteration {run.checkpoint.ckpt_step})"
         if load == options.load
         else str(options.load),
-        sha256(f"{_content(folder)} {tokenizer.sha256} {computed}"),
+        settings,
     )
 
 

@@ -38,7 +38,7 @@ def table(found: dict[str, Any]) -> str:
     """The paper's table with this model's rows, then every number with its error."""
     parts = [f"# {found['model']}", f"{found['parameters']:,} parameters."]
     if found["tasks"]:
-        parts += [_paper_table(found), _NOTE, _task_table(found)]
+        parts += [*_paper_table(found), _task_table(found)]
     if found["texts"]:
         parts.append(_text_table(found["texts"]))
     return "\n\n".join(parts) + "\n"
@@ -51,10 +51,12 @@ _NOTE = (
 )
 
 
-def _paper_table(found: dict[str, Any]) -> str:
+def _paper_table(found: dict[str, Any]) -> list[str]:
+    """Nothing where no accuracy of the paper's was scored."""
     rows = [[name, *(f"{value:.2f}" for value in values)] for name, values in PAPER.items()]
     own = [[f"this model, {form}", *_own_row(found["tasks"], form)] for form in _ACCURACY]
-    return _markdown(["model", *PAPER_COLUMNS], rows + [row for row in own if set(row[1:]) != {"-"}])
+    own = [row for row in own if set(row[1:]) != {"-"}]
+    return [_markdown(["model", *PAPER_COLUMNS], rows + own), _NOTE] if own else []
 
 
 def _own_row(tasks: dict[str, Any], form: Form) -> list[str]:
@@ -80,11 +82,12 @@ def _task_table(found: dict[str, Any]) -> str:
                 f"{task['chance']:.4f}" if metric.startswith("acc") and not _missing(task["chance"]) else ""
             )
             error = "" if _missing(number["error"]) else f" ± {number['error']:.4f}"
+            value = "-" if _missing(number["value"]) else f"{number['value']:.4f}"
             rows.append(
                 [
                     name,
                     metric,
-                    f"{number['value']:.4f}{error}",
+                    f"{value}{error}",
                     chance,
                     f"{task['items']:,}",
                     f"{task['truncated']:,}",
@@ -97,7 +100,7 @@ def _text_table(texts: dict[str, Any]) -> str:
     rows = []
     for path, text in texts.items():
         sources = {f"{Path(path).name}": text} | {
-            f"&nbsp;&nbsp;{source}": t for source, t in text["sources"].items() if source
+            f"&nbsp;&nbsp;{source}": t for source, t in text["sources"].items()
         }
         rows += [
             [name, f"{one['bits_per_byte']:.4f}", f"{one['documents']:,}", f"{one['bytes']:,}"]
@@ -166,8 +169,12 @@ def _bars(
     if not there:
         return
     numbers = [task["metrics"][metric] for _, task in there]
-    places, heights = [place for place, _ in there], [scale * number["value"] for number in numbers]
-    axes.bar(places, heights, 0.36, yerr=[scale * number["error"] for number in numbers], label=label)
+    places = [place for place, _ in there]
+    heights, errors = (
+        [scale * (math.nan if number[key] is None else number[key]) for number in numbers]
+        for key in ("value", "error")
+    )
+    axes.bar(places, heights, 0.36, yerr=errors, label=label)
     if metric.startswith("acc"):
         chances = [scale * task["chance"] for _, task in there]
         left, right = ([place + side for place in places] for side in (-0.18, 0.18))

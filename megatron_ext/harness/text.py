@@ -8,18 +8,22 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
+from megatron_ext.common.errors import first_line
 from megatron_ext.data.text.chunks import chunks, place_name
 from megatron_ext.data.text.documents import BadDocument, Documents
-from megatron_ext.data.text.sources import SourceError, find_sources
+from megatron_ext.data.text.sources import COMPRESSED_SUFFIXES, Source, SourceError, find_sources
+from megatron_ext.data.text.unpack import is_damage, unpacked
 from megatron_ext.evaluation.documents import EvaluationError
 from megatron_ext.evaluation.requests import Encoder
 from megatron_ext.evaluation.scoring import Scorer
 from megatron_ext.harness.load import Opened
 
 _KEY = "text"
+_TEXT_SUFFIXES = tuple(f".txt{packed}" for packed in COMPRESSED_SUFFIXES)
+#: What documents are listed under that have none, beside others that do.
+_NO_SOURCE = "(no source)"
 _CHUNK_BYTES = 1 << 22
 _TEXTS_AT_ONCE = 256
 
@@ -27,7 +31,8 @@ _TEXTS_AT_ONCE = 256
 def measure(words: Sequence[str], model: Opened, scorer: Scorer) -> dict[str, Any]:
     """Each file's bits per byte, and those of each source in it; a collective call.
 
-    ``words`` are files, folders and globs of JSON Lines and parquet, as for preprocessing, and .txt files.
+    ``words`` are files, folders and globs of JSON Lines and parquet, as for preprocessing, and files and
+    globs of .txt, which may be compressed. Sources are given where a record has one.
 
     Raises:
         EvaluationError: a record has no text, or a file holds none.
@@ -48,7 +53,8 @@ def _of_file(texts: Iterable[tuple[str, str]], path: str, model: Opened, scorer:
     if not sums:
         raise EvaluationError(f"--bits-per-byte {path}: holds no text")
     whole = [sum(column) for column in zip(*sums.values(), strict=True)]
-    return _summary(whole) | {"sources": {source: _summary(entry) for source, entry in sorted(sums.items())}}
+    sources = {source or _NO_SOURCE: _summary(entry) for source, entry in sorted(sums.items())}
+    return _summary(whole) | {"sources": sources if any(sums) else {}}
 
 
 def _summary(sums: Sequence[float]) -> dict[str, Any]:
@@ -58,31 +64,31 @@ def _summary(sums: Sequence[float]) -> dict[str, Any]:
 
 def _files(words: Sequence[str]) -> Iterator[tuple[str, Iterator[tuple[str, str]]]]:
     """Each file with its texts, as (source, text)."""
-    plain = [word for word in words if Path(word).suffix == ".txt"]
-    for word in plain:
-        yield word, iter([("", _read(Path(word)))])
-    others = [word for word in words if word not in plain]
     try:
-        sources = find_sources(others, keys=[_KEY]) if others else []
+        sources = find_sources(words, keys=[_KEY])
     except SourceError as error:
         raise EvaluationError(str(error).replace("--input", "--bits-per-byte")) from error
     for source in sources:
-        yield source.path, _records(source)
+        yield source.path, _whole(source) if source.path.endswith(_TEXT_SUFFIXES) else _records(source)
 
 
-def _read(path: Path) -> str:
+def _whole(source: Source) -> Iterator[tuple[str, str]]:
+    """A file as one text, with the line ends that it has; a byte order mark is no part of it."""
     try:
-        text = path.read_bytes().decode("utf-8")  # with the line ends that it has
+        with open(source.path, "rb") as file:
+            text = unpacked(file, source.kind).read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise EvaluationError(
-            f"--bits-per-byte {path}: not UTF-8 ({error.reason} at {error.start})"
-        ) from error
-    if not text:
-        raise EvaluationError(f"--bits-per-byte {path}: holds no text")
-    return text
+        reason = f"not UTF-8 ({error.reason} at byte {error.start})"
+        raise EvaluationError(f"--bits-per-byte {source.path}: {reason}") from error
+    except Exception as error:
+        if not is_damage(error):
+            raise
+        raise EvaluationError(f"--bits-per-byte {source.path}: {first_line(error)}") from error
+    if text:
+        yield "", text
 
 
-def _records(source: Any) -> Iterator[tuple[str, str]]:
+def _records(source: Source) -> Iterator[tuple[str, str]]:
     for chunk in chunks([source], _CHUNK_BYTES):
         for found in Documents(chunk, [_KEY]):
             if isinstance(found, BadDocument):

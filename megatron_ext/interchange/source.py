@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_ext.common.errors import first_line
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.model_function import Saved
 from megatron_ext.interchange.errors import InterchangeError
@@ -63,8 +64,7 @@ class Source(ABC):
         try:
             tensor = self._read(key)
         except (LookupError, TypeError, RuntimeError) as error:  # of what damaged or hostile files lead to
-            reason = str(error).strip().split("\n")[0]
-            raise InterchangeError(f"{self.path}: {key} cannot be read: {reason}") from error
+            raise InterchangeError(f"{self.path}: {key} cannot be read: {first_line(error)}") from error
         if tensor.size() != expected:
             raise InterchangeError(
                 f"{self.path}: {key} is {list(tensor.size())}, its configuration says {list(expected)}"

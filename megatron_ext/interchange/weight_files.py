@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_ext.common.errors import first_line
 from megatron_ext.interchange.errors import InterchangeError
 from megatron_ext.interchange.json_file import read_object
 
@@ -119,8 +120,7 @@ class _Pickled:
         try:
             self._tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:
-            reason = str(error).strip().split("\n")[0]
-            raise InterchangeError(f"{path} cannot be read as plain tensors: {reason}") from error
+            raise InterchangeError(f"{path} cannot be read as plain tensors: {first_line(error)}") from error
         if not isinstance(self._tensors, dict):
             raise InterchangeError(f"{path} holds no names and tensors")
         for name, tensor in self._tensors.items():

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_ext.common.errors import first_line
 from megatron_ext.common.files import sha256
 from megatron_ext.config.data import TokenizerConfig
 from megatron_ext.tokenizer.bits_per_byte import (
@@ -105,7 +106,7 @@ class SentencePieceTokenizer(Tokenizer):
         # ValueError: its message is no UTF-8, where it quotes the file.
         except (RuntimeError, OSError, ValueError) as error:
             raise TokenizerError(
-                f"--tokenizer-model {model_file}: not a SentencePiece model ({_first_line(error)})"
+                f"--tokenizer-model {model_file}: not a SentencePiece model ({first_line(error)})"
             ) from error
         self.model_file = str(model_file)
         self.sha256 = sha256(proto)
@@ -295,7 +296,7 @@ def require_no_code(folder: Path) -> None:
         except FileNotFoundError:
             continue
         except (OSError, ValueError, RecursionError) as error:
-            raise TokenizerError(f"--tokenizer-model {folder}: {name}: {_first_line(error)}") from error
+            raise TokenizerError(f"--tokenizer-model {folder}: {name}: {first_line(error)}") from error
         code = config.get("auto_map") if isinstance(config, dict) else None
         # In config.json, a model may come with code and its tokenizer without.
         if code and (name == "tokenizer_config.json" or (isinstance(code, dict) and "AutoTokenizer" in code)):
@@ -320,7 +321,3 @@ def folder_sha256(folder: Path) -> str:
             digest.update(f"{name} {len(content)}\n".encode())
             digest.update(content)
     return digest.hexdigest()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -14,6 +14,8 @@ from zlib import crc32
 
 import numpy as np
 
+from megatron_ext.common.errors import first_line
+
 logger = logging.getLogger(__name__)
 
 #: (texts as UTF-8) -> (ids of all texts one behind the other [total], ids of each text int32 [texts])
@@ -142,9 +144,9 @@ def refusals(what: str = "cannot be encoded") -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
         raise
     except BaseException as error:
-        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-        said = (str(error).strip().splitlines() or [""])[0]
-        raise ValueError(f"{what}: {kind}{said}") from error
+        kind, said = type(error), first_line(error)
+        named = "" if kind in (ValueError, KeyError) or said == kind.__name__ else f"{kind.__name__}: "
+        raise ValueError(f"{what}: {named}{said}") from error
 
 
 @functools.cache

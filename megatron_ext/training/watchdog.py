@@ -22,7 +22,7 @@ from typing import TypeVar
 
 from torch.distributed import PrefixStore, Store
 
-from megatron_ext.common.errors import Interrupted, LostProcess
+from megatron_ext.common.errors import Interrupted, LostProcess, first_line
 from megatron_ext.config.parallel import ProcessConfig
 from megatron_ext.training.peer_monitor import PeerMonitor
 
@@ -58,8 +58,7 @@ def watching(process: ProcessConfig, store: Store) -> Iterator["Watchdog"]:
         if not _lost_connection(error):
             dog.publish(f"rank {process.rank} failed: {type(error).__name__}: {error}")
             raise
-        first_line = str(error).strip().split("\n")[0]
-        lost = f"another process of the job was killed or does not answer ({first_line})"
+        lost = f"another process of the job was killed or does not answer ({first_line(error)})"
         reason = dog.reason_elsewhere()
         dog.publish(f"rank {process.rank} lost its connection: {lost}")
         raise LostProcess(reason or lost) from error

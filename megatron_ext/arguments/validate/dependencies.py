@@ -1,18 +1,12 @@
 """Rules that report a flag on the command line that has no effect."""
 
 from megatron_ext.arguments.validate.rule import Problems, Typed
-from megatron_ext.common.flags import Need
-from megatron_ext.config import RunConfig, flag_of, options
+from megatron_ext.common.flags import without_effect
+from megatron_ext.config import RunConfig, options
 
 
 def flags_take_effect(run: RunConfig, typed: Typed) -> Problems:
-    idle: dict[Need, list[str]] = {}
-    for name in typed:
-        for need in options()[name].needs:
-            if not need.holds(run):
-                idle.setdefault(need, []).append(flag_of(name))
-    for need, flags in idle.items():
-        yield f"{', '.join(flags)} cannot take effect: needs {need.flags}"
+    yield from without_effect((options()[name] for name in typed), run)
 
 
 def local_attention_chooses_for_itself(run: RunConfig, typed: Typed) -> Problems:

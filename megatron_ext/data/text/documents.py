@@ -97,7 +97,7 @@ class Documents:
 
     def _document(self, line: bytes) -> Document | BadDocument:
         try:
-            record = load_record(line)
+            record = load_record(line, self.keys)
             texts = [texts_of(record, key) for key in self.keys]
         except BadLine as error:
             return BadDocument(self.lines, line, str(error))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 try:
@@ -17,16 +18,43 @@ class BadLine(ValueError):
     """A line that cannot be used; the message is the reason."""
 
 
-def load_record(line: bytes) -> dict[str, Any]:
-    """The JSON object of a line.
+def load_record(line: bytes, keys: Sequence[str] = ()) -> dict[str, Any]:
+    """The JSON object of a line, which has each of ``keys`` once at most.
 
     Raises:
-        BadLine: not UTF-8, not JSON, or no object.
+        BadLine: not UTF-8, not JSON, no object, or one of ``keys`` stands in it twice.
     """
     record = _load(line)
     if not isinstance(record, dict):
-        raise BadLine(f"the line is {_kind(record)}, not a JSON object")
+        raise BadLine(f"the line is {json_kind(record)}, not a JSON object")
+    for key in keys:
+        if line.count(f'"{key}"'.encode()) > 1 and _keys(line).count(key) > 1:
+            raise BadLine(f"the key {key!r} stands in it twice, so one of its values would be lost")
     return record
+
+
+def _keys(line: bytes) -> list[str]:
+    """The keys of the JSON object of a line, with repetitions."""
+    keys: list[str] = []
+
+    def note(pairs: list[tuple[str, Any]]) -> None:
+        keys[:] = [key for key, _ in pairs]
+
+    try:
+        json.loads(line, object_pairs_hook=note, parse_int=str)  # called for the outermost object last
+    except RecursionError as error:
+        raise BadLine(f"not usable JSON: {error}") from None
+    return keys
+
+
+def without_repeats(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """The pairs of a JSON object, for ``object_pairs_hook``; raises ValueError where a key stands twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} stands in one object twice")
+    return found
 
 
 def _load(line: bytes) -> object:
@@ -59,7 +87,7 @@ def texts_of(record: dict[str, Any], key: str) -> Texts:
     for part in parts:
         if not isinstance(part, str):
             where = "a list with " if isinstance(value, list) else ""
-            raise BadLine(f"the value of {key!r} is {where}{_kind(part)}, not text")
+            raise BadLine(f"the value of {key!r} is {where}{json_kind(part)}, not text")
     try:
         return [part.encode("utf-8") for part in parts]
     except UnicodeEncodeError:
@@ -85,7 +113,8 @@ def _not_utf_8(error: UnicodeDecodeError) -> str:
     return f"not UTF-8: byte 0x{error.object[error.start]:02x} at {error.start} ({error.reason})"
 
 
-def _kind(value: object) -> str:
+def json_kind(value: object) -> str:
+    """What JSON calls a value, with its article."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number")
 

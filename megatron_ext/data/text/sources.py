@@ -169,7 +169,7 @@ def refuse_other_text(path: str, start: bytes) -> None:
     """Raise SourceError if a text that begins with ``start`` is UTF-16, UTF-32 or no text but parquet."""
     if start.startswith(WIDE):
         raise SourceError(
-            f"--input {path}: is UTF-16 or UTF-32 text, and JSON lines are UTF-8; convert it first, such as "
+            f"--input {path}: is UTF-16 or UTF-32 text, where UTF-8 is read; convert it first, such as "
             "with: iconv -f UTF-16 -t UTF-8"
         )
     if start.startswith(parquet.MAGICS):

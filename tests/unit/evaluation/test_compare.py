@@ -34,6 +34,7 @@ def record(seed: int, items: int = 120) -> dict:
         "format": results.FORMAT,
         "model": f"model {seed}",
         "parameters": 1,
+        "settings": {},
         "tasks": {"c3_cloze": task},
         "texts": {},
     }

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 
@@ -45,41 +46,103 @@ def test_forms():
     assert values_of(cloze, "letters", [-8.0, -9.0]) == {"acc": 0.0}
 
 
-DAMAGE = {
-    "cmmlu/test/anatomy.csv": (",Question,A,B,C,D,Answer\n0,q,a,b,c,d,E\n", "record 1: not a question"),
-    "mmlu/test/anatomy_test.csv": ("question,choice0\nq,a\n", "record 1: .*no 'choice1'"),
-    "c3/c3-d-test.json": ('[[["p"], [{"question": "q", "choice": [], "answer": "c"}], "1"]]', "question 1"),
-    "piqa/dev.jsonl": ('{"goal": "g", "sol1": "a", "sol2": "b"}\n{"goal"\n', "line 2: not JSON"),
-    "piqa/dev-labels.lst": ("0\n", "12 questions, but dev-labels.lst has 1 labels"),
-    "eprstmt/test_public.json": ('{"sentence": "s", "label": "Good"}\n', "line 1: not a question"),
-    "agieval/logiqa-en.jsonl": ("", "holds no question"),
-}  # fmt: skip
+CMMLU, MMLU = "cmmlu/test/anatomy.csv", "mmlu/test/anatomy_test.csv"
+C3, PIQA, LABELS = "c3/c3-d-test.json", "piqa/dev.jsonl", "piqa/dev-labels.lst"
+EPRSTMT, AGIEVAL = "eprstmt/test_public.json", "agieval/logiqa-en.jsonl"
+HEAD, MMLU_HEAD = ",Question,A,B,C,D,Answer\n", "question,choice0,choice1,choice2,choice3,answer\n"
 
 
-@pytest.mark.parametrize("name", DAMAGE)
-def test_damage_is_named(tmp_path, name):
-    benchmarks.write(tmp_path)
-    content, said = DAMAGE[name]
-    (tmp_path / name).write_text(content)
-    with pytest.raises(EvaluationError, match=said):
+def c3(passage: object = ("p",), **question: object) -> str:
+    return json.dumps([[passage, [{"question": "q", "choice": ["a", "b"], "answer": "a"} | question], "1"]])
+
+
+def agieval(**fields: object) -> str:
+    return json.dumps({"passage": "", "question": "q", "options": ["(A)a", "(B)b"], "label": "A"} | fields)
+
+
+#: (file, content, what is said behind its name).
+DAMAGE = [
+    (CMMLU, HEAD + "0,q,a,b,c,d,E\n", "record 1: not a question .*Answer: 'E' is none of A, B, C, D"),
+    (CMMLU, HEAD + "0,q,a,b,c,d,\n", "record 1: .*Answer: empty"),
+    (CMMLU, HEAD + "0,q, and more,a,b,c,d,A\n", "record 1: .*more fields than the first line"),
+    (CMMLU, HEAD + "0,q,a,b,c,d\n", "record 1: .*no 'Answer'"),
+    (CMMLU, HEAD + "0,q,a,a,a,a,A\n", "record 1: .*the answers are equal"),
+    (CMMLU, HEAD + '0,"q,a,b,c,d,A\n', "unexpected end of data"),
+    (MMLU, "question,choice0\nq,a\n", "record 1: .*no 'choice1'"),
+    (MMLU, MMLU_HEAD + "q,a,b,c,d,4\n", "record 1: .*answer: '4' is none of 0, 1, 2, 3"),
+    (C3, c3(choice=[]), r"passage 1: .*choice: 0 answers"),
+    (C3, c3(choice="ab"), "passage 1: .*choice: a string, not a list"),
+    (C3, c3(choice=["a", "b ", " b"], answer="b"), "passage 1: .*answer: 'b' is several of a, b, b"),
+    (C3, c3(answer="c"), "passage 1: .*answer: 'c' is none of a, b"),
+    (C3, c3(question=None), "passage 1: .*no 'question'"),
+    (C3, c3(passage="the passage"), "passage 1: .*line: a string, not a list"),
+    (C3, c3(passage=[]), "passage 1: .*lines of the passage: empty"),
+    (C3, c3(passage=["p", 3]), "passage 1: .*line 2: a number, not a text"),
+    (C3, '{"a": 1}', "an object, not a list of passages"),
+    (C3, "[[1, 2]]", "passage 1: .*not .lines of the passage"),
+    (C3, "[3", "not JSON"),
+    (PIQA, '{"goal": "g", "sol1": "a", "sol2": "b"}\n{"goal"\n', "line 2: not JSON"),
+    (PIQA, '{"goal": "g", "goal": "h"}\n', "line 1: the key 'goal' stands in one object twice"),
+    (PIQA, "7\n" * 12, "line 1: .*a number, not an object"),
+    (PIQA, '{"goal": "g", "sol1": "a", "sol2": "a "}\n' * 12, "line 1: .*sol: the answers are equal"),
+    (LABELS, "0\n", "12 questions, but dev-labels.lst has 1 labels"),
+    (LABELS, "0\n2\n", "line 2: .*label: '2' is none of 0, 1"),
+    (EPRSTMT, '{"sentence": "s", "label": "Good"}\n', "line 1: .*label: 'Good' is none of Positive"),
+    (EPRSTMT, '{"sentence": " ", "label": "Positive"}\n', "line 1: .*sentence: empty"),
+    (EPRSTMT, '{"sentence": null, "label": "Positive"}\n', "line 1: .*no 'sentence'"),
+    (EPRSTMT, '{"sentence": "\\ud800", "label": "Positive"}\n', "line 1: .*half of a surrogate pair"),
+    (AGIEVAL, "", "holds no question"),
+    (AGIEVAL, agieval(label=["A", "B"]), "line 1: .*label: .*several right answers"),
+    (AGIEVAL, agieval(label="C"), "line 1: .*label: 'C' is none of A, B"),
+    (AGIEVAL, agieval(label="AB"), "line 1: .*label: 'AB' is none of A, B"),
+    (AGIEVAL, agieval(options=None), "line 1: .*no 'options'"),
+    (AGIEVAL, agieval(options="(A)a(B)b"), "line 1: .*options: a string, not a list"),
+    (AGIEVAL, agieval(options=["(A)", "(B)b"]), "line 1: .*options 1: empty"),
+    (AGIEVAL, agieval(passage=5), "line 1: .*passage: a number, not a text"),
+    (AGIEVAL, agieval(options=[f"{i}" for i in range(11)]), "line 1: .*options: 11 answers"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "content", "said"), DAMAGE)
+def test_damage_is_named(tmp_path, name, content, said):
+    """File, record and field."""
+    path = benchmarks.write(tmp_path) / name
+    path.write_text(content)
+    asked = name.split("/")[0]
+    named = re.escape(str(tmp_path / PIQA if said.startswith("12 questions") else path))
+    with pytest.raises(EvaluationError, match=f"^{named}: .*{said}"):
+        documents(asked, tmp_path)
+
+
+@pytest.mark.parametrize("name", [CMMLU, C3, PIQA, LABELS])
+def test_what_is_no_text_or_not_there_is_named(tmp_path, name):
+    path = benchmarks.write(tmp_path) / name
+    path.write_bytes(b"\xff\xfe\xfd")
+    with pytest.raises(EvaluationError, match=f"^{re.escape(str(path))}: not UTF-8"):
         documents(name.split("/")[0], tmp_path)
-    (tmp_path / name).write_bytes(b"\xff\xfe\xfd")
-    with pytest.raises(EvaluationError, match=r"not UTF-8|dev\.jsonl: "):
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(EvaluationError, match=f"^{re.escape(str(path))}: Is a directory"):
         documents(name.split("/")[0], tmp_path)
+    if name == LABELS:
+        path.rmdir()
+        with pytest.raises(EvaluationError, match=f"^{re.escape(str(path))}: No such file"):
+            documents("piqa", tmp_path)
 
 
-@pytest.mark.parametrize("label", ["", "AB", "BC"])
-def test_a_label_is_one_letter(tmp_path, label):
-    """None and several are no answer, though each is found within "ABCD"."""
+def test_a_byte_order_mark_is_no_text(tmp_path):
     benchmarks.write(tmp_path)
-    rows = f",Question,A,B,C,D,Answer\n0,q,a,b,c,d,{label}\n"
-    (tmp_path / "cmmlu/test/anatomy.csv").write_text(rows)
-    with pytest.raises(EvaluationError, match="record 1: not a question"):
-        documents("cmmlu", tmp_path)
-    record = {"passage": "", "question": "q", "options": ["(A)a", "(B)b", "(C)c"], "label": label}
-    (tmp_path / "agieval/logiqa-en.jsonl").write_text(json.dumps(record) + "\n")
-    with pytest.raises(EvaluationError, match="line 1: not a question"):
-        documents("agieval", tmp_path)
+    wanted = {name: documents(name, tmp_path) for name in BENCHMARKS}
+    for path in tmp_path.rglob("*.*"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert {name: documents(name, tmp_path) for name in BENCHMARKS} == wanted
+
+
+def test_wrong_answers_may_be_equal(tmp_path):
+    """As in five of the published questions."""
+    path = benchmarks.write(tmp_path) / CMMLU
+    path.write_text(HEAD + "0,q,a,b,b ,c,A\n")
+    assert documents("cmmlu", tmp_path)[1].choices == ("a", "b", "b ", "c")
 
 
 def test_requests_as_the_harness_has_them(tmp_path):

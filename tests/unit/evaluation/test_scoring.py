@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from megatron_ext.evaluation.requests import Request, windows
+from megatron_ext.evaluation.requests import Request, is_truncated, windows
 from megatron_ext.evaluation.scoring import Scorer
 from tests.helpers.models import VOCABULARY, positions, small_config, small_model
 from tests.helpers.parallel import Layout
@@ -38,7 +38,7 @@ def score(layout: Layout, **changes):
     config = small_config(num_layers=4, **changes)
     model = [chunk.eval() for chunk in small_model(config, tied=True)]
     scorer = Scorer(model, LONGEST, tokens_at_once=256)
-    return scorer(some_requests()), scorer.truncated
+    return scorer(some_requests())
 
 
 @torch.no_grad()
@@ -52,7 +52,7 @@ def test_equals_the_logits(single_process):
     assert [one.logprob for one in found] == pytest.approx([one for one, _ in wanted], abs=1e-5)
     assert [one.greedy for one in found] == [one for _, one in wanted]
     assert found[-1].greedy
-    assert scorer.truncated == 2  # the last two of some_requests
+    assert sum(is_truncated(request, LONGEST) for request in some_requests()) == 2  # the last two
 
 
 @pytest.mark.parametrize(
@@ -62,11 +62,10 @@ def test_equals_the_logits(single_process):
     ids=str,
 )  # fmt: skip
 def test_equal_at_every_layout(pool, layout, sequence_parallel):
-    alone, truncated = pool.run(Layout(), score, Layout())[0]
-    for found, cut in pool.run(layout, score, layout, sequence_parallel=sequence_parallel):
+    alone = pool.run(Layout(), score, Layout())[0]
+    for found in pool.run(layout, score, layout, sequence_parallel=sequence_parallel):
         assert [one.logprob for one in found] == pytest.approx([one.logprob for one in alone], abs=1e-4)
         assert [one.greedy for one in found] == [one.greedy for one in alone]
-        assert cut == truncated
 
 
 def score_in_parts() -> list:

@@ -385,7 +385,7 @@ def test_standard_input_and_a_signal(model, tmp_path):
     source = corpora.write_jsonl(tmp_path / "in.jsonl", texts)
     expected = corpora.upstream(tmp_path / "upstream", texts, model)
     stream = command(model, "-", tmp_path / "out", "--json")
-    process = subprocess.Popen(stream, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(stream, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdin.write(source.read_bytes())
     process.stdin.flush()
     deadline = time.monotonic() + 60
@@ -393,7 +393,9 @@ def test_standard_input_and_a_signal(model, tmp_path):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 128 + signal.SIGTERM
+    said = process.communicate(timeout=30)[1].decode()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert said.endswith("preprocess_data.py: terminated; the same command goes on where it was\n")
     with open(source, "rb") as file:
         subprocess.run(stream, stdin=file, check=True, stdout=subprocess.DEVNULL)
     assert corpora.hashes(tmp_path / "out_text_document") == expected
@@ -402,7 +404,7 @@ def test_standard_input_and_a_signal(model, tmp_path):
 def test_a_killed_worker_ends_the_run_with_a_reason(model, tmp_path, monkeypatch):
     source = corpora.write_jsonl(tmp_path / "in.jsonl", corpora.documents(50))
     with monkeypatch.context() as patched:  # inherited by the forked workers
-        patched.setattr(documents, "load_record", lambda line: os.kill(os.getpid(), signal.SIGKILL))
+        patched.setattr(documents, "load_record", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
         with pytest.raises(WorkerFailed, match="SIGKILL"):
             run(model, source, tmp_path / "out")
     run(model, source, tmp_path / "out")
