@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_ext.checkpoint import CheckpointError
 from megatron_ext.checkpoint.found import find
+from megatron_ext.common.files import is_same_place
 from megatron_ext.common.flags import flag, wrong_fields
 from megatron_ext.common.progress import Progress
 from megatron_ext.interchange.errors import InterchangeError
@@ -71,8 +72,10 @@ def average(options: AverageOptions, quiet: bool = False) -> dict[str, Any]:
     weights = options.weights or [1.0] * len(sources)
     if len(weights) != len(sources):
         raise InterchangeError(f"--weights names {len(weights)} weights for {len(sources)} checkpoints")
-    for source in sources[1:]:
+    for number, source in enumerate(sources):
         _require_same(sources[0], source)
+        if any(is_same_place(source.path, other.path) for other in sources[:number]):
+            raise InterchangeError(f"{source.path} is named twice; --weights lets it count for more")
     shares = [weight / math.fsum(weights) for weight in weights]
     tokenizer = next((source.tokenizer for source in sources if source.tokenizer), None)
     if tokenizer is None:

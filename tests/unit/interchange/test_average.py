@@ -85,6 +85,8 @@ def test_one_checkpoint_is_its_own_mean(tmp_path):
         (["--load", "run", "one", "--weights", "1"], 1, "--weights names 1 weights for 2 checkpoints"),
         (["--load", "run", "one", "--weights", "1", "-1"], 2, "with a sum above 0"),
         (["--load", "run", "wide"], 1, "are different models: ffn_hidden_size 48 and 64"),
+        (["--load", "run", "one", "run/iter_0000020"], 1, "{}/run/iter_0000020 is named twice"),
+        (["--load", "run", "--ckpt-step", "10", "10"], 1, "iter_0000010 is named twice; --weights lets"),
         (["--load", "run", "none"], 1, "--load none: there is no such folder"),
     ],
 )
