@@ -7,7 +7,7 @@ def first_line(error: BaseException) -> str:
     """What an error of a library says, in one line: never empty, and in words for a missing key."""
     if isinstance(error, KeyError):
         return f"there is no {error}"
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
 
 
 class RunError(RuntimeError):

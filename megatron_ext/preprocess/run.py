@@ -21,6 +21,7 @@ from megatron_ext.preprocess.work_folder import work_folder
 from megatron_ext.preprocess.worker import Part, Recipe, process, read_part
 from megatron_ext.tokenizer import encoding
 from megatron_ext.tokenizer.build import Tokenizer
+from megatron_ext.tokenizer.hf_vocabulary import require_vocabulary
 
 
 def preprocess(options: Options, quiet: bool = False) -> dict[str, Any]:
@@ -44,6 +45,7 @@ def preprocess(options: Options, quiet: bool = False) -> dict[str, Any]:
     for key in options.json_keys:
         refuse_replacing_others(options.dataset(key))
     tokenizer, _ = encoding.load(options.tokenizer, options.tokenizer_backend)
+    require_vocabulary(tokenizer, options.tokenizer.tokenizer_model, options.append_eod)
     plan = plan_id(options, sources, tokenizer.sha256)
     finished = _finished(options, sources, plan)
     if finished is not None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, TypeVar
 
+from megatron_ext.common.errors import first_line
 from megatron_ext.tokenizer.bits_per_byte import (
     BYTE_LEVEL_ALPHABET,
     byte_fallback_text,
@@ -185,10 +186,12 @@ def read(data: bytes, name: str) -> BpeJson:
     except CompressionError as error:
         raise CompressionError(f"{name}: {error}") from error
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-        raise CompressionError(f"{name}: not a tokenizer.json ({type(error).__name__}: {error})") from error
+        raise CompressionError(f"{name}: not a tokenizer.json ({first_line(error)})") from error
 
 
 def _checked(content: dict[str, Any]) -> BpeJson:
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+        raise CompressionError("tokenizer.json describes no model")
     model = content["model"]
     kind = model.get("type", "BPE" if "merges" in model else "of no type")
     if kind != "BPE":

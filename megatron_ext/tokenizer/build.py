@@ -169,7 +169,8 @@ class HuggingFaceTokenizer(Tokenizer):
                     local_files_only=True,
                 )
         except ValueError as error:
-            raise TokenizerError(f"--tokenizer-model {folder}: {error}") from error
+            reason = _fault_of_description(Path(folder)) or error
+            raise TokenizerError(f"--tokenizer-model {folder}: {reason}") from error
         model = getattr(getattr(self.tokenizer, "backend_tokenizer", None), "model", None)
         if dropout := getattr(model, "dropout", None):
             raise TokenizerError(
@@ -304,6 +305,18 @@ def require_no_code(folder: Path) -> None:
                 f"--tokenizer-model {folder}: {name} names Python code (auto_map), which runs only if you "
                 "trust it and give --trust-remote-code"
             )
+
+
+def _fault_of_description(folder: Path) -> str | None:
+    """Why ``tokenizer.json`` describes no tokenizer, if it is as simple as that."""
+    try:
+        content = json.loads((folder / "tokenizer.json").read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        return f"tokenizer.json: not JSON, or cut short ({first_line(error)})"
+    described = isinstance(content, dict) and isinstance(content.get("model"), dict)
+    return None if described else "tokenizer.json describes no model"
 
 
 def null_sha256(vocab_size: int) -> str:

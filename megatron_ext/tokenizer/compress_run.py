@@ -120,6 +120,11 @@ def compress(options: CompressOptions) -> dict[str, Any]:
         )
     if options.vocab_size is not None:
         full.refuse_others(options.output)
+        if isinstance(full, HuggingFaceModel) and not full.folder.ends_documents:
+            say(
+                f"WARNING: {full.folder.name} names no eos_token in a tokenizer_config.json, nor will the "
+                "result: preprocessing and training need one to end documents"
+            )
     counts, left_out = gather(options, files, full)
     Path(options.output).absolute().parent.mkdir(parents=True, exist_ok=True)
     if not files.only_own_counts:

@@ -87,6 +87,12 @@ class HuggingFaceFolder:
         return {text for token in named if (text := _text(token)) is not None}
 
     @property
+    def ends_documents(self) -> bool:
+        """Whether a token is named that may end documents, as ``HuggingFaceTokenizer`` looks for it."""
+        contents = [self.content(name) for name in (CONFIG, "special_tokens_map.json")]
+        return any(_text(content.get(f"{role}_token")) for content in contents for role in ("eos", "sep"))
+
+    @property
     def listed(self) -> set[str]:
         """Tokens that a configuration lists as special ones."""
         contents = [self.content(name) for name in (CONFIG, "special_tokens_map.json")]

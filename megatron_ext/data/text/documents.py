@@ -6,6 +6,7 @@ knows its place and its texts, and nothing of what it was read from.
 
 import codecs
 import hashlib
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -152,14 +153,27 @@ def bad_line_message(chunk: Chunk, line: int, reason: str, ways: str, remedy: st
 
 
 def require_documents(sources: Sequence[Source], found: Sequence[int], on_bad_line: str) -> list[str]:
-    """Names of the sources without documents, good or bad (``found`` of each).
+    """Names of the sources without documents, good or bad (``found`` of each), that look like a fault.
+
+    A parquet file of no rows is none: it is what a filter leaves of a shard, and is said on stderr.
 
     Raises:
         NoDocuments: there are such, and bad input ends the run, or there is nothing else.
     """
-    empty = [source.path for source, count in zip(sources, found, strict=True) if count == 0]
-    if empty and (on_bad_line == "stop" or len(empty) == len(sources)):
-        raise NoDocuments(f"{empty[0]}: holds no documents. Nothing was written")
+    without = [source for source, count in zip(sources, found, strict=True) if count == 0]
+    if without and len(without) == len(sources):
+        raise NoDocuments(f"{without[0].path}: holds no documents. Nothing was written")
+    empty = [source.path for source in without if source.kind != "parquet"]
+    if empty and on_bad_line == "stop":
+        raise NoDocuments(
+            f"{empty[0]}: holds no documents. Nothing was written; leave it out, or give --on-bad-line skip"
+        )
+    if shards := [source.path for source in without if source.kind == "parquet"]:
+        print(
+            f"WARNING: parquet files without rows: {', '.join(shards[:NAMED])}"
+            f"{f' and {len(shards) - NAMED} more' if len(shards) > NAMED else ''}",
+            file=sys.stderr,
+        )
     return empty
 
 

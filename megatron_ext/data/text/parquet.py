@@ -4,8 +4,11 @@ A row group may be as large as the file: rows are read in batches, and a large r
 two batches.
 """
 
+import faulthandler
 import functools
 import os
+import resource
+import signal
 import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -66,7 +69,30 @@ def row_groups(path: str, keys: Sequence[str]) -> list[RowGroup]:
     Raises:
         SourceError: pyarrow is not installed, the file is damaged, a column is not there or holds no texts.
     """
+    _require_survived(path, tuple(keys))
     return _Reader(path, tuple(keys)).groups
+
+
+def _require_survived(path: str, keys: tuple[str, ...]) -> None:
+    """Read the footer in a forked process first: over some damage pyarrow aborts, which nothing catches.
+
+    Such as a histogram of other levels than the column has: ``RowGroupMetaData.column`` throws in C++.
+    """
+    child = os.fork()
+    if child == 0:
+        try:
+            faulthandler.disable()
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            _Reader(path, keys)
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        raise SourceError(
+            f"--input {path}: is damaged: reading its footer ends the process "
+            f"({signal.Signals(os.WTERMSIG(status)).name})"
+        )
 
 
 def cut(groups: Sequence[RowGroup], chunk_bytes: int) -> list[tuple[RowRange, ...]]:

@@ -282,6 +282,10 @@ def other_files(folder: Path) -> dict[str, tuple[Path, str]]:
         "LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is damaged, cut off or"),
         "an archive": (__import__("gzip").compress(whole), "is damaged, cut off or"),
     }
+    # The column of optional values says that they are required: its histogram has one level too many.
+    optional, required = (bytes([0x15, 0x0C, 0x25, need, 0x18, 4]) + b"text" for need in (2, 0))
+    assert whole.count(optional) == 1
+    made["a histogram"] = whole.replace(optional, required), "is damaged: reading its footer ends the process"
     found = {}
     for name, (data, said) in made.items():
         found[name] = (folder / f"{name}.parquet", said)
@@ -326,6 +330,22 @@ def test_files_without_rows(model, tmp_path, reader):
     for how in ("stop", "skip"):
         with pytest.raises(ValueError, match=r"in.parquet: holds no documents"):
             reader(source, model, how)
+
+
+def test_an_empty_shard_among_others_is_no_fault(model, tmp_path, capsys):
+    """An empty file of lines is: it may be a download that failed."""
+    texts = corpora.documents(20)
+    sources = [write(tmp_path / "a.parquet", [], pa.string()), write(tmp_path / "b.parquet", texts)]
+    summary = run(model, sources, tmp_path / "out")
+    assert corpora.hashes(tmp_path / "out_text_document") == corpora.upstream(
+        tmp_path / "upstream", texts, model
+    )
+    [manifest] = summary["datasets"].values()
+    assert manifest["lines"]["dropped"] == 0 and manifest["bad_lines_file"] is None
+    assert f"WARNING: parquet files without rows: {sources[0]}\n" in capsys.readouterr().err
+    (tmp_path / "c.jsonl").write_text("")
+    with pytest.raises(PreprocessError, match="c.jsonl: holds no documents.* or give --on-bad-line skip"):
+        run(model, [*sources, tmp_path / "c.jsonl"], tmp_path / "other")
 
 
 def test_without_pyarrow_the_extra_is_named(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ext.data.indexed import check_layout
+from megatron_ext.data.text.records import BadLine, load_record
 from megatron_ext.data.text.sources import SourceError, find_sources
 from megatron_ext.preprocess.options import Options
 from megatron_ext.preprocess.run import preprocess
@@ -95,6 +96,18 @@ def test_a_list_of_strings_is_one_document(model, tmp_path, reader):
     if reader is by_training:
         expected = sum(len("\n".join(parts).encode()) for parts in lists)
     assert (documents, size) == (len(texts), expected)
+
+
+def test_a_key_twice_is_a_fault_where_it_is_the_one_that_is_read():
+    """Not within a value or a text, nor another key."""
+    for line in (
+        b'{"text": "a", "meta": {"text": 1, "text": 2}}',
+        b'{"text": "\\"text\\"", "b": ["text", "text"]}',
+        b'{"text": "a", "id": 1, "id": 2}',
+    ):
+        assert load_record(line, ["text"])["text"][0] in 'a"'
+    with pytest.raises(BadLine, match="the key 'b c' stands in it twice"):
+        load_record(b'{"text": "a", "b c": 1, "b c": 10000000000000000000000}', ["text", "b c"])
 
 
 @pytest.mark.parametrize("kind", BAD_LINES)

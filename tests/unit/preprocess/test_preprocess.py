@@ -163,6 +163,7 @@ BAD_LINES = {
     "list of numbers": (b'{"text": ["a", 7]}', "is a list with a number, not text"),
     "no object": (b'["text"]', "is a list, not a JSON object"),
     "latin-1": ('{"text": "café"}'.encode("latin-1"), "not UTF-8: byte 0xe9"),
+    "twice": (b'{"text": "a", "meta": {"text": "b"}, "text": "c"}', "the key 'text' stands in it twice"),
     "surrogate": (b'{"text": "\\ud800"}', "surrogate"),
     "binary": (b"\x00\xff\x01", "not UTF-8"),
 }

@@ -303,13 +303,18 @@ def test_tokens_that_configurations_name(tmp_path):
     assert rare in shrunk(model, 450)[0].bpe.pieces
 
 
-def test_a_tokenizer_without_added_tokens(tmp_path):
+def test_a_tokenizer_without_added_tokens(tmp_path, capsys):
     (tmp_path / "plain.json").write_text(changed("qwen", lambda content: content.update(added_tokens=[])))
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in LINES))
     flags = ["--tokenizer-model", tmp_path / "plain.json", "--input", tmp_path / "in.jsonl"]
     assert tool([*flags, "--vocab-size", 400, "--output", tmp_path / "small"]) == 0
     new = HuggingFaceModel(HuggingFaceFolder.read(tmp_path / "small_hf"))
     assert len(new.bpe.pieces) == 400 and new.round_trip(TEXTS)[1] == 0
+    assert "plain.json names no eos_token in a tokenizer_config.json" in capsys.readouterr().err
+    folder = sample_bpe.folder("qwen", tmp_path / "full")
+    assert HuggingFaceFolder.read(folder).ends_documents
+    (folder / "tokenizer_config.json").write_text('{"eos_token": null}')
+    assert not HuggingFaceFolder.read(folder).ends_documents
 
 
 def test_counting_stops_where_the_fast_encoder_differs(tmp_path, capsys, monkeypatch):
@@ -384,9 +389,11 @@ def hole(content: dict) -> None:
 BAD = {
     "cut short": (lambda: sample_bpe.described("qwen")[:5000], "not JSON, or cut short"),
     "not JSON": (lambda: "{ tokenizer", "not JSON, or cut short"),
-    "a list": (lambda: "[1, 2]", "not a tokenizer.json"),
+    "a list": (lambda: "[1, 2]", "tokenizer.json describes no model"),
+    "an empty object": (lambda: "{}", "tokenizer.json describes no model"),
+    "a model of nothing": (lambda: '{"model": {"type": "BPE"}}', "(there is no 'vocab')"),
     "empty": (lambda: "", "not JSON, or cut short"),
-    "other JSON": (lambda: '{"a": 1}', "not a tokenizer.json"),
+    "other JSON": (lambda: '{"a": 1}', "tokenizer.json describes no model"),
     "word piece": (lambda: '{"model": {"type": "WordPiece"}}', "its model is WordPiece; only BPE"),
     "unigram": (lambda: '{"model": {"type": "Unigram"}}', "its model is Unigram; only BPE"),
     "unknown part": (

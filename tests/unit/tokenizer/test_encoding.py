@@ -281,3 +281,49 @@ def test_dropout_is_refused(tmp_path):
     folder = hf_folders.byte_level(tmp_path, "gpt2", dropout=0.1)
     with pytest.raises(TokenizerError, match="tokenizer.json has a dropout of 0.1"):
         build_tokenizer(TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(folder)))
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "{", '{"model": null}'])
+def test_a_folder_that_describes_nothing_is_refused_in_words(tmp_path, content):
+    folder = hf_folders.byte_level(tmp_path)
+    (folder / "tokenizer.json").write_text(content)
+    with pytest.raises(TokenizerError, match=r"tokenizer.json(: not JSON, or cut short| describes no model)"):
+        build_tokenizer(flags(folder))
+
+
+def described(folder: Path) -> dict:
+    return json.loads((hf_folders.byte_level(folder) / "tokenizer.json").read_text())
+
+
+def preprocessed(folder: Path, **options) -> dict:
+    """A run over one document with the tokenizer of ``folder``."""
+    source = corpora.write_jsonl(folder.parent / "in.jsonl", ["a b"])
+    return preprocess(
+        Options([str(source)], str(folder.parent / "out"), flags(folder), **options), quiet=True
+    )
+
+
+def test_an_end_of_documents_that_the_files_lack(tmp_path, caplog):
+    """transformers adds it behind the vocabulary; without --append-eod no document has it."""
+    folder = hf_folders.write(tmp_path / "folder", described(tmp_path / "full"), eos="</s>")
+    with pytest.raises(TokenizerError, match="end with '</s>', which tokenizer.json lacks: .* id, 320"):
+        preprocessed(folder, append_eod=True)
+    assert not list(tmp_path.glob("out*"))
+    preprocessed(folder)
+    assert "documents end with '</s>', which tokenizer.json lacks" in caplog.text
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["added_tokens_decoder"] = {"320": {"content": "</s>", "special": True}}  # now a file has it
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    preprocessed(folder, append_eod=True)
+
+
+def test_an_id_of_two_meanings(tmp_path, caplog):
+    """An added token on a piece's id is moved by the library; two pieces of one id cannot be told apart."""
+    description = described(tmp_path / "full")
+    description["added_tokens"].append(description["added_tokens"][0] | {"id": 300, "content": "<x>"})
+    preprocessed(hf_folders.write(tmp_path / "moved", description))
+    assert "gives '<x>' id 300, which is taken; transformers gives it 320" in caplog.text
+    description = described(tmp_path / "full")
+    description["model"]["vocab"]["Q"] = description["model"]["vocab"]["Z"]
+    with pytest.raises(TokenizerError, match=r"id \d+ is both '[QZ]' and '[QZ]'"):
+        preprocessed(hf_folders.write(tmp_path / "twice", description))
