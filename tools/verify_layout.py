@@ -91,21 +91,24 @@ def record(asked: argparse.Namespace) -> int:
 
 def verify(asked: argparse.Namespace, folder: Path) -> int:
     """All runs on this host, and the verdict."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    alone = ["--one-process", "--world-size", str(asked.nproc_per_node)]
-    runs = {"one process": ([sys.executable], [*alone], folder / "one")}
-    runs["the layout"] = ([*launcher, str(asked.nproc_per_node)], [], folder / "many")
+    processes = str(asked.nproc_per_node)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+    one, many, dropout = folder / "one", folder / "many", folder / "dropout"
+    runs = [
+        ("one process", [], one, ["--one-process", "--world-size", processes]),
+        ("the layout", launcher, many, []),
+    ]
     if _has_dropout(asked.flags):
-        runs["the layout with dropout"] = (runs["the layout"][0], ["--dropout"], folder / "dropout")
-    for name, (program, options, output) in runs.items():
+        runs.append(("the layout with dropout", launcher, dropout, ["--dropout"]))
+    for name, program, output, options in runs:
         print(f"verify_layout.py: {asked.steps} steps of {name} ...", file=sys.stderr, flush=True)
-        words = [__file__, "--record", str(output), "--steps", str(asked.steps), *options, "--", *asked.flags]
-        done = subprocess.run([*program, *words], stdout=subprocess.DEVNULL, env=_environment())
-        if done.returncode:
+        words = ["--record", str(output), "--steps", str(asked.steps), *options, "--", *asked.flags]
+        command_line = [sys.executable, *program, __file__, *words]
+        code = subprocess.run(command_line, stdout=subprocess.DEVNULL, env=_environment()).returncode
+        if code:
             print(f"verify_layout.py: the run of {name} failed", file=sys.stderr)
-            return done.returncode if done.returncode == 2 else 1
-    dropout = runs["the layout with dropout"][2] if "the layout with dropout" in runs else None
-    return verdict(runs["one process"][2], runs["the layout"][2], dropout, asked.json)
+            return code if code == 2 else 1
+    return verdict(one, many, dropout if dropout.exists() else None, asked.json)
 
 
 def _has_dropout(flags: list[str]) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from megatron_ext.interchange.source import Source
 from megatron_ext.models.gpt_model import PanguModel
 from megatron_ext.platform.collective import ranks
 from megatron_ext.tokenizer import Tokenizer
+from megatron_ext.tokenizer.build import HUGGINGFACE_FILES, HuggingFaceTokenizer
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def opened(options: EvaluateOptions) -> Iterator[Opened]:
         raise EvaluationError(f"--ckpt-step: --load {options.load} is a Hugging Face folder, of one model")
     join()
     with as_checkpoint(options.load, options.tokenizer_model, _require_tokenizer) as folder:
-        start = _start(options.load) if is_hugging_face(options.load) else ()
+        start = _start(options) if is_hugging_face(options.load) else ()
         yield _of_checkpoint(options, folder, start)
 
 
@@ -132,11 +134,22 @@ def _require_tokenizer(source: Source) -> None:
         )
 
 
-def _start(folder: str) -> tuple[int, ...]:
-    """What transformers puts in front of every text, such as <s> for Llama."""
-    from megatron_ext.tokenizer.build import HuggingFaceTokenizer
+def _start(options: EvaluateOptions) -> tuple[int, ...]:
+    """What transformers puts in front of every text, such as <s> for Llama; nothing without its files."""
+    from transformers.utils import logging
 
-    tokenizer = HuggingFaceTokenizer(folder).tokenizer
+    folders = [Path(one) for one in (options.tokenizer_model, options.load) if one]
+    folder = next((one for one in folders if any((one / name).is_file() for name in HUGGINGFACE_FILES)), None)
+    if folder is None:
+        return ()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # of the model's configuration, which is not used here
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            tokenizer = HuggingFaceTokenizer(folder).tokenizer
+    finally:
+        logging.set_verbosity(verbosity)
     bare, dressed = (tokenizer.encode("a", add_special_tokens=special) for special in (False, True))
     for length in range(len(dressed) - len(bare) + 1):
         if dressed[length : length + len(bare)] == bare:

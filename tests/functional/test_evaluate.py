@@ -313,6 +313,21 @@ def test_ids_without_text_are_refused(pool, tmp_path, data):
         pool.run(1, evaluate, options, True)
 
 
+def test_a_model_without_tokenizer_is_scored_with_one_that_is_named(pool, folders, tmp_path, data):
+    """A checkpoint, and its Hugging Face folder."""
+    (tmp_path / "small.model").write_bytes(trained())
+    wanted = dict(tasks=["piqa_bpb"], data_dir=str(data), limit=3)
+    found = pool.run(1, evaluate, EvaluateOptions(load=str(folders["pi"][0]), **wanted), True)[0]
+    source = open_source(folders["pi"][0])
+    bare = export_folder(tmp_path / "hf", source.model, source.dtype, source.get, tokenizer=None)
+    load = toys.checkpoint(tmp_path / "bare", source.model)  # with the same weights
+    with pytest.raises(WorkerError, match="has no tokenizer, so no text can be scored; --tokenizer-model"):
+        pool.run(1, evaluate, EvaluateOptions(load=str(bare), **wanted), True)
+    for one in (bare, load):
+        options = EvaluateOptions(load=str(one), tokenizer_model=str(tmp_path / "small.model"), **wanted)
+        assert_same(answers(pool.run(1, evaluate, options, True)[0]), answers(found))
+
+
 def test_unknown_tasks_are_refused_before_the_harness_reads_all_of_its_own(monkeypatch):
     from lm_eval import tasks
 
