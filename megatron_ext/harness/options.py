@@ -51,7 +51,7 @@ class EvaluateOptions:
 
     output: str | None = flag(None, needs=[SCORES], section="output", metavar="DIR")
     """Write results.json, table.md, scores.png and every item's scores there, and keep what was scored:
-    started again after a kill, it goes on."""
+    started again after a kill, it goes on. More tasks of the same model are added."""
 
     tensor_model_parallel_size: int = flag(1, needs=[SCORES], minimum=1, section="how")
     """Processes that share each layer."""

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from megatron_ext.evaluation.documents import EvaluationError
-from megatron_ext.harness import results
+from megatron_ext.harness import report, results
 from megatron_ext.harness.compare import compare, told
 
 NUMBERS = {"acc_bytes": True, "bits_per_byte": False}
@@ -54,6 +54,16 @@ def test_verdicts(tmp_path):
     assert found["acc_bytes"]["verdict"] == "no difference beyond chance"
     back = compare(str(tmp_path / "b"), str(tmp_path / "a"))
     assert "A is better" in told(back)
+
+
+def test_the_papers_table_has_a_row_of_this_model_or_is_left_out():
+    found = record(1)
+    assert "PanGu-π-1B Pro" in report.table(found) and "this model, cloze" in report.table(found)
+    found["tasks"] = {"c3_bpb": found["tasks"]["c3_cloze"]}
+    number = found["tasks"]["c3_bpb"]["metrics"]["bits_per_byte"]
+    number["error"] = None  # as results.json has it for one item
+    table = report.table(found)
+    assert "PanGu-π-1B Pro" not in table and "| c3_bpb | bits_per_byte | 1.0000 |" in table
 
 
 def test_items_may_hold_other_line_ends(tmp_path):
