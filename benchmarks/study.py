@@ -33,10 +33,11 @@ COMMON = {
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: its folder's name and its flags without the dashes; True for a switch."""
+    """One training run: its folder, its flags without the dashes (True for a switch), its processes."""
 
     name: str
     flags: dict[str, Any]
+    processes: int = 1
 
 
 class Study:
@@ -46,7 +47,7 @@ class Study:
         work: the folder.
         train, validation: JSON Lines to train on and to measure with.
         vocab_size: pieces of the tokenizer, trained on ``train``.
-        processes: runs at a time, of one thread each.
+        processes: runs at a time.
     """
 
     def __init__(
@@ -109,7 +110,7 @@ class Study:
             "load": folder / "checkpoints",
             "metrics-file": folder / "metrics.jsonl",
         }
-        self._program("pretrain_pangu_pro.py", flags | run.flags, folder / "log.txt")
+        self._program("pretrain_pangu_pro.py", flags | run.flags, folder / "log.txt", run.processes)
         shutil.rmtree(folder / "checkpoints")  # they served to go on
         (folder / "done.json").write_text(json.dumps(run.flags, indent=1) + "\n")
         return run
@@ -118,9 +119,10 @@ class Study:
         lines = (self.work / run.name / "metrics.jsonl").read_text().splitlines()
         return [json.loads(line) for line in lines]
 
-    def _program(self, name: str, flags: dict[str, Any], log: Path | None = None) -> None:
-        """Run a program of this repository on one thread; what it says goes to ``log``."""
-        command = [sys.executable, str(ROOT / name)]
+    def _program(self, name: str, flags: dict[str, Any], log: Path | None = None, processes: int = 1) -> None:
+        """Run a program of this repository, one thread a process; what it says goes to ``log``."""
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command = [sys.executable, *(launcher if processes > 1 else []), str(ROOT / name)]
         for flag, value in flags.items():
             values = value if isinstance(value, list) else [value]
             command += [f"--{flag}", *([] if value is True else map(str, values))]
