@@ -149,6 +149,7 @@ def planned(
         "pipeline": layout.pipeline,
         "data": layout.data,
         "parameters": model.num_parameters,
+        "teacher": run.distillation.teacher_load if run.distillation.is_taught else None,
         "iterations": run.training.train_iters,
         "tokens": run.training.train_iters * tokens,
         "memory_bytes": footprint.memory(model, layout),
@@ -206,6 +207,8 @@ def lines(summary: dict[str, Any]) -> list[str]:
         f"{sum(seconds.values()) * summary['iterations'] / 3600:,.1f} hours in all",
     ]
     found += trace_lines(summary["trace"]) if "trace" in summary else []
+    if summary["teacher"] is not None:
+        found.append(f"the teacher of --teacher-load {summary['teacher']} is not counted")
     if not summary["fits"]:
         found.append(
             "this does not fit: lower --micro-batch-size, use --recompute-granularity full, "

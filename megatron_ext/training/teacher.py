@@ -19,6 +19,7 @@ from megatron_ext.checkpoint import (
     weights_sha256,
 )
 from megatron_ext.config import RunConfig
+from megatron_ext.config.model import ModelConfig
 from megatron_ext.interchange.as_checkpoint import as_checkpoint
 from megatron_ext.kernels.documents import document_starts
 from megatron_ext.kernels.teacher_targets import TeacherTargets, largest
@@ -48,6 +49,7 @@ class Teacher:
 
     Attributes:
         model: this stage of it.
+        config: the whole model.
         rejoin: from the student's tokens to the teacher's; None if these are the same.
         end: the teacher's id of what ends a document in the student's data.
         identity: of what its predictions depend on, for a manifest.
@@ -55,6 +57,7 @@ class Teacher:
 
     run: RunConfig
     model: TeacherModel
+    config: ModelConfig
     rejoin: Rejoin | None = None
     end: int = -1
     identity: dict[str, Any] = field(default_factory=dict)
@@ -143,7 +146,7 @@ def load_teacher(run: RunConfig, tokenizer: Tokenizer) -> Teacher:
     stage.face(run.model.padded_vocab_size // parallel, onto)
     print_rank_0(_line(flag, theirs, folded))
     end = -1 if folded is None else int(folded.teacher_of_student[tokenizer.eod])
-    return Teacher(run, stage.eval(), reads, end, identity)
+    return Teacher(run, stage.eval(), theirs.model, reads, end, identity)
 
 
 def _configuration(run: RunConfig, folder: str) -> RunConfig:

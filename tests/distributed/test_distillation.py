@@ -15,7 +15,11 @@ LAYOUTS = {
     "tp2": TP,
     "tp2-sp": TP | {"sequence_parallel": True},
     "pp2": PP,
-    "dp2-sharded": {"use_distributed_optimizer": True, "overlap_grad_reduce": True},
+    "dp2-sharded": {
+        "use_distributed_optimizer": True,
+        "overlap_grad_reduce": True,
+        "overlap_param_gather": True,
+    },
     "tp2-pp2": TP | PP | {"micro_batch_size": 1},
 }
 #: The teacher's share is large, so that an error of it is not hidden; with 200 of 256 rows it has padding.

@@ -1,13 +1,15 @@
 """Runs with a teacher: resumed, without its share, taught by itself, and what is refused."""
 
+import json
 import re
 
 import pytest
+import torch
 
 from tests.functional.test_run import BASE, run
 from tests.helpers.pool import WorkerError
 from tests.helpers.teachers import TEACHER, of_two_vocabularies
-from tests.helpers.training import losses, validation
+from tests.helpers.training import _pretrain, flags, losses, validation
 
 
 def steps(records: list[dict]) -> list[tuple[float, float, float]]:
@@ -86,6 +88,32 @@ def test_a_teacher_of_another_vocabulary_recorded_samples_and_ramp_up(pool, tmp_
     assert len(one) > 5
     for here, there in zip(one, two, strict=True):
         assert here == pytest.approx(there, rel=1e-4)
+
+
+def _with_a_teacher_that_fails_once(argv: list[str]) -> None:
+    from megatron_ext.models.teacher import TeacherModel
+
+    calls, predict = [], TeacherModel.predict
+
+    def once(self, *args):
+        targets = predict(self, *args)
+        calls.append(1)
+        if len(calls) == 7:  # of four micro batches a step
+            targets.logits[0] = torch.nan
+        return targets
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TeacherModel, "predict", once)
+        _pretrain(argv)
+
+
+def test_a_teacher_that_predicts_nan_makes_a_bad_iteration(pool, teacher, tmp_path):
+    """Whose update is skipped if that was asked for; the loss itself is in order."""
+    metrics = tmp_path / "metrics.jsonl"
+    values = BASE | teacher | dict(skip_bad_iterations=1, metrics_file=metrics, eval_iters=0)
+    pool.run(1, _with_a_teacher_that_fails_once, flags(**values))
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [record["skipped"] for record in records] == [False, True, False, False, False, False]
 
 
 BAD = [

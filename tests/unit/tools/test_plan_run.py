@@ -46,6 +46,11 @@ def test_text_names_every_part(capsys):
         assert words in text
 
 
+def test_a_teacher_is_said_not_to_be_counted(capsys):
+    plan_run.main(["--world-size", "8", "--", *RUN, "1", "--teacher-load", "big"])
+    assert "the teacher of --teacher-load big is not counted" in capsys.readouterr().out
+
+
 def test_trace_stands_beside_the_arithmetic(capsys):
     flags = [*RUN, "1", "--num-layers", "2", "--pipeline-model-parallel-size", "2"]
     _, summary = plan(capsys, "--world-size", "4", "--trace", flags=flags)
