@@ -51,6 +51,17 @@ def test_continues_megatron_lm(pool, golden, layout):
     assert validation(records)["lm_loss"] == pytest.approx(expected, rel=tolerance)
 
 
+@pytest.mark.parametrize("layout", ["1p", "tp2-pp2"])
+def test_its_checkpoint_is_a_teacher(pool, golden, layout):
+    """Of the model that goes on from it: they agree, until it has learned more."""
+    trace, argv = golden
+    processes, changes, tolerance = LAYOUTS[layout]
+    taught = [*argv, "--teacher-load", argv[-1], "--distillation-temperature", "2"]
+    steps = [r for r in pretrain(pool, processes, [*taught, *flags(**changes)]) if "split" not in r]
+    assert steps[0]["lm_loss"] == pytest.approx(trace["lm_loss"][10], rel=tolerance)
+    assert abs(steps[0]["distillation_loss"]) < 1e-6 < steps[1]["distillation_loss"]
+
+
 #: What --use-checkpoint-args finds in the checkpoint.
 SHAPE = {
     "--num-layers", "--hidden-size", "--ffn-hidden-size", "--num-attention-heads", "--num-query-groups",
