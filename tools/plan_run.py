@@ -21,16 +21,19 @@ import itertools
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_ext.arguments.parser import CommandLineError, read_args
+from megatron_ext.arguments.stages import Planned, at_its_longest, plan_of_run, training_share
 from megatron_ext.common import command
 from megatron_ext.config import RunConfig, describe, footprint
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.planning import communication, plan
+from megatron_ext.planning.sources import amounts
 from megatron_ext.training import trace
 
 GIB = 2**30
@@ -78,6 +81,8 @@ def main(argv: list[str] | None = None) -> int:
             device="cpu" if options.machine == "cpu" else "cuda",
             check_files=options.check_files,
         )
+        stages = plan_of_run(run)
+        run = at_its_longest(run)
         model = describe.with_vocabulary(run)
         layout = dataclasses.replace(describe.layout_of(run), kernels=not options.without_triton)
         found = {} if options.trace is None else {"trace": traced(options.trace, run, model, layout)}
@@ -90,6 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     measured = (options.device_memory, options.matmul_tflops, options.link_gbytes, options.network_gbytes)
     machine = machine_of(options.machine, *measured)
     summary = planned(run, model, layout, machine) | found
+    summary |= of_stages(stages, run, model, layout, machine)
     if options.suggest:
         summary["suggestions"] = suggested(run, model, layout, machine)
     print(json.dumps(summary) if options.json else "\n".join(lines(summary)))
@@ -161,6 +167,41 @@ def planned(
     }
 
 
+def of_stages(
+    stages: Sequence[Planned],
+    run: RunConfig,
+    model: ModelConfig,
+    layout: describe.Layout,
+    machine: plan.Machine,
+) -> dict[str, Any]:
+    """The stages of a run, each with what it reads of its sources; what all of them read, and how long."""
+    if not stages:
+        return {}
+    found, seconds = [], 0.0
+    sources: dict[str, dict[str, Any]] = {}
+    for stage in stages:
+        there = dataclasses.replace(layout, seq_length=stage.seq_length)
+        step = plan.step_seconds(model, there, machine, run.parallel.overlap_grad_reduce)
+        seconds += sum(step.values()) * (stage.end.iteration - stage.begin.iteration)
+        read = [vars(each) for each in amounts(stage.stage, stage.tokens, training_share(run))]
+        for each in read:
+            so_far = sources.setdefault(each["prefix"], {"tokens": 0.0, "epochs": 0.0})
+            so_far["tokens"] += each["tokens"]
+            so_far["epochs"] = None if each["epochs"] is None else so_far["epochs"] + each["epochs"]
+        found.append(
+            {
+                "name": stage.stage.name,
+                "iterations": [stage.begin.iteration, stage.end.iteration],
+                "samples": stage.samples,
+                "seq_length": stage.seq_length,
+                "tokens": stage.tokens,
+                "sources": read,
+            }
+        )
+    tokens = sum(stage.tokens for stage in stages)
+    return {"stages": found, "sources": sources, "tokens": tokens, "seconds": seconds}
+
+
 def suggested(
     run: RunConfig, model: ModelConfig, like: describe.Layout, machine: plan.Machine
 ) -> list[dict[str, Any]]:
@@ -197,6 +238,7 @@ def lines(summary: dict[str, Any]) -> list[str]:
         f"{summary['parameters']:,} parameters on {summary['processes']} devices: "
         f"tensor {summary['tensor']} x pipeline {summary['pipeline']} x data {summary['data']}",
         f"{summary['iterations']:,} iterations, {summary['tokens']:,} tokens",
+        *stage_lines(summary.get("stages", []), summary.get("sources", {})),
         "memory of the fullest device (activations are an estimate)",
         *(f"  {part:<18}{size / GIB:>9.2f} GiB" for part, size in memory.items()),
         f"  {'total':<18}{sum(memory.values()) / GIB:>9.2f} GiB of {limit / GIB:.0f}",
@@ -204,7 +246,7 @@ def lines(summary: dict[str, Any]) -> list[str]:
         *(f"  {part:<18}{1000 * value:>9.1f} ms" for part, value in seconds.items()),
         f"  {'total':<18}{1000 * sum(seconds.values()):>9.1f} ms, "
         f"{summary['tokens_per_second_per_device']:,.0f} tokens/s per device, "
-        f"{sum(seconds.values()) * summary['iterations'] / 3600:,.1f} hours in all",
+        f"{hours(summary):,.1f} hours in all",
     ]
     found += trace_lines(summary["trace"]) if "trace" in summary else []
     if summary["teacher"] is not None:
@@ -223,6 +265,31 @@ def lines(summary: dict[str, Any]) -> list[str]:
     if summary.get("suggestions") == []:
         found.append("no layout of so many devices fits")
     return found
+
+
+def hours(summary: dict[str, Any]) -> float:
+    """The time of all steps."""
+    return summary.get("seconds", sum(summary["step_seconds"].values()) * summary["iterations"]) / 3600
+
+
+def stage_lines(stages: list[dict[str, Any]], sources: dict[str, dict[str, Any]]) -> list[str]:
+    """Each stage with what it reads of each source, and the sums."""
+
+    def line(prefix: str, tokens: float, epochs: float | None) -> str:
+        return f"  {Path(prefix).name:<28}{tokens:>18,.0f} tokens" + (
+            "" if epochs is None else f"{epochs:>10.3g} epochs"
+        )
+
+    found = []
+    for stage in stages if len(stages) > 1 else []:
+        first, last = stage["iterations"]
+        found.append(
+            f"stage {stage['name']}, iterations {first + 1:,} to {last:,}: {stage['samples']:,} samples of "
+            f"{stage['seq_length']} tokens"
+        )
+        found += [line(**source) for source in stage["sources"]]
+    found += ["all stages"] if found else []
+    return found + [line(prefix, **read) for prefix, read in sources.items()]
 
 
 def trace_lines(found: dict[str, Any]) -> list[str]:

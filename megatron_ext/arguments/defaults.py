@@ -55,9 +55,10 @@ def before_rules(run: RunConfig) -> list[str]:
     if run.parallel.tensor_model_parallel_size == 1 and run.parallel.sequence_parallel:
         run.parallel.sequence_parallel = False
         warnings.append("--sequence-parallel is off because --tensor-model-parallel-size is 1")
-    if (run.data.data_path is not None or run.data.data_args_path is not None) and run.data.split is None:
+    if run.data.is_split and run.data.split is None:
         run.data.split = LEGACY_SPLIT
-        warnings.append(f"--data-path without --split: taking Megatron-LM's default {LEGACY_SPLIT!r}")
+        flag = "--data-stages" if run.data.data_stages else "--data-path"
+        warnings.append(f"{flag} without --split: taking Megatron-LM's default {LEGACY_SPLIT!r}")
     if run.data.dataloader_type is None:
         run.data.dataloader_type = "single"
     fusion, model = run.fusion, run.model

@@ -43,6 +43,10 @@ class DataConfig:
     per_split_data_args_path: str | None = flag(None, metavar="FILE")
     """JSON file with a blend for each of train, valid and test."""
 
+    data_stages: str | None = flag(None, metavar="FILE")
+    """Train in stages: a JSON list with the iteration or sample after which each begins, its blend and its
+    sequence length (docs/data.md). Validation is on its share of --split, or on --valid-data-path."""
+
     override_training_set: bool = flag(False, needs=[GOES_ON])
     """Resume from a checkpoint with another training set than before (other data, --split, --seed or
     --seq-length), read from its beginning."""
@@ -55,6 +59,12 @@ class DataConfig:
 
     seq_length: int = flag(0, default=None, minimum=1)
     """Tokens in a sequence."""
+
+    stage: str | None = derived(None)
+    """The current stage of --data-stages; the data flags and seq_length are then its."""
+
+    stage_end: int | None = derived(None)
+    """The samples after which that stage ends."""
 
     num_workers: int = flag(2, minimum=0)
     """Data loading processes per rank; 0 loads in the rank's own process."""
@@ -79,6 +89,12 @@ class DataConfig:
 
     create_attention_mask_in_dataloader: bool = flag(True, "--no-create-attention-mask-in-dataloader")
     """Accepted for scripts of Megatron-LM: here no mask [s, s] is ever created."""
+
+    @property
+    def is_split(self) -> bool:
+        """Whether --split divides the data into training, validation and test set."""
+        of_stages = self.data_stages and not (self.valid_data_path or self.test_data_path)
+        return bool(self.data_path or self.data_args_path or of_stages)
 
 
 TOKENIZERS = (

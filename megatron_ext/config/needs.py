@@ -77,5 +77,5 @@ HUGGING_FACE = Need(
     lambda run: run.tokenizer.tokenizer_type == "HuggingFaceTokenizer",
 )
 A_MODEL_FILE = Need("another --tokenizer-type", lambda run: run.tokenizer.tokenizer_type != "NullTokenizer")
-SPLIT = Need("--data-path", lambda run: run.data.data_path or run.data.data_args_path or run.data.mock_data)
+SPLIT = Need("--data-path", lambda run: run.data.is_split or run.data.mock_data)
 DATA = Need("data instead of --mock-data", lambda run: not run.data.mock_data)

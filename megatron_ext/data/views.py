@@ -31,11 +31,11 @@ class Endless:
 
 
 class Chained:
-    """The concatenation of datasets."""
+    """The concatenation of datasets, of the first ``counts`` samples of each or of all."""
 
-    def __init__(self, parts: Sequence[Samples]) -> None:
+    def __init__(self, parts: Sequence[Samples], counts: Sequence[int] | None = None) -> None:
         self.parts = list(parts)
-        self._ends = list(accumulate(map(len, self.parts)))
+        self._ends = list(accumulate(map(len, self.parts) if counts is None else counts))
 
     def __len__(self) -> int:
         return self._ends[-1]

@@ -88,6 +88,7 @@ class BadNumberPolicy(Callback):
 
     def bad_numbers(self, state: State, error: BadNumbers) -> bool:
         """Skip the iteration, up to the limit."""
+        self.dataset = state.datasets[0] or self.dataset  # another one in each stage of --data-stages
         self.pass_over(error, state.progress, get_num_microbatches())
         return True
 

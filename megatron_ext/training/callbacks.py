@@ -39,6 +39,9 @@ class Callback:
     def before_step(self, state: "State") -> None:
         """Before the forward pass of an iteration."""
 
+    def stage_ends(self, state: "State") -> None:
+        """Before the first step of another stage of ``--data-stages``, which changes the state's datasets."""
+
     def losses(self, batch: Batch, losses: Tensor) -> None:
         """A microbatch and the loss of each of its tokens [b, s], on the ranks that compute it."""
 
@@ -112,6 +115,8 @@ class State:
     token_bytes: torch.Tensor
     callbacks: Callbacks
     progress: Progress = field(default_factory=Progress)
+    #: The microbatches of the validation set.
+    valid_iterators: Sequence[Microbatches | None] = ()
     #: Tells the watchdog what the rank does: a sign of progress.
     note: Callable[..., None] = lambda *phase: None
 

@@ -19,7 +19,7 @@ from megatron_ext.data.rounds.dataset import RoundIndex
 from megatron_ext.platform.collective import on_first_rank, print_rank_0
 from megatron_ext.tokenizer import Tokenizer
 from megatron_ext.training import schedule
-from megatron_ext.training.data import dataset_sizes, samples_to_read
+from megatron_ext.training.data import samples_drawn, samples_to_read
 from megatron_ext.training.state import Progress
 
 #: Flags that change which tokens count in the loss, or the context they are predicted from.
@@ -49,6 +49,9 @@ class Start:
             self.progress = Progress(**known)
             self.progress.iteration = self.checkpoint.iteration
             self.progress.checkpoints = self.checkpoint.checkpoints
+            if "consumed_train_tokens" not in state:
+                length = self.checkpoint.saved.get("seq_length") or 0
+                self.progress.consumed_train_tokens = self.progress.consumed_train_samples * length
 
 
 def settle(
@@ -71,9 +74,8 @@ def settle(
         run.training.train_iters = progress.iteration + left
     if run.validation.skip_train:
         return
-    samples = dataset_sizes(run.training, run.validation)[0] if index is None else index.manifest["samples"]
-    ours = on_first_rank(lambda: identify(run, tokenizer, samples))
-    ours |= {"mock": bool(run.data.mock_data), "dataloader_type": run.data.dataloader_type}
+    samples = samples_drawn(progress, run) if index is None else index.manifest["samples"]
+    ours = described(run, tokenizer, samples)
     before = start.checkpoint if start.goes_on and progress.consumed_train_samples > 0 else None
     theirs = ours if before is None or new_round else _training_set_of(progress, before, ours)
     if index is not None:
@@ -91,6 +93,12 @@ def settle(
             f"WARNING: another training set from iteration {progress.iteration} on, read from its beginning: "
             + "; ".join(changed)
         )
+
+
+def described(run: RunConfig, tokenizer: Tokenizer, samples: int) -> dict[str, Any]:
+    """The description of a training set that is shuffled for so many samples; a collective call."""
+    ours = on_first_rank(lambda: identify(run, tokenizer, samples))
+    return ours | {"mock": bool(run.data.mock_data), "dataloader_type": run.data.dataloader_type}
 
 
 def _training_set_of(progress: Progress, before: OpenedCheckpoint, ours: dict[str, Any]) -> dict[str, Any]:

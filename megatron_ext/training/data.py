@@ -44,8 +44,17 @@ def dataset_sizes(
     return (train, None, None) if validation.full_validation else (train, evaluations * batch, batch)
 
 
+def samples_drawn(progress: Progress, run: RunConfig) -> int:
+    """The number of samples that a training set which begins now is shuffled for."""
+    if run.data.stage_end is not None:
+        return run.data.stage_end - progress.round_start
+    return dataset_sizes(run.training, run.validation)[0]
+
+
 def samples_to_read(progress: Progress, run: RunConfig) -> int:
-    """How many samples of its training set the run reads by its last iteration, from the set's first."""
+    """How many samples of its training set the run reads by the last iteration, from the set's first."""
+    if run.data.stage_end is not None:
+        return run.data.stage_end - progress.round_start
     read = progress.consumed_train_samples - progress.round_start
     if run.training.train_samples is not None:
         return max(read, run.training.train_samples - progress.round_start)

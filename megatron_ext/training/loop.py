@@ -90,6 +90,7 @@ class Trainer(State):
             result = self._step(iterators)
             progress.iteration += 1
             progress.consumed_train_samples += get_current_running_global_batch_size()
+            progress.consumed_train_tokens += get_current_running_global_batch_size() * run.data.seq_length
             result.seconds = time.perf_counter() - started
             self.callbacks("after_step", self, result)
             if self._validation_is_due():

@@ -35,6 +35,7 @@ class IterationReport:
 
     iteration: int
     consumed_samples: int
+    consumed_tokens: int
     global_batch_size: int
     lm_loss: float
     grad_norm: float
@@ -77,7 +78,6 @@ class Reporter(Callback):
         self.bar: tqdm[Any] | None = None
         if not self.active:
             return
-        self.flops_per_token = run.model.flops_per_token(run.data.seq_length)
         self.peak_flops = peak_flops(run.precision.params_dtype)
         if run.logging.metrics_file:
             self.metrics = LinesFile(run.logging.metrics_file, "--metrics-file").open()
@@ -97,6 +97,7 @@ class Reporter(Callback):
             IterationReport(
                 iteration=progress.iteration,
                 consumed_samples=progress.consumed_train_samples,
+                consumed_tokens=progress.consumed_train_tokens,
                 global_batch_size=get_current_running_global_batch_size(),
                 lm_loss=result.lm_loss,
                 grad_norm=result.grad_norm,
@@ -132,6 +133,9 @@ class Reporter(Callback):
         self.say(text)
         self._write(record)
 
+    def stage_ends(self, state: State) -> None:
+        self.flush()  # of tokens of one length
+
     def after_iteration(self, state: State, last: bool) -> None:
         if last:
             self.flush()
@@ -148,9 +152,7 @@ class Reporter(Callback):
         limit = self.run.training.grad_norm_skip_threshold
         if report.skipped and limit is not None and report.grad_norm > limit:
             self.say(f" WARNING: iteration {report.iteration} skipped, gradient norm {report.grad_norm:.4g}")
-        self._write(
-            _iteration_record(report, self.run.data.seq_length) | speed | ({"spike": True} if usual else {})
-        )
+        self._write(self._of_stage(_iteration_record(report)) | speed | ({"spike": True} if usual else {}))
         if usual:
             self.say(f" WARNING: loss spike at iteration {report.iteration}: {report.lm_loss:.4f}, {usual}")
         if self.boards is not None and report.iteration % self.run.logging.tensorboard_log_interval == 0:
@@ -174,7 +176,8 @@ class Reporter(Callback):
         """Report a validation or test loss."""
         if not self.active:
             return
-        where = f"iteration {iteration} on {split} set"
+        stage = f" of stage {self.run.data.stage}" if self.run.data.stage else ""
+        where = f"iteration {iteration} on {split} set{stage}"
         if not result.tokens:
             self.say(f" WARNING: no token counts in the loss at {where}: there is no validation loss")
             return
@@ -185,7 +188,7 @@ class Reporter(Callback):
         if math.isfinite(result.bits_per_byte):  # NullTokenizer's ids have no text
             text += f"bits per byte: {result.bits_per_byte:.4f} | "
         self.say("-" * len(text) + "\n" + text + "\n" + "-" * len(text))
-        record = {"iteration": iteration, "split": split}
+        record = self._of_stage({"iteration": iteration, "split": split})
         self._write(record | {"lm_loss": result.lm_loss, "bits_per_byte": result.bits_per_byte})
         if self.boards:
             tag = "lm loss validation" if split == "validation" else f"lm loss {split}"
@@ -223,8 +226,9 @@ class Reporter(Callback):
                 sink.close()
 
     def _speed(self, report: IterationReport) -> dict[str, float]:
-        tokens = report.global_batch_size * self.run.data.seq_length / report.seconds
-        flops = tokens * self.flops_per_token / self.run.process.world_size
+        length = self.run.data.seq_length
+        tokens = report.global_batch_size * length / report.seconds
+        flops = tokens * self.run.model.flops_per_token(length) / self.run.process.world_size
         # A peak that was measured on a busy machine is too low; a faster step corrects it.
         self.peak_flops = max(self.peak_flops, flops)
         return {
@@ -278,17 +282,21 @@ class Reporter(Callback):
             if (number := _number(value)) is not None:
                 boards.scalar(tag, number, report.iteration, report.consumed_samples)
 
+    def _of_stage(self, record: dict[str, Any]) -> dict[str, Any]:
+        """A record with the stage of --data-stages, if there are any."""
+        return record | ({"stage": self.run.data.stage} if self.run.data.stage else {})
+
     def _write(self, record: dict[str, Any]) -> None:
         if self.metrics is not None:
             finite = {name: _number(value) for name, value in record.items()}
             self.metrics.write(json.dumps(finite, allow_nan=False))
 
 
-def _iteration_record(report: IterationReport, seq_length: int) -> dict[str, Any]:
+def _iteration_record(report: IterationReport) -> dict[str, Any]:
     record = {
         "iteration": report.iteration,
         "consumed_samples": report.consumed_samples,
-        "consumed_tokens": report.consumed_samples * seq_length,
+        "consumed_tokens": report.consumed_tokens,
         "lm_loss": report.lm_loss,
         "grad_norm": report.grad_norm,
         "learning_rate": report.learning_rate,

@@ -9,6 +9,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch import nn
 
 from megatron_ext import platform
+from megatron_ext.arguments.stages import at_its_longest
 from megatron_ext.arguments.vocabulary import settle_vocabulary
 from megatron_ext.checkpoint import (
     CheckpointError,
@@ -35,6 +36,7 @@ from megatron_ext.training.reporting import Reporter
 from megatron_ext.training.rounds import build_round_datasets, enter_round, open_round
 from megatron_ext.training.saving import Saver
 from megatron_ext.training.schedule import Schedule, build_scheduler, without_a_rate
+from megatron_ext.training.stages import StageChange, enter_stage
 from megatron_ext.training.state import Progress
 from megatron_ext.training.stored_teacher import stored_teacher
 from megatron_ext.training.task_scores import TaskScores
@@ -56,8 +58,13 @@ def build_trainer(run: RunConfig) -> Trainer:
     if run.checkpoint.save and not run.validation.skip_train:
         claim_save_folder(run.checkpoint.save, start.progress, goes_on_from)
     new_round = enter_round(start.progress, goes_on_from, index, run)
+    stages = enter_stage(start, run)
     settle(start, run, tokenizer, index, new_round)
     datasets = build_round_datasets(run, tokenizer, start.progress, index)
+    stage_change = None
+    if stages and not run.validation.skip_train:
+        stage_change = StageChange(stages, run, tokenizer, datasets, start.progress.round_start)
+        datasets = stage_change.datasets()
 
     if run.layers.deterministic_mode:
         torch.use_deterministic_algorithms(True)
@@ -81,6 +88,7 @@ def build_trainer(run: RunConfig) -> Trainer:
     hooks = callbacks(
         run, model, optimizer, scheduler, datasets[0], start.progress, recorder, tokenizer, teacher or stored
     )
+    hooks[:0] = [] if stage_change is None else [stage_change]
     return Trainer(run, model, optimizer, scheduler, datasets, token_bytes, hooks, start.progress)
 
 
@@ -111,6 +119,7 @@ def callbacks(
 
 def warn_about_memory(run: RunConfig) -> None:
     """Warn if weights, optimizer state and activations are estimated not to fit into memory."""
+    run = at_its_longest(run)
     dtype, device = run.precision.params_dtype, platform.current_device()
     kernels = cross_entropy.supports(torch.empty(0, dtype=dtype, device=device))
     layout = replace(describe.layout_of(run), kernels=kernels)

@@ -11,7 +11,7 @@ class Progress:
     """The progress of a run; stored in checkpoints.
 
     ``round_sha256`` identifies the index of the current round, None in the first; ``round_start`` is the
-    number of samples consumed before this round, or before the current training set; ``training_set``
+    number of samples consumed before this round, this stage, or the current training set; ``training_set``
     describes that set (data/identity.py), with the number of samples that it was shuffled for.
     """
 
@@ -23,9 +23,14 @@ class Progress:
     validation_due: bool = False
     #: Iterations without an update because of NaN or Inf.
     bad_iterations: int = 0
+    #: Tokens of the consumed samples, whose lengths may differ.
+    consumed_train_tokens: int = 0
     round_sha256: str | None = None
     round_start: int = 0
     training_set: dict[str, Any] | None = None
+    #: The stages of --data-stages (``Stage.described``) and the index of the current one.
+    stages: list[dict[str, Any]] | None = None
+    stage: int = 0
     #: Iterations of the checkpoints in --save that this run wrote or resumed from, ascending; without those
     #: that are later than the point it was set back to.
     checkpoints: list[int] = field(default_factory=list)

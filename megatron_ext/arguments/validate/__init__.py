@@ -15,6 +15,7 @@ from megatron_ext.arguments.validate import (
     layout,
     model,
     numbers,
+    stages,
     training,
 )
 from megatron_ext.arguments.validate.rule import Rule, Typed
@@ -28,8 +29,10 @@ def problems(run: RunConfig, typed: Typed, check_files: bool = True) -> list[str
     kinds = (model, engine, layout, training, amounts, distillation)
     rules = tuple(rule for kind in kinds for rule in kind.RULES) if calculable else ()
     sentences += _apply((*dependencies.RULES, *rules, *files.RULES), run, typed)
+    sentences += stages.of_each_length(rules, run, typed, sentences)
+    sentences += _apply(stages.RULES if calculable else stages.RULES_OF_THE_FILE, run, typed)
     if check_files:
-        sentences += _apply(files.RULES_OF_THIS_MACHINE, run, typed)
+        sentences += _apply((*files.RULES_OF_THIS_MACHINE, *stages.RULES_OF_THIS_MACHINE), run, typed)
     return sentences
 
 

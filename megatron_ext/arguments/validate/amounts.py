@@ -20,13 +20,14 @@ def a_run_has_an_iteration(run: RunConfig, typed: Typed) -> Problems:
 
 def shares(run: RunConfig) -> list[float]:
     """Shares of training, validation and test set as far as the flags tell; 0 for a missing set."""
-    if run.data.data_path or run.data.data_args_path:
+    if run.data.is_split:
         try:
             given = [float(share) for share in (run.data.split or "").split(",")]
         except ValueError:
             return [1.0, 1.0, 1.0]  # reported by the rule of --split
         return (given + [0.0, 0.0, 0.0])[:3]
-    paths = (run.data.train_data_path, run.data.valid_data_path, run.data.test_data_path)
+    train = run.data.train_data_path or run.data.data_stages
+    paths = (train, run.data.valid_data_path, run.data.test_data_path)
     return [float(bool(path)) for path in paths] if any(paths) else [1.0, 1.0, 1.0]
 
 
@@ -34,7 +35,7 @@ def there_is_training_data(run: RunConfig, typed: Typed) -> Problems:
     if run.validation.skip_train or shares(run)[0] > 0:
         return
     remedy = "give --train-data-path"
-    if run.data.data_path or run.data.data_args_path:
+    if run.data.is_split:
         remedy = f"--split {run.data.split!r} leaves none, give other shares"
     yield f"no training data: {remedy}, or --skip-train"
 

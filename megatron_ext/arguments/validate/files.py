@@ -21,10 +21,11 @@ SPLIT_PATHS = ("train_data_path", "valid_data_path", "test_data_path")
 
 def data_comes_from_one_place(run: RunConfig, typed: Typed) -> Problems:
     given = [name for name in ("data_path", "data_args_path", "per_split_data_args_path") if run.get(name)]
-    given += ["mock_data"] if run.data.mock_data else []
-    given += ["train_data_path"] if any(run.get(name) for name in SPLIT_PATHS) else []
+    given += [name for name in ("mock_data", "data_stages") if run.get(name)]
+    paths = SPLIT_PATHS[:1] if run.data.data_stages else SPLIT_PATHS  # validation may have its own
+    given += ["train_data_path"] if any(run.get(name) for name in paths) else []
     if not given:
-        yield "data is required: --data-path PREFIX, --train-data-path PREFIX, or --mock-data"
+        yield "data is required: --data-path PREFIX, --train-data-path PREFIX, --data-stages or --mock-data"
     if len(given) > 1:
         yield f"{' and '.join(map(flag_of, given))} exclude each other: give the data once"
 

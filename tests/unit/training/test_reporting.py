@@ -27,7 +27,7 @@ def reporter(single_process, tmp_path):
 def report(iteration: int, **changes) -> IterationReport:
     values = dict(
         iteration=iteration, consumed_samples=2 * iteration, global_batch_size=2, lm_loss=2.5, grad_norm=1.0,
-        learning_rate=1e-3, loss_scale=1.0, seconds=0.5, skipped=False,
+        consumed_tokens=64, learning_rate=1e-3, loss_scale=1.0, seconds=0.5, skipped=False,
     )  # fmt: skip
     return IterationReport(**values | changes)
 
