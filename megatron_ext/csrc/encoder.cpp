@@ -13,6 +13,8 @@
 #include <string>
 #include <string_view>
 #include <thread>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "encoder_worker.h"
@@ -57,11 +59,16 @@ struct Texts {
   std::vector<py::object> keep_;
 };
 
+// How ids of an array of T are stored until it is made: those of 32 bits as the worker writes them.
 template <typename T>
-py::array_t<T> to_array(Buffer<T>&& buffer) {
+using Stored = std::conditional_t<sizeof(T) == 4, uint32_t, T>;
+
+template <typename T, typename From>
+py::array_t<T> to_array(Buffer<From>&& buffer) {
+  static_assert(sizeof(T) == sizeof(From));
   const size_t size = buffer.size();
   buffer.reserve(1);  // a capsule cannot own a null pointer
-  T* data = buffer.release();
+  T* data = reinterpret_cast<T*>(buffer.release());
   py::capsule owner(data, [](void* memory) { std::free(memory); });
   return py::array_t<T>({size}, {sizeof(T)}, data, owner);
 }
@@ -78,21 +85,23 @@ class Encoder {
     const size_t count = texts.views.size();
     Buffer<int32_t> sizes;
     sizes.resize(count);
-    Buffer<T> flat;
+    Buffer<Stored<T>> flat;
     {
       py::gil_scoped_release release;
-      std::vector<Buffer<T>> parts((count + kBlock - 1) / kBlock);
+      std::vector<Buffer<Stored<T>>> parts((count + kBlock - 1) / kBlock);
       for_each_block(count, threads, [&](Worker& worker, size_t block, size_t begin, size_t end) {
-        Buffer<T>& part = threads > 1 ? parts[block] : flat;
+        Buffer<Stored<T>>& part = threads > 1 ? parts[block] : flat;
         std::string space;
+        Buffer<uint32_t> ids;
         for (size_t i = begin; i < end; ++i) {
-          const Buffer<uint32_t>& ids = worker.encode(texts.valid(i, space));
-          sizes.data()[i] = append(ids, eod, part);
+          const size_t before = part.size();
+          append(worker, texts.valid(i, space), eod, ids, part);
+          sizes.data()[i] = static_cast<int32_t>(part.size() - before);
         }
       });
       if (threads > 1) concatenate(parts, flat);
     }
-    return {to_array(std::move(flat)), to_array(std::move(sizes))};
+    return {to_array<T>(std::move(flat)), to_array<int32_t>(std::move(sizes))};
   }
 
   // The number of ids of each text.
@@ -103,12 +112,15 @@ class Encoder {
       py::gil_scoped_release release;
       for_each_block(texts.views.size(), threads, [&](Worker& worker, size_t, size_t begin, size_t end) {
         std::string space;
+        Buffer<uint32_t> ids;
         for (size_t i = begin; i < end; ++i) {
-          sizes.data()[i] = static_cast<int64_t>(worker.encode(texts.valid(i, space)).size());
+          ids.clear();
+          worker.encode(texts.valid(i, space), ids);
+          sizes.data()[i] = static_cast<int64_t>(ids.size());
         }
       });
     }
-    return to_array(std::move(sizes));
+    return to_array<int64_t>(std::move(sizes));
   }
 
   // Adds the number of occurrences of each id in all texts to histogram[id].
@@ -120,8 +132,10 @@ class Encoder {
     py::gil_scoped_release release;
     for_each_block(texts.views.size(), 1, [&](Worker& worker, size_t, size_t begin, size_t end) {
       std::string space;
+      Buffer<uint32_t> ids;
       for (size_t i = begin; i < end; ++i) {
-        const Buffer<uint32_t>& ids = worker.encode(texts.valid(i, space));
+        ids.clear();
+        worker.encode(texts.valid(i, space), ids);
         for (size_t k = 0; k < ids.size(); ++k) ++counts[ids.data()[k]];
       }
     });
@@ -145,14 +159,22 @@ class Encoder {
  private:
   static constexpr size_t kBlock = 16;  // texts that a thread processes at a time
 
-  template <typename T>
-  static int32_t append(const Buffer<uint32_t>& ids, int64_t eod, Buffer<T>& to) {
-    const size_t begin = to.size();
-    const bool ended = eod >= 0 && ids.size() > 0;
-    to.resize(begin + ids.size() + ended);
-    std::copy_n(ids.data(), ids.size(), to.data() + begin);
-    if (ended) to.data()[to.size() - 1] = static_cast<T>(eod);
-    return static_cast<int32_t>(to.size() - begin);
+  // Appends the ids of one text, and `eod` >= 0 if there are any; `space` is work space.
+  template <typename Id>
+  static void append(Worker& worker, std::string_view text, int64_t eod, Buffer<uint32_t>& space, Buffer<Id>& to) {
+    if constexpr (std::is_same_v<Id, uint32_t>) {
+      const size_t before = to.size();
+      worker.encode(text, to);
+      if (eod < 0 || to.size() == before) return;
+      to.reserve(to.size() + 1);
+      to.push(static_cast<uint32_t>(eod));
+    } else {
+      space.clear();
+      append(worker, text, eod, space, space);
+      const size_t before = to.size();
+      to.resize(before + space.size());
+      std::copy_n(space.data(), space.size(), to.data() + before);
+    }
   }
 
   template <typename T>

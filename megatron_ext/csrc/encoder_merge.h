@@ -33,13 +33,6 @@ class PairTable {
     entries_[at] = key << 20 | merged;
   }
 
-  // Prefetches the entry of a pair, if the pair may be in the table.
-  void prefetch(uint32_t left, uint32_t right) const {
-    const uint64_t key = key_of(left, right);
-    const uint64_t bit = filter_bit(key);
-    if (filter_[bit >> 6] >> (bit & 63) & 1) __builtin_prefetch(&entries_[slot(key)]);
-  }
-
   uint32_t find(uint32_t left, uint32_t right) const {
     const uint64_t key = key_of(left, right);
     const uint64_t bit = filter_bit(key);
@@ -90,7 +83,6 @@ class Merger {
   // Linear search for the best pair: fastest for words.
   size_t run_short(uint32_t* nodes, uint32_t* starts, size_t count) {
     uint32_t merged[kShort], rank[kShort];
-    for (size_t i = 0; i + 1 < count; ++i) pairs_.prefetch(nodes[i], nodes[i + 1]);
     for (size_t i = 0; i + 1 < count; ++i) {
       merged[i] = pairs_.find(nodes[i], nodes[i + 1]);
       rank[i] = rank_of(merged[i]);

@@ -9,9 +9,11 @@
 //   no producible piece contains them in this way, text can be cut there and the parts merged independently.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <numeric>
 #include <stdexcept>
 #include <string>
@@ -22,6 +24,7 @@
 
 #include "encoder_merge.h"
 #include "encoder_proto.h"
+#include "encoder_user_symbols.h"
 #include "encoder_utf8.h"
 
 namespace encoder {
@@ -31,64 +34,28 @@ struct Unsupported : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// Longest match among the user-defined symbols.
-class UserSymbols {
- public:
-  bool empty() const { return firsts_.empty(); }
-  // The first code points of symbols.
-  const std::unordered_set<uint32_t>& firsts() const { return firsts_; }
-
-  void add(const std::vector<uint32_t>& codes, int32_t id) {
-    uint32_t state = 0;
-    firsts_.insert(codes[0]);
-    for (uint32_t code : codes) {
-      const auto found = next_.try_emplace(key(state, code), static_cast<uint32_t>(ids_.size()));
-      if (found.second) ids_.push_back(-1);
-      state = found.first->second;
-    }
-    ids_[state] = id;
-  }
-
-  // Length in bytes of the longest symbol at `at`, 0 if there is none; a blank in the text is read as `blank`.
-  size_t match(const uint8_t* at, const uint8_t* end, uint32_t blank, int32_t* id) const {
-    uint32_t state = 0;
-    size_t size = 0;
-    for (const uint8_t* start = at; at < end;) {
-      const Char c = decode_char(at);
-      const auto found = next_.find(key(state, c.code == ' ' ? blank : c.code));
-      if (found == next_.end()) break;
-      state = found->second;
-      at += c.size;
-      if (ids_[state] >= 0) {
-        size = static_cast<size_t>(at - start);
-        *id = ids_[state];
-      }
-    }
-    return size;
-  }
-
- private:
-  static uint64_t key(uint32_t state, uint32_t code) { return static_cast<uint64_t>(state) << 32 | code; }
-
-  std::unordered_set<uint32_t> firsts_;
-  std::unordered_map<uint64_t, uint32_t> next_;
-  std::vector<int32_t> ids_{-1};
-};
-
 class Tables {
  public:
   struct CharEntry {
     uint32_t node;
     int32_t id;  // -1: unknown
   };
-  // ascii_join values: bit 0 = some piece joins the two, kLookCloser = the second byte needs more than this table.
-  static constexpr uint8_t kLookCloser = 2;
+  // A piece that makes up a whole segment, as it stands in a text.
+  struct Word {
+    std::array<uint8_t, 16> text;
+    uint32_t bytes, id;
+  };
 
   explicit Tables(const ModelFile& model);
 
   bool joins(uint32_t left, uint32_t right) const {
     const uint32_t bit = join_bit(left, right);
     return join_bits_[bit >> 6] >> (bit & 63) & 1;
+  }
+  static uint16_t pair_of(const uint8_t* at) {
+    uint16_t pair;
+    std::memcpy(&pair, at, sizeof(pair));
+    return pair;
   }
   uint32_t code_of(uint32_t raw) const { return raw == ' ' ? blank : raw; }
 
@@ -107,7 +74,12 @@ class Tables {
   PairTable pairs;
   UserSymbols user;
   std::array<bool, 256> user_first{};  // by byte: a user-defined symbol may start with it
-  std::array<uint8_t, 128 * 256> ascii_join{};
+  // By byte: more than the byte is needed to know whether it joins the one before. It may start a longer character or
+  // a user-defined symbol; NUL may be the padding after the text.
+  std::array<bool, 256> special{};
+  // By pair_of two bytes, 1 if a segment may end between them: no piece joins them, or one is special.
+  std::array<uint8_t, 256 * 256> may_end;
+  std::vector<Word> words;  // producible pieces of up to 16 bytes, the highest score last
   // By piece id, the two pieces that its last merge joins: -1 for a character that is not a piece; {-1, -1} also for
   // single characters and for pieces that are never merged; {-2, -2} for a normal piece that cannot be produced.
   std::vector<std::array<int32_t, 2>> derivation;
@@ -118,6 +90,11 @@ class Tables {
     return (left * 0x9E3779B1u ^ right * 0x85EBCA77u) >> (32 - kJoinBits);
   }
 
+  static uint16_t pair_of(uint32_t a, uint32_t b) {
+    const uint8_t bytes[2] = {static_cast<uint8_t>(a), static_cast<uint8_t>(b)};
+    return pair_of(bytes);
+  }
+
   void check_pieces(const ModelFile& model);
   void set_normalization(const ModelFile& model);
   void number_nodes(const ModelFile& model);
@@ -126,6 +103,7 @@ class Tables {
   void add_piece_joins(const std::vector<uint32_t>& codes);
   void add_join(uint32_t left, uint32_t right);
   void finish_ascii();
+  void collect_words();
   bool contains_user_symbol(const std::string& text) const;
 
   struct Node {
@@ -145,11 +123,13 @@ inline Tables::Tables(const ModelFile& model)
       derivation(model.pieces.size(), {-1, -1}),
       join_bits_((size_t{1} << kJoinBits) / 64, 0) {
   if (model.model_type != kBpe) throw Unsupported("its model type is not BPE");
+  may_end.fill(1);
   set_normalization(model);
   check_pieces(model);
   number_nodes(model);
   derive(all_splits());
   finish_ascii();
+  collect_words();
   nodes_ = {};
 }
 
@@ -302,7 +282,7 @@ inline void Tables::add_join(uint32_t left, uint32_t right) {
   join_bits_[bit >> 6] |= uint64_t{1} << (bit & 63);
   // In the table of bytes a blank is the byte 0x20, whatever it represents.
   const uint32_t a = left == blank ? ' ' : left, b = right == blank ? ' ' : right;
-  if (a < 128 && b < 128) ascii_join[a << 8 | b] |= 1;
+  if (a < 128 && b < 128) may_end[pair_of(a, b)] = 0;
 }
 
 inline void Tables::finish_ascii() {
@@ -313,11 +293,28 @@ inline void Tables::finish_ascii() {
     user_first[bytes[0]] = true;
     if (first == blank) user_first[' '] = true;
   }
-  for (uint32_t a = 0; a < 128; ++a) {
-    for (uint32_t b = 0; b < 256; ++b) {
-      // NUL may be the padding after the text; bytes from 128 start longer characters.
-      if (b == 0 || b >= 128 || user_first[b]) ascii_join[a << 8 | b] |= kLookCloser;
+  for (uint32_t b = 0; b < 256; ++b) {
+    special[b] = b == 0 || b >= 128 || user_first[b];
+    if (!special[b]) continue;
+    for (uint32_t a = 0; a < 256; ++a) may_end[pair_of(a, b)] = 1;
+  }
+}
+
+inline void Tables::collect_words() {
+  for (auto node = nodes_.rbegin(); node != nodes_.rend(); ++node) {
+    if (node->unused || derivation[node->id][0] == -2) continue;
+    // In texts a blank stands for `blank`, and for nothing else.
+    if (blank != ' ' && node->text.find(' ') != std::string::npos) continue;
+    Word word{{}, 0, static_cast<uint32_t>(node->id)};
+    std::string text;
+    for (uint32_t code : node->codes) {
+      uint8_t bytes[4];
+      text.append(reinterpret_cast<const char*>(bytes), encode_char(code == blank ? ' ' : code, bytes));
     }
+    if (text.size() > word.text.size()) continue;
+    std::copy(text.begin(), text.end(), word.text.begin());
+    word.bytes = static_cast<uint32_t>(text.size());
+    words.push_back(word);
   }
 }
 

@@ -4,151 +4,48 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <new>
-#include <string>
 #include <string_view>
-#include <vector>
 
+#include "encoder_cache.h"
 #include "encoder_tables.h"
 
 namespace encoder {
 
-// A growing array without initialisation.
-template <typename T>
-class Buffer {
- public:
-  Buffer() = default;
-  Buffer(Buffer&& other) noexcept : data_(other.data_), size_(other.size_), capacity_(other.capacity_) {
-    other.data_ = nullptr;
-    other.size_ = other.capacity_ = 0;
-  }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { std::free(data_); }
-
-  T* data() { return data_; }
-  const T* data() const { return data_; }
-  size_t size() const { return size_; }
-  void clear() { size_ = 0; }
-  void resize(size_t size) { reserve(size), size_ = size; }
-  void push(T value) { data_[size_++] = value; }  // the caller has reserved space
-
-  void reserve(size_t size) {
-    if (size <= capacity_) return;
-    const size_t capacity = std::max(size, capacity_ + capacity_ / 2);
-    T* data = static_cast<T*>(std::realloc(data_, std::max<size_t>(capacity, 1) * sizeof(T)));
-    if (data == nullptr) throw std::bad_alloc();
-    data_ = data;
-    capacity_ = capacity;
-  }
-  T* release() {
-    T* data = data_;
-    data_ = nullptr;
-    size_ = capacity_ = 0;
-    return data;
-  }
-
- private:
-  T* data_ = nullptr;
-  size_t size_ = 0, capacity_ = 0;
-};
-
-// A cache of segments' results: fixed size, two slots per hash value, the older one is overwritten.
-template <uint32_t kWords, uint32_t kMaxIds, uint32_t kBits>
-class SegmentCache {
- public:
-  static constexpr uint32_t kMaxBytes = 8 * kWords;
-
-  using Key = std::array<uint64_t, kWords>;
-  struct alignas(32) Entry {
-    Key key;
-    uint16_t bytes;  // 0: empty
-    uint16_t count;
-    uint32_t ids[kMaxIds];
-  };
-
-  SegmentCache() : entries_(size_t{2} << kBits, Entry{}) {}
-
-  // The bytes of a segment; kMaxBytes must be readable at `at`.
-  static Key key_of(const uint8_t* at, uint32_t bytes) {
-    Key key;
-    std::memcpy(key.data(), at, kMaxBytes);
-    for (uint32_t i = 0; i < kWords; ++i) {
-      if (bytes < 8 * (i + 1)) key[i] &= bytes > 8 * i ? ~uint64_t{0} >> (64 * (i + 1) - 8 * bytes) : 0;
-    }
-    return key;
-  }
-  static uint32_t slot_of(const Key& key, uint32_t bytes) {
-    uint64_t mixed = key[0];
-    for (uint32_t i = 1; i < kWords; ++i) mixed ^= (key[i] + bytes) * (0xD6E8FEB86659FD93u + 2 * i);
-    mixed *= 0x9E3779B97F4A7C15u;
-    return static_cast<uint32_t>((mixed ^ mixed >> 29) * 0xBF58476D1CE4E5B9u >> (64 - kBits));
-  }
-
-  void clear() { std::fill(entries_.begin(), entries_.end(), Entry{}); }
-  const Entry* place(uint32_t slot) const { return &entries_[size_t{2} * slot]; }
-
-  // nullptr if the segment is not in the cache.
-  const Entry* find(const Key& key, uint32_t bytes, uint32_t slot) const {
-    const Entry* entry = place(slot);
-    for (uint32_t way = 0; way < 2; ++way, ++entry) {
-      uint64_t differs = entry->bytes ^ bytes;
-      for (uint32_t i = 0; i < kWords; ++i) differs |= entry->key[i] ^ key[i];
-      if (differs == 0) return entry;
-    }
-    return nullptr;
-  }
-
-  // Does nothing if there are too many ids.
-  void put(const Key& key, uint32_t bytes, uint32_t slot, const uint32_t* ids, size_t count) {
-    if (count > kMaxIds) return;
-    Entry* entry = &entries_[size_t{2} * slot];
-    entry[1] = entry[0];
-    entry->key = key;
-    entry->bytes = static_cast<uint16_t>(bytes);
-    entry->count = static_cast<uint16_t>(count);
-    std::memcpy(entry->ids, ids, count * sizeof(uint32_t));
-  }
-
- private:
-  std::vector<Entry> entries_;
-};
-
-using WordCache = SegmentCache<2, 3, 16>;    // entries of 32 bytes, 4 MiB
-using PhraseCache = SegmentCache<5, 5, 12>;  // entries of 64 bytes, half a MiB
-
 class Worker {
  public:
-  explicit Worker(const Tables& tables) : t_(tables), merger_(tables.pairs, tables.rank) {}
+  explicit Worker(const Tables& tables) : t_(tables), merger_(tables.pairs, tables.rank) { forget(); }
 
-  // Ids of one document; they stay valid until the next call. `text` must be valid UTF-8.
-  const Buffer<uint32_t>& encode(std::string_view text) {
-    out_.clear();
-    if (text.empty()) return out_;
+  // Appends the ids of a document to `out`. `text` must be valid UTF-8.
+  void encode(std::string_view text, Buffer<uint32_t>& out) {
+    if (text.empty()) return;
+    const size_t begin = out.size();
+    out_ = &out;
     prepare(text);
     scan();
-    return out_;
+    if (!t_.byte_fallback) join_unknown(begin);
   }
 
-  // Empties the caches.
+  // Empties the caches but for the pieces that they know from the start.
   void forget() {
     words_.clear();
     phrases_.clear();
+    for (const Tables::Word& word : t_.words) {
+      const WordCache::Key key = WordCache::key_of(word.text.data(), word.bytes);
+      words_.put(key, word.bytes, WordCache::slot_of(key, word.bytes), &word.id, 1);
+    }
   }
 
  private:
-  static constexpr size_t kPadding = 64;
+  static constexpr size_t kPadding = 128;  // zeros after the text: blocks of 64 bytes begin before its end
   static constexpr size_t kQueue = 64;
 
-  // A run of characters that merges independently. One or two characters are looked up in tables, longer runs in the
-  // cache.
+  // A run of characters that merges independently. It is looked up in the caches, or in the tables if it is known to
+  // be one or two characters.
   struct Segment {
     const uint8_t* at;
     uint32_t bytes;
-    uint32_t chars;  // 1, 2 or 3 for more
+    uint32_t chars;  // 1 or 2; 0: to look up in the caches
     union {
       uint32_t codes[2];  // of one or two characters
       WordCache::Key key;
@@ -188,23 +85,73 @@ class Worker {
     return std::memcmp(text_.data() + size - 3, "\xE2\x96\x81", 3) == 0 ? 3 : 0;
   }
 
+  // A run of unknown characters gives one id.
+  void join_unknown(size_t begin) {
+    const auto both_unknown = [unknown = static_cast<uint32_t>(t_.unknown_id)](uint32_t a, uint32_t b) {
+      return a == unknown && b == unknown;
+    };
+    uint32_t* const data = out_->data();
+    out_->resize(static_cast<size_t>(std::unique(data + begin, data + out_->size(), both_unknown) - data));
+  }
+
   // Cuts the text between characters that no piece joins, and at user-defined symbols.
   void scan() {
     const uint8_t* at = text_.data();
     const uint8_t* const end = at + text_.size();
+    Ends ends = ends_in(at);
     int32_t id;
     while (at < end) {
       const size_t size = t_.user_first[*at] ? t_.user.match(at, end, t_.blank, &id) : 0;
       if (size > 0) {
         resolve_queue();
-        out_.reserve(out_.size() + 1);
-        out_.push(static_cast<uint32_t>(id));
+        out_->reserve(out_->size() + 1);
+        out_->push(static_cast<uint32_t>(id));
         at += size;
-      } else {
-        at = take_segment(at, end);
+        continue;
       }
+      if (is_ascii(at)) at = take_ascii_segments(at, ends);
+      at = take_segment(at, end);
     }
     resolve_queue();
+  }
+
+  // Whether eight bytes are ASCII characters, or the end of the text.
+  static bool is_ascii(const uint8_t* at) {
+    uint64_t eight;
+    std::memcpy(&eight, at, 8);
+    return (eight & 0x8080808080808080u) == 0;
+  }
+
+  // Where segments may end in 64 bytes of text: bit i is set if one may between block[i] and block[i + 1].
+  struct Ends {
+    const uint8_t* block;
+    uint64_t bits;
+  };
+
+  Ends ends_in(const uint8_t* block) const {
+    uint64_t bits = 0;
+    for (int i = 63; i >= 0; --i) bits = bits << 1 | t_.may_end[Tables::pair_of(block + i)];
+    return {block, bits};
+  }
+
+  // Queues segments of ASCII characters and returns the start of the first that may not be one. Their ends are found
+  // without branches; `ends` are the latest that were, so that no byte is asked for twice.
+  const uint8_t* take_ascii_segments(const uint8_t* at, Ends& ends) {
+    if (at - ends.block >= 64) ends = ends_in(at);
+    uint64_t bits = ends.bits & ~uint64_t{0} << (at - ends.block);
+    while (true) {
+      for (const uint8_t* block = ends.block; bits != 0; bits &= bits - 1) {
+        const uint8_t* next = block + __builtin_ctzll(bits) + 1;
+        if (t_.special[*next]) return at;
+        Segment& segment = queue_[queued_];
+        segment.at = at;
+        segment.chars = 0;
+        enqueue(segment, static_cast<size_t>(next - at));
+        at = next;
+      }
+      ends = ends_in(ends.block + 64);
+      bits = ends.bits;
+    }
   }
 
   // Queues the segment that starts at `at` and returns its end.
@@ -219,11 +166,10 @@ class Worker {
     while (true) {
       if (last.size == 1) {
         const uint8_t* begin = --at;
-        uint8_t join;
-        while ((join = t_.ascii_join[static_cast<size_t>(at[0]) << 8 | at[1]]) == 1) ++at;
+        while (!t_.may_end[Tables::pair_of(at)]) ++at;
         if (at != begin) note(segment, t_.code_of(*at), static_cast<size_t>(at - begin));
         last.code = t_.code_of(*at++);
-        if (join == 0 || ((join & 1) == 0 && *at < 128)) break;
+        if (!t_.special[*at]) break;
       }
       if (at >= end || user_matches(at, end)) break;
       last.size = decode_char(at).size;
@@ -240,7 +186,7 @@ class Worker {
   // `more` characters were added to the segment, the last of them `code`.
   static void note(Segment& segment, uint32_t code, size_t more) {
     segment.codes[1] = code;
-    segment.chars = segment.chars + more > 2 ? 3 : 2;
+    segment.chars = segment.chars == 1 && more == 1 ? 2 : 0;
   }
 
   bool user_matches(const uint8_t* at, const uint8_t* end) const {
@@ -250,10 +196,10 @@ class Worker {
 
   void enqueue(Segment& segment, size_t bytes) {
     segment.bytes = static_cast<uint32_t>(bytes);
-    if (segment.chars > 2 && bytes <= WordCache::kMaxBytes) {
+    if (segment.chars == 0 && bytes <= WordCache::kMaxBytes) {
       segment.key = WordCache::key_of(segment.at, segment.bytes);
       segment.slot = WordCache::slot_of(segment.key, segment.bytes);
-      __builtin_prefetch(words_.place(segment.slot));
+      words_.prefetch(segment.slot);
     }
     if (++queued_ == kQueue) resolve_queue();
   }
@@ -261,93 +207,72 @@ class Worker {
   void resolve_queue() {
     size_t bytes = 0;
     for (size_t i = 0; i < queued_; ++i) bytes += queue_[i].bytes;
-    out_.reserve(out_.size() + 3 * bytes);  // a blank without a piece becomes the three bytes of U+2581
-    for (size_t i = 0; i < queued_; ++i) resolve(queue_[i]);
+    // A blank without a piece becomes the three bytes of U+2581; a copy of cached ids may write more than it keeps.
+    out_->reserve(out_->size() + 3 * bytes + PhraseCache::kMaxIds);
+    uint32_t* to = out_->data() + out_->size();
+    for (size_t i = 0; i < queued_; ++i) to = resolve(queue_[i], to);
+    out_->resize(static_cast<size_t>(to - out_->data()));
     queued_ = 0;
   }
 
-  void resolve(const Segment& segment) {
-    if (segment.chars <= 2) {
-      resolve_chars(segment);
-    } else if (segment.bytes <= WordCache::kMaxBytes) {
-      look_up(segment, words_, segment.key, segment.slot);
-    } else if (segment.bytes <= PhraseCache::kMaxBytes) {
-      const PhraseCache::Key key = PhraseCache::key_of(segment.at, segment.bytes);
-      look_up(segment, phrases_, key, PhraseCache::slot_of(key, segment.bytes));
-    } else {
-      merge(segment);
-    }
+  // This and the functions below write ids to `to` and return their end.
+  uint32_t* resolve(const Segment& segment, uint32_t* to) {
+    if (segment.chars > 0) return resolve_chars(segment, to);
+    if (segment.bytes <= WordCache::kMaxBytes) return look_up(segment, words_, segment.key, segment.slot, to);
+    if (segment.bytes > PhraseCache::kMaxBytes) return merge(segment, to);
+    const PhraseCache::Key key = PhraseCache::key_of(segment.at, segment.bytes);
+    return look_up(segment, phrases_, key, PhraseCache::slot_of(key, segment.bytes), to);
   }
 
   template <typename Cache>
-  void look_up(const Segment& segment, Cache& cache, const typename Cache::Key& key, uint32_t slot) {
-    if (const auto* entry = cache.find(key, segment.bytes, slot)) return emit_cached(*entry);
-    const size_t begin = merge(segment);
-    cache.put(key, segment.bytes, slot, out_.data() + begin, out_.size() - begin);
-  }
-
-  void resolve_chars(const Segment& segment) {
-    const Tables::CharEntry first = t_.chars[segment.codes[0]];
-    if (segment.chars == 2) {
-      const Tables::CharEntry second = t_.chars[segment.codes[1]];
-      const uint32_t merged = t_.pairs.find(first.node, second.node);
-      if (merged != kNone) return emit(static_cast<uint32_t>(t_.node_id[merged]));
-      emit_char(first, segment.codes[0]);
-      return emit_char(second, segment.codes[1]);
+  uint32_t* look_up(const Segment& segment, Cache& cache, const typename Cache::Key& key, uint32_t slot, uint32_t* to) {
+    if (const auto* entry = cache.find(key, segment.bytes, slot)) {
+      std::memcpy(to, entry->ids, sizeof(entry->ids));
+      return to + entry->count;
     }
-    emit_char(first, segment.codes[0]);
+    uint32_t* end = merge(segment, to);
+    cache.put(key, segment.bytes, slot, to, static_cast<size_t>(end - to));
+    return end;
   }
 
-  void emit_char(Tables::CharEntry entry, uint32_t code) {
-    entry.id >= 0 ? emit(static_cast<uint32_t>(entry.id)) : emit_unknown(code);
+  uint32_t* resolve_chars(const Segment& segment, uint32_t* to) const {
+    const Tables::CharEntry first = t_.chars[segment.codes[0]];
+    if (segment.chars == 1) return emit(first.id, segment.codes[0], to);
+    const Tables::CharEntry second = t_.chars[segment.codes[1]];
+    const uint32_t merged = t_.pairs.find(first.node, second.node);
+    if (merged != kNone) return emit(t_.node_id[merged], 0, to);
+    return emit(second.id, segment.codes[1], emit(first.id, segment.codes[0], to));
   }
 
-  void emit(uint32_t id) { out_.push(id); }
-
-  // A run of unknown characters gives one id.
-  void emit_unknown_id() {
-    const uint32_t id = static_cast<uint32_t>(t_.unknown_id);
-    if (out_.size() == 0 || out_.data()[out_.size() - 1] != id) emit(id);
+  uint32_t* emit(int32_t id, uint32_t code, uint32_t* to) const {
+    if (id < 0 && t_.byte_fallback) {
+      uint8_t bytes[4];
+      const uint32_t size = encode_char(code, bytes);
+      for (uint32_t i = 0; i < size; ++i) to[i] = static_cast<uint32_t>(t_.byte_ids[bytes[i]]);
+      return to + size;
+    }
+    *to = static_cast<uint32_t>(id < 0 ? t_.unknown_id : id);
+    return to + 1;
   }
 
-  void emit_unknown(uint32_t code) {
-    if (!t_.byte_fallback) return emit_unknown_id();
-    uint8_t bytes[4];
-    const uint32_t size = encode_char(code, bytes);
-    for (uint32_t i = 0; i < size; ++i) emit(static_cast<uint32_t>(t_.byte_ids[bytes[i]]));
-  }
-
-  template <typename Entry>
-  void emit_cached(const Entry& entry) {
-    uint32_t* to = out_.data() + out_.size();
-    const bool after_unknown = !t_.byte_fallback && entry.ids[0] == static_cast<uint32_t>(t_.unknown_id) &&
-                               out_.size() > 0 && to[-1] == entry.ids[0];
-    to -= after_unknown;
-    std::memcpy(to, entry.ids, sizeof(entry.ids));
-    out_.resize(static_cast<size_t>(to - out_.data()) + entry.count);
-  }
-
-  // Merges a segment and appends its ids; returns the position of the first, even if a preceding unknown has absorbed
-  // it.
-  size_t merge(const Segment& segment) {
-    nodes_.clear();
-    starts_.clear();
-    for (uint32_t offset = 0; offset < segment.bytes;) {
+  // Merges a segment.
+  uint32_t* merge(const Segment& segment, uint32_t* to) {
+    nodes_.resize(segment.bytes);
+    starts_.resize(segment.bytes);
+    uint32_t* const nodes = nodes_.data();
+    uint32_t* const starts = starts_.data();
+    size_t count = 0;
+    for (uint32_t offset = 0; offset < segment.bytes; ++count) {
       const Char c = decode_char(segment.at + offset);
-      nodes_.push_back(t_.chars[c.code].node);
-      starts_.push_back(offset);
+      nodes[count] = t_.chars[c.code].node;
+      starts[count] = offset;
       offset += c.size;
     }
-    const size_t count = merger_.run(nodes_.data(), starts_.data(), nodes_.size());
-    const int32_t first = t_.node_id[nodes_[0]];
-    const size_t begin = out_.size();
+    count = merger_.run(nodes, starts, count);
     for (size_t i = 0; i < count; ++i) {
-      const int32_t id = t_.node_id[nodes_[i]];
-      id >= 0 ? emit(static_cast<uint32_t>(id)) : emit_unknown(t_.code_of(decode_char(segment.at + starts_[i]).code));
+      to = emit(t_.node_id[nodes[i]], t_.code_of(decode_char(segment.at + starts[i]).code), to);
     }
-    const bool swallowed = first < 0 && !t_.byte_fallback && begin > 0 &&
-                           out_.data()[begin - 1] == static_cast<uint32_t>(t_.unknown_id);
-    return begin - swallowed;
+    return to;
   }
 
   const Tables& t_;
@@ -355,10 +280,10 @@ class Worker {
   WordCache words_;
   PhraseCache phrases_;
   Buffer<uint8_t> text_;
-  Buffer<uint32_t> out_;
+  Buffer<uint32_t>* out_ = nullptr;  // of the document that is being encoded
   Segment queue_[kQueue];
   size_t queued_ = 0;
-  std::vector<uint32_t> nodes_, starts_;
+  Buffer<uint32_t> nodes_, starts_;  // work space of merge()
 };
 
 }  // namespace encoder

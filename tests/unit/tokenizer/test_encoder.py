@@ -84,6 +84,25 @@ def test_remembered_words_and_phrases(shared_encoder):
 
 
 @needs_extension
+def test_pieces_before_any_text(shared_encoder):
+    """The encoder knows pieces from the start: only those that merging gives, and a blank for each U+2581."""
+    pieces = pieces_of(shared_encoder)
+    assert_same_ids(shared_encoder, [piece.removeprefix("▁") for piece in pieces])
+    shared_encoder.clear_cache()
+    assert_same_ids(shared_encoder, ["\n" + piece.replace("▁", " ") for piece in pieces])
+
+
+@needs_extension
+def test_what_is_no_ascii_anywhere(shared_encoder):
+    """ASCII text is cut in blocks of 64 bytes, from its start and from what is no ASCII on."""
+    line = "It's 9 o'clock, isn't it?  (No)\n" * 6
+    others = ["", "é", "的", "\0", "▁", "<sep>", "x" * 70, "😀 "]
+    texts = [line[:i] + other + line[i : i + 100] + other for i in range(140) for other in others]
+    assert_same_ids(shared_encoder, texts)
+    assert_same_ids(NativeEncoder(model_proto=samples.trained()), texts)
+
+
+@needs_extension
 def test_run_of_a_million(shared_encoder):
     assert_same_ids(shared_encoder, ["a" * 1_000_000, " " * 1_000_000])
 
