@@ -166,7 +166,14 @@ class Experiment:
             "seed": 1234,
         }
 
-    def train(self, name: str, flags: dict, iterations: int, who: str = "source") -> None:
+    def train(
+        self,
+        name: str,
+        flags: dict,
+        iterations: int,
+        who: str = "source",
+        program: str = "pretrain_pangu_pro.py",
+    ) -> None:
         """``name`` to its last iteration, into NAME/ and NAME.jsonl."""
         tracker = self.work / name / "latest_checkpointed_iteration.txt"
         if tracker.exists() and int(tracker.read_text()) >= iterations:
@@ -183,7 +190,7 @@ class Experiment:
             "metrics-file": f"{name}.jsonl",
         }
         switches = (*SWITCHES, "--bf16") if self.args.bf16 else SWITCHES
-        self.program("pretrain_pangu_pro.py", *switches, **every | flags)
+        self.program(program, *switches, **every | flags)
 
     def inherit_and_train(self, name: str) -> None:
         """One target, CRITERION_SEED: cut (but for criterion none: random weights), then trained."""

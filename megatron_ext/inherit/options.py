@@ -94,8 +94,9 @@ class InheritOptions:
     calibration_samples: int = flag(64, minimum=1)
     """Samples for importance, taylor, and the losses before and after."""
 
-    rescale_norms: bool = False
-    """Rescale the gain of each norm that loses channels, so that its output keeps its scale."""
+    rescale_norms: bool = flag(True, "--no-rescale-norms")
+    """Leave the gains of norms that lose channels as they are. With --data-path they are rescaled, so that
+    the norms' outputs keep their scale on that text."""
 
     calibration_dtype: Literal["fp32", "bf16"] | None = None
     """Number format of the source during calibration; by default fp32 on a CPU and the stored one on a GPU.
@@ -133,6 +134,10 @@ class InheritOptions:
         )
         if needs and not self.data_path:
             problems.append(f"{' and '.join(needs)} looks at text: give --data-path")
+        if not self.rescale_norms and not self.data_path:
+            problems.append(
+                "--no-rescale-norms cannot take effect: gains are rescaled with --data-path alone"
+            )
         if self.mask_state and not learned:
             problems.append("--mask-state cannot take effect: needs --width-criterion learned")
         unit = self.micro_batch_size * int(os.environ.get("WORLD_SIZE", 1))

@@ -123,6 +123,9 @@ def lines(summary: dict[str, Any]) -> list[str]:
         f"channels kept by {summary['width']['criterion']}; pieces copied {vocabulary['copied']}, "
         f"started from a mean {vocabulary['averaged']}, dropped {vocabulary['dropped']}",
     ]
+    if factors := summary.get("gain_factors"):
+        low, high = min(factors.values()), max(factors.values())
+        text.append(f"gains of {len(factors)} norms rescaled, by {low:.3f} to {high:.3f}")
     if "learned" in summary:
         learned = summary["learned"]
         early = ", the selection had stopped changing" if learned["stopped_early"] else ""

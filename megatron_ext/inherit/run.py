@@ -56,7 +56,9 @@ def inherit(options: InheritOptions) -> dict[str, Any]:
     calibration = _calibration(options, source, files, rows)
     result = select(options, source, target, calibration)
     target = of_layers(target, source.model, result.selection.layers.tolist())
-    factors = calibration.gain_factors(target, result.selection) if options.rescale_norms else {}
+    factors: dict[str, float] = {}
+    if calibration is not None and options.rescale_norms:
+        factors = calibration.gain_factors(target, result.selection)
     _write(options, source, target, files, rows, result.selection, factors)
     losses = {}
     if calibration is not None:
@@ -65,6 +67,8 @@ def inherit(options: InheritOptions) -> dict[str, Any]:
         }
     summary = _summary(source, target, rows, result)
     summary |= {name: vars(loss) for name, loss in losses.items()}
+    if factors:
+        summary["gain_factors"] = factors
     if with_vocabulary := losses.get("loss_with_target_vocabulary"):
         cost = with_vocabulary.bits_per_byte - losses["loss_before"].bits_per_byte
         summary["vocabulary"]["cost_bits_per_byte"] = cost

@@ -190,13 +190,14 @@ def test_a_command_line_has_all_its_problems_reported(folder, capsys):
         "--layers",
         "1",
     ]
-    assert tool([*argv, "--mask-steps", "0"]) == 2
+    assert tool([*argv, "--mask-steps", "0", "--no-rescale-norms"]) == 2
     said = capsys.readouterr().err
     for problem in (
         "needs --width-criterion learned",
         "--layers and --depth",
         "--mask-state",
         "--mask-steps",
+        "--no-rescale-norms cannot take effect",
     ):
         assert problem in said
     assert tool(["--load", folder, "--save", "x", "--width-criterion", "taylor"]) == 2
@@ -230,8 +231,24 @@ def test_ranks_share_the_text(folder, tmp_path, pool):
     for name in ("loss_before", "loss_after"):
         assert one[name]["nats"] == pytest.approx(two[name]["nats"], rel=1e-4)
         assert one[name]["tokens"] == two[name]["tokens"]
+    assert one["gain_factors"] == pytest.approx(two["gain_factors"], rel=1e-3)
     overlap = np.intersect1d(one["width"]["hidden"], two["width"]["hidden"]).size
     assert overlap >= 23
+
+
+def test_gains_of_norms_are_rescaled_and_nothing_else_is(folder, tmp_path, pool):
+    flags = "--depth-policy ends --width-criterion l2".split()
+    saves = {}
+    for name, more in (("with", []), ("without", ["--no-rescale-norms"])):
+        save = tmp_path / name
+        pool.run(1, calibrated, str(folder), str(save), [*flags, *more])
+        report = json.loads((save / "inheritance" / "report.json").read_text())
+        saves[name] = values(save), report.get("gain_factors", {})
+    (scaled, factors), (plain, none) = saves["with"], saves["without"]
+    assert not none and len(factors) == 5  # two layers with two norms, and the last
+    for key, value in plain.items():
+        torch.testing.assert_close(scaled[key], value * factors.get(key, 1.0), rtol=1e-6, atol=0)
+        assert torch.equal(scaled[key], value) == (key not in factors)
 
 
 @pytest.mark.parametrize("target", ["compressed", "sentencepiece"])
