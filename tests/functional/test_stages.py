@@ -93,9 +93,10 @@ def test_a_run_in_stages_is_the_runs_one_after_the_other(pool, data, tmp_path):
     assert in_stages == by_hand and len(by_hand) == ITERATIONS
 
 
+#: name -> processes, flags, iterations around a boundary in which a rank is killed
 JOBS = {
-    "one": (1, dict(num_workers=1)),
-    "pp2": (2, dict(pipeline_model_parallel_size=2, async_save=True)),
+    "one": (1, dict(), (-1, 0, 1)),
+    "pp2": (2, dict(pipeline_model_parallel_size=2, async_save=True), (0,)),
 }
 
 
@@ -103,7 +104,7 @@ JOBS = {
 def test_killed_around_each_boundary_it_resumes_to_the_same_trace(pool, data, tmp_path, job):
     """SIGKILL of a rank at a random change of the disk in the save before, at and after each boundary."""
     values, _ = data
-    processes, changes = JOBS[job]
+    processes, changes, around = JOBS[job]
     values |= changes | dict(save_interval=1)
 
     def argv(name: str) -> list[str]:
@@ -117,7 +118,7 @@ def test_killed_around_each_boundary_it_resumes_to_the_same_trace(pool, data, tm
     rng, kills = random.Random(job), 0
     for boundary in BOUNDARIES:
         name = f"run{boundary}"
-        for iteration in (boundary - 1, boundary, boundary + 1):
+        for iteration in (boundary + distance for distance in around):
             done = newest_whole(tmp_path / name) or 0 if (tmp_path / name).exists() else 0
             number = 14 * max(0, iteration - 1 - done) + rng.randint(1, 14)
             fuse = Fuse(0, str(tmp_path / name), number)
@@ -129,7 +130,7 @@ def test_killed_around_each_boundary_it_resumes_to_the_same_trace(pool, data, tm
         assert all(facts(step) == trace[step["iteration"]] for step in found)
         assert validation(records(tmp_path / f"{name}.jsonl"))["lm_loss"] == held_out["lm_loss"]
         shutil.rmtree(tmp_path / name)
-    assert kills == 6
+    assert kills == len(BOUNDARIES) * len(around)
 
 
 def records(path) -> list[dict]:
