@@ -12,9 +12,10 @@ import re
 import sysconfig
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from megatron_ext.common.files import sha256, write_aside
 
@@ -26,6 +27,8 @@ MIN_DOCSTRING = 120
 SHARES = (("documentation", 0.25), ("standard library", 0.5), ("packages", 1.0))
 #: Of the whole, from one package: large ones repeat themselves.
 LARGEST_SHARE = 0.06
+#: Texts that are too long for what is left of a kind, before the search for a shorter one ends.
+MOST_MISSES = 50
 VALID_SHARE = 0.02
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 LICENCE = re.compile(
@@ -43,20 +46,23 @@ def collect(max_bytes: int) -> list[dict[str, Any]]:
     seen: set[str] = set()
     chosen: list[tuple[str, dict[str, Any]]] = []
     total, of_package = 0, Counter[str]()
+    largest = max(LARGEST_SHARE * max_bytes, MAX_CHARACTERS)
     kinds = {"documentation": _documentation, "standard library": _standard_library, "packages": _packages}
     for kind, share in SHARES:
-        allowed = total + (max_bytes - total) * share
-        for source, text in kinds[kind]():
-            key, size = digest(text), len(text.encode("utf-8"))
+        allowed, misses = total + (max_bytes - total) * share, 0
+        for source, read in kinds[kind]():
+            if allowed - total < MIN_CHARACTERS or misses == MOST_MISSES:
+                break
             package = "/".join(source.split("/")[:2])
-            fits = total + size <= allowed and of_package[package] + size <= LARGEST_SHARE * max_bytes
-            if key not in seen and fits:
+            room = min(allowed - total, largest - of_package[package])
+            text = usable(read()) if room >= MIN_CHARACTERS else ""
+            key, size = digest(text), len(text.encode("utf-8"))
+            misses += size > allowed - total
+            if text and key not in seen and size <= room:
                 seen.add(key)
                 of_package[package] += size
                 chosen.append((key, {"text": text, "source": source}))
                 total += size
-            if total > 0.995 * allowed:
-                break
     return [document for _, document in sorted(chosen, key=lambda pair: pair[0])]
 
 
@@ -94,7 +100,10 @@ def clean(text: str) -> str:
     return re.sub(r"\n{4,}", "\n\n\n", lines).strip()
 
 
-def _documentation() -> Iterator[tuple[str, str]]:
+Texts: TypeAlias = Iterator[tuple[str, Callable[[], str]]]  # a source, and what reads it
+
+
+def _documentation() -> Texts:
     """pydoc's topics, and the README files of packages."""
     try:
         from pydoc_data import topics as pydoc
@@ -103,40 +112,43 @@ def _documentation() -> Iterator[tuple[str, str]]:
     except ImportError:  # some distributions leave it out
         topics = {}
     for name, text in sorted(topics.items()):
-        yield from _usable(f"pydoc/{name}", text)
+        yield f"pydoc/{name}", partial(str, text)
     yield from _files(_packages_folder(), (".md", ".rst"), "site-packages")
 
 
-def _standard_library() -> Iterator[tuple[str, str]]:
+def _standard_library() -> Texts:
     folder = Path(sysconfig.get_path("stdlib"))
-    yield from _files(folder, (".py",), "stdlib", skip=("site-packages", "dist-packages", *TESTS))
+    return _files(folder, (".py",), "stdlib", skip=("site-packages", "dist-packages", *TESTS))
 
 
-def _packages() -> Iterator[tuple[str, str]]:
-    yield from _files(_packages_folder(), (".py",), "site-packages", skip=TESTS)
+def _packages() -> Texts:
+    return _files(_packages_folder(), (".py",), "site-packages", skip=TESTS)
 
 
 def _packages_folder() -> Path:
     return Path(sysconfig.get_path("purelib"))
 
 
-def _files(
-    folder: Path, suffixes: tuple[str, ...], name: str, skip: tuple[str, ...] = ()
-) -> Iterator[tuple[str, str]]:
-    """Texts of the files below ``folder``, in the order of the hashes of their names."""
+def _files(folder: Path, suffixes: tuple[str, ...], name: str, skip: tuple[str, ...] = ()) -> Texts:
+    """The files below ``folder``, in the order of the hashes of their names."""
     names = []
     for parent, folders, files in os.walk(folder):
         folders[:] = [entry for entry in folders if entry not in skip and entry != "__pycache__"]
         relative = Path(parent).relative_to(folder).as_posix()
         names += [f"{relative}/{file}" for file in files if file.endswith(suffixes)]
     for path in sorted(names, key=lambda path: sha256(path)):
-        try:
-            if (folder / path).stat().st_size <= 4 * MAX_CHARACTERS:
-                text = (folder / path).read_text("utf-8")
-                text = docstrings(text) if path.endswith(".py") else text
-                yield from _usable(f"{name}/{path.removeprefix('./')}", text)
-        except (OSError, UnicodeError, SyntaxError, ValueError, RecursionError):
-            continue
+        yield f"{name}/{path.removeprefix('./')}", partial(_text_of, folder / path)
+
+
+def _text_of(path: Path) -> str:
+    """Of a module its docstrings; "" of a file that is long, or cannot be read."""
+    try:
+        if path.stat().st_size > 4 * MAX_CHARACTERS:
+            return ""
+        text = path.read_text("utf-8")
+        return docstrings(text) if path.suffix == ".py" else text
+    except (OSError, UnicodeError, SyntaxError, ValueError, RecursionError):
+        return ""
 
 
 def docstrings(code: str) -> str:
@@ -159,9 +171,8 @@ def _described(parent: ast.Module | ast.ClassDef, prefix: str) -> Iterator[str]:
             yield from _described(node, f"{prefix}{node.name}.")
 
 
-def _usable(source: str, text: str) -> Iterator[tuple[str, str]]:
-    """The text without paragraphs about licences, if it is neither short nor long."""
+def usable(text: str) -> str:
+    """The text without paragraphs about licences; "" if it is then short or long."""
     paragraphs = clean(text).split("\n\n")
     text = "\n\n".join(paragraph for paragraph in paragraphs if not LICENCE.search(paragraph)).strip()
-    if MIN_CHARACTERS <= len(text) <= MAX_CHARACTERS:
-        yield source, text
+    return text if MIN_CHARACTERS <= len(text) <= MAX_CHARACTERS else ""
