@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from megatron_ext.arguments.defaults import iterations_left, running_batch
 from megatron_ext.config import RunConfig
-from megatron_ext.data.indexed import DatasetError
+from megatron_ext.data.errors import DatasetError
 from megatron_ext.data.stages import Stage, read_stages, sources_of_words
 
 

@@ -16,7 +16,7 @@ def __getattr__(name: str) -> Any:
 
         return build_datasets
     if name == "DatasetError":
-        from megatron_ext.data.indexed import DatasetError
+        from megatron_ext.data.errors import DatasetError
 
         return DatasetError
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

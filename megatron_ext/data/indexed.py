@@ -15,6 +15,8 @@ from typing import Protocol
 
 import numpy as np
 
+from megatron_ext.data.errors import DatasetError
+
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 DTYPE_OF_CODE = {
@@ -22,10 +24,6 @@ DTYPE_OF_CODE = {
     5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16,
 }  # fmt: skip
 CODE_OF_DTYPE = {np.dtype(dtype): code for code, dtype in DTYPE_OF_CODE.items()}
-
-
-class DatasetError(ValueError):
-    """A dataset cannot be used; the message names the file and what to do."""
 
 
 def bin_path(prefix: str | Path) -> Path:

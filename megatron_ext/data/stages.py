@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.config.data import is_number
-from megatron_ext.data.indexed import DatasetError
+from megatron_ext.data.errors import DatasetError
 
 #: If all sources of a stage have tokens, their sum may differ from those of the stage by this share.
 TOLERANCE = 0.01

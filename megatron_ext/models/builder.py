@@ -9,6 +9,7 @@ from torch import nn
 
 from megatron_ext import platform
 from megatron_ext.config import RunConfig
+from megatron_ext.config.training import OptimizerConfig
 from megatron_ext.kernels.rope import provide_rope
 from megatron_ext.kernels.weight_gradient import provide_weight_gradients
 from megatron_ext.models.config import PanguProConfig, fields_of
@@ -45,8 +46,6 @@ def build_chunks(
     ]
     for chunk in chunks:
         mark_split_parameters(chunk)
-        if not run.optimizer.decay_embeddings:
-            leave_embeddings_undecayed(chunk)
         if initialized:
             initialize(chunk, config, run.init.seed)
         sum_weight_gradients_in_place(chunk)
@@ -61,7 +60,6 @@ def _build_chunk(
         transformer_layer_spec=block_spec(config, vp_stage),
         vocab_size=run.model.padded_vocab_size,
         softmax_vocab_size=run.model.softmax_vocab_size,
-        z_loss=run.optimizer.z_loss_coeff,
         max_sequence_length=run.model.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -77,11 +75,16 @@ def _build_chunk(
     )
 
 
-def leave_embeddings_undecayed(model: nn.Module) -> None:
-    """Keep weight decay off the embeddings, and off the output layer that shares their weights."""
-    for name, parameter in model.named_parameters():
-        if "embedding" in name or getattr(parameter, "shared_embedding", False):
-            parameter.no_weight_decay = True
+def regularized(chunks: list[PanguModel], flags: OptimizerConfig) -> list[PanguModel]:
+    """The chunks, with the z-loss and without the weight decay of embeddings, if the flags ask for that."""
+    for chunk in chunks:
+        chunk.z_loss = flags.z_loss_coeff
+        for name, parameter in chunk.named_parameters():
+            # An output layer that is tied to the embedding has a copy of it on the last pipeline stage.
+            embeds = "embedding" in name or getattr(parameter, "shared_embedding", False)
+            if embeds and not flags.decay_embeddings:
+                parameter.no_weight_decay = True
+    return chunks
 
 
 def half_precision(chunks: list[PanguModel], config: PanguProConfig) -> list[nn.Module]:

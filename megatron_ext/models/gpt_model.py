@@ -22,14 +22,16 @@ class PanguModel(GPTModel):
     Args:
         softmax_vocab_size: rows of the vocabulary that take part in the loss's softmax. Those behind
             it are padding: loss and gradients are what they are without them. None: all rows.
-        z_loss: coefficient of the auxiliary loss on the log of the softmax's denominator.
+
+    Attributes:
+        z_loss: coefficient of the auxiliary loss on the log of the softmax's denominator; 0 until it is set.
     """
 
-    def __init__(
-        self, *args: Any, softmax_vocab_size: int | None = None, z_loss: float = 0.0, **kwargs: Any
-    ) -> None:
+    z_loss = 0.0
+
+    def __init__(self, *args: Any, softmax_vocab_size: int | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.softmax_vocab_size, self.z_loss = softmax_vocab_size, z_loss
+        self.softmax_vocab_size = softmax_vocab_size
         self._targets: TeacherTargets | None = None
         linear.speed_up(self)
         if self.config.window_rotary_base:

@@ -20,7 +20,7 @@ from megatron_ext.checkpoint import (
 from megatron_ext.checkpoint.errors import on_rank_0
 from megatron_ext.config import RunConfig, describe, footprint
 from megatron_ext.kernels import cross_entropy
-from megatron_ext.models.builder import build_model, ddp_config, wrap_for_training
+from megatron_ext.models.builder import build_model, ddp_config, regularized, wrap_for_training
 from megatron_ext.models.config import transformer_config
 from megatron_ext.platform.collective import on_every_rank, print_rank_0
 from megatron_ext.tokenizer import Tokenizer, build_tokenizer
@@ -69,7 +69,8 @@ def build_trainer(run: RunConfig) -> Trainer:
     if run.layers.deterministic_mode:
         torch.use_deterministic_algorithms(True)
     config = transformer_config(run)
-    model = wrap_for_training(build_model(config, run), config, ddp_config(run))
+    chunks = regularized(build_model(config, run), run.optimizer)
+    model = wrap_for_training(chunks, config, ddp_config(run))
     optimizer = build_optimizer(optimizer_config(run), model)
     scheduler = build_scheduler(optimizer, run.schedule, run.optimizer)
     print_rank_0(f" model: {count_parameters(model):,} parameters on this rank; device {platform.activate()}")

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed import get_process_group_ranks
 
 from megatron_ext.config import RunConfig
-from megatron_ext.models.builder import build_model, ddp_config, wrap_for_training
+from megatron_ext.models.builder import build_model, ddp_config, regularized, wrap_for_training
 from megatron_ext.models.config import transformer_config
 from megatron_ext.platform import fake
 from megatron_ext.training import distributed
@@ -44,7 +44,8 @@ class _BeforeUpdate(Callback):
 def _step(run: RunConfig, memory: fake.Memory) -> dict[str, Any]:
     """Build the model and train it for one step, measuring the memory in between."""
     config = transformer_config(run)
-    model = wrap_for_training(build_model(config, run, initialized=False), config, ddp_config(run))
+    chunks = regularized(build_model(config, run, initialized=False), run.optimizer)
+    model = wrap_for_training(chunks, config, ddp_config(run))
     built = memory.now
     optimizer = build_optimizer(optimizer_config(run), model)
     scheduler = build_scheduler(optimizer, run.schedule, run.optimizer)

@@ -7,7 +7,7 @@ from megatron_ext.arguments.validate.files import dataset_problems
 from megatron_ext.arguments.validate.rule import Problems, Rule, Typed
 from megatron_ext.arguments.validate.training import rampup_reaches_the_batch
 from megatron_ext.config import RunConfig
-from megatron_ext.data.indexed import DatasetError
+from megatron_ext.data.errors import DatasetError
 from megatron_ext.data.stages import parse
 
 

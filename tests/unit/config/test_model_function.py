@@ -92,7 +92,8 @@ def test_a_difference_of_any_is_seen(name):
 
 def test_what_a_model_is_built_from_is_compared():
     """The builder reads only the model and a seed of the configuration."""
-    tree = ast.parse(inspect.getsource(builder.build_model) + inspect.getsource(builder._build_chunk))
+    functions = builder.build_model, builder.build_chunks, builder._build_chunk
+    tree = ast.parse("".join(map(inspect.getsource, functions)))
     read_there = {
         ast.unparse(node)
         for node in ast.walk(tree)
