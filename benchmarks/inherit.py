@@ -20,6 +20,8 @@ import json
 import statistics
 import subprocess
 
+from benchmarks.study import spread
+
 CRITERIA = ("none", "random", "l1", "l2", "taylor", "learned")
 SEQUENCE, BATCH = 256, 8
 COMMON = {
@@ -283,14 +285,6 @@ class Experiment:
         return results
 
 
-def spread(values: list[float]) -> str:
-    """Mean and standard deviation."""
-    if not values:
-        return "-"
-    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{deviation}"
-
-
 def steps_of(results: dict) -> list[int]:
     """The steps at which every run was measured."""
     measured = [{step for step, _ in run["held_out"]} for runs in results.values() for run in runs]
@@ -313,8 +307,8 @@ def table(results: dict) -> str:
         less = [by_lot[seed] - end for seed, end in ends.items() if seed in by_lot]
         seconds = [run["seconds"] for run in runs if "seconds" in run]
         row = ["random weights" if criterion == "none" else criterion, str(len(runs))]
-        row += [spread(at(runs, step)) for step in steps]
-        row += [", ".join(f"{end:.3f}" for end in ends.values()), spread(less)]
+        row += [spread(at(runs, step), digits=3) for step in steps]
+        row += [", ".join(f"{end:.3f}" for end in ends.values()), spread(less, digits=3)]
         row += [f"{statistics.mean(seconds):.0f}" if seconds else "-"]
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines) + "\n"

@@ -28,13 +28,13 @@ import argparse
 import gzip
 import json
 import resource
-import statistics
 import subprocess
 import time
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.study import spread
 from megatron_ext.data.rounds.loss_record import read_losses
 
 EARLY = 0.1
@@ -208,11 +208,6 @@ def table(by_seed: dict[int, dict[str, dict]]) -> str:
             cells += [spread(values), spread(differences, "+")]
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def spread(values: list[float], sign: str = "") -> str:
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):{sign}.4f} ± {deviation:.4f}"
 
 
 def time_sampler(groups: int, folder: Path) -> dict:

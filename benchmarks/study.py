@@ -146,7 +146,9 @@ def bits_per_byte(records: list[dict[str, Any]]) -> float:
     return validation(records)[-1]["bits_per_byte"]
 
 
-def spread(values: list[float], sign: str = "") -> str:
-    """Mean and standard deviation."""
-    deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{sign}.4f}{deviation}"
+def spread(values: list[float], sign: str = "", digits: int = 4) -> str:
+    """Mean and standard deviation; "-" of nothing."""
+    if not values:
+        return "-"
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{sign}.{digits}f}{deviation}"

@@ -19,6 +19,7 @@ from typing import Any
 
 from megatron_ext.config.data import is_number
 from megatron_ext.data.errors import DatasetError
+from megatron_ext.data.text.records import repeated
 
 #: If all sources of a stage have tokens, their sum may differ from those of the stage by this share.
 TOLERANCE = 0.01
@@ -129,9 +130,8 @@ EXAMPLE = (
 
 
 def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
-        raise ValueError(f"{twice[0]!r} is given twice in one object")
+    if (twice := repeated(pairs)) is not None:
+        raise ValueError(f"{twice!r} is given twice in one object")
     return dict(pairs)
 
 

@@ -28,11 +28,9 @@ from megatron_ext.common.files import write_aside, write_json
 from megatron_ext.data.identity import differences
 from megatron_ext.data.indexed import DatasetError
 from megatron_ext.data.rounds.dataset import NumberedDataset
-from megatron_ext.data.rounds.loss_record import read_json
+from megatron_ext.data.rounds.loss_record import MARK_EVERY_S, begun, read_json
 
 FORMAT = "megatron_ext.teacher_targets/1"
-#: Seconds between two updates of a recording's manifest.
-MARK_EVERY_S = 5.0
 #: Stands for the other ids' probability at a token without a target.
 _NO_TARGET = -1.0
 
@@ -134,18 +132,16 @@ def open_recording(path: str | Path, manifest: dict[str, Any], like: TargetForma
     """
     paths = TargetPaths.of(path)
     wanted = {"format": FORMAT} | manifest | {"targets": asdict(like)}
-    if paths.manifest.exists():
-        existing = _read_manifest(paths.manifest)
+
+    def existing() -> dict[str, Any]:
+        found = _read_manifest(paths.manifest)
         advice = f"Remove it and {paths.manifest.name}, or give another --record-teacher-logits"
-        require_same_targets(existing, wanted, str(paths.records), advice)
-        if paths.records.exists():
-            _mapped(paths.records, existing)
-            return existing
-        if existing["recorded"]:
-            raise DatasetError(f"{paths.records} is missing; remove {paths.manifest}")
-    elif paths.records.exists():
-        raise DatasetError(f"{paths.records} is there and has no manifest: remove it, or give another path")
-    paths.records.parent.mkdir(parents=True, exist_ok=True)
+        require_same_targets(found, wanted, str(paths.records), advice)
+        return found
+
+    if (goes_on := begun(paths.manifest, (paths.records,), existing)) is not None:
+        _mapped(paths.records, goes_on)
+        return goes_on
     wanted |= {"bytes_per_token": like.bytes_per_token, "recorded": 0, "complete": False}
     write_json(paths.manifest, wanted)
     write_aside(paths.records, lambda file: _reserve(file, like.record, manifest["samples"]))

@@ -34,7 +34,7 @@ def evaluate(options: EvaluateOptions, quiet: bool = False) -> dict[str, Any]:
     asked = {name: _asked(task, options) for name, task in tasks.items()}
     if options.output:
         results.refuse_other_questions(Path(options.output), asked)
-    with opened(options) as model, _kept(options, results.new(model)) as kept:
+    with opened(options) as model, _kept(options, found := results.new(model)) as kept:
         longest = model.run.model.max_position_embeddings
         with Progress("scoring", None, " requests", quiet=quiet or rank() > 0) as progress:
             scorer = Scorer(
@@ -45,7 +45,6 @@ def evaluate(options: EvaluateOptions, quiet: bool = False) -> dict[str, Any]:
                 identity=model.identity,
                 note=progress.add,
             )
-            found = results.new(model)
             if tasks:
                 from megatron_ext.harness.language_model import PanguLM
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ext.kernels.cross_entropy import Group, _padding, width_of_shard
+from megatron_ext.kernels.gather import gathered
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def largest(
     width = width_of_shard(logits.size(-1), first, vocab_size)
     wide = wide.masked_fill(_padding(logits, width), -torch.inf) / temperature
     own, column = wide.topk(min(k, logits.size(-1)), dim=-1)
-    values, ids = _everyones(own, group), _everyones(column + first, group)
+    values, ids = gathered(own, group, dim=-1), gathered(column + first, group, dim=-1)
     values, order = values.topk(min(k, values.size(-1)), dim=-1)
     ids = ids.gather(-1, order)
     top = values[..., :1]
@@ -87,12 +88,3 @@ def _without(e: Tensor, column: Tensor, mine: Tensor) -> Tensor:
     """``e`` [..., v] with 0 at ``column`` [..., k] where ``mine``."""
     factor = torch.ones_like(column, dtype=e.dtype).masked_fill(mine, 0.0)
     return e.scatter_reduce(-1, column, factor * e.gather(-1, column), "amin")
-
-
-def _everyones(values: Tensor, group: Group) -> Tensor:
-    """[..., n] of each rank -> [..., n * ranks]."""
-    if group is None or group.size() == 1:
-        return values
-    parts = [torch.empty_like(values) for _ in range(group.size())]
-    dist.all_gather(parts, values.contiguous(), group=group)
-    return torch.cat(parts, dim=-1)

@@ -83,27 +83,19 @@ class PanguModel(GPTModel):
         """Labels [b, s] and logits [s, b, v / tp] -> losses [b, s] in nats, fp32; two with a teacher."""
         group = self.pg_collection.tp
         first = get_pg_rank(group) * logits.size(-1)
+        target = labels.transpose(0, 1).contiguous()
+        how: dict[str, Any] = {
+            "first": first,
+            "group": group,
+            "vocab_size": self.softmax_vocab_size,
+            "z_loss": self.z_loss,
+        }
         if self._targets is not None:
-            both = vocab_parallel_distillation(
-                logits,
-                labels.transpose(0, 1).contiguous(),
-                self._targets,
-                first=first,
-                group=group,
-                vocab_size=self.softmax_vocab_size,
-                z_loss=self.z_loss,
-            )
+            both = vocab_parallel_distillation(logits, target, self._targets, **how)
             return both[0].transpose(0, 1).contiguous(), both[1].transpose(0, 1).contiguous()
         ours = self.z_loss or cross_entropy.supports(logits)
         if self.config.cross_entropy_loss_fusion or not ours:
             width = cross_entropy.width_of_shard(logits.size(-1), first, self.softmax_vocab_size)
             return super().compute_language_model_loss(labels, cross_entropy.mask_padding_(logits, width))
-        losses = cross_entropy.vocab_parallel_cross_entropy(
-            logits,
-            labels.transpose(0, 1).contiguous(),
-            first=first,
-            group=group,
-            vocab_size=self.softmax_vocab_size,
-            z_loss=self.z_loss,
-        )
+        losses = cross_entropy.vocab_parallel_cross_entropy(logits, target, **how)
         return losses.transpose(0, 1).contiguous()

@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.utils import get_pg_rank
@@ -12,6 +11,7 @@ from torch import Tensor
 from megatron_ext.kernels import fused
 from megatron_ext.kernels.cross_entropy import mask_padding_, width_of_shard
 from megatron_ext.kernels.fold import fold_logits, place_logits
+from megatron_ext.kernels.gather import gathered
 from megatron_ext.kernels.linear import product
 from megatron_ext.kernels.teacher_targets import WholeTargets
 from megatron_ext.models.gpt_model import PanguModel
@@ -43,8 +43,8 @@ class TeacherModel(PanguModel):
 
         Args:
             width: columns of each rank's shard of it.
-            student_of_teacher: int64 [V_t], the student's token to which the probability of each of the
-                teacher's belongs, -1 for none; None if the two vocabularies are one.
+            student_of_teacher: int64 [V_t], the student's token to which the probability of each row of the
+                output layer belongs, -1 for none; None if the two vocabularies are one.
         """
         if not self.post_process:
             return
@@ -63,19 +63,18 @@ class TeacherModel(PanguModel):
     def _rows_of(self, weight: Tensor, student_of_teacher: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The rows of the output layer for this rank's shard of the student, and their columns there."""
         group = self.pg_collection.tp
+        rows = weight.size(0) * group.size()
         if student_of_teacher is None:
             if weight.size(0) == self.width:
                 return weight, None
-            student_of_teacher = torch.arange(self._taking_part(weight.size(0) * group.size()))
-        padding = weight.size(0) * group.size() - len(student_of_teacher)
-        token = F.pad(student_of_teacher, (0, padding), value=-1).to(weight.device)
+            student_of_teacher = torch.arange(rows)
+            student_of_teacher[self._taking_part(rows) :] = -1
+        token = student_of_teacher.to(weight.device)
         columns = token - get_pg_rank(group) * self.width
         columns = columns.masked_fill((token < 0) | (columns < 0) | (columns >= self.width), -1)
         if group.size() == 1:
             return weight, columns
-        everyones = [torch.empty_like(weight) for _ in range(group.size())]
-        dist.all_gather(everyones, weight.contiguous(), group=group)
-        return torch.cat(everyones)[columns >= 0], columns[columns >= 0]
+        return gathered(weight, group)[columns >= 0], columns[columns >= 0]
 
     def _taking_part(self, rows: int) -> int:
         return rows if self.softmax_vocab_size is None else min(rows, self.softmax_vocab_size)

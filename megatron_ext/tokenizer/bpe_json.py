@@ -23,6 +23,7 @@ from megatron_ext.tokenizer.bits_per_byte import (
     byte_fallback_text,
     byte_level_text,
 )
+from megatron_ext.tokenizer.build import NO_MODEL, describes_a_model
 from megatron_ext.tokenizer.compress import CompressionError
 
 Pair = tuple[str, str]
@@ -190,8 +191,8 @@ def read(data: bytes, name: str) -> BpeJson:
 
 
 def _checked(content: dict[str, Any]) -> BpeJson:
-    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise CompressionError("tokenizer.json describes no model")
+    if not describes_a_model(content):
+        raise CompressionError(NO_MODEL)
     model = content["model"]
     kind = model.get("type", "BPE" if "merges" in model else "of no type")
     if kind != "BPE":

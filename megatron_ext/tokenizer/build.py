@@ -10,6 +10,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -315,8 +316,16 @@ def _fault_of_description(folder: Path) -> str | None:
         return None
     except (OSError, ValueError, RecursionError) as error:
         return f"tokenizer.json: not JSON, or cut short ({first_line(error)})"
-    described = isinstance(content, dict) and isinstance(content.get("model"), dict)
-    return None if described else "tokenizer.json describes no model"
+    return None if describes_a_model(content) else NO_MODEL
+
+
+#: Of a tokenizer.json.
+NO_MODEL = "tokenizer.json describes no model"
+
+
+def describes_a_model(content: Any) -> bool:
+    """Whether JSON is as simple as a tokenizer.json must be."""
+    return isinstance(content, dict) and isinstance(content.get("model"), dict)
 
 
 def null_sha256(vocab_size: int) -> str:

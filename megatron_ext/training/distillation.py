@@ -8,12 +8,12 @@ from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 
 from megatron_ext.training.batch import Batch, Microbatches, next_batch
-from megatron_ext.training.callbacks import Callback, State
-from megatron_ext.training.state import StepResult
+from megatron_ext.training.callbacks import State
+from megatron_ext.training.taught import GivesTargets
 from megatron_ext.training.teacher import Asked, Teacher
 
 
-class OnlineTeacher(Callback):
+class OnlineTeacher(GivesTargets):
     """Gives each microbatch of the student the teacher's targets.
 
     Without pipeline stages the teacher reads a microbatch just before the student does. With them all stages
@@ -23,10 +23,9 @@ class OnlineTeacher(Callback):
     """
 
     def __init__(self, teacher: Teacher) -> None:
-        self.teacher, self.flags = teacher, teacher.run.distillation
-        self.source: Microbatches | None = None
+        super().__init__(teacher.run.distillation)
+        self.teacher = teacher
         self.asked: deque[Asked | None] = deque()
-        self.alpha = 0.0
         self.last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
 
     def training_data(self, iterators: Sequence[Microbatches | None]) -> Sequence[Microbatches | None]:
@@ -34,17 +33,11 @@ class OnlineTeacher(Callback):
         return [None if self.source is None else self]
 
     def before_step(self, state: State) -> None:
-        training, done = state.run.training, state.progress.iteration
-        self.alpha = self.flags.alpha(done / training.train_iters)
-        if done + 1 in training.iterations_to_skip:
-            self.alpha = 0.0
+        super().before_step(state)
         if self.alpha and state.run.parallel.pipeline_model_parallel_size > 1:
             self.asked.extend(
                 self.teacher.ask([next_batch(self.source) for _ in range(get_num_microbatches())])
             )
-
-    def __iter__(self) -> "OnlineTeacher":
-        return self
 
     def __next__(self) -> Batch:
         if not self.alpha:
@@ -59,7 +52,3 @@ class OnlineTeacher(Callback):
         batch = next_batch(self.source)
         assert batch is not None
         return batch
-
-    def after_step(self, state: State, result: StepResult) -> None:
-        if self.flags.distillation_alpha_decay_style != "constant":
-            result.metrics["distillation_alpha"] = self.alpha

@@ -33,6 +33,7 @@ from megatron.core.optimizer.optimizer_config import OptimizerConfig as Megatron
 from torch import Tensor, nn
 
 from megatron_ext import platform
+from megatron_ext.kernels.gather import gathered
 from megatron_ext.training.adam import FusedAdam
 
 #: Marks the group of matrices. Of the keys by which Megatron-Core tells parameter groups apart when it loads
@@ -150,10 +151,7 @@ class _Piece:
         """The part as the whole layer has it."""
         if self.axis is None:
             return self.part
-        group = parallel_state.get_tensor_model_parallel_group()
-        shards = [torch.empty_like(self.part) for _ in range(group.size())]
-        torch.distributed.all_gather(shards, self.part.contiguous(), group=group)
-        return torch.cat(shards, dim=self.axis)
+        return gathered(self.part, parallel_state.get_tensor_model_parallel_group(), self.axis)
 
     def shard_of(self, whole: Tensor) -> Tensor:
         """This rank's shard."""

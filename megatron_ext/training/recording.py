@@ -1,14 +1,14 @@
 """Records the loss of every training sample, of a frozen model or during training."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from megatron.core import parallel_state
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_ext.arguments.vocabulary import settle_vocabulary
 from megatron_ext.checkpoint import LoadedState, load_checkpoint
@@ -21,6 +21,7 @@ from megatron_ext.data.indexed import DatasetError
 from megatron_ext.data.rounds.dataset import NumberedDataset, RoundDataset
 from megatron_ext.data.rounds.loss_record import LossRecord, open_record, record_paths
 from megatron_ext.data.views import Chained, Samples, Span
+from megatron_ext.kernels.gather import gathered
 from megatron_ext.models.builder import build_model, half_precision
 from megatron_ext.models.config import transformer_config
 from megatron_ext.platform.collective import on_every_rank, on_first_rank, print_rank_0
@@ -79,14 +80,11 @@ class SampleLosses:
         """
         if not self.collects or not self.rows:
             return None
-        own = torch.cat(self.rows)
+        rows = gathered(torch.cat(self.rows), parallel_state.get_data_parallel_group())
         self.rows = []
-        group = parallel_state.get_data_parallel_group()
-        everyones = [torch.empty_like(own) for _ in range(group.size())]
-        torch.distributed.all_gather(everyones, own, group=group)
         if not self.writes:
             return None
-        ids, sums, tokens = torch.cat(everyones).cpu().numpy().T
+        ids, sums, tokens = rows.cpu().numpy().T
         # A sample without a token to predict has no loss: 0, with 0 tokens.
         return ids.astype(np.int64), sums / np.maximum(tokens, 1), tokens.astype(np.int32)
 
@@ -228,9 +226,17 @@ def record_training_set(
     manifest = begin_record(path, run, tokenizer, dataset, samples, "frozen", checkpoint_identity(loaded))
     there = f", {manifest['recorded']:,} are there" if manifest["recorded"] else ""
     print_rank_0(f" recording the losses of {samples:,} samples with {loaded.path}{there}")
-    note = watchdog.note if watchdog else lambda phase: None
-    stopping = Stopping(replace(run.training, exit_interval=None), signals or StopSignals())
-    done = _record_from(path, dataset, model, run, manifest, note, stopping)
+    losses, group = SampleLosses(), pipeline_group(run.parallel)
+    counter, unit = LossCounter(record=losses), run.samples_at_once * group
+    iterators = unread(dataset, manifest, run, unit)
+
+    def read(units: int) -> tuple[np.ndarray, ...] | None:
+        forward_backward(iterators, model, run, counter, True, num_microbatches=units * group)
+        return losses.take()
+
+    record = LossRecord(path, manifest) if losses.writes else None
+    with torch.no_grad(), evaluation_mode(model):
+        done = record_missing(read, unit, record, manifest, run, watchdog, signals)
     print_rank_0(f" recorded {done:,} of {samples:,} losses in {record_paths(path).losses}")
 
 
@@ -241,44 +247,52 @@ def checkpoint_identity(loaded: LoadedState) -> dict[str, Any]:
     return {"iteration": loaded.iteration, "sha256": sha256_file(listing)}
 
 
-@torch.no_grad()
-def _record_from(
-    path: str,
-    dataset: Samples,
-    model: list[nn.Module],
-    run: RunConfig,
+def unread(
+    dataset: Samples, manifest: dict[str, Any], run: RunConfig, unit: int
+) -> list[Iterator[dict[str, Any]] | None]:
+    """The microbatches of the samples that are not recorded yet, in order, ``unit`` samples at a time."""
+    span = Span(dataset, manifest["recorded"], manifest["samples"], unit)
+    return chunk_iterators(span, run.but(dataloader_type="single"), 0)
+
+
+class RecordWriter(Protocol):
+    """Writes what is recorded of samples."""
+
+    def write(self, *rows: Any) -> None: ...
+
+    def mark(self, recorded: int, force: bool = False) -> None: ...
+
+
+def record_missing(
+    read: Callable[[int], tuple[np.ndarray, ...] | None],
+    unit: int,
+    writer: RecordWriter | None,
     manifest: dict[str, Any],
-    note: Callable[[str], None],
-    stopping: Stopping,
+    run: RunConfig,
+    watchdog: Watchdog | None,
+    signals: StopSignals | None,
 ) -> int:
-    """Record the missing losses, until the end or a reason to stop; returns how many are recorded."""
+    """Record the missing samples, until the end or a reason to stop; returns how many are recorded.
+
+    Args:
+        read: evaluates so many times ``unit`` samples, and returns what ``writer`` takes on its rank.
+    """
     done, samples = manifest["recorded"], manifest["samples"]
-    losses = SampleLosses()
-    counter = LossCounter(record=losses)
-    record = LossRecord(path, manifest) if losses.writes else None
-    group = pipeline_group(run.parallel)
-    unit = run.samples_at_once * group
-    span = Span(dataset, done, samples, unit)
-    iterators = chunk_iterators(span, run.but(dataloader_type="single"), 0)
-    with (
-        Progress("recording", samples, " samples", done, quiet=not losses.writes) as progress,
-        evaluation_mode(model),
-    ):
+    note = watchdog.note if watchdog else lambda phase: None
+    stopping = Stopping(replace(run.training, exit_interval=None), signals or StopSignals())
+    with Progress("recording", samples, " samples", done, quiet=writer is None) as progress:
         while done < samples:
             note("recording")
             units = min(MICROBATCHES_PER_STAGE, -(-(samples - done) // unit))
-            microbatches = units * group
-            forward_backward(iterators, model, run, counter, True, num_microbatches=microbatches)
+            rows = read(units)
             done = min(done + units * unit, samples)
-            rows = losses.take()
-            if record is not None and rows is not None:
-                record.write(*rows)
-                record.mark(done, force=done == samples)
+            if writer is not None and rows is not None:
+                writer.write(*rows)
+                writer.mark(done, force=done == samples)
             progress.add(done - progress.done)
-            reason = stopping.reason(0)
-            if reason:
+            if reason := stopping.reason(0):
                 print_rank_0(f"recording stops at sample {done:,}: {reason}; start again to go on")
                 break
-    if record is not None:
-        record.mark(done, force=True)
+    if writer is not None:
+        writer.mark(done, force=True)
     return done

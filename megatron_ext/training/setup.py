@@ -1,6 +1,7 @@
 """Builds the trainer from the configuration, at the position where the run stopped."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,7 +32,7 @@ from megatron_ext.training.distillation import OnlineTeacher
 from megatron_ext.training.loop import Trainer
 from megatron_ext.training.optimizer import build_optimizer, optimizer_config
 from megatron_ext.training.profiling import Profiler
-from megatron_ext.training.recording import OnlineRecorder, online_recorder
+from megatron_ext.training.recording import online_recorder
 from megatron_ext.training.reporting import Reporter
 from megatron_ext.training.rounds import build_round_datasets, enter_round, open_round
 from megatron_ext.training.saving import Saver
@@ -86,10 +87,8 @@ def build_trainer(run: RunConfig) -> Trainer:
     recorder, datasets = online_recorder(run, tokenizer, datasets, start.progress)
     stored, datasets = stored_teacher(run, tokenizer, datasets, start.progress)
     token_bytes = torch.as_tensor(tokenizer.token_bytes(), device=platform.current_device())
-    hooks = callbacks(
-        run, model, optimizer, scheduler, datasets[0], start.progress, recorder, tokenizer, teacher or stored
-    )
-    hooks[:0] = [] if stage_change is None else [stage_change]
+    of_data = (stage_change, teacher or stored, recorder)
+    hooks = callbacks(run, model, optimizer, scheduler, datasets[0], start.progress, tokenizer, of_data)
     return Trainer(run, model, optimizer, scheduler, datasets, token_bytes, hooks, start.progress)
 
 
@@ -100,14 +99,12 @@ def callbacks(
     scheduler: Any,
     training_set: Any,
     progress: Progress,
-    recorder: OnlineRecorder | None,
     tokenizer: Tokenizer,
-    teacher: Callback | None = None,
+    of_data: Sequence[Callback | None],
 ) -> Callbacks:
-    """The callbacks of the loop, in call order."""
+    """The callbacks of the loop, in call order; ``of_data`` decide what is read, and read along."""
     optional: list[Callback | None] = [
-        teacher,
-        recorder,
+        *of_data,
         BadNumberPolicy(run, training_set),
         GarbageCollection(run.training),
         Profiler(run),

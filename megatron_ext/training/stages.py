@@ -6,7 +6,7 @@ data workers read on over a boundary; the number of consumed samples alone says 
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_ext.arguments.defaults import running_batch
 from megatron_ext.arguments.stages import Planned, Point, planned
@@ -84,17 +84,29 @@ def _changes_of_the_past(
 
 
 def in_words(stage: Planned, progress: Progress) -> str:
-    """A stage as the log announces it."""
-    count = len(progress.stages or ())
-    number = next(
-        (i for i, each in enumerate(progress.stages or (), 1) if each["name"] == stage.stage.name), 1
-    )
+    """The stage that the run is in, as the log announces it."""
     shares = zip(stage.stage.shares(stage.tokens), stage.stage.blend, strict=True)
     blend = " + ".join(f"{share:.3g} {Path(source.prefix).name}" for share, source in shares)
     return (
-        f" data stage {stage.stage.name} ({number} of {count}) to iteration {stage.end.iteration}: {blend}, "
-        f"sequences of {stage.seq_length}"
+        f" data stage {stage.stage.name} ({progress.stage + 1} of {len(progress.stages or ())}) to iteration "
+        f"{stage.end.iteration}: {blend}, sequences of {stage.seq_length}"
     )
+
+
+class Built(NamedTuple):
+    """A stage that has not ended, with its data.
+
+    Attributes:
+        run: whose data flags are the stage's.
+        samples: of the training set that are read.
+        description: of the training set, for checkpoints.
+    """
+
+    stage: Planned
+    run: RunConfig
+    datasets: Datasets
+    samples: int
+    description: dict[str, Any]
 
 
 class StageChange(Callback):
@@ -107,36 +119,35 @@ class StageChange(Callback):
 
         ``datasets`` are the first's, of which the training set has been read since ``begun`` samples.
         """
-        self.stages, self.runs, self.sets = list(stages), [run], [datasets]
-        self.counts = [stages[0].end.samples - begun]
-        self.descriptions: list[dict[str, Any]] = [{}]
+        self.built = [Built(stages[0], run, datasets, stages[0].end.samples - begun, {})]
         for stage in stages[1:]:
             there = stage.of(run)
             sizes = (stage.samples, *dataset_sizes(run.training, run.validation)[1:])
             print_rank_0(f" data stage {stage.stage.name}, from iteration {stage.begin.iteration}:")
-            self.runs.append(there)
-            self.sets.append(build_datasets(there, tokenizer, sizes))
-            self.counts.append(stage.samples)
-            self.descriptions.append(described(there, tokenizer, stage.samples))
-            print_data_summary(self.sets[-1], stage.samples, there)
+            found = build_datasets(there, tokenizer, sizes)
+            description = described(there, tokenizer, stage.samples)
+            self.built.append(Built(stage, there, found, stage.samples, description))
+            print_data_summary(found, stage.samples, there)
 
     def datasets(self) -> Datasets:
         """(training sets from the current stage on, its validation set, its test set)."""
-        _, valid, test = self.sets[0]
-        return Chained([train for train, _, _ in self.sets if train is not None], self.counts), valid, test
+        _, valid, test = self.built[0].datasets
+        sets = [each.datasets[0] for each in self.built]
+        counts = [each.samples for each in self.built]
+        return Chained([train for train in sets if train is not None], counts), valid, test
 
     def before_step(self, state: State) -> None:
         progress, run = state.progress, state.run
-        if len(self.stages) == 1 or progress.consumed_train_samples < self.stages[1].begin.samples:
+        if len(self.built) == 1 or progress.consumed_train_samples < self.built[1].stage.begin.samples:
             return
         state.callbacks("stage_ends", state)
-        for of_stages in (self.stages, self.runs, self.sets, self.counts, self.descriptions):
-            del of_stages[0]
-        assert progress.consumed_train_samples == self.stages[0].begin.samples
-        run.data, progress.training_set = self.runs[0].data, self.descriptions[0]
+        del self.built[0]
+        now = self.built[0]
+        assert progress.consumed_train_samples == now.stage.begin.samples
+        run.data, progress.training_set = now.run.data, now.description
         progress.stage, progress.round_start = progress.stage + 1, progress.consumed_train_samples
         state.datasets = self.datasets()
         if not run.validation.full_validation:
             consumed = progress.consumed_valid_samples
             state.valid_iterators = validation_iterators(state.datasets[1], run, consumed)
-        print_rank_0(in_words(self.stages[0], progress))
+        print_rank_0(in_words(now.stage, progress))

@@ -20,32 +20,25 @@ from megatron_ext.kernels.teacher_targets import TopTargets
 from megatron_ext.platform.collective import on_every_rank, on_first_rank, print_rank_0
 from megatron_ext.tokenizer import Tokenizer
 from megatron_ext.training.batch import Batch, Microbatches, next_batch
-from megatron_ext.training.callbacks import Callback, State
 from megatron_ext.training.data import Datasets
-from megatron_ext.training.state import Progress, StepResult
+from megatron_ext.training.state import Progress
+from megatron_ext.training.taught import GivesTargets
 
 _ADVICE = "Record targets for this run (--record-teacher-logits), or train with the flags of the recording"
 
 
-class StoredTeacher(Callback):
+class StoredTeacher(GivesTargets):
     """Gives each microbatch of the student the targets that its samples have in a store."""
 
     def __init__(self, run: RunConfig, store: TargetStore) -> None:
-        self.flags, self.temperature = run.distillation, store.manifest["temperature"]
-        self.source: Microbatches | None = None
-        self.alpha = 0.0
+        super().__init__(run.distillation)
+        self.temperature = store.manifest["temperature"]
 
     def training_data(self, iterators: Sequence[Microbatches | None]) -> Sequence[Microbatches | None]:
         if not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
             return iterators
         *others, self.source = iterators  # the last chunk has the loss
         return [*others, self]
-
-    def before_step(self, state: State) -> None:
-        self.alpha = self.flags.alpha(state.progress.iteration / state.run.training.train_iters)
-
-    def __iter__(self) -> StoredTeacher:
-        return self
 
     def __next__(self) -> Batch:
         assert self.source is not None  # the last stage reads data
@@ -62,10 +55,6 @@ class StoredTeacher(Callback):
         )
         mask = rest >= 0
         return TopTargets(ids.long(), logprobs.float(), rest.clamp(min=0.0), self.temperature, mask)
-
-    def after_step(self, state: State, result: StepResult) -> None:
-        if self.flags.distillation_alpha_decay_style != "constant":
-            result.metrics["distillation_alpha"] = self.alpha
 
 
 def stored_teacher(

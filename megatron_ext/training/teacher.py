@@ -70,11 +70,11 @@ class Teacher:
         device = batch.tokens.device
         tokens, rows = (torch.from_numpy(values).to(device) for values in reading)
         changes = {"tokens": tokens}
-        starts = document_starts(tokens == self.end)
-        if batch.document_starts is not None:
-            changes["document_starts"] = starts
-        if self.run.data.reset_position_ids:
-            changes["position_ids"] = torch.arange(tokens.size(1), device=device) - starts
+        apart, anew = batch.document_starts is not None, self.run.data.reset_position_ids
+        if apart or anew:
+            starts = document_starts(tokens == self.end)
+            changes |= {"document_starts": starts} if apart else {}
+            changes |= {"position_ids": torch.arange(tokens.size(1), device=device) - starts} if anew else {}
         return replace(batch, **changes), rows
 
     @torch.no_grad()
@@ -142,7 +142,9 @@ def load_teacher(run: RunConfig, tokenizer: Tokenizer) -> Teacher:
     (stage,) = model
     parallel = parallel_state.get_tensor_model_parallel_world_size()
     assert run.model.padded_vocab_size is not None  # settled
-    onto = None if folded is None else torch.from_numpy(folded.student_of_teacher)
+    rows = theirs.model.padded_vocab_size
+    assert rows is not None  # settled
+    onto = None if folded is None else torch.from_numpy(folded.columns(rows))
     stage.face(run.model.padded_vocab_size // parallel, onto)
     print_rank_0(_line(flag, theirs, folded))
     end = -1 if folded is None else int(folded.teacher_of_student[tokenizer.eod])

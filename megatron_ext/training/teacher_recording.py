@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
-
 import numpy as np
 import torch
 from megatron.core import parallel_state
@@ -13,7 +9,6 @@ from torch import Tensor
 
 from megatron_ext import platform
 from megatron_ext.arguments.vocabulary import settle_vocabulary
-from megatron_ext.common.progress import Progress
 from megatron_ext.config import RunConfig
 from megatron_ext.data import build_datasets
 from megatron_ext.data.identity import dataset_hash, identify, probe
@@ -25,15 +20,15 @@ from megatron_ext.data.teacher_store import (
     open_recording,
     packed,
 )
-from megatron_ext.data.views import Samples, Span
+from megatron_ext.data.views import Samples
+from megatron_ext.kernels.gather import gathered
 from megatron_ext.kernels.teacher_targets import TopTargets
 from megatron_ext.platform.collective import on_every_rank, on_first_rank, print_rank_0
 from megatron_ext.tokenizer import Tokenizer, build_tokenizer
 from megatron_ext.training.batch import next_batch
-from megatron_ext.training.data import chunk_iterators, dataset_sizes
-from megatron_ext.training.recording import MICROBATCHES_PER_STAGE
+from megatron_ext.training.data import dataset_sizes
+from megatron_ext.training.recording import record_missing, unread
 from megatron_ext.training.signals import StopSignals
-from megatron_ext.training.stopping import Stopping
 from megatron_ext.training.stored_teacher import reading
 from megatron_ext.training.teacher import Teacher, load_teacher
 from megatron_ext.training.watchdog import Watchdog
@@ -73,19 +68,12 @@ class CollectedTargets:
             return None
         raw = np.concatenate(self.records).view(np.uint8).reshape(-1, self.like.record.itemsize)
         own = torch.from_numpy(raw).to(platform.current_device())
-        numbers, records = _everyones(torch.cat(self.numbers)), _everyones(own)
+        group = parallel_state.get_data_parallel_group()
+        numbers, records = gathered(torch.cat(self.numbers), group), gathered(own, group)
         self.numbers, self.records = [], []
         if not self.writes:
             return None
         return numbers.cpu().numpy(), records.cpu().numpy().view(self.like.record)[:, 0]
-
-
-def _everyones(own: Tensor) -> Tensor:
-    """The rows of all data parallel ranks."""
-    group = parallel_state.get_data_parallel_group()
-    parts = [torch.empty_like(own) for _ in range(group.size())]
-    torch.distributed.all_gather(parts, own.contiguous(), group=group)
-    return torch.cat(parts)
 
 
 def record_teacher_targets(
@@ -120,9 +108,19 @@ def record_teacher_targets(
         f" recording the targets of {samples:,} samples{there}: {like.bytes_per_token:.1f} bytes a token, "
         f"{size:,.2f} GiB in all"
     )
-    note = watchdog.note if watchdog else lambda phase: None
-    stopping = Stopping(replace(run.training, exit_interval=None), signals or StopSignals())
-    done = _record_from(path, dataset, teacher, CollectedTargets(like), manifest, note, stopping)
+    collected, unit = CollectedTargets(like), run.samples_at_once
+    (source,) = unread(dataset, manifest, run, unit)
+
+    def read(microbatches: int) -> tuple[np.ndarray, np.ndarray] | None:
+        for asked in teacher.ask([next_batch(source) for _ in range(microbatches)]):
+            if asked is not None and asked.hidden is not None:
+                numbers, targets = asked.batch.sample_ids, teacher.targets(asked)
+                assert numbers is not None and isinstance(targets, TopTargets)
+                collected.add(numbers, targets)
+        return collected.take()
+
+    writer = TargetWriter(path, manifest) if collected.writes else None
+    done = record_missing(read, unit, writer, manifest, run, watchdog, signals)
     print_rank_0(f" recorded {done:,} of {samples:,} samples in {TargetPaths.of(path).records}")
 
 
@@ -139,41 +137,3 @@ def _manifest(
         "reading": reading(run),
         "temperature": run.distillation.distillation_temperature,
     }
-
-
-def _record_from(
-    path: str,
-    dataset: Samples,
-    teacher: Teacher,
-    collected: CollectedTargets,
-    manifest: dict[str, Any],
-    note: Callable[[str], None],
-    stopping: Stopping,
-) -> int:
-    """Record the missing targets, until the end or a reason to stop; returns how many are recorded."""
-    done, samples, run = manifest["recorded"], manifest["samples"], teacher.run
-    writer = TargetWriter(path, manifest) if collected.writes else None
-    unit = run.samples_at_once
-    span = Span(dataset, done, samples, unit)
-    (source,) = chunk_iterators(span, run.but(dataloader_type="single"), 0)
-    with Progress("recording", samples, " samples", done, quiet=not collected.writes) as progress:
-        while done < samples:
-            note("recording")
-            microbatches = min(MICROBATCHES_PER_STAGE, -(-(samples - done) // unit))
-            for asked in teacher.ask([next_batch(source) for _ in range(microbatches)]):
-                if asked is not None and asked.hidden is not None:
-                    numbers, targets = asked.batch.sample_ids, teacher.targets(asked)
-                    assert numbers is not None and isinstance(targets, TopTargets)
-                    collected.add(numbers, targets)
-            done = min(done + microbatches * unit, samples)
-            taken = collected.take()
-            if writer is not None and taken is not None:
-                writer.write(*taken)
-                writer.mark(done, force=done == samples)
-            progress.add(done - progress.done)
-            if reason := stopping.reason(0):
-                print_rank_0(f" recording stops at sample {done:,}: {reason}; start again to go on")
-                break
-    if writer is not None:
-        writer.mark(done, force=True)
-    return done

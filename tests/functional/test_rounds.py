@@ -47,11 +47,7 @@ LAYOUTS = {
 def home(pool, tmp_path_factory):
     """A folder with a blend of two datasets and round 1 trained on it, its losses recorded online."""
     home = tmp_path_factory.mktemp("rounds")
-    lengths = [5, 90, 33, 1, 60, 17, 120, 8, 44, 71] * 4
-    words = []
-    for weight, name in ((0.7, "a"), (0.3, "b")):
-        words += [weight, corpora.make_dataset(home / name, lengths, seed=ord(name))]
-    data = MODEL | TRAINING | dict(data_path=words, data_cache_path=home / "cache")
+    data = MODEL | TRAINING | dict(data_path=corpora.make_blend(home), data_cache_path=home / "cache")
     records = pretrain(
         pool, 1,
         flags(**data, save=home / "round1", save_interval=5, record_sample_loss=home / "online.npy",

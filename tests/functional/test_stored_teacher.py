@@ -43,11 +43,7 @@ def require_equal(found: list[tuple], expected: list[tuple], within: float = 1e-
 def home(pool, tmp_path_factory):
     """A folder with a blend of two datasets, a teacher that was trained on it, and its targets in full."""
     path = tmp_path_factory.mktemp("stored")
-    lengths = [5, 90, 33, 1, 60, 17, 120, 8, 44, 71] * 4
-    words = []
-    for weight, name in ((0.7, "a"), (0.3, "b")):
-        words += [weight, corpora.make_dataset(path / name, lengths, seed=ord(name))]
-    data = MODEL | TRAINING | dict(data_path=words, data_cache_path=path / "cache")
+    data = MODEL | TRAINING | dict(data_path=corpora.make_blend(path), data_cache_path=path / "cache")
     pretrain(pool, 1, flags(**data | TEACHER, save=path / "teacher", save_interval=11))
     home = Namespace(path=path, data=data, teacher=dict(teacher_load=path / "teacher"))
     record(pool, home, path / "whole", **WHOLE)
@@ -107,8 +103,8 @@ _SLOW_RECORDING = """
 import sys, time
 import pretrain_pangu_pro
 from megatron_ext.data import teacher_store
-from megatron_ext.training import teacher_recording
-teacher_recording.MICROBATCHES_PER_STAGE, teacher_store.MARK_EVERY_S = 2, 0.0
+from megatron_ext.training import recording
+recording.MICROBATCHES_PER_STAGE, teacher_store.MARK_EVERY_S = 2, 0.0
 write = teacher_store.TargetWriter.write
 teacher_store.TargetWriter.write = lambda *args: (write(*args), time.sleep(0.3))
 pretrain_pangu_pro.main(sys.argv[1:])

@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-from megatron_ext.kernels import fused, launch
 from megatron_ext.kernels.distillation import vocab_parallel_distillation
 from megatron_ext.kernels.distillation_shard import shard_grad_, shard_stats
 from megatron_ext.kernels.teacher_targets import WholeTargets, largest
-from tests.gpu.interpreted import DEVICE, needs_triton, tolerance
+from tests.gpu.interpreted import DEVICE, must_start, needs_triton, tolerance
 from tests.unit.kernels.test_distillation import example, expected, softened
 
 pytestmark = needs_triton
@@ -16,12 +15,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch):
-    """The Triton kernels take tensors of the CPU as well; at the end they must have run."""
-    monkeypatch.setattr(fused, "_kernels", None)
-    names = []
-    with launch.observed(lambda started: names.append(started.kernel) or True):
+    with must_start(monkeypatch, "_both_stats_kernel", "_both_grad_kernel"):
         yield
-    assert {"_both_stats_kernel", "_both_grad_kernel"} <= set(names)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

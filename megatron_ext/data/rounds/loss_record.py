@@ -13,7 +13,7 @@ a killed recording resumes at the position in its manifest.
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -124,16 +124,14 @@ def open_record(path: str | Path, manifest: dict[str, Any], sources: np.ndarray 
         DatasetError: the files hold other losses.
     """
     paths = record_paths(path)
-    if paths.manifest.exists():
-        existing = read_record_manifest(paths.manifest)
-        _require_same_recording(existing, manifest, paths)
-        if paths.losses.exists() and paths.tokens.exists():
-            return existing
-        if existing["recorded"]:
-            raise DatasetError(f"{paths.losses} or {paths.tokens.name} is missing; remove {paths.manifest}")
-    elif paths.losses.exists():
-        raise DatasetError(f"{paths.losses} is there and has no manifest: remove it, or give another path")
-    paths.losses.parent.mkdir(parents=True, exist_ok=True)
+
+    def existing() -> dict[str, Any]:
+        found = read_record_manifest(paths.manifest)
+        _require_same_recording(found, manifest, paths)
+        return found
+
+    if (goes_on := begun(paths.manifest, (paths.losses, paths.tokens), existing)) is not None:
+        return goes_on
     manifest = {"format": FORMAT} | manifest | {"recorded": 0, "complete": False}
     write_record_manifest(paths.manifest, manifest)
     samples = manifest["samples"]
@@ -142,6 +140,29 @@ def open_record(path: str | Path, manifest: dict[str, Any], sources: np.ndarray 
     _create(paths.tokens, np.int32, samples, lambda begin, end: np.full(end - begin, -1, np.int32))
     _create(paths.losses, np.float32, samples, lambda begin, end: np.zeros(end - begin, np.float32))
     return manifest
+
+
+def begun(
+    manifest: Path, files: Sequence[Path], existing: Callable[[], dict[str, Any]]
+) -> dict[str, Any] | None:
+    """The manifest of a recording that goes on; None, and a folder for it, where one is to be begun.
+
+    ``existing`` reads the manifest that is there, and refuses one of another recording.
+
+    Raises:
+        DatasetError: some of the ``files`` are missing, or are there without a manifest.
+    """
+    if manifest.exists():
+        found = existing()
+        if all(file.exists() for file in files):
+            return found
+        if found["recorded"]:
+            names = " or ".join([str(files[0]), *(file.name for file in files[1:])])
+            raise DatasetError(f"{names} is missing; remove {manifest}")
+    elif files[0].exists():
+        raise DatasetError(f"{files[0]} is there and has no manifest: remove it, or give another path")
+    files[0].parent.mkdir(parents=True, exist_ok=True)
+    return None
 
 
 def _create(

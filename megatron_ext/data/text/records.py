@@ -49,12 +49,15 @@ def _keys(line: bytes) -> list[str]:
 
 def without_repeats(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     """The pairs of a JSON object, for ``object_pairs_hook``; raises ValueError where a key stands twice."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+    if (twice := repeated(pairs)) is not None:
         raise ValueError(f"the key {twice!r} stands in one object twice")
-    return found
+    return dict(pairs)
+
+
+def repeated(pairs: Sequence[tuple[str, Any]]) -> str | None:
+    """The first key that stands twice among the pairs of a JSON object."""
+    keys = [key for key, _ in pairs]
+    return None if len(set(keys)) == len(keys) else next(key for key in keys if keys.count(key) > 1)
 
 
 def _load(line: bytes) -> object:

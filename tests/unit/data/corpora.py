@@ -85,3 +85,12 @@ def make_dataset(prefix: Path, lengths: list[int], vocabulary: int = 200, seed: 
         builder.end_document()
     builder.finalize(f"{prefix}.idx")
     return prefix
+
+
+def make_blend(folder: Path) -> list[float | Path]:
+    """Two datasets in ``folder``, as words of --data-path: 0.7 of one, 0.3 of the other."""
+    lengths = [5, 90, 33, 1, 60, 17, 120, 8, 44, 71] * 4
+    words: list[float | Path] = []
+    for weight, name in ((0.7, "a"), (0.3, "b")):
+        words += [weight, make_dataset(folder / name, lengths, seed=ord(name))]
+    return words
